@@ -1,0 +1,50 @@
+"""A first run on the embedded bilingual corpus: a small Llama-shaped model, a few minutes on two CPU cores.
+
+    python scripts/train.py --config configs/quickstart.py
+
+Ends with samples of English and Chinese, a checkpoint and a Hugging Face directory under runs/quickstart.
+"""
+
+from stellarbyte_jax.config import (
+    ByteConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+def config() -> TrainConfig:
+    """The run."""
+    return TrainConfig(
+        output_dir="runs/quickstart",
+        steps=300,
+        global_batch_size=16,
+        export_at_end=True,
+        sample_prompts=("The whale", "President", "春", "子曰"),
+        model=ByteConfig(
+            vocab_size=32000,
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=384,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            compute_dtype="float32",
+        ),
+        data=DataConfig(
+            train=("data/tiny_bilingual_train.jsonl",),
+            validation=("data/tiny_bilingual_valid.jsonl",),
+            sequence_length=128,
+            workers=0,
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        schedule=ScheduleConfig(warmup_steps=30),
+        evaluation=EvaluationConfig(interval=100, batches=None),
+        checkpoint=CheckpointConfig(interval=100),
+        logging=LoggingConfig(interval=10),
+    )

@@ -1,0 +1,242 @@
+"""Measures throughput beside a peer in the same run and writes JSON to ``benchmarks/``.
+
+    python scripts/benchmark.py train                 # this project's training step, synthetic and real batches, and
+                                                      # Hugging Face's Llama under torch.compile, one after the other
+    python scripts/benchmark.py train --no-peer
+    python scripts/benchmark.py data                  # batches from JSONL and from prepared shards, no device
+
+Every figure is a median over repeats in a process of its own. FLOPs of a token are 6 (parameters - embedding)
++ 6 L T D, causal attention counted by the half that is computed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from stellarbyte_jax.config import TrainConfig, load
+
+REPEATS = 5
+
+
+def main() -> int:
+    """Parses the command line; each measurement runs this file again with ``--worker``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "data"], nargs="?", default="train")
+    parser.add_argument("--config", default="configs/pretrain.py")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
+    parser.add_argument("--steps", type=int, default=20, help="steps of one repeat")
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--output", help="JSON file; benchmarks/WHAT.json otherwise")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    config = load(arguments.config, arguments.set)
+    if arguments.worker:
+        print("RESULT " + json.dumps(WORKERS[arguments.worker](config, arguments.steps)))
+        return 0
+    names = ["synthetic", "real"] if arguments.what == "train" else ["jsonl", "shards"]
+    if arguments.what == "train" and not arguments.no_peer:
+        names.append("huggingface")
+    results = {name: _run_worker(name) for name in names}
+    report = {
+        "what": arguments.what,
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "config": {"file": arguments.config, "set": arguments.set},
+        "results": results,
+    }
+    output = Path(arguments.output or f"benchmarks/{arguments.what}.json")
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    for name, result in results.items():
+        print(f"{name:12} " + "  ".join(f"{key} {value}" for key, value in result.items()))
+    return 0 if all("error" not in result for result in results.values()) else 1
+
+
+def _run_worker(name: str) -> dict[str, Any]:
+    command = [sys.executable, *sys.argv, "--worker", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    return {"error": f"exit code {done.returncode}"}
+
+
+def _timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
+    """Median tokens a second of ``run(steps)``, which returns when the work is done."""
+    rates = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run(steps)
+        rates.append(tokens * steps / (time.perf_counter() - start))
+    return {
+        "tokens_per_second": round(statistics.median(rates)),
+        "lowest": round(min(rates)),
+        "highest": round(max(rates)),
+        "repeats": REPEATS,
+        "steps": steps,
+    }
+
+
+def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
+    import jax
+
+    from stellarbyte_jax.launch import environment
+    from stellarbyte_jax.model.decoder import ByteTransformer
+    from stellarbyte_jax.train.metrics import count_parameters, flops_per_token, memory_metrics, peak_flops
+    from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
+    from stellarbyte_jax.train.state import create_state
+    from stellarbyte_jax.train.step import make_train_step
+
+    model = ByteTransformer(config.model)
+    optimizer = make_optimizer(config, model)
+    state = jax.jit(lambda: create_state(config, model, optimizer))()
+    run_step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config)), donate_argnums=0)
+    start = time.perf_counter()
+    state, metrics = jax.block_until_ready(run_step(state, next(batches)))
+    first = time.perf_counter() - start
+
+    def run(count: int) -> None:
+        nonlocal state, metrics
+        for _ in range(count):
+            state, metrics = run_step(state, next(batches))
+        jax.block_until_ready(metrics)
+
+    run(5)
+    result = _timed(run, config.global_batch_size * config.data.sequence_length, steps)
+    flops = flops_per_token(config.model, count_parameters(state.params), config.data.sequence_length)
+    peak = peak_flops()
+    if peak is not None:
+        result["mfu"] = round(result["tokens_per_second"] * flops.causal / peak, 4)
+    memory = {name: round(value, 2) for name, value in memory_metrics().items()}
+    return {
+        **result,
+        **memory,
+        "first_step_seconds": round(first, 1),
+        "loss": float(metrics["loss"]),
+        "on": environment(),
+    }
+
+
+def _synthetic(config: TrainConfig, steps: int) -> dict[str, Any]:
+    import itertools
+
+    import jax
+    import numpy as np
+
+    shape = (config.global_batch_size, config.data.sequence_length)
+    random = np.random.default_rng(0)
+    made = [
+        {"tokens": jax.device_put(random.integers(0, config.model.vocab_size, shape, dtype=np.int32))} for _ in range(4)
+    ]
+    return _ours(config, steps, itertools.cycle(made))
+
+
+def _real(config: TrainConfig, steps: int) -> dict[str, Any]:
+    import jax
+
+    from stellarbyte_jax.data.loader import make_loader
+
+    loader = make_loader(
+        config.data, split="train", batch_size=config.global_batch_size, seed=0, transform=jax.device_put
+    )
+    try:
+        return _ours(config, steps, loader)
+    finally:
+        loader.close()
+
+
+def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
+    import numpy as np
+    import torch
+    import transformers
+
+    c = config.model
+    settings = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.mlp_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.kv_heads,
+        hidden_act=c.hidden_act,
+        max_position_embeddings=c.max_position_embeddings,
+        tie_word_embeddings=c.tie_word_embeddings,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    model = torch.compile(transformers.LlamaForCausalLM(settings).to("cuda"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    shape = (config.global_batch_size, config.data.sequence_length)
+    random = np.random.default_rng(0)
+    batches = [torch.from_numpy(random.integers(0, c.vocab_size, shape)).cuda() for _ in range(4)]
+    loss = None
+
+    def run(count: int) -> None:
+        nonlocal loss
+        for index in range(count):
+            tokens = batches[index % 4]
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+
+    start = time.perf_counter()
+    run(1)
+    first = time.perf_counter() - start
+    run(10)
+    return {
+        **_timed(run, shape[0] * shape[1], steps),
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "first_step_seconds": round(first, 1),
+        "loss": float(loss),
+        "on": f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.cuda.get_device_name()}",
+    }
+
+
+def _jsonl(config: TrainConfig, steps: int) -> dict[str, Any]:
+    del steps
+    from stellarbyte_jax.data.loader import measure_loader
+
+    return measure_loader(config.data, batch_size=config.global_batch_size, seconds=15)
+
+
+def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
+    del steps
+    import dataclasses
+
+    from stellarbyte_jax.data.loader import measure_loader
+    from stellarbyte_jax.data.shards import prepare
+    from stellarbyte_jax.data.text import TextFormat
+
+    data = config.data
+    with tempfile.TemporaryDirectory() as directory:
+        text = TextFormat(data.fields, data.template)
+        prepare(data.train, Path(directory) / "shards", data.tokenizer, text=text, workers=data.workers)
+        data = dataclasses.replace(config.data, train=(str(Path(directory) / "shards"),))
+        return measure_loader(data, batch_size=config.global_batch_size, seconds=15)
+
+
+WORKERS = {
+    "synthetic": _synthetic,
+    "real": _real,
+    "huggingface": _huggingface,
+    "jsonl": _jsonl,
+    "shards": _shards,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

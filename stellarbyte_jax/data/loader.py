@@ -1,0 +1,254 @@
+"""From the data settings to batches: one object that iterates, remembers its place and can be closed."""
+
+import hashlib
+import json
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Self
+
+import grain
+
+from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data.packing import PackDocuments
+from stellarbyte_jax.data.sources import Corpus, DataError, LineSource, open_corpus
+from stellarbyte_jax.data.text import GROUP_DOCUMENTS, EncodeDocuments, TextFormat, document_groups, read_text
+from stellarbyte_jax.data.tokenizer import check_vocabulary, load_tokenizer
+
+_STATE_FORMAT = 1
+
+
+class Loader:
+    """Iterates over packed batches (see ``packing.PackDocuments``) that a background thread keeps ready.
+
+    The place that ``state`` gives belongs to the batches handed out, not to those prepared ahead.
+    """
+
+    def __init__(
+        self,
+        batches: grain.IterDataset,
+        *,
+        stream: dict[str, Any],
+        documents: int,
+        process_count: int,
+        prefetch: int,
+        transform: Callable[[dict[str, Any]], Any] | None,
+        restart: bool,
+    ):
+        """Made by :func:`make_loader`."""
+        if transform is not None:
+            batches = batches.map(transform)
+        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch)
+        self._open = [iter(batches)]
+        # Where a program ends without close(), the iterator must be closed and gone before the modules that it needs.
+        self._finalizer = weakref.finalize(self, _close, self._open)
+        self._stream = stream
+        self._documents = documents
+        self._process_count = process_count
+        self._restart = restart
+        self._begin = self._iterator.get_state()
+        self._moved = False
+
+    @property
+    def _iterator(self) -> Any:
+        if not self._open:
+            raise RuntimeError("the loader is closed")
+        return self._open[0]
+
+    def __iter__(self) -> Self:
+        """Itself; a validation loader goes back to its first batch."""
+        if self._restart and self._moved:
+            self._iterator.set_state(self._begin)
+            self._moved = False
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch, after ``transform``."""
+        self._moved = True
+        return next(self._iterator)
+
+    def state(self) -> dict[str, Any]:
+        """The place after the last batch handed out, as plain JSON values. Each process has its own."""
+        return {"format": _STATE_FORMAT, "stream": dict(self._stream), **self._iterator.get_state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues with the batch that followed when ``state`` was taken; the number of workers may differ.
+
+        Raises:
+          DataError: the state is of other data, or of a run that reads it in another order.
+        """
+        if state.get("format") != _STATE_FORMAT:
+            raise DataError(f"data state of format {state.get('format')}, this version reads {_STATE_FORMAT}")
+        saved = state["stream"]
+        for name, now in self._stream.items():
+            if saved.get(name) != now:
+                raise DataError(
+                    f"cannot continue the data where it stopped: {name} was {saved.get(name)} and is now {now}; "
+                    "keep the data, its settings and the number of processes as they were, or start a new run"
+                )
+        self._iterator.set_state({name: int(state[name]) for name in ("group", "offset", "skipped")})
+        self._moved = True
+
+    @property
+    def skipped(self) -> int:
+        """Unusable lines that ``on_error="skip"`` left out so far."""
+        return self._iterator.get_state()["skipped"]
+
+    @property
+    def epoch(self) -> float:
+        """How often the data was gone through so far."""
+        return self._iterator.get_state()["group"] * GROUP_DOCUMENTS * self._process_count / self._documents
+
+    def close(self) -> None:
+        """Ends the thread and the worker processes."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+
+def _close(iterators: list[Any]) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+def make_loader(
+    data: DataConfig,
+    *,
+    split: Literal["train", "validation"],
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    vocab_size: int | None = None,
+    transform: Callable[[dict[str, Any]], Any] | None = None,
+) -> Loader:
+    """Opens the data, checks all that can be checked before training, and returns its loader.
+
+    The training split is shuffled anew each epoch and tokenised in ``data.workers`` processes (none where all of it
+    is prepared). The validation split is read once, in order, in the background thread, so that a pass starts at once.
+
+    Args:
+      data: the settings.
+      split: which of the two.
+      batch_size: rows over all processes; this one gets ``batch_size / process_count``.
+      seed: of the shuffle.
+      process_index: which of the processes this is.
+      process_count: how many processes share the data, each with documents of its own.
+      vocab_size: of the model; a larger tokenizer is refused.
+      transform: applied to each batch in the background thread, such as a transfer to the device.
+
+    Raises:
+      DataError: files are missing, empty or damaged, the first record of one is unusable, or settings do not fit.
+      ValueError: the tokenizer is unusable, lacks bos or eos, or is larger than ``vocab_size``.
+    """
+    if batch_size % process_count:
+        raise DataError(f"the batch of {batch_size} rows cannot be shared equally by {process_count} processes")
+    tokenizer = load_tokenizer(data.tokenizer)
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size)
+    train = split == "train"
+    text = TextFormat(data.fields, data.template)
+    corpus = open_corpus(
+        data.train if train else data.validation,
+        setting=f"data.{split}",
+        columns=text.columns,
+        fingerprint=tokenizer.fingerprint,
+        cache_dir=data.cache_dir,
+    )
+    if len(corpus) < process_count:
+        raise DataError(f"data.{split} holds {len(corpus)} documents, fewer than the {process_count} processes")
+    if data.on_error == "raise":
+        check_first_records(corpus, text)
+    shuffle = data.shuffle and train
+    groups = document_groups(
+        len(corpus),
+        seed=seed if shuffle else None,
+        epochs=data.epochs if train else 1,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    encode = EncodeDocuments(
+        corpus,
+        text,
+        data.tokenizer,
+        bos=tokenizer.require("bos") if data.add_bos else None,
+        eos=tokenizer.require("eos") if data.add_eos else None,
+        on_error=data.on_error,
+    )
+    batches = PackDocuments(
+        groups.map(encode),
+        batch_size=batch_size // process_count,
+        sequence_length=data.sequence_length,
+        max_documents=data.max_documents_per_sequence,
+        # Tokenizers of other projects often have no pad token; any id will do, as nothing attends to segment 0.
+        pad=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
+        workers=data.workers if train and corpus.has_text else 0,
+        epoch_groups=-(-len(corpus) // (GROUP_DOCUMENTS * process_count)),
+    )
+    stream = {
+        "documents": len(corpus),
+        "files": hashlib.sha256(json.dumps(corpus.listing).encode()).hexdigest()[:16],
+        "shuffle_seed": seed if shuffle else None,
+        "tokenizer": tokenizer.fingerprint,
+        "fields": list(text.columns),
+        "template": data.template,
+        "add_bos": data.add_bos,
+        "add_eos": data.add_eos,
+        "process_index": process_index,
+        "process_count": process_count,
+        "group_documents": GROUP_DOCUMENTS,
+    }
+    return Loader(
+        batches,
+        stream=stream,
+        documents=len(corpus),
+        process_count=process_count,
+        prefetch=data.prefetch,
+        transform=transform,
+        restart=not train,
+    )
+
+
+def check_first_records(corpus: Corpus, text: TextFormat) -> None:
+    """Reads one record of each file, so that a wrong field name is found before training starts.
+
+    Raises:
+      DataError: a record is unusable.
+    """
+    for source in corpus.sources:
+        if isinstance(source, LineSource):
+            read_text(source, 0, text)
+
+
+def measure_loader(data: DataConfig, *, batch_size: int, seconds: float) -> dict[str, float]:
+    """Speed of the training data alone, from its second batch on.
+
+    Returns:
+      ``tokens_per_second`` (padding not counted), ``first_batch_seconds``, ``batches`` and ``padding``, the share
+      of positions that hold none.
+    """
+    opened = time.perf_counter()
+    with make_loader(data, split="train", batch_size=batch_size, seed=0) as loader:
+        batches: Iterator[Any] = iter(loader)
+        next(batches)
+        began = time.perf_counter()
+        count = tokens = 0
+        for batch in batches:
+            count += 1
+            tokens += int((batch["segment_ids"] > 0).sum())
+            if time.perf_counter() - began >= seconds:
+                break
+        took = time.perf_counter() - began
+    positions = max(count, 1) * batch_size * data.sequence_length
+    return {
+        "tokens_per_second": tokens / took,
+        "first_batch_seconds": began - opened,
+        "batches": count,
+        "padding": 1 - tokens / positions,
+    }

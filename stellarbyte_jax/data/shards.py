@@ -1,0 +1,156 @@
+"""Tokenises text once, into shards that are read without any further work."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from stellarbyte_jax.data.sources import SHARD_FORMAT, SHARD_META, DataError, open_corpus
+from stellarbyte_jax.data.text import (
+    GROUP_DOCUMENTS,
+    EncodeDocuments,
+    TextFormat,
+    document_groups,
+    iterate_groups,
+    signals_blocked,
+)
+from stellarbyte_jax.data.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One pair of files: ``token_file`` [tokens] unsigned, ``offset_file`` [documents + 1] int64."""
+
+    token_file: str
+    offset_file: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What :func:`prepare` wrote, as in ``meta.json``."""
+
+    shards: tuple[Shard, ...]
+    documents: int
+    tokens: int
+    skipped: int
+    dtype: str
+
+
+def prepare(
+    inputs: Sequence[str],
+    output: str | Path,
+    tokenizer: str,
+    *,
+    text: TextFormat,
+    workers: int = 1,
+    on_error: Literal["raise", "skip"] = "raise",
+    shard_tokens: int = 50_000_000,
+    overwrite: bool = False,
+    cache_dir: str | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Prepared:
+    """Tokenises documents in their order into a directory that ``data.train`` may name.
+
+    ``meta.json`` comes last: a directory without it was interrupted and is refused by the loader.
+
+    Args:
+      inputs: paths or globs of text files.
+      output: the directory, new or empty.
+      tokenizer: the tokenizer's directory.
+      text: how a record becomes text.
+      workers: processes that tokenise; 0: this one.
+      on_error: "skip" leaves unusable lines out and counts them.
+      shard_tokens: a shard is closed when it holds at least so many.
+      overwrite: replaces what an earlier run left in the directory.
+      cache_dir: as ``data.cache_dir``.
+      progress: called with documents and tokens so far and the number of all documents.
+
+    Raises:
+      DataError: the directory is not empty, an input is unusable or none holds text.
+      ValueError: the tokenizer is unusable.
+    """
+    if shard_tokens <= 0:
+        raise DataError(f"--shard-tokens must be positive, got {shard_tokens}")
+    vocabulary = load_tokenizer(tokenizer)
+    corpus = open_corpus(
+        inputs, setting="--input", columns=text.columns, fingerprint=vocabulary.fingerprint, cache_dir=cache_dir
+    )
+    output = _empty_directory(Path(output), overwrite)
+    dtype = np.dtype(np.uint16 if vocabulary.vocab_size <= 1 << 16 else np.uint32)
+    encode = EncodeDocuments(corpus, text, tokenizer, bos=None, eos=None, on_error=on_error)
+    shards: list[Shard] = []
+    held: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    held_tokens = tokens = skipped = read = 0
+    with signals_blocked():
+        groups = iterate_groups(document_groups(len(corpus)).map(encode), workers)
+        group = next(groups, None)
+    try:
+        while group is not None:
+            held.append(group["tokens"].astype(dtype))
+            lengths.append(group["lengths"])
+            held_tokens += len(group["tokens"])
+            tokens += len(group["tokens"])
+            skipped += group["skipped"]
+            read = min(read + GROUP_DOCUMENTS, len(corpus))
+            if held_tokens >= shard_tokens:
+                shards.append(_write_shard(output, len(shards), held, lengths))
+                held, lengths, held_tokens = [], [], 0
+            if progress is not None:
+                progress(read, tokens, len(corpus))
+            group = next(groups, None)
+    finally:
+        groups.close()
+    if held_tokens:
+        shards.append(_write_shard(output, len(shards), held, lengths))
+    if not shards:
+        raise DataError("no document of --input holds any text: every line is empty or was skipped")
+    prepared = Prepared(tuple(shards), sum(s.documents for s in shards), tokens, skipped, dtype.name)
+    meta = {
+        "format": SHARD_FORMAT,
+        "tokenizer_fingerprint": vocabulary.fingerprint,
+        "vocab_size": vocabulary.vocab_size,
+        "inputs": list(inputs),
+        "fields": list(text.columns),
+        "template": text.template,
+        **asdict(prepared),
+    }
+    partial = output / f".partial-{SHARD_META}"
+    partial.write_text(json.dumps(meta, indent=2, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, output / SHARD_META)
+    return prepared
+
+
+def _empty_directory(path: Path, overwrite: bool) -> Path:
+    if path.is_file():
+        raise DataError(f"--output {path} is a file, it must be a directory")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise DataError(f"--output {path} is not empty; choose another directory or pass --overwrite")
+        foreign = [p.name for p in path.iterdir() if not _is_ours(p)]
+        if foreign:
+            raise DataError(f"--output {path} holds other files ({foreign[0]}); --overwrite replaces only shards")
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _is_ours(path: Path) -> bool:
+    shard = path.suffix == ".npy" and path.name.startswith(("tokens-", "offsets-"))
+    return shard or path.name in (SHARD_META, f".partial-{SHARD_META}")
+
+
+def _write_shard(output: Path, number: int, tokens: list[np.ndarray], lengths: list[np.ndarray]) -> Shard:
+    token_file, offset_file = f"tokens-{number:05d}.npy", f"offsets-{number:05d}.npy"
+    joined = np.concatenate(tokens)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
+    np.save(output / token_file, joined, allow_pickle=False)
+    np.save(output / offset_file, offsets, allow_pickle=False)
+    return Shard(token_file, offset_file, len(offsets) - 1, len(joined))

@@ -1,0 +1,1 @@
+"""Names and layouts of Hugging Face checkpoints, and directories of them."""

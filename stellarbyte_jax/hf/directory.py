@@ -1,0 +1,213 @@
+"""Hugging Face directories: :func:`from_pretrained` and :func:`save_pretrained`."""
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.hf.families import Entry, Family, export_family
+from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
+from stellarbyte_jax.hf.layout import cast, interleaved_to_half
+from stellarbyte_jax.hf.settings import config_json, generation_json, read_config, special_ids
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def from_pretrained(
+    directory: str | Path, *, dtype: str = "float32", **overrides: Any
+) -> tuple[ByteTransformer, dict[str, Any]]:
+    """Reads a Hugging Face directory (Llama or Mistral, safetensors) as a model and its weights.
+
+    Host memory holds the weights once, plus one of their leaves.
+
+    Args:
+      directory: with ``config.json`` and safetensors files.
+      dtype: of the weights in memory: ``float32``, ``bfloat16`` or ``float16``.
+      **overrides: ByteConfig settings, above all those that a checkpoint does not know, such as ``compute_dtype``.
+
+    Returns:
+      The model and its weights, jax arrays on the default device.
+
+    Raises:
+      ValueError: a file is missing or broken, a setting is not implemented, or tensors are missing, unknown or
+        misshapen; the message names them.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory: give a local directory with config.json and safetensors files")
+    family, config = read_config(directory)
+    config = ByteConfig(**(config.to_dict() | overrides))
+    model = ByteTransformer(config)
+    shapes = _shapes(param_shapes(model))
+    to = float_dtype(dtype)
+    with WeightFiles(directory) as files:
+        entries = list(family.entries(config, shapes))
+        _check_tensors(family, entries, files, config)
+        leaves: dict[str, list[Entry]] = {}
+        for entry in entries:
+            leaves.setdefault(entry.path, []).append(entry)
+        params: dict[str, Any] = {}
+        for path, parts in leaves.items():
+            leaf = _aligned_empty(shapes[path], to)
+            for part in parts:
+                theirs = cast(files.read(part.theirs), to, part.theirs)
+                leaf[part.index] = part.row.layout.from_hf(theirs, part.shape)
+            _put(params, path, jax.device_put(leaf))
+    return model, params
+
+
+def save_pretrained(
+    directory: str | Path,
+    model: ByteTransformer,
+    params: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as a Hugging Face directory that ``AutoModelForCausalLM`` loads without custom code.
+
+    The directory appears complete or not at all. Tensors are converted and written one after another.
+
+    Args:
+      directory: to be made.
+      model: one that Llama or Mistral can express.
+      params: its weights, numpy or jax arrays.
+      dtype: of the numbers on disk: ``float32``, ``bfloat16`` or ``float16``.
+      max_shard_bytes: size at which another file is begun.
+      tokenizer: directory whose tokenizer files are copied and whose special tokens are named in the settings.
+      overwrite: an earlier export there is replaced.
+
+    Raises:
+      ValueError: no family can express the model, the weights are another model's or do not fit the dtype, or the
+        directory is not empty.
+    """
+    config = model.config
+    family = export_family(config)
+    shapes = _shapes(param_shapes(model))
+    leaves = _flatten(params)
+    _check_params(leaves, shapes)
+    to = float_dtype(dtype)
+    ids = {} if tokenizer is None else special_ids(Path(tokenizer), config.vocab_size)
+    tensors = [
+        Tensor(entry.theirs, entry.hf_shape, to, _reader(entry, leaves[entry.path], to, config))
+        for entry in family.entries(config, shapes)
+    ]
+    with replacing(Path(directory), overwrite) as partial:
+        write_json(partial / "config.json", config_json(family, config, dtype, ids))
+        write_json(partial / "generation_config.json", generation_json(ids))
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), partial)
+        write_tensors(partial, tensors, max_shard_bytes)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copies the tokenizer files that ``source`` has; returns their names."""
+    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if present:
+        target.mkdir(parents=True, exist_ok=True)
+    for name in present:
+        shutil.copyfile(source / name, target / name)
+    return present
+
+
+def round_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The weights as a directory saved in ``dtype`` holds them, back in float32."""
+    to = float_dtype(dtype)
+    rounded: dict[str, Any] = {}
+    for path, leaf in _flatten(params).items():
+        _put(rounded, path, cast(np.asarray(leaf), to, path).astype(np.float32))
+    return rounded
+
+
+def _reader(entry: Entry, leaf: Any, dtype: np.dtype, config: ByteConfig) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        part = np.asarray(leaf[entry.index])  # cut first: only this part leaves the device
+        if entry.row.rotary and config.rope_pairing == "interleaved":
+            part = interleaved_to_half(part)
+        return entry.row.layout.to_hf(cast(part, dtype, entry.theirs))
+
+    return read
+
+
+def _check_tensors(family: Family, entries: list[Entry], files: WeightFiles, config: ByteConfig) -> None:
+    """Every tensor of the table exists in its shape, and there is no other one."""
+    wanted = {entry.theirs: entry.hf_shape for entry in entries}
+    present = set(files.names())
+    unknown = sorted(name for name in present - set(wanted) if not any(re.fullmatch(b, name) for b in family.buffers))
+    if config.tie_word_embeddings and _HEAD in unknown and _EMBEDDING in present:
+        if not np.array_equal(files.read(_HEAD), files.read(_EMBEDDING)):
+            raise ValueError(
+                f"{files.directory}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}. "
+                "Set tie_word_embeddings to false in config.json to keep both"
+            )
+        unknown.remove(_HEAD)
+    problems = [f"missing {name}" for name in wanted if name not in present]
+    problems += [f"unknown {name}" for name in unknown]
+    problems += [
+        f"{name} has shape {files.shape(name)}, the settings ask for {shape}"
+        for name, shape in wanted.items()
+        if name in present and files.shape(name) != shape
+    ]
+    _raise(problems, f"{files.directory}: the tensors do not fit config.json")
+
+
+def _check_params(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"missing {path}" for path in shapes if path not in leaves]
+    problems += [f"unknown {path}" for path in leaves if path not in shapes]
+    problems += [
+        f"{path} has shape {leaves[path].shape}, the settings ask for {shape}"
+        for path, shape in shapes.items()
+        if path in leaves and leaves[path].shape != shape
+    ]
+    _raise(problems, "the weights do not fit the model's settings")
+
+
+def _raise(problems: list[str], summary: str) -> None:
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{summary}: {'; '.join(problems[:8])}{more}")
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """On CPU jax takes over an array that starts at a multiple of 64 bytes, and copies any other one."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    room = np.empty(nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+    return leaves
+
+
+def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in _flatten(tree).items()}
+
+
+def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    *parents, last = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = leaf

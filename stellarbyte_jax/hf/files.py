@@ -1,0 +1,251 @@
+"""Sharded safetensors files, read and written one tensor at a time.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(bfloat16): "BF16"}
+_READABLE = ("F64", "F32", "F16", "BF16")
+
+
+def float_dtype(name: str) -> np.dtype:
+    """The numpy dtype called ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+      ValueError: it has another name.
+    """
+    dtypes = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(bfloat16), "float16": np.dtype(np.float16)}
+    if name not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      ValueError: the file is missing or is not one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: {path.parent} is not a complete Hugging Face directory")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Copy the file again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+class WeightFiles:
+    """The tensors of a checkpoint directory by name; a context manager that maps the files and copies nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        """Opens the directory's safetensors files.
+
+        Raises:
+          ValueError: they are missing, unreadable, or differ from their index.
+        """
+        self.directory = directory
+        self._stack = contextlib.ExitStack()
+        self._handles: dict[str, Any] = {}
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        index = self.directory / INDEX
+        listed = read_json(index).get("weight_map") if index.is_file() else None
+        if index.is_file() and not (isinstance(listed, dict) and listed):
+            raise ValueError(f"{index} has no weight_map from tensor to file: copy the file again")
+        for file in sorted(set(listed.values())) if listed else [SINGLE]:
+            path = self.directory / file
+            if not path.is_file():
+                raise ValueError(_missing(self.directory, path, named_by=index if listed else None))
+            try:
+                handle = self._stack.enter_context(safe_open(path, framework="np"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} is not a readable safetensors file ({error}): copy the file again") from error
+            for name in handle.keys():
+                if name in self._handles:
+                    raise ValueError(f"{path}: tensor {name} also lies in another file of {self.directory}")
+                self._handles[name] = handle
+        absent = [name for name in listed or () if name not in self._handles]
+        if absent:
+            raise ValueError(f"{index} lists {_some(absent)}, which its files do not hold: copy the files again")
+
+    def names(self) -> list[str]:
+        """Every tensor."""
+        return list(self._handles)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as it is stored.
+
+        Raises:
+          ValueError: its numbers are no plain floats.
+        """
+        stored = self._handles[name].get_slice(name).get_dtype()
+        if stored not in _READABLE:
+            raise ValueError(
+                f"{self.directory}: tensor {name} is stored as {stored}, readable are {', '.join(_READABLE)}. "
+                "Load the model with transformers, dequantize it and save it as float32 or bfloat16"
+            )
+        return self._handles[name].get_tensor(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def _missing(directory: Path, path: Path, named_by: Path | None) -> str:
+    if named_by is not None:
+        return f"{path} does not exist, but {named_by.name} names it: copy the missing file"
+    pickled = sorted(p.name for p in directory.glob("*.bin"))
+    if pickled:
+        return (
+            f"{directory} holds weights only as {_some(pickled)}, a pickle, which is not read because it can run code. "
+            "Convert it once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    return f"{directory} holds neither {SINGLE} nor {INDEX}: it is not a complete Hugging Face directory"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written: what the header says, and how to get the numbers when their turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.size * self.dtype.itemsize
+
+
+def write_tensors(directory: Path, tensors: Sequence[Tensor], max_shard_bytes: int) -> None:
+    """Writes one file, or numbered files of at most ``max_shard_bytes`` with an index; a larger tensor gets its own.
+
+    Raises:
+      ValueError: ``max_shard_bytes`` is not positive.
+    """
+    if max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        _write_file(directory / SINGLE, shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(directory / file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    total = {"total_parameters": sum(t.size for t in tensors), "total_size": sum(t.nbytes for t in tensors)}
+    write_json(directory / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            array = np.ascontiguousarray(tensor.read())
+            assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.name
+            file.write(array.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes indented JSON."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Gives an empty directory beside ``target`` that takes its place in one rename when the block succeeds.
+
+    Raises:
+      ValueError: ``target`` is a file, or holds something and ``overwrite`` is false, or is no directory of a model.
+    """
+    target = target.absolute()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: give a directory")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{target} is not empty: give another directory, or ask to overwrite it")
+        if not (target / "config.json").is_file():
+            raise ValueError(f"{target} holds something that is no model (no config.json), so it is not overwritten")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if target.is_dir():
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.is_dir():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,68 @@
+"""How one weight of ours lies in a Hugging Face tensor: the arithmetic, and its inverse.
+
+A torch linear layer stores [out, in]; here the inputs come first, and either side may be split into several axes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A pair of functions that undo each other, and the foreign shape that a shape of ours becomes."""
+
+    from_hf: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # (their array, our shape) -> our array
+    to_hf: Callable[[np.ndarray], np.ndarray]
+    hf_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+SAME = Layout(
+    from_hf=lambda theirs, shape: theirs,
+    to_hf=lambda ours: ours,
+    hf_shape=lambda shape: shape,
+)
+# [in, *out] <-> [out, in]
+SPLIT_OUTPUT = Layout(
+    from_hf=lambda theirs, shape: theirs.T.reshape(shape),
+    to_hf=lambda ours: ours.reshape(ours.shape[0], -1).T,
+    hf_shape=lambda shape: (_size(shape[1:]), shape[0]),
+)
+# [*in, out] <-> [out, in]
+SPLIT_INPUT = Layout(
+    from_hf=lambda theirs, shape: theirs.T.reshape(shape),
+    to_hf=lambda ours: ours.reshape(-1, ours.shape[-1]).T,
+    hf_shape=lambda shape: (shape[-1], _size(shape[:-1])),
+)
+
+
+def interleaved_to_half(ours: np.ndarray) -> np.ndarray:
+    """Reorders the last axis so that rotary pairs (2i, 2i + 1) become (i, i + H/2).
+
+    Applied to queries and keys alike it leaves every score as it was, and the "half" pairing turns the right pairs.
+    """
+    return np.concatenate([ours[..., 0::2], ours[..., 1::2]], axis=-1)
+
+
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Rounds to ``dtype``; no copy where it already has it.
+
+    Raises:
+      ValueError: a finite number became infinite.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        rounded = array.astype(dtype)
+    if dtype.itemsize < array.dtype.itemsize or dtype == np.float16:
+        lost = np.isinf(rounded) & np.isfinite(array)
+        if lost.any():
+            raise ValueError(
+                f"{name} holds {float(array[lost][0]):g}, which {dtype.name} cannot represent: use float32 or bfloat16"
+            )
+    return rounded

@@ -1,0 +1,203 @@
+"""``config.json`` of a Hugging Face directory from and to ByteConfig.
+
+A field that is neither implemented nor known to be without effect is an error: ignoring it could change every logit.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stellarbyte_jax.config import ByteConfig, ConfigError
+from stellarbyte_jax.hf.families import FAMILIES, Family
+from stellarbyte_jax.hf.files import read_json
+
+# Their names for activations, by the function that they compute; the first one is written.
+_ACTIVATIONS = {
+    "silu": ("silu", "swish"),
+    "gelu": ("gelu", "gelu_python"),
+    "gelu_pytorch_tanh": ("gelu_pytorch_tanh", "gelu_new"),
+}
+_ROPE_TABLES = ("rope_parameters", "rope_scaling")  # transformers 5, and 4
+_ROPE_FIELDS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_DEFAULT_THETA = 10000.0
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# About generation, storage, bookkeeping or other heads: none of it changes the logits.
+_WITHOUT_EFFECT = {
+    *_SPECIAL_IDS,
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_from_model_config",
+    "_model_name_or_path",
+    "_name_or_path",
+    "architectures",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "is_encoder_decoder",
+    "is_llama_config",
+    "label2id",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "use_cache",
+}
+
+
+def read_config(directory: Path) -> tuple[Family, ByteConfig]:
+    """The family of a directory, and its settings.
+
+    Raises:
+      ValueError: a field of ``config.json`` asks for something that ByteConfig cannot express.
+    """
+    path = directory / "config.json"
+    return parse_config(read_json(path), str(path))
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> tuple[Family, ByteConfig]:
+    """As :func:`read_config`, of the file's content; ``where`` names it in messages."""
+    model_type = values.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{where}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    architectures = values.get("architectures")
+    if architectures and family.architecture not in architectures:
+        raise ValueError(f"{where}: architectures is {architectures}; supported is {family.architecture}")
+    for name, allowed in family.fixed.items():
+        if name in values and values[name] not in allowed:
+            raise ValueError(f"{where}: {name} is {values[name]!r}; only {allowed[0]!r} is implemented")
+    # A field that is null is switched off, whatever it means.
+    known = {*family.settings, *family.fixed, *_ROPE_TABLES, "rope_theta", "partial_rotary_factor", *_WITHOUT_EFFECT}
+    unknown = [name for name, value in values.items() if name not in known and value is not None]
+    if unknown:
+        guess = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {guess[0]}?)" if guess else ""
+        raise ValueError(
+            f"{where}: {', '.join(unknown)}{hint}: not implemented for {model_type}, nor known to be without effect. "
+            "If the model computes the same without it, remove it from config.json"
+        )
+    settings = {name: values.get(name, default) for name, default in family.settings.items()}
+    settings["attention_dropout"] = settings["attention_dropout"] or 0.0
+    settings["hidden_act"] = _activation(settings["hidden_act"], where)
+    settings["rope_theta"] = _rope_theta(values, where)
+    try:
+        return family, ByteConfig(**settings)
+    except ConfigError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _activation(name: Any, where: str) -> str:
+    for ours, theirs in _ACTIVATIONS.items():
+        if name in theirs:
+            return ours
+    supported = [name for theirs in _ACTIVATIONS.values() for name in theirs]
+    raise ValueError(f"{where}: hidden_act is {name!r}; supported are {', '.join(supported)}")
+
+
+def _rope_theta(values: Mapping[str, Any], where: str) -> float:
+    found = {"rope_theta": values.get("rope_theta")}
+    partial = {"partial_rotary_factor": values.get("partial_rotary_factor")}
+    for table in _ROPE_TABLES:
+        fields = values.get(table)
+        if fields is None:
+            continue
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"{where}: {table} must be an object, got {fields!r}")
+        kind = fields.get("rope_type", fields.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{where}: {table}.rope_type is {kind!r}; only 'default' is implemented")
+        unknown = [name for name in fields if name not in _ROPE_FIELDS]
+        if unknown:
+            raise ValueError(f"{where}: {table} holds {', '.join(unknown)}, which are not implemented")
+        found[f"{table}.rope_theta"] = fields.get("rope_theta")
+        partial[f"{table}.partial_rotary_factor"] = fields.get("partial_rotary_factor")
+    for name, factor in partial.items():
+        if factor not in (None, 1):
+            raise ValueError(f"{where}: {name} is {factor!r}; only whole heads are turned here, a factor of 1")
+    given = {name: theta for name, theta in found.items() if theta is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{where}: contradicting values {given}: keep one of them")
+    return next(iter(given.values()), _DEFAULT_THETA)
+
+
+def config_json(family: Family, config: ByteConfig, dtype: str, special_ids: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of ``config.json``, under the names of transformers 4 and 5 where they differ."""
+    derived = {
+        "intermediate_size": config.mlp_size,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": _ACTIVATIONS[config.hidden_act][0],
+        "sliding_window": config.windows[0],
+    }
+    settings = {name: derived.get(name, getattr(config, name)) for name in family.settings}
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **settings,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "use_cache": True,
+        # Without them a reader would take the family's defaults, 1 and 2.
+        **{name: special_ids.get(name) for name in _SPECIAL_IDS},
+    }
+
+
+def generation_json(special_ids: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of ``generation_config.json``: where generation starts and stops."""
+    return {name: special_ids.get(name) for name in _SPECIAL_IDS}
+
+
+def special_ids(tokenizer: Path, vocab_size: int) -> dict[str, Any]:
+    """Ids of the special tokens of a tokenizer directory, by their names in ``config.json``.
+
+    What its ``generation_config.json`` says goes first: there may be several ends of a text.
+
+    Raises:
+      ValueError: there is no ``tokenizer.json``, it is larger than the model's vocabulary, or it lacks a special token.
+    """
+    from tokenizers import Tokenizer
+
+    path = tokenizer / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist: save the tokenizer once with transformers, "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    try:
+        vocabulary = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more exact
+        raise ValueError(f"{path} is not a readable tokenizer: {error}") from error
+    if vocabulary.get_vocab_size() > vocab_size:
+        raise ValueError(
+            f"{path} has {vocabulary.get_vocab_size()} tokens, the model's vocab_size is {vocab_size}: "
+            "this tokenizer belongs to another model"
+        )
+    names: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (tokenizer / file).is_file():
+            names |= {k: v for k, v in read_json(tokenizer / file).items() if v is not None}
+    ids = {}
+    for field in _SPECIAL_IDS:
+        name = field.removesuffix("_id")
+        token = names.get(name)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if token is None:
+            continue
+        ids[field] = vocabulary.token_to_id(token)
+        if ids[field] is None:
+            raise ValueError(f"{tokenizer}: {name} is {token!r}, which tokenizer.json does not hold")
+    generation = tokenizer / "generation_config.json"
+    if generation.is_file():
+        stated = read_json(generation)
+        ids |= {name: stated[name] for name in _SPECIAL_IDS if stated.get(name) is not None}
+    return ids

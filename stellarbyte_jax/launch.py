@@ -1,0 +1,79 @@
+"""Starting up: the compile cache, a line about the environment, and signals."""
+
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import jax
+
+
+class CompileCache:
+    """XLA's persistent cache of compiled programs, switched on for every program however small.
+
+    ``JAX_COMPILATION_CACHE_DIR`` chooses the directory; ``~/.cache/stellarbyte_jax/xla`` otherwise.
+    """
+
+    def __init__(self) -> None:
+        """Switches the cache on and starts counting."""
+        self.hits = 0
+        self.misses = 0
+        if not jax.config.values.get("jax_compilation_cache_dir"):
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stellarbyte_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.monitoring.register_event_listener(self._count)
+
+    def _count(self, event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            self.hits += 1
+        elif event == "/jax/compilation_cache/cache_misses":
+            self.misses += 1
+
+
+def environment() -> str:
+    """One line on what the run stands on."""
+    devices = jax.devices()
+    more = f" (the first of {len(devices)}; a run uses one)" if len(devices) > 1 else ""
+    return (
+        f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, "
+        f"device {devices[0].device_kind}{more}"
+    )
+
+
+class Interrupt:
+    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second one leaves at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """``say`` prints the one line that tells what will happen."""
+        self._say = say
+        self._previous: dict[int, object] = {}
+        self.signal: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What launchers expect of a process ended by this signal: 130 for SIGINT, 143 for SIGTERM."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.signal is not None:
+            sys.stdout.flush()
+            os._exit(128 + number)
+        self.signal = number
+        name = signal.Signals(number).name
+        self._say(f"{name}: saving a checkpoint after this step, then leaving; a second signal leaves at once")
+
+    def __enter__(self) -> Self:
+        """Installs the handlers."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Puts the earlier handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

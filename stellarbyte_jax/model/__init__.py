@@ -1,0 +1,1 @@
+"""The network in Flax Linen."""

@@ -1,0 +1,1 @@
+"""Mathematics on arrays: no parameters, no config objects, no mesh."""

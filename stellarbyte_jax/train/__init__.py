@@ -1,0 +1,1 @@
+"""From config to a trained checkpoint."""

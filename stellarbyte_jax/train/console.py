@@ -1,0 +1,140 @@
+"""What a run prints: a live bar and tables on a terminal, plain lines elsewhere and in the log file."""
+
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stellarbyte_jax.config import TrainConfig
+
+_REDRAW_SECONDS = 0.2
+
+
+class Reporter:
+    """Prints to standard output and appends to a log file, which never sees a control character."""
+
+    def __init__(self, log_path: Path) -> None:
+        """Opens the log file for appending."""
+        self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._log = log_path.open("a", encoding="utf-8")
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._drawn = 0.0
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the bar and closes the log."""
+        self.end_bar()
+        self._log.close()
+
+    def log(self, text: str) -> None:
+        """Appends time and text to the log file only."""
+        stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+        self._log.flush()
+
+    def line(self, text: str) -> None:
+        """Prints a line above the bar, and logs it."""
+        self._console.print(text)
+        self.log(text)
+
+    def config(self, config: TrainConfig) -> None:
+        """Prints every setting, a paragraph a section."""
+        values = config.to_dict()
+        top = {name: value for name, value in values.items() if not isinstance(value, dict)}
+        for title, section in [("run", top), *((n, v) for n, v in values.items() if isinstance(v, dict))]:
+            self.line(f"{title}: " + " ".join(f"{name}={_plain(value)}" for name, value in section.items()))
+
+    def start_bar(self, title: str, total: int, done: int) -> None:
+        """Shows a bar on a terminal; elsewhere does nothing."""
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[numbers]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(title, total=total, completed=done, numbers="")
+        self._progress.start()
+
+    def end_bar(self) -> None:
+        """Removes the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float], *, due: bool) -> None:
+        """Moves the bar; where the numbers are ``due``, logs them, and prints them if there is no bar."""
+        text = format_metrics(metrics)
+        if self._progress is not None and self._task is not None:
+            now = time.monotonic()
+            if due or now - self._drawn > _REDRAW_SECONDS:
+                self._progress.update(self._task, completed=step, numbers=text)
+                self._drawn = now
+        if due:
+            line = f"step {step}/{total}  {text}"
+            if self._progress is None:
+                self._console.print(line)
+            self.log(line)
+
+    def validation(self, done: int, total: int | None) -> None:
+        """Shows how far a validation is, on a terminal."""
+        if self._progress is not None and self._task is not None:
+            now = time.monotonic()
+            if now - self._drawn > _REDRAW_SECONDS:
+                self._progress.update(self._task, numbers=f"validating {done}{f'/{total}' if total else ''}")
+                self._drawn = now
+
+    def table(self, title: str, rows: Mapping[str, str]) -> None:
+        """Prints a summary: a table on a terminal, ``name: value`` lines elsewhere."""
+        self.end_bar()
+        plain = "\n".join([title, *(f"  {name}: {value}" for name, value in rows.items())])
+        if self._console.is_terminal:
+            table = Table(title=title, show_header=False, title_justify="left")
+            for name, value in rows.items():
+                table.add_row(name, value)
+            self._console.print(table)
+        else:
+            self._console.print(plain)
+        self.log(plain)
+
+
+_FORMATS = {
+    "loss": ("loss", "{:.4f}"),
+    "perplexity": ("ppl", "{:.2f}"),
+    "bits_per_byte": ("bits/byte", "{:.4f}"),
+    "accuracy": ("acc", "{:.3f}"),
+    "gradient_norm": ("grad", "{:.2f}"),
+    "learning_rate": ("lr", "{:.2e}"),
+    "tokens_per_second": ("tok/s", "{:,.0f}"),
+    "mfu": ("mfu", "{:.1%}"),
+    "skipped_lines": ("skipped lines", "{:.0f}"),
+}
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """The numbers worth a person's eye, in a fixed order."""
+    parts = []
+    for name, (label, form) in _FORMATS.items():
+        if name in metrics:
+            parts.append(f"{label} {form.format(metrics[name])}")
+    return "  ".join(parts)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return str(value)

@@ -1,0 +1,54 @@
+"""What a run does when it is over: samples of text, an exported directory, what to type next."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.data.tokenizer import load_tokenizer
+from stellarbyte_jax.generate.text import generate_text
+from stellarbyte_jax.hf.directory import save_pretrained
+from stellarbyte_jax.hf.families import export_family
+from stellarbyte_jax.model.decoder import ByteTransformer
+
+
+def check_exportable(config: TrainConfig) -> None:
+    """Raises ValueError at the start of a run whose model could not be exported at its end."""
+    if config.export_at_end:
+        export_family(config.model)
+
+
+def samples(config: TrainConfig, model: ByteTransformer, params: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Continues ``sample_prompts`` and prints the texts."""
+    if not config.sample_prompts:
+        return
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    longest = min(64, config.model.max_position_embeddings // 2)
+    texts = generate_text(
+        model, params, tokenizer, list(config.sample_prompts), max_new_tokens=longest, temperature=0.8, top_k=40
+    )
+    for prompt, text in zip(config.sample_prompts, texts, strict=True):
+        say(f"sample: {prompt}|{text}")
+
+
+def export(config: TrainConfig, model: ByteTransformer, params: dict[str, Any]) -> Path | None:
+    """Writes ``output_dir/hf`` where ``export_at_end`` asks for it."""
+    if not config.export_at_end:
+        return None
+    target = Path(config.output_dir) / "hf"
+    save_pretrained(target, model, params, tokenizer=config.data.tokenizer, overwrite=True)
+    return target
+
+
+def next_commands(config: TrainConfig, config_path: str) -> str:
+    """Three commands that make sense after the run, to copy and paste."""
+    run = config.output_dir
+    prompt = config.sample_prompts[0] if config.sample_prompts else "Once upon a time"
+    return "\n".join(
+        [
+            "next:",
+            f"  train on:  python scripts/train.py --config {config_path} --set steps={2 * config.steps}",
+            f'  generate:  python scripts/generate.py --model {run} --prompt "{prompt}"',
+            f"  convert:   python scripts/convert.py to-hf {run} {run}-hf --dtype bfloat16",
+        ]
+    )

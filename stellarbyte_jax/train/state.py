@@ -1,0 +1,44 @@
+"""What a training run carries from step to step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes. Randomness is a function of the seed and the step, so no key is kept.
+
+    Attributes:
+      step: optimizer steps done, int32.
+      params: float32 weights.
+      opt_state: state of the optax optimizer.
+      ema: exponential moving average of the weights, or None.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+    ema: dict[str, Any] | None
+
+
+def create_state(config: TrainConfig, model: ByteTransformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    params = init_params(model, jax.random.key(config.seed))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, params),
+    )
+
+
+def state_shapes(config: TrainConfig, model: ByteTransformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state as ``jax.ShapeDtypeStruct`` leaves. Computes nothing."""
+    return jax.eval_shape(lambda: create_state(config, model, optimizer))

@@ -1,0 +1,91 @@
+"""One optimizer step and one validation step, as pure functions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stellarbyte_jax.config import LossConfig, TrainConfig
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.train.loss import batch_loss, next_token_targets
+from stellarbyte_jax.train.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+
+
+def make_train_step(
+    config: TrainConfig, model: ByteTransformer, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The function from state and batch to the next state and metrics, to be jitted with the state donated.
+
+    The loss is the mean over the targets of the whole batch. With accumulation the batch is cut into equal parts
+    whose sums are added before the division, so the result is that of the large batch.
+    """
+    parts = config.gradient_accumulation_steps
+    max_segments = config.data.max_documents_per_sequence + 1  # padding counts as one more
+    m = config.model
+    has_dropout = max(m.attention_dropout, m.hidden_dropout, m.residual_dropout) > 0
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        tokens = jnp.maximum(jnp.sum(next_token_targets(batch) >= 0), 1).astype(jnp.float32)
+        step_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+
+        def gradients(part: Batch, index: jax.Array):
+            key = jax.random.fold_in(step_key, index) if has_dropout else None
+
+            def mean_loss(params: dict[str, Any]):
+                total, sums = batch_loss(model, params, part, config.loss, max_segments=max_segments, dropout_key=key)
+                return total / tokens, sums
+
+            return jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+
+        if parts == 1:
+            (loss, sums), grads = gradients(batch, jnp.zeros((), jnp.int32))
+        else:
+            cut = {name: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]) for name, x in batch.items()}
+
+            def add(total: Any, part: Any):
+                return jax.tree.map(jnp.add, total, gradients(*part)), None
+
+            shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], cut), jnp.zeros((), jnp.int32))
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            ((loss, sums), grads), _ = jax.lax.scan(add, zero, (cut, jnp.arange(parts, dtype=jnp.int32)))
+
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+            ema: Any = state.ema
+            if ema is not None and config.ema_decay is not None:
+                ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+        metrics = {
+            "loss": loss,
+            "cross_entropy": sums["cross_entropy"] / tokens,
+            "accuracy": sums["correct"] / tokens,
+            "target_tokens": sums["tokens"],
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    config: TrainConfig, model: ByteTransformer, byte_lengths_V: jax.Array
+) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
+    """The function from weights and batch to the sums that validation adds up.
+
+    ``byte_lengths_V`` is the number of UTF-8 bytes that each token stands for, int32 [V].
+    """
+    plain = LossConfig()
+    max_segments = config.data.max_documents_per_sequence + 1
+
+    def eval_step(params: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        _, sums = batch_loss(model, params, batch, plain, max_segments=max_segments)
+        targets = next_token_targets(batch)
+        sizes = jnp.where(targets >= 0, jnp.take(byte_lengths_V, jnp.maximum(targets, 0)), 0)
+        return {**sums, "bytes": jnp.sum(sizes).astype(jnp.float32)}
+
+    return eval_step

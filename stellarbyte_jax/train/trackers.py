@@ -1,0 +1,129 @@
+"""Where metrics go besides the console: a JSONL file always, and the trackers that the settings name."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from stellarbyte_jax.config import TrainConfig
+
+
+class Tracker(Protocol):
+    """Receives numbers by step."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Takes the metrics of one optimizer step."""
+
+    def close(self) -> None:
+        """Writes out what is pending."""
+
+
+class JsonlTracker:
+    """One JSON object a line. On resume, lines past the step resumed from are dropped: they will be written again."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        """Opens the file for the steps after ``start_step``."""
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= start_step:
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    continue  # a line cut short by a kill
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+        self._file.flush()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends a line."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardTracker:
+    """Event files under ``output_dir/tensorboard``."""
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        """Opens an event file that hides earlier events past ``start_step``."""
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes scalars."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run, continued on resume."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Starts or continues the run named after the output directory."""
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        name = Path(config.output_dir).name
+        self._run: Any = wandb.init(
+            project="stellarbyte", name=name, id=name, resume="allow", dir=config.output_dir, config=config.to_dict()
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Sends scalars."""
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+class SwanLabTracker:
+    """A SwanLab experiment."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Starts the experiment named after the output directory."""
+        import swanlab  # pyright: ignore[reportMissingImports]
+
+        self._swanlab = swanlab
+        name = Path(config.output_dir).name
+        swanlab.init(
+            project="stellarbyte", experiment_name=name, logdir=f"{config.output_dir}/swanlab", config=config.to_dict()
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Sends scalars."""
+        self._swanlab.log(metrics, step=step)
+
+    def close(self) -> None:
+        """Ends the experiment."""
+        self._swanlab.finish()
+
+
+def make_trackers(config: TrainConfig, start_step: int) -> list[Tracker]:
+    """The JSONL tracker and those that ``logging.trackers`` names.
+
+    Raises:
+      ModuleNotFoundError: a tracker's package is not installed; the message names the extra.
+    """
+    directory = Path(config.output_dir)
+    trackers: list[Tracker] = [JsonlTracker(directory / "metrics.jsonl", start_step)]
+    for name in config.logging.trackers:
+        try:
+            if name == "tensorboard":
+                trackers.append(TensorBoardTracker(directory / "tensorboard", start_step))
+            elif name == "wandb":
+                trackers.append(WandbTracker(config))
+            else:
+                trackers.append(SwanLabTracker(config))
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"logging.trackers names {name!r}, but {error.name} is not installed: pip install '.[trackers]'"
+            ) from error
+    return trackers

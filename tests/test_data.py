@@ -1,0 +1,372 @@
+"""The loader: the same batches whatever the number of workers, each document once an epoch, exact resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data import tokenizer_format
+from stellarbyte_jax.data.loader import make_loader, measure_loader
+from stellarbyte_jax.data.sources import DataError
+from stellarbyte_jax.data.text import GROUP_DOCUMENTS, token_byte_lengths
+from stellarbyte_jax.data.tokenizer import load_tokenizer
+
+DOCUMENTS = 3 * GROUP_DOCUMENTS + 5
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A tokenizer without merges: its tokens are bytes."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer_format.save(tokenizer_format.build([]), path, 1024)
+    return str(path)
+
+
+@pytest.fixture
+def texts():
+    rng = np.random.default_rng(0)
+    return [f"<{i}>" + "春x" * int(rng.integers(1, 12)) for i in range(DOCUMENTS)]
+
+
+@pytest.fixture
+def data(tmp_path, tokenizer, texts):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return DataConfig(
+        train=(str(path),),
+        validation=(str(path),),
+        tokenizer=tokenizer,
+        sequence_length=64,
+        epochs=2,
+        workers=0,
+        cache_dir=str(tmp_path / "cache"),
+    )
+
+
+def _replace(config, **changes):
+    return DataConfig.from_dict({**config.to_dict(), **changes})
+
+
+def _loader(config, split="train", batch_size=4, **more):
+    return make_loader(config, split=split, batch_size=batch_size, seed=more.pop("seed", 7), **more)
+
+
+def _all(config, **more):
+    with _loader(config, **more) as loader:
+        return list(loader)
+
+
+def _assert_equal(got, expected):
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in b:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def _documents(batches, config):
+    """The texts in reading order, glued from the tokens between BOS and EOS."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokens = np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in batches])
+    ends = np.flatnonzero(tokens == tokenizer.eos_id)
+    found = np.split(tokens, ends + 1)
+    assert len(found.pop()) == 0
+    assert all(d[0] == tokenizer.bos_id for d in found)
+    return [tokenizer.decode(d[1:-1].tolist()) for d in found]
+
+
+def test_each_epoch_holds_each_document_once_in_an_order_of_its_own(data, texts):
+    got = _documents(_all(data), data)
+    first, second = got[:DOCUMENTS], got[DOCUMENTS:]
+    assert sorted(first) == sorted(second) == sorted(texts)
+    assert first != second
+    assert first != texts
+    assert _documents(_all(data, seed=8), data) != got
+    assert _documents(_all(data), data) == got
+    assert _documents(_all(_replace(data, shuffle=False, epochs=1)), data) == texts
+
+
+def test_bos_and_eos_follow_the_settings(data):
+    tokenizer = load_tokenizer(data.tokenizer)
+    plain = _replace(data, add_bos=False, add_eos=False)
+    tokens = np.concatenate([b["tokens"] for b in _all(plain)])
+    assert not np.isin(tokens, [tokenizer.bos_id, tokenizer.eos_id]).any()
+
+
+def test_processes_share_the_documents(data, texts):
+    parts = [_all(data, process_index=i, process_count=2) for i in range(2)]
+    assert all(b["tokens"].shape == (2, 64) for part in parts for b in part)
+    got = [_documents(part, data) for part in parts]
+    assert sorted(got[0] + got[1]) == sorted(texts * 2)
+    assert abs(len(got[0]) - len(got[1])) <= 1
+    with pytest.raises(DataError, match="4 rows cannot be shared equally by 3"):
+        _loader(data, process_count=3)
+
+
+def test_state_belongs_to_the_batches_handed_out_and_restores_everywhere(data):
+    with _loader(_replace(data, prefetch=5)) as loader:
+        states, batches = [loader.state()], []
+        for batch in loader:
+            batches.append(batch)
+            states.append(json.loads(json.dumps(loader.state())))
+    assert len(batches) > 10
+    for begin in range(len(states)):
+        with _loader(_replace(data, prefetch=1)) as loader:
+            loader.restore(states[begin])
+            assert loader.state() == states[begin]
+            _assert_equal(list(loader), batches[begin:])
+            assert loader.state() == states[-1]
+
+
+def test_restoring_goes_back_as_well(data):
+    with _loader(data) as loader:
+        first = [next(loader) for _ in range(3)]
+        state = loader.state()
+        second = [next(loader) for _ in range(3)]
+        loader.restore(state)
+        _assert_equal([next(loader) for _ in range(3)], second)
+    _assert_equal(_all(data)[:3], first)
+
+
+def test_workers_change_neither_batches_nor_states(data):
+    expected = _all(data)
+    with _loader(data) as loader:
+        states = [loader.state() for _ in loader]
+    with _loader(_replace(data, workers=2)) as loader:
+        got = []
+        for batch, state in zip(loader, states, strict=True):
+            got.append(batch)
+            assert loader.state() == state
+    _assert_equal(got, expected)
+    with _loader(_replace(data, workers=1)) as loader:
+        loader.restore(states[4])
+        _assert_equal(list(loader), expected[5:])
+
+
+def test_restoring_other_data_is_refused(data, tmp_path):
+    with _loader(data) as loader:
+        state = loader.state()
+    with _loader(data, seed=1) as loader, pytest.raises(DataError, match="shuffle_seed was 7 and is now 1"):
+        loader.restore(state)
+    other = tmp_path / "b.jsonl"
+    other.write_text('{"text": "b"}\n')
+    with (
+        _loader(_replace(data, train=[str(other)])) as loader,
+        pytest.raises(DataError, match=f"documents was {DOCUMENTS} and is now 1"),
+    ):
+        loader.restore(state)
+    renamed = tmp_path / "c.jsonl"
+    renamed.write_bytes((tmp_path / "a.jsonl").read_bytes())
+    with _loader(_replace(data, train=[str(renamed)])) as loader, pytest.raises(DataError, match="files was"):
+        loader.restore(state)
+    with _loader(data) as loader, pytest.raises(DataError, match="format 99"):
+        loader.restore({**state, "format": 99})
+
+
+def test_epochs_none_goes_on_for_ever(data):
+    with _loader(_replace(data, epochs=None)) as loader:
+        _assert_equal([next(loader) for _ in range(3)], _all(data)[:3])
+        while loader.epoch < 3:
+            next(loader)
+        assert loader.epoch < 3.5
+
+
+def test_documents_without_text_are_left_out(data, texts):
+    with open(data.train[0], "a") as file:
+        file.write('{"text": ""}\n' * 2)
+    assert _documents(_all(_replace(data, epochs=1, shuffle=False)), data) == texts
+
+
+def test_one_document_is_enough(data, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": "alone"}')
+    assert _documents(_all(_replace(data, train=[str(path)], epochs=3)), data) == ["alone"] * 3
+
+
+def test_validation_starts_again_and_is_in_order(data, texts):
+    with _loader(_replace(data, workers=1), split="validation") as loader:
+        first = list(loader)
+        assert _documents(first, data) == texts
+        _assert_equal(list(loader), first)
+        next(iter(loader))
+        _assert_equal(list(loader), first)
+
+
+def test_transform_runs_in_the_background_thread(data):
+    threads = set()
+
+    def transform(batch):
+        threads.add(threading.current_thread())
+        return batch["tokens"].sum()
+
+    sums = _all(data, transform=transform)
+    assert sums == [b["tokens"].sum() for b in _all(data)]
+    assert threading.main_thread() not in threads
+
+
+def _add_bad_lines(data, count=3):
+    path = data.train[0]
+    with open(path, "ab") as file:
+        file.write(b'{"txt": "x"}\n' * count)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipped_lines_are_counted(data, texts, workers):
+    _add_bad_lines(data)
+    config = _replace(data, on_error="skip", epochs=1, workers=workers)
+    with _loader(config) as loader:
+        assert loader.skipped == 0
+        assert sorted(_documents(list(loader), data)) == sorted(texts)
+        assert loader.skipped == 3
+        state = loader.state()
+    with _loader(config) as loader:
+        loader.restore(state)
+        assert loader.skipped == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_line_is_one_clear_error(data, workers, capfd):
+    _add_bad_lines(data, 1)
+    message = rf"a\.jsonl:{DOCUMENTS + 1}: no field 'text'; the fields here are: txt"
+    with _loader(_replace(data, workers=workers, shuffle=False)) as loader:
+        for _ in range(2):
+            with pytest.raises(DataError, match=message) as caught:
+                list(loader)
+            assert not hasattr(caught.value, "__notes__")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_stopped_by_a_bad_line_goes_on_with_skip(data, texts):
+    _add_bad_lines(data, 1)
+    with _loader(_replace(data, shuffle=False, sequence_length=16, prefetch=1)) as loader:
+        before = [next(loader)]
+        state = loader.state()
+        with pytest.raises(DataError):
+            list(loader)
+    with _loader(_replace(data, shuffle=False, sequence_length=16, on_error="skip", epochs=1)) as loader:
+        loader.restore(state)
+        assert _documents(before + list(loader), data) == texts
+        assert loader.skipped == 1
+
+
+def test_a_wrong_field_is_found_before_training(data):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no field 'content'; the fields here are: text"):
+        _loader(_replace(data, fields=["content"]))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(data):
+    size = load_tokenizer(data.tokenizer).vocab_size
+    with pytest.raises(ValueError, match=rf"has {size} tokens, model\.vocab_size is 100: set model\.vocab_size"):
+        _loader(data, vocab_size=100)
+    _loader(data, vocab_size=size).close()
+
+
+def _children(pid):
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    found = [int(c) for p in path.parent.parent.glob("*/children") for c in p.read_text().split()]
+    return [c for c in found if "resource_tracker" not in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_close_ends_threads_and_workers(data):
+    children = _children(os.getpid())
+    loader = _loader(_replace(data, workers=2, epochs=None))
+    next(loader)
+    started = set(_children(os.getpid())) - set(children)
+    assert len(started) == 2
+    loader.close()
+    _until(lambda: not any(_alive(p) for p in started))
+    _until(lambda: not any(t.name.startswith("grain") for t in threading.enumerate()))
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(loader)
+
+
+PROGRAM = """
+import sys, time
+from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data.loader import make_loader
+if __name__ == "__main__":
+    config = DataConfig.from_dict({**__import__("json").loads(sys.argv[1]), "workers": 2, "epochs": None})
+    loader = make_loader(config, split="train", batch_size=4, seed=0)
+    next(loader)
+    try:
+        print("ready", flush=True)
+        while sys.argv[2] != "exit":
+            next(loader)
+            time.sleep(0.01)
+    except KeyboardInterrupt:
+        for _ in range(50):
+            next(loader)
+        loader.close()
+        print("stopped by the parent", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["exit", "interrupt", "kill"])
+def test_workers_end_with_the_program_and_leave_signals_to_it(data, tmp_path, how):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    process = subprocess.Popen(
+        [sys.executable, str(program), json.dumps(data.to_dict()), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    children = _children(process.pid) if how != "exit" else []
+    for child in children:
+        status = Path(f"/proc/{child}/status").read_text()
+        blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+        assert blocked & 1 << signal.SIGINT - 1
+        assert blocked & 1 << signal.SIGTERM - 1
+    if how == "interrupt":
+        os.killpg(process.pid, signal.SIGINT)
+    elif how == "kill":
+        process.kill()
+    out, errors = process.communicate(timeout=30)
+    # Python's own resource tracker reports what a killed program could not give back.
+    assert errors == "" or (how == "kill" and "resource_tracker" in errors)
+    if how == "interrupt":
+        assert out == "stopped by the parent\n"
+    assert process.returncode == (-signal.SIGKILL if how == "kill" else 0)
+    assert len(children) == (0 if how == "exit" else 2)
+    _until(lambda: not any(_alive(c) for c in children))
+
+
+def test_byte_lengths_add_up_to_the_text(data, texts):
+    lengths = token_byte_lengths(data.tokenizer)
+    assert lengths.dtype == np.int32
+    assert len(lengths) == load_tokenizer(data.tokenizer).vocab_size
+    batches = _all(_replace(data, epochs=1))
+    total = sum(int(lengths[b["tokens"]].sum()) for b in batches)
+    assert total == sum(len(t.encode()) for t in texts)
+
+
+def test_measuring_counts_real_tokens(data):
+    measured = measure_loader(_replace(data, epochs=None), batch_size=2, seconds=0.1)
+    assert measured["tokens_per_second"] > 0
+    assert 0 <= measured["padding"] < 0.2

@@ -1,0 +1,158 @@
+"""Prepared shards: the same batches as from the text, and no directory that is half done or of another tokenizer."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data import shards, tokenizer_format
+from stellarbyte_jax.data.loader import make_loader
+from stellarbyte_jax.data.shards import prepare
+from stellarbyte_jax.data.sources import DataError
+from stellarbyte_jax.data.text import TextFormat
+
+TEXTS = [f"[{i}] 春眠不覚暁 spring {'.' * (i % 9)}" for i in range(100)]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "tokenizer"
+    tokenizer_format.save(tokenizer_format.build([]), path, 1024)
+    return str(path)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "title": "T"}) + "\n" for t in TEXTS), encoding="utf-8")
+    return str(path)
+
+
+def _prepare(tmp_path, source, tokenizer, **more):
+    options = {"text": TextFormat(), "workers": 0, "cache_dir": str(tmp_path / "cache"), **more}
+    return prepare([source], tmp_path / "out", tokenizer, **options)
+
+
+def _batches(tmp_path, path, tokenizer):
+    config = DataConfig(
+        train=(str(path),), tokenizer=tokenizer, sequence_length=32, epochs=2, workers=0, cache_dir=str(tmp_path / "c")
+    )
+    with make_loader(config, split="train", batch_size=4, seed=0) as loader:
+        return list(loader)
+
+
+@pytest.mark.parametrize("shard_tokens", [500, 10**9])
+def test_shards_give_the_batches_of_the_text(tmp_path, source, tokenizer, shard_tokens):
+    prepared = _prepare(tmp_path, source, tokenizer, shard_tokens=shard_tokens)
+    assert (len(prepared.shards) > 1) == (shard_tokens == 500)
+    assert prepared.dtype == "uint16"
+    assert prepared.documents == 100
+    expected = _batches(tmp_path, source, tokenizer)
+    got = _batches(tmp_path, tmp_path / "out", tokenizer)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        for key in b:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_a_large_vocabulary_takes_wider_tokens(tmp_path, source, tokenizer):
+    file = Path(tokenizer, "tokenizer.json")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["added_tokens"].append({**settings["added_tokens"][-1], "id": 70_000, "content": "<|far|>"})
+    settings["model"]["vocab"]["<|far|>"] = 70_000
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    assert _prepare(tmp_path, source, tokenizer).dtype == "uint32"
+    assert len(_batches(tmp_path, tmp_path / "out", tokenizer)) == len(_batches(tmp_path, source, tokenizer))
+
+
+def test_workers_write_the_same_files(tmp_path, source, tokenizer):
+    _prepare(tmp_path, source, tokenizer)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    _prepare(tmp_path, source, tokenizer, workers=2, overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_an_interrupted_run_is_refused_until_it_is_done_again(tmp_path, source, tokenizer, monkeypatch):
+    def stop(read, tokens, total):
+        if read > 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(tmp_path, source, tokenizer, shard_tokens=100, progress=stop)
+    assert list((tmp_path / "out").glob("tokens-*.npy"))
+    with pytest.raises(DataError, match=r"out has no meta\.json: .* interrupted"):
+        _batches(tmp_path, tmp_path / "out", tokenizer)
+    with pytest.raises(DataError, match="is not empty; choose another directory or pass --overwrite"):
+        _prepare(tmp_path, source, tokenizer)
+    _prepare(tmp_path, source, tokenizer, overwrite=True)
+    assert len(list((tmp_path / "out").glob("tokens-*.npy"))) == 1
+    assert _batches(tmp_path, tmp_path / "out", tokenizer)
+
+
+def test_overwrite_touches_nothing_foreign(tmp_path, source, tokenizer):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(DataError, match=r"holds other files \(thesis\.tex\)"):
+        _prepare(tmp_path, source, tokenizer, overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_another_tokenizer_is_refused(tmp_path, source, tokenizer):
+    _prepare(tmp_path, source, tokenizer)
+    other = tmp_path / "other"
+    tokenizer_format.save(tokenizer_format.build([("a", "b")]), other, 1024)
+    with pytest.raises(DataError, match="was prepared with another tokenizer"):
+        _batches(tmp_path, tmp_path / "out", str(other))
+
+
+@pytest.mark.parametrize("how", ["cut meta", "missing shard", "cut shard", "other format"])
+def test_damage_is_named(tmp_path, source, tokenizer, how):
+    _prepare(tmp_path, source, tokenizer)
+    out = tmp_path / "out"
+    meta = json.loads((out / "meta.json").read_text())
+    if how == "cut meta":
+        (out / "meta.json").write_text("{")
+    elif how == "missing shard":
+        (out / "offsets-00000.npy").unlink()
+    elif how == "cut shard":
+        (out / "tokens-00000.npy").write_bytes((out / "tokens-00000.npy").read_bytes()[:-10])
+    else:
+        (out / "meta.json").write_text(json.dumps({**meta, "format": 99}))
+    with pytest.raises(DataError, match=r"prepare(_data\.py| the data) again"):
+        _batches(tmp_path, out, tokenizer)
+
+
+def test_bad_lines_are_an_error_or_counted(tmp_path, source, tokenizer):
+    with open(source, "a") as file:
+        file.write("{bad\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:101:2: not valid JSON"):
+        _prepare(tmp_path, source, tokenizer)
+    prepared = _prepare(tmp_path, source, tokenizer, on_error="skip", overwrite=True)
+    assert (prepared.documents, prepared.skipped) == (100, 1)
+
+
+def test_input_without_text_is_an_error(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="no document of --input holds any text"):
+        _prepare(tmp_path, str(path), tokenizer)
+
+
+def test_the_script_prepares_and_reports(tmp_path, source, tokenizer, capsys):
+    path = Path(shards.__file__).parents[2] / "scripts" / "prepare_data.py"
+    spec = importlib.util.spec_from_file_location("prepare_data", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    arguments = ["--input", source, "--output", str(tmp_path / "out"), "--tokenizer", tokenizer, "--workers", "0"]
+    arguments += ["--cache-dir", str(tmp_path / "cache"), "--template", "{title}: {text}"]
+    assert script.main(arguments) == 0
+    assert "100 documents," in capsys.readouterr().out
+    assert script.main(arguments) == 2
+    assert "is not empty" in capsys.readouterr().err
+    first = np.load(tmp_path / "out" / "tokens-00000.npy")
+    assert len(first) == sum(len(f"T: {t}".encode()) for t in TEXTS)

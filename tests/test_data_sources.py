@@ -1,0 +1,179 @@
+"""Reading: every format gives the same records, and what is wrong is named with its place."""
+
+import gzip
+import json
+import os
+
+import numpy as np
+import pytest
+
+from stellarbyte_jax.data import sources
+from stellarbyte_jax.data.sources import DataError, open_corpus
+from stellarbyte_jax.data.text import TextFormat, read_text
+
+RECORDS = [{"text": f"document {i} 静夜思\nsecond line", "title": f"t{i}"} for i in range(50)]
+
+
+def _lines(records):
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+
+
+def _open(tmp_path, *patterns, columns=("text",)):
+    return open_corpus(
+        [str(p) for p in patterns], setting="data.train", columns=columns, fingerprint="f", cache_dir=tmp_path / "cache"
+    )
+
+
+def _texts(corpus, text=None):
+    text = text or TextFormat()
+    return [read_text(*corpus.locate(i), text) for i in range(len(corpus))]
+
+
+def _write(path, records):
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(_lines(records[:20])) + gzip.compress(_lines(records[20:])))
+    elif path.name.endswith(".zst"):
+        zstandard = pytest.importorskip("zstandard", reason="needs zstandard")
+        frame = zstandard.ZstdCompressor().compress
+        path.write_bytes(frame(_lines(records[:20])) + frame(_lines(records[20:])))
+    elif path.suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow", reason="needs pyarrow")
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=7)
+    else:
+        path.write_bytes(_lines(records))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_every_format_gives_the_same_text(tmp_path, name):
+    _write(tmp_path / name, RECORDS)
+    text = TextFormat(("title", "text"))
+    corpus = _open(tmp_path, tmp_path / name, columns=text.columns)
+    assert _texts(corpus, text) == [f"{r['title']}\n{r['text']}" for r in RECORDS]
+
+
+def test_conversion_and_index_are_made_once_and_anew_when_the_file_changes(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    _write(path, RECORDS)
+    _open(tmp_path, path)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    assert len(before) == 2
+    _open(tmp_path, path)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == before
+    path.write_bytes(gzip.compress(_lines(RECORDS[:3])))
+    os.utime(path, ns=(1, 1))
+    assert len(_open(tmp_path, path)) == 3
+
+
+def test_globs_and_many_files_join_in_order(tmp_path):
+    for number in (2, 0, 1):
+        _write(tmp_path / f"part-{number}.jsonl", RECORDS[number * 10 : number * 10 + 10])
+    corpus = _open(tmp_path, tmp_path / "part-*.jsonl")
+    assert _texts(corpus) == [r["text"] for r in RECORDS[:30]]
+
+
+@pytest.mark.parametrize("block", [1 << 26, 5])
+def test_line_starts_leave_blank_lines_out(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(sources, "_SCAN_BYTES", block)
+    content = b'\n \t \n{"text": "a"}\r\n\n  {"text": "b"}\n\r\n{"text": "c"}'
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    starts = sources.line_starts(path)
+    assert [content[s:].split(b"\n")[0].strip()[:9] for s in starts] == [b'{"text": '] * 3
+    assert _texts(_open(tmp_path, path)) == ["a", "b", "c"]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + _lines(RECORDS[:2]))
+    assert _texts(_open(tmp_path, path)) == [r["text"] for r in RECORDS[:2]]
+
+
+def test_template_fills_in_fields():
+    text = TextFormat(template="Question: {q}\nAnswer: {a} {{{q}}}")
+    assert text.columns == ("q", "a")
+    assert text.render({"q": "1+1?", "a": "2", "more": 3}) == "Question: 1+1?\nAnswer: 2 {1+1?}"
+    assert TextFormat(("b", "a")).render({"a": "x", "b": "y"}) == "y\nx"
+
+
+@pytest.mark.parametrize("template", ["no field", "{0}", "{a.b}", "{", "{}"])
+def test_a_template_that_names_no_field_is_refused(template):
+    with pytest.raises(DataError, match=r"data\.template"):
+        _ = TextFormat(template=template).columns
+
+
+BAD_LINES = {
+    "JSON": (b'{"text": "a" "b"}', r"a\.jsonl:3:14: not valid JSON"),
+    "cut": (b'{"text": "a', r"a\.jsonl:3:10: not valid JSON"),
+    "not an object": (b'["text"]', r"a\.jsonl:3: a line must hold a JSON object .* not a list"),
+    "missing": (b'{"content": "a", "id": "b"}', r"a\.jsonl:3: no field 'text'; the fields here are: content, id"),
+    "number": (b'{"text": 5}', r"a\.jsonl:3: field 'text' must be a string, it is int"),
+    "null": (b'{"text": null}', r"a\.jsonl:3: field 'text' must be a string, it is NoneType"),
+    "bytes": (b'{"text": "\xff"}', r"a\.jsonl:3:11: not valid UTF-8"),
+    "surrogate": (b'{"text": "ab\\ud800"}', r"a\.jsonl:3: half of a surrogate pair at character 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_is_named_with_its_place(tmp_path, case):
+    line, message = BAD_LINES[case]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
+    corpus = _open(tmp_path, path)
+    with pytest.raises(DataError, match=message + ".*on_error=skip"):
+        _texts(corpus)
+
+
+BAD_FILES = {
+    "missing": ("none.jsonl", None, r"none\.jsonl does not exist"),
+    "glob": ("none*.jsonl", None, r"no file matches '.*none\*\.jsonl'"),
+    "empty": ("a.jsonl", b"", r"a\.jsonl is empty"),
+    "blank": ("a.jsonl", b"\n\n  \n", r"a\.jsonl holds no documents, only blank lines"),
+    "kind": ("a.txt", b"hello", r"a\.txt: unknown kind of data file; use \.jsonl"),
+    "gzip": ("a.jsonl.gz", b"hello", r"a\.jsonl\.gz: damaged or not gzip"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(b"hello" * 1000)[:-12], r"a\.jsonl\.gz: damaged or not gzip"),
+    "empty gzip": ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz holds no documents"),
+    "zstd": ("a.jsonl.zst", b"hello", r"a\.jsonl\.zst: damaged or not zstd"),
+    "parquet": ("a.parquet", b"hello", r"a\.parquet: cannot be read as Parquet"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_named(tmp_path, case):
+    name, content, message = BAD_FILES[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        _open(tmp_path, tmp_path / name)
+    leftovers = [p for p in (tmp_path / "cache").glob("**/*") if p.name.startswith(".partial")]
+    assert leftovers == []
+
+
+def test_a_cut_zstd_stream_is_refused(tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="needs zstandard")
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(np.random.default_rng(0).bytes(100_000))[:-100])
+    with pytest.raises(DataError, match="the zstd stream is cut off"):
+        _open(tmp_path, path)
+
+
+def test_parquet_columns_are_checked(tmp_path):
+    path = tmp_path / "a.parquet"
+    _write(path, [{"content": "a", "id": 1}])
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'text'; it has content, id"):
+        _open(tmp_path, path)
+    with pytest.raises(DataError, match=r"a\.parquet: column 'id' must hold strings, it holds int64"):
+        _open(tmp_path, path, columns=("id",))
+
+
+def test_nothing_named_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"data\.train is empty"):
+        _open(tmp_path)
+
+
+def test_an_unwritable_cache_is_named(tmp_path):
+    _write(tmp_path / "a.jsonl", RECORDS)
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(DataError, match=r"cannot write to the cache directory .*set data\.cache_dir"):
+        _open(tmp_path, tmp_path / "a.jsonl")

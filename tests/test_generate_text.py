@@ -1,0 +1,264 @@
+"""Text in, text out: characters over token borders, stop texts, chat, and the script."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from stellarbyte_jax import ByteConfig, ByteTransformer, generate, save_pretrained
+from stellarbyte_jax.data import tokenizer_format
+from stellarbyte_jax.data.tokenizer import load_tokenizer
+from stellarbyte_jax.generate.chat import Conversation
+from stellarbyte_jax.generate.text import TextStream, adds_bos, continue_text, encode_prompt, generate_text, stop_ids
+from stellarbyte_jax.model.decoder import init_params
+from stellarbyte_jax.train.checkpoint import save_initial
+
+ROOT = Path(__file__).parents[1]
+TEXT = "A river 春风又绿江南岸, 𠮷 🙂🙂 end\n"
+
+
+@pytest.fixture(scope="session")
+def words():
+    """The committed tokenizer."""
+    return load_tokenizer(ROOT / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A tokenizer without merges: its tokens are bytes."""
+    path = tmp_path_factory.mktemp("letters")
+    tokenizer_format.save(tokenizer_format.build([]), path, 1024)
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def tiny(letters):
+    model = ByteTransformer(
+        ByteConfig(
+            vocab_size=letters.vocab_size + 5,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            compute_dtype="float32",
+            initializer_range=0.3,
+        )
+    )
+    return model, init_params(model, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["words", "letters"])
+def test_characters_appear_when_they_are_complete(name, request):
+    tokenizer = request.getfixturevalue(name)
+    stream = TextStream(tokenizer)
+    parts = [stream.push([i]) for i in tokenizer.encode(TEXT)]
+    assert "".join(parts) == TEXT and stream.finish() == ""
+    assert "" in parts, "some character must be spread over tokens, or the test shows nothing"
+    assert not any("\ufffd" in part for part in parts)
+
+
+def test_bytes_that_are_no_text_are_shown_as_the_tokenizer_shows_them(letters):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ids = rng.integers(0, letters.vocab_size, size=30).tolist()
+        stream = TextStream(letters)
+        assert "".join(stream.push([i]) for i in ids) + stream.finish() == letters.decode(ids)
+
+
+def test_an_incomplete_end_is_given_out_at_the_end(letters):
+    stream = TextStream(letters)
+    ids = letters.encode("ab春")
+    assert stream.push(ids[:-1]) == "ab"
+    assert stream.finish() == "\ufffd"
+
+
+def test_ids_beyond_the_tokenizer_are_visible(letters):
+    stream = TextStream(letters, context=[letters.vocab_size + 1])
+    a, b = letters.encode("ab")
+    assert stream.push([a, letters.vocab_size, b]) == "a\ufffdb"
+
+
+def test_the_space_after_the_prompt_is_kept(tmp_path):
+    library = Library(models.WordLevel({"▁a": 0, "▁b": 1, "<s>": 2}, unk_token="<s>"))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert TextStream(tokenizer, context=[0]).push([1, 0]) == " b a"
+    assert TextStream(tokenizer).push([1, 0]) == "b a"
+    assert adds_bos(tokenizer)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": false}')
+    assert not adds_bos(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "expected"),
+    [
+        (["END"], ["abEN", "Dcd", "x"], ["ab", "", "", ""]),
+        (["END"], ["abEN", "Tcd", "E"], ["ab", "ENTcd", "", "E"]),
+        (["cd", "bc"], ["abcd"], ["a", ""]),
+        (["aab"], ["aa", "aab"], ["", "aa", ""]),
+        ([], ["END"], ["END", ""]),
+    ],
+)
+def test_stop_texts_are_cut_and_their_beginnings_held_back(letters, stops, pieces, expected):
+    stream = TextStream(letters, stop_texts=stops)
+    parts = [*(stream.push(letters.encode(piece)) for piece in pieces), stream.finish()]
+    assert parts == expected
+    assert stream.stopped == any(stop in "".join(pieces) for stop in stops)
+
+
+@pytest.mark.parametrize("stops", ["END", [""]])
+def test_bad_stop_texts_are_refused(letters, stops):
+    with pytest.raises(ValueError, match="stop_texts must be a list of texts that are not empty"):
+        TextStream(letters, stop_texts=stops)
+
+
+def test_text_is_that_of_the_new_tokens(tiny, letters):
+    prompts = ["Hi", "春"]
+    rows = [encode_prompt(letters, p, add_bos=True) for p in prompts]
+    assert rows[0][0] == letters.bos_id and encode_prompt(letters, "Hi", add_bos=False) == rows[0][1:]
+    settings = dict(temperature=1.0, seed=4)
+    new = generate(*tiny, rows, max_new_tokens=20, stop_tokens=letters.eos_id, **settings).sequences
+    expected = []
+    for row in new:
+        stream = TextStream(letters)
+        expected.append(stream.push(row) + stream.finish())
+    assert generate_text(*tiny, letters, prompts, max_new_tokens=20, **settings) == expected
+
+    heard = ["", ""]
+
+    def hear(row, text):
+        heard[row] += text
+
+    continued = continue_text(*tiny, letters, rows, max_new_tokens=20, on_text=hear, **settings)
+    assert continued.texts == heard == expected
+
+    stop = expected[0][4:6]
+    stopped = continue_text(
+        *tiny, letters, rows[:1] * 2, max_new_tokens=20, stop_texts=[stop], **settings | {"seed": [4, 4]}
+    )
+    assert stopped.texts[0] == stopped.texts[1]
+    assert stop not in stopped.texts[0]
+
+
+def test_ids_that_end_a_text(tmp_path, letters):
+    assert stop_ids(tmp_path, letters) == [letters.eos_id]
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [9, letters.eos_id]}))
+    assert stop_ids(tmp_path, letters) == [letters.eos_id, 9]
+    file.write_text(json.dumps({"eos_token_id": 8}))
+    assert stop_ids(tmp_path, letters) == [letters.eos_id, 8]
+    for text in ("{", "[]", '{"eos_token_id": "x"}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"generation_config.json"):
+            stop_ids(tmp_path, letters)
+
+
+def test_a_conversation_is_the_template_of_transformers(words):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoTokenizer.from_pretrained(words.path)
+    conversation = Conversation(words, system="Be brief.")
+    conversation.ask("你好\n")
+    conversation.answer(" Hello. ")
+    ids = conversation.ask("And?")
+    assert ids == peer.apply_chat_template(conversation.messages, add_generation_prompt=True)["input_ids"]
+    assert ids[0] == words.bos_id and ids.count(words.eos_id) == 4
+
+
+def test_conversations_that_cannot_be(words):
+    with pytest.raises(ValueError, match="has no chat_template"):
+        Conversation(dataclasses.replace(words, chat_template=None))
+    with pytest.raises(ValueError, match="is not valid"):
+        Conversation(dataclasses.replace(words, chat_template="{% for %}"))
+    refusing = Conversation(dataclasses.replace(words, chat_template="{{ raise_exception('no roles here') }}"))
+    with pytest.raises(ValueError, match="refuses the messages: no roles here"):
+        refusing.ask("x")
+
+
+@pytest.fixture(scope="session")
+def script():
+    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory, tiny, letters):
+    """The same weights as a Hugging Face directory and as a run."""
+    base = tmp_path_factory.mktemp("models")
+    save_pretrained(base / "hf", *tiny, tokenizer=letters.path)
+    save_initial(base / "run", tiny[0].config, tiny[1])
+    shutil.copytree(letters.path, base / "run" / "tokenizer")
+    return base
+
+
+COMMON = ["--max-new-tokens", "12", "--compute-dtype", "float32"]
+
+
+@pytest.mark.parametrize("kind", ["hf", "run"])
+def test_the_script_streams_one_prompt(kind, script, directories, tiny, letters, capsys):
+    assert script(["--model", str(directories / kind), "--prompt", "Hi", "--bos", *COMMON]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "Hi" + generate_text(*tiny, letters, ["Hi"], max_new_tokens=12)[0] + "\n"
+    assert "prompts: 3 tokens" in shown.err and "tokens/s" in shown.err and "compiled before that in" in shown.err
+
+
+def test_the_script_takes_bos_from_the_training(script, directories, tiny, letters, capsys):
+    outputs = {}
+    for kind in ("hf", "run"):
+        assert script(["--model", str(directories / kind), "--prompt", "Hi", *COMMON]) == 0
+        outputs[kind] = capsys.readouterr().out
+    for kind, bos in (("run", True), ("hf", adds_bos(letters))):
+        assert outputs[kind] == "Hi" + generate_text(*tiny, letters, ["Hi"], max_new_tokens=12, add_bos=bos)[0] + "\n"
+
+
+def test_the_script_takes_several_prompts_and_files(script, directories, tmp_path, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_text("春天\n", encoding="utf-8")
+    sampled = ["--temperature", "1", "--top-k", "9", "--top-p", "0.9", "--repetition-penalty", "1.1", "--seed", "3"]
+    command = ["--model", str(directories / "run"), "--prompt", "Hi", "--prompt-file", str(file), *COMMON, *sampled]
+    assert script(command) == 0
+    first, second = capsys.readouterr().out.split("\n---\n")
+    assert first.startswith("Hi") and second.startswith("春天")
+
+
+def test_the_script_holds_a_conversation(script, directories, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\n"))
+    assert script(["--model", str(directories / "run"), "--chat", *COMMON]) == 0
+    assert capsys.readouterr().out.count("> ") >= 2
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["--model", "nowhere", "--prompt", "x"], "neither a Hugging Face directory .* nor a run directory"),
+        (["--model", "{run}"], "no prompt: give --prompt, --prompt-file or --chat"),
+        (["--model", "{run}", "--prompt", "x" * 70], "the prompt of 71 tokens is longer than the cache"),
+        (["--model", "{run}", "--prompt", "x", "--top-p", "0.5", *COMMON], "has no effect at temperature 0"),
+        (["--model", "{run}", "--prompt-file", "missing.txt"], "missing.txt"),
+        (["--model", "{run}", "--prompt", "x", "--step", "7"], "no checkpoint of step 7"),
+        (["--model", "{hf}", "--prompt", "x", "--step", "7"], "--step belongs to a run directory"),
+        (["--model", "{run}", "--prompt", "x", "--system", "y"], "--system belongs to --chat"),
+    ],
+)
+def test_the_script_has_one_line_for_each_mistake(command, message, script, directories, capsys):
+    command = [word.format(run=directories / "run", hf=directories / "hf") for word in command]
+    assert script(command) == 2
+    shown = capsys.readouterr()
+    assert len(shown.err.strip().splitlines()) == 1
+    assert re.search(message, shown.err) and shown.err.startswith("generate: ")

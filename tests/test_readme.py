@@ -1,0 +1,108 @@
+"""The README's commands, run as they stand there, with settings that make them short."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+TINY = (
+    "--set steps={steps} global_batch_size=2 schedule.warmup_steps=1 data.sequence_length=32 evaluation.batches=1 "
+    "data.workers=0 model.hidden_size=32 model.num_attention_heads=4 model.num_hidden_layers=2 "
+    "model.intermediate_size=64"
+)
+
+# How each command begins, and what is done to it: text to append, or (old, new) to replace. A command that no entry
+# matches fails the test, and so does an entry that matches none.
+SHORT: dict[str, str | tuple[str, str]] = {
+    "make quickstart": f'ARGS="{TINY.format(steps=3)}"',
+    "make test": "--dry-run",
+    ". .venv/bin/activate": "",
+    "python scripts/train.py --config configs/pretrain.py": TINY.format(steps=2),
+    "python scripts/train.py --config configs/quickstart.py": TINY.format(steps=5),
+    "python scripts/generate.py": "--max-new-tokens 4",
+    "python scripts/convert.py to-hf": "",
+    "python scripts/convert.py from-hf": "",
+    "python scripts/prepare_data.py": "",
+    "python scripts/train_tokenizer.py": ("--stage 8000:", "--stage 400:"),
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+def shortened(command: str) -> str:
+    change = next(change for start, change in SHORT.items() if command.startswith(start))
+    if isinstance(change, str):
+        return f"{command} {change}".strip()
+    assert change[0] in command
+    return command.replace(*change)
+
+
+def test_every_command_has_its_short_form():
+    for command in commands():
+        assert any(command.startswith(start) for start in SHORT), command
+    for start in SHORT:
+        assert any(command.startswith(start) for command in commands()), start
+
+
+def checkout(path: Path) -> None:
+    """A copy of the repository by links, with an environment that counts as installed, and a corpus of one's own."""
+    for name in ("Makefile", "pyproject.toml", "configs", "data", "scripts", "stellarbyte_jax", "tokenizer"):
+        (path / name).symlink_to(ROOT / name)
+    binaries = path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (binaries / "python").chmod(0o755)
+    (binaries / "activate").write_text(f"PATH={shlex.quote(str(binaries))}:$PATH\n")
+    for stamp in (".installed-cpu", ".installed-cpu-test"):
+        (path / ".venv" / stamp).touch()
+    corpus = path / "my_corpus"
+    corpus.mkdir()
+    lines = (ROOT / "data" / "tiny_bilingual_valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (corpus / "train.jsonl").write_text("".join(lines[3:]), encoding="utf-8")
+    (corpus / "valid.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_order(tmp_path):
+    checkout(tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "MAKEFLAGS", "MAKELEVEL", "VENV")}
+    environment |= {
+        "CUDA": "cpu",
+        "HOME": str(tmp_path),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
+        "PYTHONPATH": str(ROOT),
+    }
+
+    def run(command: str) -> str:
+        line = f". .venv/bin/activate && {command}"
+        done = subprocess.run(
+            ["/bin/sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    for command in commands():
+        printed = run(shortened(command))
+        if command == "make quickstart":
+            assert "complete" in run(shortened(command))
+        elif command == "make test":
+            assert "-m pytest" in printed
+    for made in ("runs/quickstart/hf/config.json", "exported/config.json", "my_tokenizer/tokenizer.json"):
+        assert (tmp_path / made).is_file(), made
+    for made in ("runs/quickstart/checkpoints", "runs/imported/checkpoints", "runs/pretrain/checkpoints", "prepared"):
+        assert any((tmp_path / made).iterdir()), made
+    (block,) = blocks("python")
+    (tmp_path / "example.py").write_text(block, encoding="utf-8")
+    assert run("python example.py").strip()
