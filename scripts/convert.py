@@ -113,8 +113,10 @@ def main() -> int:
 
     import jax
 
+    from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.train.checkpoint import CheckpointError
 
+    quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
     try:
         agreement = {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments)

@@ -95,8 +95,10 @@ def _load(
         tokenizer = load_tokenizer(path)
         return model, params, tokenizer, adds_bos(tokenizer), stop_ids(path, tokenizer)
     if (path / "checkpoints").is_dir():
+        from stellarbyte_jax.launch import quiet_libraries
         from stellarbyte_jax.train.checkpoint import load_for_export
 
+        quiet_libraries()
         config, params = load_for_export(path, step)
         own = path / "tokenizer"
         tokenizer = load_tokenizer(own if own.is_dir() else config.data.tokenizer)

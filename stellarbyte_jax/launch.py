@@ -1,5 +1,6 @@
 """Starting up: the compile cache, a line about the environment, and signals."""
 
+import logging
 import os
 import platform
 import signal
@@ -32,6 +33,15 @@ class CompileCache:
             self.hits += 1
         elif event == "/jax/compilation_cache/cache_misses":
             self.misses += 1
+
+
+def quiet_libraries() -> None:
+    """Keeps orbax's and grain's notes to themselves off the console.
+
+    What goes wrong in them reaches the program as an exception; they would print it, with its traceback, once more
+    for each array of a checkpoint.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def environment() -> str:

@@ -97,8 +97,8 @@ def test_linear_cross_entropy_equals_optax(label_smoothing, z_loss, chunk_size):
         np.testing.assert_allclose(a, b, atol=2e-5)
     logits = np.asarray(x @ kernel)
     real = np.asarray(targets) >= 0
-    assert sums["tokens"] == real.sum()
-    assert sums["correct"] == (logits.argmax(-1) == np.asarray(targets))[real].sum()
+    assert float(sums["tokens"]) == real.sum()
+    assert float(sums["correct"]) == (logits.argmax(-1) == np.asarray(targets))[real].sum()
     shifted = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     plain = -np.asarray(shifted)[real, np.asarray(targets)[real]].sum()
     np.testing.assert_allclose(sums["cross_entropy"], plain, rtol=1e-5)

@@ -74,6 +74,12 @@ def test_order_matters_in_the_case_above(logits, history):
     assert (np.isfinite(swapped) != np.isfinite(sampler.process(jnp.asarray(logits), seen(history)))).any()
 
 
+def test_ties_with_the_last_kept_token_stay_and_negative_zero_is_zero():
+    tied = jnp.asarray([[1.0, 0.0, -0.0, 0.0, -1.0], [-3.0, -3.0, -jnp.inf, -4.0, -3.0]], jnp.float32)
+    kept = np.isfinite(sampling.keep_top_k(tied, 2))
+    np.testing.assert_array_equal(kept, [[True, True, True, True, False], [True, True, False, False, True]])
+
+
 def test_temperature_zero_is_argmax(logits):
     keys_B = sampling.row_keys(0, B)
     tokens_B = sampling.sample(jnp.asarray(logits), keys_B, Sampler.of(SamplingConfig()))
@@ -105,7 +111,7 @@ def test_a_number_is_traced_and_a_switch_is_static():
     def structure(**settings):
         return jax.tree.structure(Sampler.of(SamplingConfig(**settings)))
 
-    assert structure(temperature=0.5, top_p=0.3) == structure(temperature=2.0, top_p=0.9)
+    assert structure(temperature=0.5, top_k=3, top_p=0.3) == structure(temperature=2.0, top_k=9, top_p=0.9)
     assert structure(temperature=0.5) != structure(temperature=0.5, top_p=0.9)
     shapes = [Sampler.of(SamplingConfig(stop_tokens=tuple(range(n)))).stop_tokens_X.shape for n in (0, 1, 8, 9)]
     assert shapes == [(8,), (8,), (8,), (16,)]

@@ -17,6 +17,7 @@ from flax import struct
 
 _STOP_TOKENS_BUCKET = 8
 _INT32 = np.iinfo(np.int32)
+_SIGN_BIT = np.uint32(2**31)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +73,17 @@ class SamplingConfig:
 class Sampler:
     """A :class:`SamplingConfig` as a jitted function takes it: numbers are traced, what is switched on is static.
 
-    So another temperature does not compile another program; only another ``top_k`` or set of processors does.
+    So another temperature does not compile another program; only another set of processors does.
     """
 
     temperature: np.ndarray
+    top_k: np.ndarray
     top_p: np.ndarray
     min_p: np.ndarray
     repetition_penalty: np.ndarray
     stop_tokens_X: np.ndarray
-    top_k: int | None = struct.field(pytree_node=False)
     use_temperature: bool = struct.field(pytree_node=False)
+    use_top_k: bool = struct.field(pytree_node=False)
     use_top_p: bool = struct.field(pytree_node=False)
     use_min_p: bool = struct.field(pytree_node=False)
     use_repetition_penalty: bool = struct.field(pytree_node=False)
@@ -97,12 +99,13 @@ class Sampler:
 
         return cls(
             temperature=number(config.temperature),
+            top_k=number(config.top_k),
             top_p=number(config.top_p),
             min_p=number(config.min_p),
             repetition_penalty=number(config.repetition_penalty),
             stop_tokens_X=np.asarray([*stops, *[-1] * padding], np.int32),
-            top_k=config.top_k,
             use_temperature=config.temperature != 0,
+            use_top_k=config.top_k is not None,
             use_top_p=config.top_p is not None and config.top_p < 1,
             use_min_p=config.min_p is not None and config.min_p > 0,
             use_repetition_penalty=config.repetition_penalty != 1,
@@ -116,7 +119,7 @@ class Sampler:
         if not self.use_temperature:
             return logits_BV
         logits_BV = logits_BV / self.temperature
-        if self.top_k is not None:
+        if self.use_top_k:
             logits_BV = keep_top_k(logits_BV, self.top_k)
         if self.use_top_p:
             logits_BV = keep_top_p(logits_BV, self.top_p)
@@ -167,32 +170,17 @@ def penalise_repetition(logits_BV: jax.Array, seen_BV: jax.Array, penalty: Any) 
     return jnp.where(seen_BV, penalised_BV, logits_BV)
 
 
-def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
+def keep_top_k(logits_BV: jax.Array, k: Any) -> jax.Array:
     """Sets all but the k largest logits to -inf; ties with the k-th stay."""
-    kept_BK, _ = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))
-    return jnp.where(logits_BV < kept_BK[:, -1:], -jnp.inf, logits_BV)
+    return _keep_while_less_above(logits_BV, jnp.ones_like(logits_BV), k)
 
 
 def keep_top_p(logits_BV: jax.Array, p: Any) -> jax.Array:
     """Keeps tokens whose more likely tokens have less than p of the probability: at least one, and ties with the last.
 
-    The least logit that stays is found by bisection over the bits of float32, which is exact and on a CPU far faster
-    than sorting the vocabulary. Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
+    Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
     """
-    probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
-    ordered_BV = jnp.where(bits_BV < 0, bits_BV ^ _INT32.max, bits_BV)  # integers in the order of the floats
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B1, high_B1 = bounds
-        middle_B1 = (low_B1 >> 1) + (high_B1 >> 1) + (low_B1 & high_B1 & 1)  # the sum itself could overflow
-        above_B1 = jnp.sum(jnp.where(ordered_BV > middle_B1, probabilities_BV, 0.0), axis=-1, keepdims=True)
-        stays_B1 = above_B1 < p
-        return jnp.where(stays_B1, low_B1, middle_B1), jnp.where(stays_B1, middle_B1, high_B1)
-
-    most_B1 = jnp.max(ordered_BV, axis=-1, keepdims=True)
-    _, least_B1 = jax.lax.fori_loop(0, 32, halve, (jnp.full_like(most_B1, _INT32.min), most_B1))
-    return jnp.where(ordered_BV < least_B1, -jnp.inf, logits_BV)
+    return _keep_while_less_above(logits_BV, jax.nn.softmax(logits_BV, axis=-1), p)
 
 
 def keep_min_p(logits_BV: jax.Array, p: Any) -> jax.Array:
@@ -202,6 +190,29 @@ def keep_min_p(logits_BV: jax.Array, p: Any) -> jax.Array:
     """
     least_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(p)
     return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+
+
+def _keep_while_less_above(logits_BV: jax.Array, weights_BV: jax.Array, limit: Any) -> jax.Array:
+    """Keeps each token if the weights of tokens with larger logits sum to less than the limit.
+
+    The least logit that stays is found digit by digit of its float32 bits: exact, and on a CPU several times faster
+    than sorting the vocabulary.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
+    magnitudes_BV = bits_BV & _INT32.max
+    signed_BV = jnp.where(bits_BV < 0, -magnitudes_BV, magnitudes_BV)  # integers in the order of the floats
+    keys_BV = jax.lax.bitcast_convert_type(signed_BV, jnp.uint32) ^ _SIGN_BIT
+
+    def next_digit(place: jax.Array, least_B: jax.Array) -> jax.Array:
+        unit = jnp.uint32(1) << (28 - 4 * place).astype(jnp.uint32)
+        digits_W = jnp.arange(1, 16, dtype=jnp.uint32)
+        bounds_BW = least_B[:, None] + (digits_W * unit)[None, :]
+        above_BWV = keys_BV[:, None, :] >= bounds_BW[:, :, None]
+        sums_BW = jnp.sum(jnp.where(above_BWV, weights_BV[:, None, :], 0.0), axis=-1)
+        return least_B + unit * jnp.sum(sums_BW >= limit, axis=-1, dtype=jnp.uint32)
+
+    least_B = jax.lax.fori_loop(0, 8, next_digit, jnp.zeros(logits_BV.shape[0], jnp.uint32))
+    return jnp.where(keys_BV < least_B[:, None], -jnp.inf, logits_BV)
 
 
 def _number(name: str, value: Any, rule: str, holds: Any) -> None:

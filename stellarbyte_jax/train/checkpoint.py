@@ -102,6 +102,10 @@ class Checkpointer:
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise self._failure(step, f"it takes {needed / 2**30:.2f} GiB")
         self._guarded(
             step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         )
@@ -124,14 +128,16 @@ class Checkpointer:
             act()
         except Exception as error:
             # orbax, tensorstore and the file system each have their own exceptions for a failed write.
-            free = shutil.disk_usage(self.directory).free / 2**30
-            kept = [s for s in self.steps if s != step]
-            last = f"Step {kept[-1]} is the last complete one" if kept else "There is none yet"
-            raise CheckpointError(
-                f"a checkpoint could not be written to {self.directory} ({free:.2f} GiB free there): "
-                f"{_first_line(error)}. {last}; "
-                "free space or choose another output_dir, then start the run again"
-            ) from error
+            raise self._failure(step, _first_line(error)) from error
+
+    def _failure(self, step: int | None, reason: str) -> CheckpointError:
+        free = shutil.disk_usage(self.directory).free / 2**30
+        kept = [s for s in self.steps if s != step]
+        last = f"Step {kept[-1]} is the last complete one" if kept else "There is none yet"
+        return CheckpointError(
+            f"a checkpoint could not be written to {self.directory} ({free:.2f} GiB free there): {reason}. {last}; "
+            "free space or choose another output_dir, then start the run again"
+        )
 
     def restore(
         self, config: TrainConfig, shapes: TrainState, say: Callable[[str], None]
@@ -251,12 +257,25 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:300]
 
 
+def _architecture(config: ByteConfig) -> dict[str, Any]:
+    """What a checkpoint depends on, with derived sizes spelt out."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _RUNTIME_FIELDS}
+    derived = {
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.mlp_size,
+        "layer_types": config.windows,
+    }
+    return {**values, **derived}
+
+
 def _check_same(stored: dict[str, Any], config: TrainConfig, path: Path, initial: bool) -> None:
     now = json.loads(config.to_json())
+    there = _architecture(ByteConfig.from_dict(stored["model"]))
     differ = [
-        f"model.{name} is {stored['model'].get(name)!r} there and {value!r} here"
-        for name, value in now["model"].items()
-        if name not in _RUNTIME_FIELDS and stored["model"].get(name) != value
+        f"model.{name} is {there[name]!r} there and {value!r} here"
+        for name, value in _architecture(config.model).items()
+        if there[name] != value
     ]
     if differ:
         raise CheckpointError(

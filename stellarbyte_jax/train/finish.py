@@ -25,7 +25,14 @@ def samples(config: TrainConfig, model: ByteTransformer, params: dict[str, Any],
     tokenizer = load_tokenizer(config.data.tokenizer)
     longest = min(64, config.model.max_position_embeddings // 2)
     texts = generate_text(
-        model, params, tokenizer, list(config.sample_prompts), max_new_tokens=longest, temperature=0.8, top_k=40
+        model,
+        params,
+        tokenizer,
+        list(config.sample_prompts),
+        max_new_tokens=longest,
+        temperature=0.8,
+        top_k=40,
+        add_bos=config.data.add_bos,
     )
     for prompt, text in zip(config.sample_prompts, texts, strict=True):
         say(f"sample: {prompt}|{text}")

@@ -16,7 +16,7 @@ from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.data.text import token_byte_lengths
 from stellarbyte_jax.data.tokenizer import check_vocabulary, load_tokenizer
-from stellarbyte_jax.launch import CompileCache, Interrupt, environment
+from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.train import finish
 from stellarbyte_jax.train.checkpoint import Checkpointer
@@ -68,6 +68,7 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
     began = time.perf_counter()
     run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    quiet_libraries()
     with Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt(report.line))
         cache = CompileCache()

@@ -59,18 +59,16 @@ def make_optimizer(config: TrainConfig, model: ByteTransformer) -> optax.Gradien
     elif o.name == "lion":
         rule = optax.lion(schedule, o.b1, o.b2, weight_decay=o.weight_decay, mask=decayed)
     else:
-        rule = optax.contrib.muon(
-            schedule,
-            beta=0.95,
+        muon = optax.contrib.muon(
+            1.0,
             eps=o.eps,
-            weight_decay=o.weight_decay,
-            weight_decay_mask=decayed,
             adam_b1=o.b1,
             adam_b2=o.b2,
-            adam_weight_decay=o.weight_decay,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=jax.tree.map(_muon_axes, axes, is_leaf=_is_axes),
         )
+        # Its own decay of the AdamW part takes no mask. Updates are negative here, hence the sign.
+        rule = optax.chain(muon, optax.add_decayed_weights(-o.weight_decay, decayed), optax.scale_by_schedule(schedule))
     if o.gradient_clip_norm is None:
         return rule
     return optax.chain(optax.clip_by_global_norm(o.gradient_clip_norm), rule)

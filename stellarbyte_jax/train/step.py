@@ -64,7 +64,7 @@ def make_train_step(
             "cross_entropy": sums["cross_entropy"] / tokens,
             "accuracy": sums["correct"] / tokens,
             "target_tokens": sums["tokens"],
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics

@@ -123,6 +123,8 @@ def make_trackers(config: TrainConfig, start_step: int) -> list[Tracker]:
             else:
                 trackers.append(SwanLabTracker(config))
         except ModuleNotFoundError as error:
+            for tracker in trackers:
+                tracker.close()
             raise ModuleNotFoundError(
                 f"logging.trackers names {name!r}, but {error.name} is not installed: pip install '.[trackers]'"
             ) from error
