@@ -99,6 +99,10 @@ def test_gradients_agree(case):
 @pytest.mark.parametrize("case", CASES)
 def test_fused_kernels_equal_the_reference(case, implementation):
     q, k, v, options = inputs(H=64, dtype=jnp.bfloat16, **{"T": 128, **CASES[case]})
+    if implementation == "cudnn" and q.shape[1] % 2:
+        with pytest.raises(NotImplementedError, match="even number"):
+            attention(q, k, v, implementation=implementation, max_segments=6, **options)
+        return
     exact = [x.astype(jnp.float32) for x in (q, k, v)]
     with jax.numpy_dtype_promotion("standard"):  # jax.nn mixes bfloat16 and float32 inside
         found = attention(q, k, v, implementation=implementation, max_segments=6, **options)

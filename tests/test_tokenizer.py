@@ -351,7 +351,7 @@ def test_report_tells_lossy_from_lossless():
     merges = train(samples, stages)
     report = evaluate(merges, samples, stages)
     assert report["tokenizer"]["english"]["round_trip"] == 1
-    size, tokens = len(_CHINESE.encode()), len(build(merges).encode(_CHINESE).ids)
+    size, tokens = len(_CHINESE.encode()), len(build(merges).encode(_CHINESE, add_special_tokens=False).ids)
     assert report["tokenizer"]["chinese"]["bytes_per_token"] == pytest.approx(size / tokens, abs=1e-3)
     lossy, gpt2 = (BASELINES[name][0](()) for name in ("lossy", "gpt2_like"))
     assert measure(lossy, [_ENGLISH.title()])["round_trip"] == 0
@@ -376,3 +376,14 @@ def test_tokenizer_files_are_written_whole(tmp_path):
     save(build([("a", "b")]), tmp_path, 128)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 128
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_texts_begin_with_bos_where_special_tokens_are_asked_for():
+    """As in training, so that transformers' own generation starts where the model has been."""
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoTokenizer.from_pretrained(COMMITTED)
+    ours = load_tokenizer(COMMITTED)
+    assert peer("春 rain").input_ids == [ours.bos_id, *ours.encode("春 rain")]
+    message = [{"role": "user", "content": "hi"}]
+    text = peer.apply_chat_template(message, tokenize=False)
+    assert peer(text, add_special_tokens=False).input_ids.count(ours.bos_id) == 1

@@ -100,13 +100,20 @@ def vocabulary(merges: Sequence[tuple[str, str]], special_tokens: Sequence[str] 
 def build(
     merges: Sequence[tuple[str, str]], special_tokens: Sequence[str] = SPECIAL_TOKENS, pattern: str | None = None
 ) -> Any:
-    """A ``tokenizers.Tokenizer`` of these merges: byte-level BPE, no normaliser, lossless on every string."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    """A ``tokenizers.Tokenizer`` of these merges: byte-level BPE, no normaliser, lossless on every string.
+
+    Where special tokens are asked for, a text begins with bos, as every document does in training.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary(merges, special_tokens), merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizer(pattern)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
+    if BOS in special_tokens:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        )
     return tokenizer
 
 

@@ -147,13 +147,15 @@ def _xla(q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT, window, logit_softcap, dropo
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT, window, logit_softcap, dropout_rate, dropout_key, max_segments):
     del dropout_key
     _refuse_unfusable(logit_softcap, dropout_rate)
-    B, _, N, H = q_BTNH.shape
+    B, T, N, H = q_BTNH.shape
     if jax.default_backend() != "gpu":
         raise NotImplementedError(f"the {jax.default_backend()} backend")
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"dtype {q_BTNH.dtype}")
     if H % 8 or H > 256:
         raise NotImplementedError(f"head size {H}: a multiple of 8 up to 256 is needed")
+    if T % 2:
+        raise NotImplementedError(f"{T} positions: its backward pass needs an even number")
     if segment_ids_BT is None:
         # is_causal must stay on with a window: without it this kernel lets tokens see the future.
         return jax.nn.dot_product_attention(

@@ -254,7 +254,9 @@ def _metric(metrics: Any) -> float:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:300]
+    text = (str(error).strip() or "no message").splitlines()[0]
+    # Long ones begin with what was tried and end with what went wrong.
+    return f"{type(error).__name__}: {text if len(text) < 300 else f'{text[:100]} ... {text[-150:]}'}"
 
 
 def _architecture(config: ByteConfig) -> dict[str, Any]:
