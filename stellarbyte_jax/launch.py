@@ -5,6 +5,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -23,10 +24,16 @@ class CompileCache:
         """Switches the cache on and starts counting."""
         self.hits = 0
         self.misses = 0
+        self.compile_seconds = 0.0
         if not jax.config.values.get("jax_compilation_cache_dir"):
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stellarbyte_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.monitoring.register_event_listener(self._count)
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.compile_seconds += seconds
 
     def _count(self, event: str, **_: object) -> None:
         if event == "/jax/compilation_cache/cache_hits":
@@ -42,6 +49,12 @@ def quiet_libraries() -> None:
     for each array of a checkpoint.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    threading.excepthook = _without_orbax
+
+
+def _without_orbax(failure: threading.ExceptHookArgs) -> None:
+    if not type(failure.thread).__module__.startswith("orbax."):
+        threading.__excepthook__(failure)
 
 
 def environment() -> str:

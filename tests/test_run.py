@@ -311,7 +311,7 @@ def test_a_disk_that_fills_up_while_saving(config_file, tmp_path):
     errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "a checkpoint could not be written" in errors[0], full.stderr
     assert "Step 7 is the last complete one" in errors[0], errors[0]
-    assert "No such file" not in errors[0] and "error:" in full.stderr.splitlines()[-1]
+    assert "_SignalingThread" not in full.stderr, full.stderr
     assert same_weights(before, load_for_export(tmp_path / "run")[1])
 
 

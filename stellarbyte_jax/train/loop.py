@@ -283,8 +283,12 @@ def _keep_tokenizer(config: TrainConfig) -> None:
 
 
 def _first_step(seconds: float, cache: CompileCache) -> str:
-    warmth = "warm" if cache.misses == 0 else f"cold: {cache.misses} programs compiled"
-    return f"first step after {seconds:.1f} s (compile cache {warmth})"
+    warmth = f"{cache.misses} programs compiled" if cache.misses else "every program found"
+    temperature = "cold" if cache.misses else "warm"
+    return (
+        f"first step after {seconds:.1f} s, {cache.compile_seconds:.1f} s of them for XLA "
+        f"(compile cache {temperature}: {warmth})"
+    )
 
 
 def _summary(

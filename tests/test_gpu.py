@@ -1,0 +1,117 @@
+"""On the GPU, with the kernels that training and generation really use."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stellarbyte_jax.config import ByteConfig, DataConfig, ScheduleConfig, TrainConfig
+from stellarbyte_jax.generate.api import generate
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.train.state import create_state
+from stellarbyte_jax.train.step import make_train_step
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = ByteConfig(
+    vocab_size=512,
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=512,
+    max_position_embeddings=256,
+)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax and jax.nn mix types inside."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def packed(random, T=128):
+    ids = np.zeros((2, T), np.int32)
+    positions = np.zeros((2, T), np.int32)
+    for row, cuts in enumerate([(40, 90, T), (64, 120)]):
+        start = 0
+        for number, end in enumerate(cuts, 1):
+            ids[row, start:end], positions[row, start:end] = number, np.arange(end - start)
+            start = end
+    tokens = random.integers(0, CONFIG.vocab_size, (2, T), dtype=np.int32)
+    return {"tokens": tokens, "segment_ids": ids, "positions": positions, "loss_mask": (ids > 0) & (positions > 0)}
+
+
+def test_documents_of_a_row_do_not_feel_each_other():
+    """Through the whole model with the fused kernel: not a bit changes."""
+    model = ByteTransformer(dataclasses.replace(CONFIG, attention_implementation="cudnn"))
+    params = init_params(model, jax.random.key(0))
+    batch = packed(np.random.default_rng(0))
+
+    @jax.jit
+    def logits(tokens):
+        return model.apply(
+            {"params": params},
+            tokens,
+            positions=jnp.asarray(batch["positions"]),
+            segment_ids=jnp.asarray(batch["segment_ids"]),
+            max_segments=4,
+        )
+
+    changed = batch["tokens"].copy()
+    changed[0, 45:90] = (changed[0, 45:90] + 1) % CONFIG.vocab_size
+    a, b = logits(batch["tokens"]), logits(changed)
+    np.testing.assert_array_equal(a[0, :45], b[0, :45])
+    np.testing.assert_array_equal(a[0, 90:], b[0, 90:])
+    assert np.any(np.asarray(a[0, 45:90]) != np.asarray(b[0, 45:90]), axis=-1).all()
+
+
+def test_a_step_with_the_fused_kernel_equals_one_with_the_reference():
+    results = {}
+    for implementation in ("cudnn", "reference"):
+        config = TrainConfig(
+            output_dir="unused",
+            steps=10,
+            global_batch_size=2,
+            model=dataclasses.replace(CONFIG, attention_implementation=implementation),
+            data=DataConfig(sequence_length=128, max_documents_per_sequence=3),
+            schedule=ScheduleConfig(warmup_steps=0),
+        )
+        model = ByteTransformer(config.model)
+        optimizer = make_optimizer(config, model)
+        state = create_state(config, model, optimizer)
+        step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config)))
+        metrics = []
+        for seed in range(3):
+            state, m = step(state, packed(np.random.default_rng(seed)))
+            metrics.append({name: float(value) for name, value in m.items()})
+        results[implementation] = metrics
+    for a, b in zip(results["cudnn"], results["reference"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=2e-2)
+
+
+def test_generation_equals_the_full_pass():
+    """In float32, where the largest logit does not depend on rounding."""
+    model = ByteTransformer(dataclasses.replace(CONFIG, compute_dtype="float32"))
+    params = jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(0)))
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
+    with jax.default_matmul_precision("highest"):
+        made = generate(model, params, prompts, max_new_tokens=12).sequences
+        for prompt, new in zip(prompts, made, strict=True):
+            logits = model.apply({"params": params}, jnp.asarray([prompt + new], jnp.int32))[0]
+            np.testing.assert_array_equal(np.argmax(logits[len(prompt) - 1 : -1], axis=-1), new)
+
+
+def test_generation_in_bfloat16_with_the_fused_prefill():
+    model = ByteTransformer(CONFIG)
+    params = init_params(model, jax.random.key(0))
+    prompts = [[5, 6, 7], list(range(40))]
+    result = generate(model, params, prompts, max_new_tokens=20, temperature=0.7, top_p=0.9, seed=3)
+    again = generate(model, params, prompts, max_new_tokens=20, temperature=0.7, top_p=0.9, seed=3)
+    np.testing.assert_array_equal(result.tokens, again.tokens)
+    assert result.tokens.shape == (2, 20) and (result.tokens < CONFIG.vocab_size).all()
