@@ -21,8 +21,8 @@ def config() -> TrainConfig:
     """The run."""
     return TrainConfig(
         output_dir="runs/quickstart",
-        steps=300,
-        global_batch_size=16,
+        steps=500,
+        global_batch_size=8,
         export_at_end=True,
         sample_prompts=("The whale", "President", "春", "子曰"),
         model=ByteConfig(
@@ -42,9 +42,9 @@ def config() -> TrainConfig:
             sequence_length=128,
             workers=0,
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
-        schedule=ScheduleConfig(warmup_steps=30),
-        evaluation=EvaluationConfig(interval=100, batches=None),
-        checkpoint=CheckpointConfig(interval=100),
+        optimizer=OptimizerConfig(name="muon", learning_rate=6e-3),
+        schedule=ScheduleConfig(warmup_steps=20),
+        evaluation=EvaluationConfig(interval=125, batches=None),
+        checkpoint=CheckpointConfig(interval=125),
         logging=LoggingConfig(interval=10),
     )

@@ -207,11 +207,15 @@ def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
     }
 
 
+def _rounded(result: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4 if value < 100 else None) for name, value in result.items()}
+
+
 def _jsonl(config: TrainConfig, steps: int) -> dict[str, Any]:
     del steps
     from stellarbyte_jax.data.loader import measure_loader
 
-    return measure_loader(config.data, batch_size=config.global_batch_size, seconds=15)
+    return _rounded(measure_loader(config.data, batch_size=config.global_batch_size, seconds=15))
 
 
 def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
@@ -227,7 +231,7 @@ def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
         text = TextFormat(data.fields, data.template)
         prepare(data.train, Path(directory) / "shards", data.tokenizer, text=text, workers=data.workers)
         data = dataclasses.replace(config.data, train=(str(Path(directory) / "shards"),))
-        return measure_loader(data, batch_size=config.global_batch_size, seconds=15)
+        return _rounded(measure_loader(data, batch_size=config.global_batch_size, seconds=15))
 
 
 WORKERS = {

@@ -31,9 +31,9 @@ class CompileCache:
         jax.monitoring.register_event_listener(self._count)
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
-    def _add(self, event: str, seconds: float, **_: object) -> None:
+    def _add(self, event: str, duration_secs: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.compile_seconds += seconds
+            self.compile_seconds += duration_secs
 
     def _count(self, event: str, **_: object) -> None:
         if event == "/jax/compilation_cache/cache_hits":
