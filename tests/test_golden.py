@@ -1,4 +1,4 @@
-"""Did numbers move? The first losses of a small model with the project's own features, against a file of trusted ones."""
+"""Did numbers move? The first losses of a small model with the project's own features, against trusted ones."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_losses_are_the_trusted_ones(tmp_path):
         trusted,
         atol=2e-3,
         err_msg=(
-            "The first losses moved. If the change was not meant to move them, it is wrong: find out why. If it was, say "
-            "so in the commit and renew the file: STELLARBYTE_RENEW_GOLDEN=1 python -m pytest tests/test_golden.py"
+            "The first losses moved. If the change was not meant to move them, it is wrong: find out why. If it was, "
+            "say so in the commit and renew the file: STELLARBYTE_RENEW_GOLDEN=1 python -m pytest tests/test_golden.py"
         ),
     )
