@@ -4,9 +4,7 @@ import logging
 import os
 import platform
 import signal
-import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -70,9 +68,8 @@ def environment() -> str:
 class Interrupt:
     """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second one leaves at once."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        """``say`` prints the one line that tells what will happen."""
-        self._say = say
+    def __init__(self) -> None:
+        """Installs nothing yet: use it as a context manager."""
         self._previous: dict[int, object] = {}
         self.signal: int | None = None
 
@@ -84,11 +81,11 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.signal is not None:
-            sys.stdout.flush()
             os._exit(128 + number)
         self.signal = number
         name = signal.Signals(number).name
-        self._say(f"{name}: saving a checkpoint after this step, then leaving; a second signal leaves at once")
+        text = f"\n{name}: saving a checkpoint after this step, then leaving; a second signal leaves at once\n"
+        os.write(1, text.encode())  # print would fail where the signal came in the middle of another print
 
     def __enter__(self) -> Self:
         """Installs the handlers."""

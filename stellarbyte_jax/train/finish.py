@@ -54,7 +54,7 @@ def next_commands(config: TrainConfig, config_path: str) -> str:
     return "\n".join(
         [
             "next:",
-            f"  train on:  python scripts/train.py --config {config_path} --set steps={2 * config.steps}",
+            f"  resume:    python scripts/train.py --config {config_path} --set steps={2 * config.steps}",
             f'  generate:  python scripts/generate.py --model {run} --prompt "{prompt}"',
             f"  convert:   python scripts/convert.py to-hf {run} {run}-hf --dtype bfloat16",
         ]

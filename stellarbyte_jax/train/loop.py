@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
     with Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt(report.line))
+        interrupt = stack.enter_context(Interrupt())
         cache = CompileCache()
         report.line(environment())
         report.config(config)
@@ -154,7 +155,8 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
         report.end_bar()
         checkpointer.wait()
         if interrupt.signal is not None:
-            report.line(f"stopped at step {saved} of {config.steps}; the same command goes on from there")
+            name = signal.Signals(interrupt.signal).name
+            report.line(f"{name}: stopped at step {saved} of {config.steps}; the same command goes on from there")
             return interrupt.exit_code
         if step < config.steps:
             report.line(f"stopped early at step {step}: {progress.stale} validations without a better loss")
