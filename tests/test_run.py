@@ -388,6 +388,16 @@ def test_early_stopping_and_accumulation(config_file, tmp_path, capsys):
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
 
 
+def test_the_end_of_the_data_ends_the_run(config_file, tmp_path, capsys):
+    lines = (ROOT / "data" / "tiny_bilingual_valid.jsonl").read_text(encoding="utf-8").splitlines()[-4:]
+    settings = [bad(tmp_path, "\n".join(lines)), "data.epochs=2", "steps=200", "evaluation.interval=1000"]
+    for _ in range(2):  # the second time there is nothing left to do
+        assert cli(config_file, *settings) == 0
+        assert "the data ended after 2 epochs, at step " in capsys.readouterr().out
+    steps = set(log_of(tmp_path / "run")[0])
+    assert max(steps) < 200 and load_for_export(tmp_path / "run", max(steps))
+
+
 def test_signals_are_given_back(config_file, capsys):
     before = signal.getsignal(signal.SIGINT)
     assert cli(config_file, "steps=4", "data.validation=[]") == 0

@@ -110,6 +110,9 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
             for tracker in trackers:
                 tracker.log(step, metrics)
 
+        def place_of(loader: Loader) -> dict[str, Any]:
+            return {"loader": loader.state(), "best_loss": progress.best_loss, "stale": progress.stale}
+
         run_step = jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0)
         run_eval = jax.jit(make_eval_step(config, model, jnp.asarray(token_byte_lengths(config.data.tokenizer))))
         meter = _Meter(config, parameters)
@@ -120,7 +123,15 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
         step = start
 
         for step in range(start + 1, config.steps + 1):
-            batch = next(loader)
+            batch = next(loader, None)
+            if batch is None:
+                step -= 1
+                report.line(f"the data ended after {config.data.epochs} epochs, at step {step} of {config.steps}")
+                if pending is not None:
+                    pending = meter.report(*pending, report, publish, loader.skipped)
+                if saved != step:
+                    checkpointer.save(step, state, place_of(loader), config)
+                break
             state, metrics = run_step(state, batch)
             if pending is not None:
                 meter.report(*pending, report, publish, loader.skipped)
@@ -146,8 +157,8 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
                 if pending is not None:
                     pending = meter.report(*pending, report, publish, loader.skipped)
                 with meter.paused():
-                    place = {"loader": loader.state(), "best_loss": progress.best_loss, "stale": progress.stale}
-                    checkpointer.save(step, state, place, config, None if validated is None else validated["loss"])
+                    loss = None if validated is None else validated["loss"]
+                    checkpointer.save(step, state, place_of(loader), config, loss)
                     saved = step
             if stop:
                 break
@@ -158,7 +169,7 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
             name = signal.Signals(interrupt.signal).name
             report.line(f"{name}: stopped at step {saved} of {config.steps}; the same command goes on from there")
             return interrupt.exit_code
-        if step < config.steps:
+        if config.evaluation.patience is not None and progress.stale >= config.evaluation.patience:
             report.line(f"stopped early at step {step}: {progress.stale} validations without a better loss")
         weights = state.params if state.ema is None else state.ema
         finish.samples(config, model, weights, report.line)
