@@ -24,7 +24,7 @@ def config() -> TrainConfig:
         steps=500,
         global_batch_size=8,
         export_at_end=True,
-        sample_prompts=("The whale", "President", "春", "子曰"),
+        sample_prompts=("Call me", "The American people", "春風", "子曰："),
         model=ByteConfig(
             vocab_size=32000,
             hidden_size=128,
