@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 SMALL = ByteConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8
 )
-NEEDS_TORCH = "--verify compares with transformers on torch: pip install 'stellarbyte_jax[torch]'"
+NEEDS_TORCH = "--verify compares with transformers on torch: pip install -e '.[torch]'"
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_verify_without_torch_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     assert convert("to-hf", run_dir, run_dir.parent / "hf", "--verify") == 1
-    assert "pip install 'stellarbyte_jax[torch]'" in capsys.readouterr().err
+    assert "pip install -e '.[torch]'" in capsys.readouterr().err
 
 
 def test_existing_directories(

@@ -16,7 +16,7 @@ from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.families import export_family
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 
-NEEDS_TORCH = "the peer is transformers on torch: pip install 'stellarbyte_jax[torch]'"
+NEEDS_TORCH = "the peer is transformers on torch: pip install -e '.[torch]'"
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 32,

@@ -51,7 +51,7 @@ def compare_with_transformers(
         import torch
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise ImportError("comparing with transformers needs torch: pip install 'stellarbyte_jax[torch]'") from error
+        raise ImportError("comparing with transformers needs torch: pip install -e '.[torch]'") from error
 
     config = replace(model.config, compute_dtype="float32", attention_implementation="reference")
     if tokens_BT is None:

@@ -126,6 +126,6 @@ def make_trackers(config: TrainConfig, start_step: int) -> list[Tracker]:
             for tracker in trackers:
                 tracker.close()
             raise ModuleNotFoundError(
-                f"logging.trackers names {name!r}, but {error.name} is not installed: pip install '.[trackers]'"
+                f"logging.trackers names {name!r}, but {error.name} is not installed: pip install -e '.[trackers]'"
             ) from error
     return trackers
