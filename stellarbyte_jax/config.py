@@ -339,6 +339,10 @@ class TrainConfig(_Section):
             f"schedule.warmup_steps {self.schedule.warmup_steps} and decay_steps {self.schedule.decay_steps} "
             f"do not fit into {self.steps} steps",
         )
+        _require(
+            self.evaluation.patience is None or bool(self.data.validation),
+            "evaluation.patience stops by the validation loss: give data.validation, or leave patience out",
+        )
 
     def to_json(self) -> str:
         """The resolved config, as stored beside every checkpoint."""

@@ -18,7 +18,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def smollm2() -> Path:
     """The Hugging Face directory; skips the test where the package cannot be had."""
-    pytest.importorskip("torch", reason="SmolLM2 is read with transformers on torch: install stellarbyte_jax[torch]")
+    pytest.importorskip("torch", reason="SmolLM2 is read with transformers on torch: pip install -e '.[torch]'")
     packages, directory = CACHE / "packages", CACHE / "hf"
     if not (directory / "complete").exists():
         install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(packages)]

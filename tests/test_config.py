@@ -238,3 +238,9 @@ def test_frozen_hashable_and_copied_whole(run):
     assert copy.deepcopy(run) == run and hash(copy.deepcopy(run)) == hash(run)
     with pytest.raises(ConfigError, match="no setting 'stepz'"):
         dataclasses.replace(run, stepz=3)
+
+
+def test_patience_needs_validation_data(run):
+    with pytest.raises(ConfigError, match=r"evaluation\.patience .* give data\.validation"):
+        override(run, ["evaluation.patience=3"])
+    assert override(run, ["evaluation.patience=3", "data.validation=v.jsonl"]).evaluation.patience == 3

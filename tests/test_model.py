@@ -185,6 +185,14 @@ def test_initial_weights():
     assert np.all(params["final_norm"]["scale"] == 1)
 
 
+def test_initialisation_does_not_grow_with_the_unrolled_depth():
+    def program(**how):
+        model = ByteTransformer(dataclasses.replace(BASE, **how))
+        return str(jax.make_jaxpr(lambda key: init_params(model, key))(jax.random.key(0)))
+
+    assert program(scan_unroll=None) == program(scan_unroll=1)
+
+
 def test_the_tree_of_weights_and_its_axes():
     model, params = make("mixed windows, qk norm, bias")
     axes = logical_axes(model)

@@ -1,7 +1,9 @@
 """A whole run: is resuming exact, does a kill at any time lose nothing, is every mistake one clear line?"""
 
+import dataclasses
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 
 from stellarbyte_jax.config import override
-from stellarbyte_jax.train.checkpoint import load_for_export
+from stellarbyte_jax.train import finish
+from stellarbyte_jax.train.checkpoint import load_for_export, save_initial
 from stellarbyte_jax.train.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -51,21 +54,26 @@ def standard_promotion():
         yield
 
 
-@pytest.fixture
-def config_file(tmp_path):
+def write_config(directory):
+    corpus = str(ROOT / "data" / "tiny_bilingual_valid.jsonl")
     text = CONFIG.format(
-        run=str(tmp_path / "run"),
-        train=str(ROOT / "data" / "tiny_bilingual_valid.jsonl"),
-        valid=str(ROOT / "data" / "tiny_bilingual_valid.jsonl"),
+        run=str(directory / "run"),
+        train=corpus,
+        valid=corpus,
         tokenizer=str(ROOT / "tokenizer"),
-        cache=str(tmp_path / "cache"),
+        cache=str(directory / "cache"),
     )
-    path = tmp_path / "tiny.py"
+    path = directory / "tiny.py"
     path.write_text(text)
     return path
 
 
-def cli(config_file, *settings, capsys=None):
+@pytest.fixture
+def config_file(tmp_path):
+    return write_config(tmp_path)
+
+
+def cli(config_file, *settings):
     """scripts/train.py in this process; returns the exit code."""
     argv, sys.argv = sys.argv, ["scripts/train.py", "--config", str(config_file)]
     if settings:
@@ -79,7 +87,7 @@ def cli(config_file, *settings, capsys=None):
     raise AssertionError("scripts/train.py did not call sys.exit")
 
 
-def child(config_file, before="", *settings, limit=None):
+def child(config_file, before="", *settings):
     """scripts/train.py in a process of its own, after ``before`` has bent something."""
     code = f"""
 import sys
@@ -116,7 +124,6 @@ runpy.run_path({str(ROOT / "scripts" / "train.py")!r}, run_name="__main__")
         env=environment,
         timeout=300,
         check=False,
-        preexec_fn=limit,
     )
 
 
@@ -136,15 +143,7 @@ def same_weights(a, b):
 def straight(tmp_path_factory):
     """Twenty steps without interruption: what every interrupted run must arrive at."""
     directory = tmp_path_factory.mktemp("straight")
-    text = CONFIG.format(
-        run=str(directory / "run"),
-        train=str(ROOT / "data" / "tiny_bilingual_valid.jsonl"),
-        valid=str(ROOT / "data" / "tiny_bilingual_valid.jsonl"),
-        tokenizer=str(ROOT / "tokenizer"),
-        cache=str(directory / "cache"),
-    )
-    (directory / "tiny.py").write_text(text)
-    done = child(directory / "tiny.py")
+    done = child(write_config(directory))
     assert done.returncode == 0, done.stderr
     return directory / "run"
 
@@ -208,6 +207,9 @@ def test_what_a_run_leaves_and_says(straight, capsys):
     assert "\x1b" not in log and "\r" not in log
     for part in ("model: vocab_size=32000", "first step after", "step 20/20", "validation", "summary", "next:"):
         assert part in log, part
+    assert "attention: using xla (cudnn refused: the cpu backend)" in log
+    compiling = re.search(r"first step after ([\d.]+) s, ([\d.]+) s of them for XLA", log)
+    assert compiling and 0 < float(compiling[2]) < float(compiling[1])
     steps = sorted(int(p.name) for p in (straight / "checkpoints").glob("[0-9]*"))
     training, validation = log_of(straight)
     best = min(validation, key=lambda step: validation[step])
@@ -224,13 +226,13 @@ def test_what_a_run_leaves_and_says(straight, capsys):
     assert not same_weights(params, load_for_export(straight, 10)[1])
 
 
-def copy_of(straight, config_file, tmp_path):
+def copy_of(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     return tmp_path / "run"
 
 
 def test_a_corrupt_checkpoint_is_set_aside(straight, config_file, tmp_path, capsys):
-    run = copy_of(straight, config_file, tmp_path)
+    run = copy_of(straight, tmp_path)
     for file in (run / "checkpoints" / "20" / "optimizer").rglob("*"):
         if file.is_file() and file.stat().st_size > 200:
             file.write_bytes(file.read_bytes()[:100])
@@ -242,7 +244,7 @@ def test_a_corrupt_checkpoint_is_set_aside(straight, config_file, tmp_path, caps
 
 
 def test_all_checkpoints_corrupt(straight, config_file, tmp_path, capsys):
-    run = copy_of(straight, config_file, tmp_path)
+    run = copy_of(straight, tmp_path)
     for file in (run / "checkpoints").rglob("*"):
         if file.is_file() and "params" in str(file):
             file.write_bytes(b"")
@@ -273,20 +275,20 @@ def one_error(capsys, *parts):
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(setting, parts, straight, config_file, tmp_path, capsys):
-    copy_of(straight, config_file, tmp_path)
+    copy_of(straight, tmp_path)
     assert cli(config_file, setting, "steps=30") == 1
     assert one_error(capsys, *parts)
 
 
 def test_a_longer_run_goes_on(straight, config_file, tmp_path, capsys):
-    run = copy_of(straight, config_file, tmp_path)
+    run = copy_of(straight, tmp_path)
     assert cli(config_file, "steps=22") == 0
     assert "resumed at step 20" in capsys.readouterr().out
     assert set(log_of(run)[0]) == set(range(1, 23))
 
 
 def test_a_disk_too_small_for_a_checkpoint(straight, config_file, tmp_path, capsys, monkeypatch):
-    run = copy_of(straight, config_file, tmp_path)
+    run = copy_of(straight, tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert cli(config_file, "steps=22") == 1
@@ -396,6 +398,32 @@ def test_the_end_of_the_data_ends_the_run(config_file, tmp_path, capsys):
         assert "the data ended after 2 epochs, at step " in capsys.readouterr().out
     steps = set(log_of(tmp_path / "run")[0])
     assert max(steps) < 200 and load_for_export(tmp_path / "run", max(steps))
+
+
+def test_training_starts_from_converted_weights(straight, config_file, tmp_path, capsys):
+    """A converted checkpoint spells out sizes that a config file may leave to be derived."""
+    config, params = load_for_export(straight)
+    spelt = dataclasses.replace(config.model, num_key_value_heads=2, head_dim=8)
+    save_initial(tmp_path / "run", spelt, params)
+    assert cli(config_file, "steps=3", "optimizer.learning_rate=1e-9") == 0
+    assert "starting from the weights in" in capsys.readouterr().out
+    first = {run: log_of(run)[0][1][0] for run in (straight, tmp_path / "run")}
+    assert first[tmp_path / "run"] < first[straight] - 0.5
+
+
+def test_a_tracker_that_is_not_installed(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert cli(config_file, "logging.trackers=wandb") == 1
+    assert one_error(capsys, "'wandb'", "pip install -e '.[trackers]'")
+
+
+def test_samples_begin_as_documents_do(straight, monkeypatch):
+    config, _ = load_for_export(straight)
+    asked = []
+    monkeypatch.setattr(finish, "generate_text", lambda *args, **kwargs: asked.append(kwargs["add_bos"]) or ["text"])
+    for add_bos in ("true", "false"):
+        finish.samples(override(config, ["sample_prompts=a", f"data.add_bos={add_bos}"]), None, {}, print)
+    assert asked == [True, False]
 
 
 def test_signals_are_given_back(config_file, capsys):

@@ -10,8 +10,9 @@ import pytest
 
 from stellarbyte_jax.config import ByteConfig, DataConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.train import metrics
 from stellarbyte_jax.train.loss import batch_loss, next_token_targets
-from stellarbyte_jax.train.metrics import count_parameters, flops_per_token, validation_metrics
+from stellarbyte_jax.train.metrics import count_parameters, flops_per_token, speed_metrics, validation_metrics
 from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.train.state import create_state
 from stellarbyte_jax.train.step import make_eval_step, make_train_step
@@ -99,7 +100,8 @@ def test_loss_equals_transformers_with_the_same_labels():
 def llama_pair():
     """Our model and transformers' with the same weights, written out here by hand."""
     torch = pytest.importorskip("torch", reason="the peer of this test")
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     model = ByteTransformer(MODEL)
     params = init_params(model, jax.random.key(0))
     c = MODEL
@@ -142,7 +144,7 @@ def test_fifty_steps_equal_torch():
     config = settings()
     _, params, peer = llama_pair()
     _, state, step = start(config)
-    state = state.replace(params=params, opt_state=state.opt_state)
+    state = state.replace(params=params)
     matrices = [p for p in peer.parameters() if p.ndim == 2]
     vectors = [p for p in peer.parameters() if p.ndim == 1]
     o = config.optimizer
@@ -351,3 +353,15 @@ def test_flops_equal_what_xla_counts():
     ours = flops_per_token(model.config, count_parameters(params), 32).full * 64
     # Loops are counted once: scale the body of the scan over depth by its two layers.
     assert 0.4 * ours < cost["flops"] < 1.2 * ours
+
+
+def test_utilisation_by_both_conventions(monkeypatch):
+    flops = flops_per_token(MODEL, 10**6, 16)
+    assert "mfu" not in speed_metrics(1000, 2.0, flops)  # the peak of a CPU is not known
+    monkeypatch.setattr(metrics, "peak_flops", lambda: 1e10)
+    found = speed_metrics(1000, 2.0, flops)
+    matrices = 6 * (10**6 - 67 * 32)
+    attention = 6 * 2 * 16 * 32
+    assert found["tokens_per_second"] == 500
+    assert found["mfu"] == pytest.approx(500 * (matrices + attention) / 1e10)
+    assert found["mfu_full_attention"] == pytest.approx(500 * (matrices + 2 * attention) / 1e10)

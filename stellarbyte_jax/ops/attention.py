@@ -168,7 +168,7 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT, window, logit_softcap, dro
         )
     if max_segments is None:
         raise NotImplementedError("packed documents without max_segments")
-    # Not public in jax.nn. A boolean mask would be, but as a materialised [T, T] bias at less than half the speed.
+    # Not public in jax.nn. A boolean mask would be, but as a [T, T] bias in memory.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     K = k_BTKH.shape[2]

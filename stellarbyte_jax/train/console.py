@@ -1,8 +1,9 @@
 """What a run prints: a live bar and tables on a terminal, plain lines elsewhere and in the log file."""
 
+import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -14,6 +15,18 @@ from rich.table import Table
 from stellarbyte_jax.config import TrainConfig
 
 _REDRAW_SECONDS = 0.2
+_package = logging.getLogger("stellarbyte_jax")
+
+
+class _Notes(logging.Handler):
+    """Passes on what the package logs, such as the kernel that ``auto`` chose."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
 
 
 class Reporter:
@@ -26,13 +39,19 @@ class Reporter:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._drawn = 0.0
+        self._notes = _Notes(self.line)
+        self._level = _package.level
 
     def __enter__(self) -> Self:
-        """Returns itself."""
+        """Begins to show the package's log."""
+        _package.addHandler(self._notes)
+        _package.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Ends the bar and closes the log."""
+        _package.removeHandler(self._notes)
+        _package.setLevel(self._level)
         self.end_bar()
         self._log.close()
 

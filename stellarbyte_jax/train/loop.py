@@ -84,7 +84,8 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
         shapes = state_shapes(config, model, optimizer)
         parameters = count_parameters(shapes.params)
-        state, place = _start(config, model, optimizer, checkpointer.restore(config, shapes, report.line))
+        restored = checkpointer.restore(config, shapes, report.line)
+        state, place = _start(config, model, optimizer, restored)
         start = int(state.step)
         if start >= config.steps:
             report.line(f"the run in {run_dir} is complete: {start} of {config.steps} steps")
@@ -97,6 +98,8 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
             loader.restore(place["loader"])
             progress = _Progress(place["best_loss"], place["stale"])
             report.line(f"resumed at step {start} from {run_dir}")
+        elif restored is not None:
+            report.line(f"starting from the weights in {run_dir}")
         (run_dir / "train_config.json").write_text(config.to_json(), encoding="utf-8")
         _keep_tokenizer(config)
         report.line(
