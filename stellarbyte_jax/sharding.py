@@ -7,6 +7,7 @@ LOGICAL_AXES = {
     "heads": "query heads",
     "kv_heads": "key and value heads",
     "head_dim": "channels of one head",
+    "rotary_pairs": "pairs of channels that turn together",
     "gate": "gate and up projection, fused",
     "mlp": "feed-forward width",
 }

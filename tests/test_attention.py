@@ -19,10 +19,12 @@ CASES = {
     "packed": {"segments": True},
     "packed, odd length": {"segments": True, "T": 77},
     "window longer than the row": {"window": 500},
+    "window, pinned": {"window": 9, "pinned": True},
+    "window, pinned, packed, grouped": {"window": 9, "pinned": True, "segments": True, "K": 2},
 }
 
 
-def numpy_attention(q, k, v, segment_ids=None, window=None, softcap=None):
+def numpy_attention(q, k, v, segment_ids=None, window=None, softcap=None, pinned=None, prune_below=0.0):
     """float64, one loop a row, head and query: the definition and nothing else."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     B, T, N, H = q.shape
@@ -34,18 +36,19 @@ def numpy_attention(q, k, v, segment_ids=None, window=None, softcap=None):
                 seen = [
                     s
                     for s in range(t + 1)
-                    if (window is None or t - s < window)
+                    if (window is None or t - s < window or (pinned is not None and pinned[b, s]))
                     and (segment_ids is None or segment_ids[b, s] == segment_ids[b, t])
                 ]
                 scores = k[b, seen, n // group] @ q[b, t, n] / np.sqrt(H)
                 if softcap is not None:
                     scores = softcap * np.tanh(scores / softcap)
                 weights = np.exp(scores - scores.max())
+                weights[weights < prune_below] = 0
                 out[b, t, n] = weights @ v[b, seen, n // group] / weights.sum()
     return out
 
 
-def inputs(T=64, N=4, K=4, H=16, B=2, segments=False, window=None, dtype=jnp.float32):
+def inputs(T=64, N=4, K=4, H=16, B=2, segments=False, window=None, pinned=False, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(T + K), 3)
     q = jax.random.normal(keys[0], (B, T, N, H), dtype)
     k = jax.random.normal(keys[1], (B, T, K, H), dtype)
@@ -59,7 +62,9 @@ def inputs(T=64, N=4, K=4, H=16, B=2, segments=False, window=None, dtype=jnp.flo
                 ids[b, start:end] = number
                 start = end
         ids = jnp.asarray(ids)
-    return q, k, v, {"segment_ids_BT": ids, "window": window}
+    same = np.ones((B, T, T), bool) if ids is None else np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None, :]
+    pinned_BT = jnp.asarray(np.arange(T) - np.argmax(same, axis=2) < 3) if pinned else None
+    return q, k, v, {"segment_ids_BT": ids, "window": window, "pinned_BT": pinned_BT}
 
 
 @pytest.mark.parametrize("implementation", CPU)
@@ -67,7 +72,9 @@ def inputs(T=64, N=4, K=4, H=16, B=2, segments=False, window=None, dtype=jnp.flo
 def test_equals_the_definition(case, implementation):
     q, k, v, options = inputs(**CASES[case])
     ids = options["segment_ids_BT"]
-    expected = numpy_attention(q, k, v, None if ids is None else np.asarray(ids), options["window"])
+    expected = numpy_attention(
+        q, k, v, None if ids is None else np.asarray(ids), options["window"], pinned=options["pinned_BT"]
+    )
     found = attention(q, k, v, implementation=implementation, **options)
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
@@ -78,6 +85,16 @@ def test_soft_cap_equals_the_definition():
     np.testing.assert_allclose(found, numpy_attention(q, k, v, softcap=0.7), atol=2e-6)
     with pytest.raises(NotImplementedError, match="soft cap"):
         attention(q, k, v, logit_softcap=0.7, implementation="xla", **options)
+
+
+def test_pruning_equals_the_definition_with_all_else():
+    q, k, v, options = inputs(K=2, segments=True, window=9, pinned=True)
+    found = attention(q, k, v, prune_below=0.3, logit_softcap=2.0, **options)
+    ids, pinned = np.asarray(options["segment_ids_BT"]), np.asarray(options["pinned_BT"])
+    np.testing.assert_allclose(found, numpy_attention(q, k, v, ids, 9, 2.0, pinned, 0.3), atol=2e-6)
+    assert np.abs(found - attention(q, k, v, logit_softcap=2.0, **options)).max() > 0.1
+    with pytest.raises(NotImplementedError, match="pruning of low weights"):
+        attention(q, k, v, prune_below=0.3, implementation="xla", **options)
 
 
 def gradients(q, k, v, options, implementation):
@@ -101,6 +118,10 @@ def test_fused_kernels_equal_the_reference(case, implementation):
     q, k, v, options = inputs(H=64, dtype=jnp.bfloat16, **{"T": 128, **CASES[case]})
     if implementation == "cudnn" and q.shape[1] % 2:
         with pytest.raises(NotImplementedError, match="even number"):
+            attention(q, k, v, implementation=implementation, max_segments=6, **options)
+        return
+    if implementation == "cudnn" and options["pinned_BT"] is not None:
+        with pytest.raises(NotImplementedError, match="sink tokens"):
             attention(q, k, v, implementation=implementation, max_segments=6, **options)
         return
     exact = [x.astype(jnp.float32) for x in (q, k, v)]
@@ -145,15 +166,31 @@ def test_documents_of_a_row_do_not_feel_each_other(implementation):
 
 def test_cached_equals_full():
     q, k, v, _ = inputs(K=2)
-    positions = jnp.arange(40, 64, dtype=jnp.int32)[None].repeat(2, axis=0)
-    for window in (None, 7):
-        full = attention(q, k, v, window=window)
-        rest = cached_attention(q[:, 40:], k, v, positions, window=window)
+    positions = jnp.arange(64, dtype=jnp.int32)[None].repeat(2, axis=0)
+    pinned = positions < 3
+    for window, slots in ((None, 0), (7, 0), (7, 3)):
+        full = attention(q, k, v, window=window, pinned_BT=pinned if slots else None)
+        rest, weights = cached_attention(
+            q[:, 40:], k, v, positions[:, 40:], positions[:, :, None], window=window, pinned_slots=slots
+        )
         np.testing.assert_allclose(rest, full[:, 40:], atol=1e-6)
+        np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-6)
 
 
-def test_dropout_keeps_the_mean_and_follows_its_key():
-    q, k, v, options = inputs(T=8)
+def test_slots_may_stand_in_any_order_and_be_empty():
+    q, k, v, _ = inputs(K=2)
+    order = np.random.default_rng(0).permutation(64)
+    at = np.where(order < 20, -1, order)  # the first twenty are empty
+    positions = jnp.full((2, 1), 63, jnp.int32)
+    heads = jnp.asarray(np.broadcast_to(at[None, :, None], (2, 64, 2)), jnp.int32)
+    found, _ = cached_attention(q[:, 63:], k[:, order], v[:, order], positions, heads)
+    full = attention(q[:, 20:], k[:, 20:], v[:, 20:])
+    np.testing.assert_allclose(found, full[:, -1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["causal", "window, pinned, packed, grouped"])
+def test_dropout_keeps_the_mean_and_follows_its_key(case):
+    q, k, v, options = inputs(**{**CASES[case], "T": 40} if "segments" in CASES[case] else {"T": 8})
     keys = jax.random.split(jax.random.key(0), 3000)
     drop = jax.vmap(lambda key: attention(q, k, v, dropout_rate=0.3, dropout_key=key, **options))(keys)
     np.testing.assert_allclose(drop.mean(0), attention(q, k, v, **options), atol=0.1)

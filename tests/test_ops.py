@@ -1,5 +1,7 @@
 """Do the small operations equal their definitions and their peers?"""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,15 @@ import pytest
 
 from stellarbyte_jax.ops.cross_entropy import linear_cross_entropy
 from stellarbyte_jax.ops.norm import rms_norm
-from stellarbyte_jax.ops.rotary import apply_rotary, rotary_angles, xpos_scale
+from stellarbyte_jax.ops.rotary import (
+    apply_rotary,
+    longest_xpos_row,
+    rotary_angles,
+    rotary_frequencies,
+    scale_pairs,
+    xpos_factors,
+    xpos_rates,
+)
 
 
 def test_rms_norm_equals_torch():
@@ -28,14 +38,16 @@ def test_rms_norm_rules_differ_only_near_zero():
         rms_norm(small, one, eps=1e-6, eps_rule="none")
 
 
-def rotated_scores(pairing, scale_base=None, T=12, H=8):
-    q = jnp.ones((1, T, 1, H))
+def rotated_scores(pairing, scale_base=None, T=12, H=8, origin=5, dtype=jnp.float32):
+    q = jnp.ones((1, T, 1, H), dtype)
     positions = jnp.arange(T, dtype=jnp.int32)[None]
-    angles = rotary_angles(positions, head_size=H, theta=100.0)
-    scale = None if scale_base is None else xpos_scale(positions, head_size=H, scale_base=scale_base, center=5)
-    turned_q = apply_rotary(q, angles, pairing=pairing, scale_BTP=scale)
-    turned_k = apply_rotary(q, angles, pairing=pairing, scale_BTP=None if scale is None else 1 / scale)
-    return np.asarray(jnp.einsum("BTNH,BSNH->TS", turned_q, turned_k))
+    angles = rotary_angles(positions, rotary_frequencies(H, 100.0))
+    scales = [None, None]
+    if scale_base is not None:
+        factors = partial(xpos_factors, rates_P=xpos_rates(H), scale_base=scale_base)
+        scales = [factors(positions - origin), factors(origin - positions)]
+    turned_q, turned_k = (apply_rotary(q, angles, pairing=pairing, scale=scale) for scale in scales)
+    return np.asarray(jnp.einsum("BTNH,BSNH->TS", turned_q, turned_k, preferred_element_type=jnp.float32))
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
@@ -57,14 +69,55 @@ def test_xpos_is_rope_times_a_decay():
         np.testing.assert_allclose(scores[distance, 0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_xpos_at_a_hundred_thousand_positions(dtype):
+    """A query at position 100,000 over keys from 0 on: what is far has decayed, what is near is exact."""
+    H, last, base = 64, 100_000, 512.0
+    random = np.random.default_rng(0)
+    q, k = (random.normal(size=(1, n, 1, H)).astype(np.float32) for n in (1, last + 1))
+    q, k = jnp.asarray(q, dtype), jnp.asarray(k, dtype)
+    at = jnp.arange(last + 1, dtype=jnp.int32)[None]
+    frequencies = rotary_frequencies(H, 10000.0)
+    turned_q = apply_rotary(q, rotary_angles(at[:, -1:], frequencies), pairing="half")
+    turned_k = apply_rotary(k, rotary_angles(at, frequencies), pairing="half")
+    scaled_k = scale_pairs(turned_k, xpos_factors(last - at, xpos_rates(H), scale_base=base), pairing="half")
+    scores = np.asarray(jnp.einsum("BTNH,BSNH->TS", turned_q, scaled_k, preferred_element_type=jnp.float32))[0]
+    q64, k64 = np.asarray(q, np.float64)[0, 0, 0], np.asarray(k, np.float64)[0, :, 0]
+    distance = last - np.arange(last + 1)
+    pair = np.arange(H // 2) / (H // 2)
+    angle = distance[:, None] * 10000.0**-pair
+    decay = ((pair + 0.4) / 1.4) ** (distance[:, None] / base)
+    qc, kc = q64[: H // 2] + 1j * q64[H // 2 :], k64[:, : H // 2] + 1j * k64[:, H // 2 :]
+    exact = np.sum(decay * np.real(qc * np.conj(kc) * np.exp(1j * angle)), axis=1)
+    assert np.all(np.isfinite(scores))
+    assert np.abs(scores - exact).max() < (0.3 if dtype == jnp.bfloat16 else 0.1)
+    assert np.abs(scores[-1000:] - exact[-1000:]).max() < (0.3 if dtype == jnp.bfloat16 else 0.05)
+
+
+def test_the_longest_row_of_xpos_is_where_factors_begin_to_be_clipped():
+    longest = longest_xpos_row(512.0)
+    assert 60_000 < longest < 70_000
+    ends = jnp.asarray([[-longest // 2, longest // 2]], jnp.int32)
+    rates = xpos_rates(64)
+    exponents = np.asarray(jnp.log(xpos_factors(ends, rates, scale_base=512.0)))
+    np.testing.assert_allclose(exponents[0, :, 0], [80, -80], rtol=1e-3)
+    assert np.isfinite(np.asarray(xpos_factors(100 * ends, rates, scale_base=512.0))).all()
+
+
 def test_pairings_differ_by_a_permutation_of_channels():
     x = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
-    angles = rotary_angles(jnp.arange(6, dtype=jnp.int32)[None], head_size=8, theta=50.0)
+    angles = rotary_angles(jnp.arange(6, dtype=jnp.int32)[None], rotary_frequencies(8, 50.0))
     order = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # half-split channel of each interleaved one
     interleaved = apply_rotary(x[..., order], angles, pairing="interleaved")
     np.testing.assert_allclose(interleaved, apply_rotary(x, angles, pairing="half")[..., order], atol=1e-6)
-    with pytest.raises(ValueError, match="'half' or 'interleaved'"):
-        apply_rotary(x, angles, pairing="mixed")
+    scale = jnp.linspace(0.5, 2, 4)[None, None] * jnp.ones((1, 6, 1))
+    np.testing.assert_allclose(
+        scale_pairs(interleaved, scale, pairing="interleaved"),
+        apply_rotary(x, angles, pairing="half", scale=scale)[..., order],
+        atol=1e-6,
+    )
+    with pytest.raises(ValueError, match="'half', 'interleaved' or 'mixed'"):
+        apply_rotary(x, angles, pairing="neox")
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -95,6 +148,15 @@ def test_linear_cross_entropy_equals_optax(label_smoothing, z_loss, chunk_size):
     np.testing.assert_allclose(ours(x, kernel)[0], expected, rtol=1e-5)
     for a, b in zip(slopes, expected_slopes, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+    padded = jnp.pad(kernel, ((0, 0), (0, 3)), constant_values=5.0)
+    total, slope = jax.value_and_grad(
+        lambda kernel: linear_cross_entropy(
+            x, kernel, targets, label_smoothing=label_smoothing, z_loss=z_loss, vocab_size=13, chunk_size=chunk_size
+        )[0]
+    )(padded)
+    np.testing.assert_allclose(2.5 * total, expected, rtol=1e-5)
+    np.testing.assert_allclose(2.5 * slope[:, :13], expected_slopes[1], atol=2e-5)
+    assert np.all(slope[:, 13:] == 0)
     logits = np.asarray(x @ kernel)
     real = np.asarray(targets) >= 0
     assert float(sums["tokens"]) == real.sum()

@@ -89,7 +89,7 @@ def test_loss_equals_transformers_with_the_same_labels():
     model, params, peer = llama_pair()
     tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (3, 16), dtype=np.int32)
     labels = np.where(np.random.default_rng(2).random((3, 16)) < 0.3, -100, tokens).astype(np.int32)
-    total, sums = batch_loss(
+    total, sums, _ = batch_loss(
         model, params, {"tokens": jnp.asarray(tokens), "labels": jnp.asarray(labels)}, LossConfig()
     )
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_validation_is_weighted_by_tokens():
     evaluate = jax.jit(make_eval_step(config, model, sizes))
     small, large = packed_batch(1), packed_batch(2)
     small["loss_mask"][1:] = False
-    sums = [evaluate(state.params, b) for b in (small, large)]
+    sums = [evaluate(state.params, b)[0] for b in (small, large)]
     total = {name: float(sums[0][name]) + float(sums[1][name]) for name in sums[0]}
     found = validation_metrics(total)
     nll, count, right, size = 0.0, 0, 0, 0

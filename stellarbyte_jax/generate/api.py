@@ -11,9 +11,11 @@ import numpy as np
 from stellarbyte_jax.generate import engine
 from stellarbyte_jax.generate.sampling import Sampler, SamplingConfig, row_keys
 from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.memory import Memory
 
 Prompts = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
 NewTokens = list[list[int]]
+_LONGER = "load the model with rope_scaling, or with sliding_window and sink_tokens (see the README)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,8 @@ def generate(
     seed: int | Sequence[int] = 0,
     pad_token: int = 0,
     log_probs: bool = False,
+    memory: Memory | None = None,
+    prefill_chunk: int | None = None,
     stream: Callable[[NewTokens], object] | None = None,
 ) -> Generated:
     """Continues prompts; greedy unless a temperature is given.
@@ -78,6 +82,8 @@ def generate(
       seed: of the random numbers; a list with one for each row lets a row be repeated on its own.
       pad_token: fills ``Generated.tokens`` behind a row's end.
       log_probs: whether to return log-probabilities.
+      memory: what a model with memory read before the prompts, a row for each; see :func:`remember`.
+      prefill_chunk: reads prompts in parts of so many tokens, for prompts whose attention does not fit at once.
       stream: called after every few steps with each row's new tokens; generation ends early where it returns True.
 
     Raises:
@@ -91,6 +97,8 @@ def generate(
         max_length=max_length,
         pad_token=pad_token,
         log_probs=log_probs,
+        memory=memory,
+        prefill_chunk=prefill_chunk,
         short_blocks=stream is not None,
         temperature=temperature,
         top_k=top_k,
@@ -145,6 +153,39 @@ def stream_generate(
     return blocks()
 
 
+def remember(
+    model: ByteTransformer,
+    params: dict[str, Any],
+    tokens: Prompts,
+    *,
+    segment_length: int,
+    memory: Memory | None = None,
+) -> Memory:
+    """Reads texts segment by segment, as in training, and returns what the model remembers of them.
+
+    Args:
+      model: one with ``config.memory``.
+      params: its weights.
+      tokens: as for :func:`generate`, of any lengths.
+      segment_length: tokens read at once; that of training, ``data.sequence_length``, is best.
+      memory: what was read before; nothing where it is not given.
+
+    Raises:
+      ValueError: the model has no memory, or ``memory`` is of another number of rows and its policy is strict.
+    """
+    prompts = _prompts(tokens, model.config.vocab_size)
+    params = engine.cast_for_inference(model, params)
+    read = Memory.create(model.config, len(prompts)) if memory is None else memory
+    for at in range(0, max(p.size for p in prompts), segment_length):
+        tokens_BT = np.zeros((len(prompts), segment_length), np.int32)
+        lengths_B = np.zeros(len(prompts), np.int32)
+        for row, prompt in enumerate(prompts):
+            part = prompt[at : at + segment_length]
+            tokens_BT[row, : part.size], lengths_B[row] = part, part.size
+        read = engine.read_segment(model, params, tokens_BT, lengths_B, read)
+    return read
+
+
 def warm_up(
     model: ByteTransformer, params: dict[str, Any], tokens: Prompts, *, stream: bool = False, **settings: Any
 ) -> float:
@@ -171,13 +212,15 @@ class _Request:
         max_length: int | None = None,
         pad_token: int = 0,
         log_probs: bool = False,
+        memory: Memory | None = None,
+        prefill_chunk: int | None = None,
         short_blocks: bool,
         **sampling: Any,
     ) -> None:
         vocab_size = model.config.vocab_size
         self.model = model
         self.prompts = _prompts(tokens, vocab_size)
-        self.budget_B = _budget(self.prompts, max_new_tokens, max_length, model.config.max_position_embeddings)
+        self.budget_B = _budget(self.prompts, max_new_tokens, max_length, engine.position_limit(model.config))
         settings = SamplingConfig(**sampling)
         for name, ids in (("pad_token", (pad_token,)), ("stop_tokens", settings.stop_tokens)):
             wrong = [i for i in ids if not 0 <= i < vocab_size]
@@ -187,12 +230,25 @@ class _Request:
         self.keys_B = row_keys(settings.seed, len(self.prompts))
         self.pad_token = pad_token
         self.log_probs = log_probs
+        self.memory = memory
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1; got {prefill_chunk}")
+        self.prefill_chunk = prefill_chunk
         self.sizes = engine.block_sizes(int(self.budget_B.max()), short=short_blocks)
 
     def start(self, params: dict[str, Any]) -> tuple[dict[str, Any], engine.Decoding]:
         """Casts the weights and runs the prompts."""
         params = engine.cast_for_inference(self.model, params)
-        return params, engine.start(self.model, params, self.prompts, self.budget_B, self.sampler, self.pad_token)
+        return params, engine.start(
+            self.model,
+            params,
+            self.prompts,
+            self.budget_B,
+            self.sampler,
+            self.pad_token,
+            self.memory,
+            self.prefill_chunk,
+        )
 
     def blocks(
         self, params: dict[str, Any], state: engine.Decoding, *, warm_up: bool = False
@@ -262,7 +318,9 @@ def _prompts(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
     return prompts
 
 
-def _budget(prompts: list[np.ndarray], max_new_tokens: int | None, max_length: int | None, limit: int) -> np.ndarray:
+def _budget(
+    prompts: list[np.ndarray], max_new_tokens: int | None, max_length: int | None, limit: int | None
+) -> np.ndarray:
     """Number of new tokens of each row, int32 [B]."""
     if (max_new_tokens is None) == (max_length is None):
         raise ValueError(
@@ -281,17 +339,16 @@ def _budget(prompts: list[np.ndarray], max_new_tokens: int | None, max_length: i
                 f"row {number}: the prompt of {prompt.size} tokens leaves no room below max_length={max_length}: "
                 "raise max_length, or shorten the prompt"
             )
-        if prompt.size >= limit:
+        if limit is not None and prompt.size >= limit:
             raise ValueError(
                 f"row {number}: the prompt of {prompt.size} tokens is longer than the cache: the model has {limit} "
-                f"positions (max_position_embeddings), and one is needed for a new token; keep its last {limit - 1} "
-                "tokens at most"
+                f"positions, and one is needed for a new token; keep its last {limit - 1} tokens at most, or {_LONGER}"
             )
-        if prompt.size + new > limit:
+        if limit is not None and prompt.size + new > limit:
             raise ValueError(
                 f"row {number}: {prompt.size} prompt tokens and {new} new ones are longer than the cache: "
-                f"the model has {limit} positions (max_position_embeddings); ask for at most {limit - prompt.size} new "
-                "tokens, or shorten the prompt"
+                f"the model has {limit} positions in all; ask for at most {limit - prompt.size} new tokens, shorten "
+                f"the prompt, or {_LONGER}"
             )
         budget.append(new)
     return np.asarray(budget, np.int32)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.generate.sampling import Sampler, sample
-from stellarbyte_jax.model.cache import KVCache
-from stellarbyte_jax.model.decoder import ByteTransformer, forward_step, head_kernel
+from stellarbyte_jax.model.cache import make_cache
+from stellarbyte_jax.model.decoder import ByteTransformer, forward_step, head_kernel, logits
+from stellarbyte_jax.model.memory import Memory
 
 _SMALLEST_BUCKET = 32
 # The host looks at results only between blocks: a long one costs least, the short one ends or streams soon.
@@ -37,7 +39,7 @@ class Decoding:
       step: int32, number of tokens generated.
     """
 
-    cache: KVCache
+    cache: Any
     logits_BV: jax.Array
     seen_BV: jax.Array | None
     done_B: jax.Array
@@ -59,12 +61,37 @@ class Block:
     log_probs_BX: jax.Array | None
 
 
-def bucket(length: int, limit: int) -> int:
+def bucket(length: int, limit: int | None) -> int:
     """Rounds a length up to a quarter of its power of two (so by a fifth on average at most), within the limit."""
     if length <= _SMALLEST_BUCKET:
-        return min(_SMALLEST_BUCKET, limit)
-    quarter = 1 << (length - 1).bit_length() - 3
-    return min(-(-length // quarter) * quarter, limit)
+        rounded = _SMALLEST_BUCKET
+    else:
+        quarter = 1 << (length - 1).bit_length() - 3
+        rounded = -(-length // quarter) * quarter
+    return rounded if limit is None else min(rounded, limit)
+
+
+def position_limit(config: ByteConfig) -> int | None:
+    """How many tokens a text may have; None where nothing in the model is bound to the length that it was trained with.
+
+    That is so where every layer has a window (or memory), where XPos lets attention fade with distance, and where the
+    cache is pruned. Linear and dynamic scaling stretch ``max_position_embeddings``; with YaRN and Llama-3 scaling it
+    is the stretched length already, as in Hugging Face.
+    """
+    if all(kind.window is not None for kind in config.layer_kinds) or config.position_embedding == "xpos":
+        return None
+    if config.cache.recent is not None:
+        return None
+    stretched = config.rope_scaling.factor if config.rope_scaling.name in ("linear", "dynamic") else 1.0
+    return int(config.max_position_embeddings * stretched)
+
+
+def cache_slots(config: ByteConfig, length: int) -> int:
+    """Slots of a cache for texts of this many tokens, rounded up; windowed layers need no more than their window."""
+    windows = [kind.window for kind in config.layer_kinds]
+    longest = max(w for w in windows if w is not None) if None not in windows else None
+    limits = [n for n in (position_limit(config), longest) if n is not None]
+    return bucket(length, min(limits, default=None))
 
 
 def block_sizes(steps: int, *, short: bool) -> list[int]:
@@ -76,7 +103,8 @@ def block_sizes(steps: int, *, short: bool) -> list[int]:
 def cast_for_inference(model: ByteTransformer, params: dict[str, Any]) -> dict[str, Any]:
     """The weights in the compute dtype, as every layer would cast them, so that no result changes.
 
-    Scales of norms stay as they are. Worth doing once before many calls: :func:`generate` does it in each.
+    Scales of norms and XPos rates stay as they are. Worth doing once before many calls: :func:`generate` does it in
+    each.
     """
     return _cast(params, model.config.compute_dtype)
 
@@ -84,27 +112,64 @@ def cast_for_inference(model: ByteTransformer, params: dict[str, Any]) -> dict[s
 @functools.partial(jax.jit, static_argnames="dtype")
 def _cast(params: dict[str, Any], dtype: str) -> dict[str, Any]:
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+        return leaf if path[-1].key in ("scale", "xpos_rate") else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length"))
 def prefill(
-    model: ByteTransformer, params: dict[str, Any], tokens_BT: jax.Array, lengths_B: jax.Array, cache_length: int
-) -> tuple[jax.Array, KVCache]:
+    model: ByteTransformer,
+    params: dict[str, Any],
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    memory: Memory | None,
+    *,
+    cache_length: int,
+) -> tuple[jax.Array, Any]:
     """Runs prompts, padded on the right to T, through the model.
 
     Returns:
       float32 logits [B, V] of the token after each prompt, and a cache of ``cache_length`` slots with the prompts.
     """
-    cache = KVCache.create(model.config, tokens_BT.shape[0], cache_length)
-    applied: Any = model.apply({"params": params}, tokens_BT, cache=cache, lengths=lengths_B, head=False)
+    cache = make_cache(model.config, tokens_BT.shape[0], cache_length)
+    return _read(model, params, tokens_BT, lengths_B, cache, memory)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("logits_BV", "cache"))
+def prefill_more(
+    model: ByteTransformer,
+    params: dict[str, Any],
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    logits_BV: jax.Array,
+    cache: Any,
+) -> tuple[jax.Array, Any]:
+    """Runs the next part of prompts, none of a row whose length is 0; such rows keep their logits."""
+    more_BV, cache = _read(model, params, tokens_BT, lengths_B, cache, None)
+    return jnp.where(lengths_B[:, None] > 0, more_BV, logits_BV), cache
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def read_segment(
+    model: ByteTransformer, params: dict[str, Any], tokens_BT: jax.Array, lengths_B: jax.Array, memory: Memory
+) -> Memory:
+    """The memory after another segment, padded on the right; rows of length 0 keep theirs."""
+    B, T = tokens_BT.shape
+    memory = memory.fit(B, model.config.memory.batch_policy)
+    real_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < lengths_B[:, None]
+    segment_ids = real_BT.astype(jnp.int32)
+    applied: Any = model.apply({"params": params}, tokens_BT, segment_ids=segment_ids, memory=memory, head=False)
+    return applied[1].where(lengths_B > 0, memory)
+
+
+def _read(model, params, tokens_BT, lengths_B, cache, memory) -> tuple[jax.Array, Any]:
+    applied: Any = model.apply({"params": params}, tokens_BT, cache=cache, memory=memory, lengths=lengths_B, head=False)
     hidden_BTD, cache = applied
     # The head on the last positions alone: logits of all would take B x T x V floats.
-    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    kernel_DV = head_kernel(model.config, params).astype(last_BD.dtype)
-    return jnp.einsum("BD,DV->BV", last_BD, kernel_DV, preferred_element_type=jnp.float32), cache
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+    return logits(model.config, head_kernel(model.config, params), last_BD), cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "log_probs"), donate_argnames="state")
@@ -181,17 +246,26 @@ def start(
     budget_B: np.ndarray,
     sampler: Sampler,
     pad_token: int,
+    memory: Memory | None = None,
+    prefill_chunk: int | None = None,
 ) -> Decoding:
     """Prefills ragged prompts with room for ``budget_B`` more tokens in each row, and waits for it."""
     config = model.config
     lengths_B = np.asarray([p.size for p in prompts], np.int32)
-    limit = config.max_position_embeddings
-    T = bucket(int(lengths_B.max()), limit)
+    longest = int(lengths_B.max())
+    T = bucket(longest, position_limit(config))
+    if prefill_chunk is not None and prefill_chunk < longest:
+        T = -(-longest // prefill_chunk) * prefill_chunk
     tokens_BT = np.full((len(prompts), T), pad_token, np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: prompt.size] = prompt
-    S = bucket(int((lengths_B + budget_B).max()), limit)
-    logits_BV, cache = prefill(model, params, tokens_BT, lengths_B, S)
+    S = cache_slots(config, int((lengths_B + budget_B).max()))
+    C = min(prefill_chunk or T, T)
+    parts = [np.clip(lengths_B - at, 0, C) for at in range(0, T, C)]
+    logits_BV, cache = prefill(model, params, tokens_BT[:, :C], parts[0], memory, cache_length=S)
+    for number, part_B in enumerate(parts[1:], 1):
+        part_BT = tokens_BT[:, number * C : number * C + C]
+        logits_BV, cache = prefill_more(model, params, part_BT, part_B, logits_BV, cache)
     seen_BV = None
     if sampler.use_repetition_penalty:
         seen = np.zeros((len(prompts), config.vocab_size), bool)

@@ -20,6 +20,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
+_STELLARBYTE_MLP_EPS = 1e-6
+
 
 def param(module: nn.Module, name: str, init: nn.initializers.Initializer, **axes: int) -> jax.Array:
     """Makes or reads a float32 weight; each keyword names an axis and gives its size, in order.
@@ -34,14 +36,27 @@ def param(module: nn.Module, name: str, init: nn.initializers.Initializer, **axe
     return weight
 
 
-def normal(std: float) -> nn.initializers.Initializer:
-    """Normal initializer with this standard deviation."""
+def weight(config: ByteConfig, role: str, fan_in: int, fan_out: int) -> nn.initializers.Initializer:
+    """The initializer of a matrix by its role: embed, head, query (and key), value, output, mlp_in or mlp_out.
+
+    All are normal. ``"normal"`` has the deviation ``s = initializer_range`` everywhere, ``"depth"`` has
+    ``s / sqrt(2L)`` for what writes into the residual stream (output, mlp_out; Radford et al. 2019), ``"stellarbyte"``
+    for everything.
+    ``"deepnorm"`` has Glorot's ``gain * sqrt(2 / (fan_in + fan_out))`` with the gain ``(8L)^(-1/4)``, but 1 for query
+    and key, and s for embed and head (Wang et al. 2022, https://arxiv.org/abs/2203.00555).
+    """
+    scheme, std, L = config.init_scheme, config.initializer_range, config.num_hidden_layers
+    if scheme == "deepnorm" and role not in ("embed", "head"):
+        gain = 1.0 if role == "query" else (8 * L) ** -0.25
+        std = gain * (2 / (fan_in + fan_out)) ** 0.5
+    elif scheme == "stellarbyte" or (scheme == "depth" and role in ("output", "mlp_out")):
+        std /= (2 * L) ** 0.5
     return nn.initializers.normal(std)
 
 
-def residual_std(config: ByteConfig) -> float:
-    """Deviation of weights that write into the residual stream: it keeps the stream's variance flat over depth."""
-    return config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+def bias(module: nn.Module, name: str, dtype: Any, **axes: int) -> jax.Array:
+    """A bias that begins with zeros, in the dtype of what it is added to."""
+    return param(module, name, nn.initializers.zeros, **axes).astype(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -49,12 +64,13 @@ class RMSNorm(nn.Module):
 
     config: ByteConfig
     axis: str = "embed"
+    eps: float | None = None  # another one than the model's
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D]."""
         scale_D = param(self, "scale", nn.initializers.ones, **{self.axis: x.shape[-1]})
-        return rms_norm(x, scale_D, eps=self.config.rms_norm_eps, eps_rule=self.config.rms_norm_eps_rule)
+        return rms_norm(x, scale_D, eps=self.eps or self.config.rms_norm_eps, eps_rule=self.config.rms_norm_eps_rule)
 
 
 class Embed(nn.Module):
@@ -66,7 +82,8 @@ class Embed(nn.Module):
     def __call__(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the embedded tokens [B, T, D] in the compute dtype, and the table [V, D] for a tied head."""
         c = self.config
-        embedding_VD = param(self, "embedding", normal(c.initializer_range), vocab=c.vocab_size, embed=c.hidden_size)
+        V, D = c.padded_vocab_size, c.hidden_size
+        embedding_VD = param(self, "embedding", weight(c, "embed", V, D), vocab=V, embed=D)
         return jnp.take(embedding_VD, tokens_BT, axis=0).astype(c.compute_dtype), embedding_VD
 
 
@@ -79,13 +96,15 @@ class Head(nn.Module):
     def __call__(self) -> jax.Array:
         """Returns the kernel [D, V]."""
         c = self.config
-        return param(self, "kernel", normal(c.initializer_range), embed=c.hidden_size, vocab=c.vocab_size)
+        D, V = c.hidden_size, c.padded_vocab_size
+        return param(self, "kernel", weight(c, "head", D, V), embed=D, vocab=V)
 
 
 class MLP(nn.Module):
     """Gated feed-forward layer, ``down(act(gate(x)) * up(x))``: SwiGLU or GEGLU by the activation.
 
-    Shazeer 2020, https://arxiv.org/abs/2002.05202.
+    Shazeer 2020, https://arxiv.org/abs/2002.05202. The style "stellarbyte" is the original's
+    ``down(silu(up(n)) * sigmoid(gate(n))) + x`` with ``n = RMSNorm(x)`` of a fixed eps.
     """
 
     config: ByteConfig
@@ -94,10 +113,24 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
         c = self.config
+        D, F = c.hidden_size, c.mlp_size
         dtype = x_BTD.dtype
-        gate_up_D2F = param(self, "gate_up", normal(c.initializer_range), embed=c.hidden_size, gate=2, mlp=c.mlp_size)
-        down_FD = param(self, "down", normal(residual_std(c)), mlp=c.mlp_size, embed=c.hidden_size)
-        both_BT2F = jnp.einsum("BTD,DGF->BTGF", x_BTD, gate_up_D2F.astype(dtype))
-        h_BTF = ACTIVATIONS[c.hidden_act](both_BT2F[:, :, 0]) * both_BT2F[:, :, 1]
+        gate_up_D2F = param(self, "gate_up", weight(c, "mlp_in", D, F), embed=D, gate=2, mlp=F)
+        down_FD = param(self, "down", weight(c, "mlp_out", F, D), mlp=F, embed=D)
+        own_style = c.mlp_style == "stellarbyte"
+        h_BTD = RMSNorm(c, eps=_STELLARBYTE_MLP_EPS, name="norm")(x_BTD) if own_style else x_BTD
+        both_BT2F = jnp.einsum("BTD,DGF->BTGF", h_BTD, gate_up_D2F.astype(dtype))
+        if c.mlp_bias:
+            both_BT2F += bias(self, "gate_up_bias", dtype, gate=2, mlp=F)[None, None]
+        gate_BTF, up_BTF = both_BT2F[:, :, 0], both_BT2F[:, :, 1]
+        h_BTF = (
+            jax.nn.silu(up_BTF) * jax.nn.sigmoid(gate_BTF)
+            if own_style
+            else ACTIVATIONS[c.hidden_act](gate_BTF) * up_BTF
+        )
         out_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, down_FD.astype(dtype))
+        if c.mlp_bias:
+            out_BTD += bias(self, "down_bias", dtype, embed=D)[None, None]
+        if own_style:
+            out_BTD += x_BTD
         return nn.Dropout(c.hidden_dropout, deterministic=deterministic)(out_BTD)

@@ -1,4 +1,4 @@
-"""Causal attention over a sequence, and attention of new tokens over a key/value cache.
+"""Causal attention over a sequence, and attention of new tokens over keys and values that are kept.
 
 B batch, T query positions, S key positions, N query heads, K key/value heads, G = N/K, H head size, M documents a row.
 Query head n reads key/value head n // G. Implementations have one signature; see ``dispatch.py``.
@@ -22,7 +22,9 @@ def attention(
     *,
     segment_ids_BT: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    pinned_BT: Bool[Array, "B T"] | None = None,
     logit_softcap: float | None = None,
+    prune_below: float = 0.0,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     max_segments: int | None = None,
@@ -30,7 +32,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Causal softmax attention, ``softmax(q k^T / sqrt(H)) v``, with the softmax in float32.
 
-    A token attends to itself and to earlier tokens of the same segment, no further back than ``window - 1`` tokens.
+    A token attends to itself and to earlier tokens of the same segment, no further back than ``window - 1`` tokens
+    but for pinned ones.
 
     Args:
       q_BTNH: queries, already rotated.
@@ -38,7 +41,9 @@ def attention(
       v_BTKH: values.
       segment_ids_BT: document of each token; equal ids must be neighbours.
       window: number of keys a token sees, itself included; None for all.
+      pinned_BT: keys that a window does not hide.
       logit_softcap: replaces scores s by ``cap * tanh(s / cap)``.
+      prune_below: keys with less than this share of a query's largest weight get none.
       dropout_rate: share of attention weights set to zero.
       dropout_key: needed where ``dropout_rate`` is above zero.
       max_segments: upper bound on the segments of a row; the cuDNN kernel needs it, and gives NaN where it is exceeded.
@@ -56,7 +61,9 @@ def attention(
         v_BTKH,
         segment_ids_BT=segment_ids_BT,
         window=window,
+        pinned_BT=pinned_BT,
         logit_softcap=logit_softcap,
+        prune_below=prune_below,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         max_segments=max_segments,
@@ -68,20 +75,32 @@ def cached_attention(
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     positions_BT: Int[Array, "B T"],
+    key_positions_BSK: Int[Array, "B S #K"],
     *,
     window: int | None = None,
+    pinned_slots: int = 0,
     logit_softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
-    """Attention of tokens at ``positions_BT`` over a cache whose slot s holds the key of position s."""
-    slots_S = jnp.arange(k_BSKH.shape[1], dtype=positions_BT.dtype)
-    distance_BTS = positions_BT[:, :, None] - slots_S[None, None, :]
-    allowed_BTS = distance_BTS >= 0
+    prune_below: float = 0.0,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B K G T S"]]:
+    """Attention of tokens at ``positions_BT`` over keys at ``key_positions_BSK``, -1 where a slot is empty.
+
+    Keys in the first ``pinned_slots`` are not hidden by the window.
+
+    Returns:
+      The output, and the attention weights, float32.
+    """
+    keys_BKS = jnp.swapaxes(key_positions_BSK, 1, 2)
+    distance_BKTS = positions_BT[:, None, :, None] - keys_BKS[:, :, None, :]
+    allowed_BKTS = (distance_BKTS >= 0) & (keys_BKS[:, :, None, :] >= 0)
     if window is not None:
-        allowed_BTS &= distance_BTS < window
-    return _softmax_attention(q_BTNH, k_BSKH, v_BSKH, allowed_BTS, logit_softcap, 0.0, None)
+        near_BKTS = distance_BKTS < window
+        if pinned_slots:
+            near_BKTS |= (jnp.arange(k_BSKH.shape[1]) < pinned_slots)[None, None, None, :]
+        allowed_BKTS &= near_BKTS
+    return _softmax_attention(q_BTNH, k_BSKH, v_BSKH, allowed_BKTS, logit_softcap, prune_below, 0.0, None)
 
 
-def _softmax_attention(q_BTNH, k_BSKH, v_BSKH, allowed_BTS, logit_softcap, dropout_rate, dropout_key):
+def _softmax_attention(q_BTNH, k_BSKH, v_BSKH, allowed_BKTS, logit_softcap, prune_below, dropout_rate, dropout_key):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
@@ -89,48 +108,86 @@ def _softmax_attention(q_BTNH, k_BSKH, v_BSKH, allowed_BTS, logit_softcap, dropo
     scores_BKGTS = scores_BKGTS * H**-0.5
     if logit_softcap is not None:
         scores_BKGTS = logit_softcap * jnp.tanh(scores_BKGTS / logit_softcap)
-    scores_BKGTS = jnp.where(allowed_BTS[:, None, None, :, :], scores_BKGTS, _MASKED)
+    scores_BKGTS = jnp.where(allowed_BKTS[:, :, None, :, :], scores_BKGTS, _MASKED)
+    if prune_below > 0.0:
+        least_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True) + jnp.log(prune_below)
+        scores_BKGTS = jnp.where(scores_BKGTS < least_BKGT1, _MASKED, scores_BKGTS)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    kept_BKGTS = weights_BKGTS
     if dropout_rate > 0.0:
         if dropout_key is None:
             raise ValueError("attention dropout needs a dropout_key")
         keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights_BKGTS.shape)
-        weights_BKGTS = jnp.where(keep, weights_BKGTS / (1.0 - dropout_rate), 0.0)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
+        kept_BKGTS = jnp.where(keep, weights_BKGTS / (1.0 - dropout_rate), 0.0)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", kept_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    return out_BTKGH.reshape(B, T, N, H), weights_BKGTS
 
 
-def _causal_mask(T: int, segment_ids_BT, window: int | None) -> Bool[Array, "B T T"]:
+def _causal_mask(T: int, segment_ids_BT, window: int | None, pinned_BT) -> Bool[Array, "B T T"]:
     distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
-    allowed_TT = distance_TT >= 0
+    allowed_BTT = (distance_TT >= 0)[None]
     if window is not None:
-        allowed_TT &= distance_TT < window
-    allowed_BTT = allowed_TT[None]
+        near_BTT = (distance_TT < window)[None]
+        if pinned_BT is not None:
+            near_BTT = near_BTT | pinned_BT[:, None, :]
+        allowed_BTT = allowed_BTT & near_BTT
     if segment_ids_BT is not None:
         allowed_BTT = allowed_BTT & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
     return allowed_BTT
 
 
 def _reference(
-    q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT, window, logit_softcap, dropout_rate, dropout_key, max_segments
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    *,
+    segment_ids_BT,
+    window,
+    pinned_BT,
+    logit_softcap,
+    prune_below,
+    dropout_rate,
+    dropout_key,
+    max_segments,
 ):
     del max_segments
-    allowed_BTT = _causal_mask(q_BTNH.shape[1], segment_ids_BT, window)
-    return _softmax_attention(q_BTNH, k_BTKH, v_BTKH, allowed_BTT, logit_softcap, dropout_rate, dropout_key)
+    allowed_BKTT = _causal_mask(q_BTNH.shape[1], segment_ids_BT, window, pinned_BT)[:, None]
+    out_BTNH, _ = _softmax_attention(
+        q_BTNH, k_BTKH, v_BTKH, allowed_BKTT, logit_softcap, prune_below, dropout_rate, dropout_key
+    )
+    return out_BTNH
 
 
-def _refuse_unfusable(logit_softcap, dropout_rate) -> None:
+def _refuse_unfusable(logit_softcap, prune_below, dropout_rate) -> None:
     if logit_softcap is not None:
         raise NotImplementedError("a logit soft cap")
+    if prune_below > 0.0:
+        raise NotImplementedError("pruning of low weights")
     if dropout_rate > 0.0:
         raise NotImplementedError("attention dropout")
 
 
-def _xla(q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT, window, logit_softcap, dropout_rate, dropout_key, max_segments):
+def _xla(
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    *,
+    segment_ids_BT,
+    window,
+    pinned_BT,
+    logit_softcap,
+    prune_below,
+    dropout_rate,
+    dropout_key,
+    max_segments,
+):
     del dropout_key, max_segments
-    _refuse_unfusable(logit_softcap, dropout_rate)
+    _refuse_unfusable(logit_softcap, prune_below, dropout_rate)
     mask = None
-    if segment_ids_BT is not None:
+    if pinned_BT is not None:
+        mask = _causal_mask(q_BTNH.shape[1], segment_ids_BT, window, pinned_BT)[:, None]
+        window = None
+    elif segment_ids_BT is not None:
         mask = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
     with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32 inside
         return jax.nn.dot_product_attention(
@@ -144,9 +201,24 @@ def _xla(q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT, window, logit_softcap, dropo
         )
 
 
-def _cudnn(q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT, window, logit_softcap, dropout_rate, dropout_key, max_segments):
+def _cudnn(
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    *,
+    segment_ids_BT,
+    window,
+    pinned_BT,
+    logit_softcap,
+    prune_below,
+    dropout_rate,
+    dropout_key,
+    max_segments,
+):
     del dropout_key
-    _refuse_unfusable(logit_softcap, dropout_rate)
+    _refuse_unfusable(logit_softcap, prune_below, dropout_rate)
+    if pinned_BT is not None:
+        raise NotImplementedError("keys that a window does not hide (sink tokens, fused memory)")
     B, T, N, H = q_BTNH.shape
     if jax.default_backend() != "gpu":
         raise NotImplementedError(f"the {jax.default_backend()} backend")

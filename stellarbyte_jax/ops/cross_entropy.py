@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+_IMPOSSIBLE = -1e30
+
 
 def linear_cross_entropy(
     x_XD: Float[Array, "X D"],
@@ -18,9 +20,12 @@ def linear_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    vocab_size: int | None = None,
     chunk_size: int = 4096,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Sum over tokens of the cross-entropy of ``softmax(x kernel)``; tokens with a negative target count nothing.
+
+    Columns of the kernel from ``vocab_size`` on are padding, which has no probability.
 
     ``(1 - s) * -log p(target) + s * mean_v(-log p(v)) + z * log(Z)^2`` for label smoothing s and z-loss z. The product
     is in the dtype of ``x`` with float32 accumulation, the rest in float32.
@@ -30,24 +35,28 @@ def linear_cross_entropy(
       The sum to be minimised, and sums for reporting that carry no gradient: ``cross_entropy`` (without smoothing and
       z-loss), ``correct`` (tokens whose most probable token is the target) and ``tokens`` (targets that count).
     """
-    sums: Any = _linear_cross_entropy(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, chunk_size)
+    sums: Any = _linear_cross_entropy(
+        x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size
+    )
     return sums[0], {"cross_entropy": sums[1], "correct": sums[2], "tokens": sums[3]}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _linear_cross_entropy(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, chunk_size):
-    sums, _, _ = _scan_chunks(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, chunk_size, gradients=False)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _linear_cross_entropy(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size):
+    sums, _, _ = _scan_chunks(
+        x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size, gradients=False
+    )
     return sums
 
 
-def _forward(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, chunk_size):
+def _forward(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size):
     sums, dx_XD, dkernel_DV = _scan_chunks(
-        x_XD, kernel_DV, targets_X, label_smoothing, z_loss, chunk_size, gradients=True
+        x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size, gradients=True
     )
     return sums, (dx_XD, dkernel_DV)
 
 
-def _backward(label_smoothing, z_loss, chunk_size, residuals, cotangents):
+def _backward(label_smoothing, z_loss, vocab_size, chunk_size, residuals, cotangents):
     dx_XD, dkernel_DV = residuals
     g = cotangents[0]
     return (dx_XD * g.astype(dx_XD.dtype)), (dkernel_DV * g.astype(dkernel_DV.dtype)), None
@@ -56,9 +65,10 @@ def _backward(label_smoothing, z_loss, chunk_size, residuals, cotangents):
 _linear_cross_entropy.defvjp(_forward, _backward)
 
 
-def _scan_chunks(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, chunk_size, *, gradients: bool):
+def _scan_chunks(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size, *, gradients: bool):
     X, D = x_XD.shape
     V = kernel_DV.shape[1]
+    real_V = jnp.arange(V, dtype=jnp.int32) < vocab_size
     chunks = -(-X // chunk_size)
     C = -(-X // chunks)
     padding = chunks * C - X
@@ -71,12 +81,15 @@ def _scan_chunks(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, chunk_size
         logits_CV = jnp.einsum("CD,DV->CV", x_CD, kernel_DV, preferred_element_type=jnp.float32)
         counts_C = (targets_C >= 0).astype(jnp.float32)
         target_CV = jnp.arange(V, dtype=targets_C.dtype)[None, :] == targets_C[:, None]
+        if vocab_size < V:
+            logits_CV = jnp.where(real_V[None, :], logits_CV, _IMPOSSIBLE)
         log_z_C = jax.nn.logsumexp(logits_CV, axis=-1)
         of_target_C = jnp.sum(jnp.where(target_CV, logits_CV, 0.0), axis=-1)
         nll_C = log_z_C - of_target_C
         loss_C = nll_C
         if label_smoothing:
-            loss_C = (1 - label_smoothing) * nll_C + label_smoothing * (log_z_C - jnp.mean(logits_CV, axis=-1))
+            mean_C = jnp.sum(jnp.where(real_V[None, :], logits_CV, 0.0), axis=-1) / vocab_size
+            loss_C = (1 - label_smoothing) * nll_C + label_smoothing * (log_z_C - mean_C)
         if z_loss:
             loss_C = loss_C + z_loss * jnp.square(log_z_C)
         correct_C = (of_target_C >= jnp.max(logits_CV, axis=-1)).astype(jnp.float32)
@@ -88,7 +101,7 @@ def _scan_chunks(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, chunk_size
         p_CV = jnp.exp(logits_CV - log_z_C[:, None])
         dlogits_CV = p_CV * (1 + 2 * z_loss * log_z_C[:, None]) - (1 - label_smoothing) * target_CV.astype(jnp.float32)
         if label_smoothing:
-            dlogits_CV = dlogits_CV - label_smoothing / V
+            dlogits_CV = dlogits_CV - jnp.where(real_V[None, :], label_smoothing / vocab_size, 0.0)
         dlogits_CV = (dlogits_CV * counts_C[:, None]).astype(x_CD.dtype)
         dx_CD = jnp.einsum("CV,DV->CD", dlogits_CV, kernel_DV)
         dkernel_DV = dkernel_DV + jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)

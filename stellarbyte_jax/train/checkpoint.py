@@ -1,10 +1,12 @@
 """Checkpoints of a run: ``RUN/checkpoints/STEP``, written by orbax in the background and made visible by a rename.
 
-Items of a step: ``params``, ``ema`` (where kept), ``optimizer`` (its state and the step), ``data`` (position of the
-loader, JSON) and ``config`` (the resolved settings, JSON). A step made from foreign weights has no ``optimizer``.
+Items of a step: ``params``, ``ema`` and ``memory`` (where kept), ``optimizer`` (its state and the step), ``data``
+(position of the loader, JSON) and ``config`` (the resolved settings, JSON). A step made from foreign weights has no
+``optimizer``.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +30,13 @@ _RUNTIME_FIELDS = (
     "attention_dropout",
     "hidden_dropout",
     "residual_dropout",
+    "drop_path",
+    "initialization",
     "initializer_range",
+    "cache",
 )
+# A run that begins with weights of another one may give them other positions: a longer text, above all.
+_POSITION_FIELDS = ("max_position_embeddings", "rope_theta", "rope_scaling", "sink_tokens")
 # With another value the position in the data would point elsewhere.
 _STREAM_FIELDS = (
     "train",
@@ -37,6 +44,7 @@ _STREAM_FIELDS = (
     "fields",
     "template",
     "sequence_length",
+    "arrangement",
     "add_bos",
     "add_eos",
     "max_documents_per_sequence",
@@ -101,6 +109,8 @@ class Checkpointer:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
+        if state.memory is not None:
+            items["memory"] = ocp.args.StandardSave(_filled(state.memory))
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
@@ -153,7 +163,7 @@ class Checkpointer:
         steps = self.steps
         for step in reversed(steps):
             try:
-                return self._restore(step, config, shapes)
+                return self._restore(step, config, shapes, say)
             except (CheckpointError, ConfigError):
                 raise
             except Exception as error:
@@ -171,23 +181,29 @@ class Checkpointer:
             )
         return None
 
-    def _restore(self, step: int, config: TrainConfig, shapes: TrainState) -> tuple[TrainState, dict[str, Any] | None]:
+    def _restore(
+        self, step: int, config: TrainConfig, shapes: TrainState, say: Callable[[str], None]
+    ) -> tuple[TrainState, dict[str, Any] | None]:
         stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
         initial = not (self.directory / str(step) / "optimizer").exists()
-        _check_same(stored, config, self.directory / str(step), initial)
+        _check_same(stored, config, self.directory / str(step), initial, say)
         wanted: dict[str, Any] = {"params": ocp.args.StandardRestore(shapes.params)}
         if not initial:
             wanted["optimizer"] = ocp.args.StandardRestore({"step": shapes.step, "opt_state": shapes.opt_state})
             wanted["data"] = ocp.args.JsonRestore()
             if shapes.ema is not None:
                 wanted["ema"] = ocp.args.StandardRestore(shapes.ema)
+            if shapes.memory is not None:
+                wanted["memory"] = ocp.args.StandardRestore(_filled(shapes.memory))
         found = self._manager.restore(step, args=ocp.args.Composite(**wanted))
         if initial:
             ema = None if shapes.ema is None else jax.tree.map(lambda x: x.copy(), found["params"])
-            return TrainState(jnp.zeros((), jnp.int32), found["params"], None, ema), None
+            memory = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.memory)
+            return TrainState(jnp.zeros((), jnp.int32), found["params"], None, ema, memory), None
         optimizer = found["optimizer"]
         ema = found["ema"] if shapes.ema is not None else None
-        state = TrainState(optimizer["step"], found["params"], optimizer["opt_state"], ema)
+        memory = None if shapes.memory is None else _refilled(found["memory"], shapes.memory)
+        state = TrainState(optimizer["step"], found["params"], optimizer["opt_state"], ema, memory)
         return state, found["data"]
 
 
@@ -259,29 +275,48 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text if len(text) < 300 else f'{text[:100]} ... {text[-150:]}'}"
 
 
+def _filled(tree: Any) -> dict[str, Any]:
+    """The leaves that have elements, by number: files cannot hold the others, of layers without memory."""
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree)) if math.prod(leaf.shape)}
+
+
+def _refilled(found: dict[str, Any], shapes: Any) -> Any:
+    leaves, tree = jax.tree.flatten(shapes)
+    filled = [found[str(i)] if str(i) in found else jnp.zeros(s.shape, s.dtype) for i, s in enumerate(leaves)]
+    return jax.tree.unflatten(tree, filled)
+
+
 def _architecture(config: ByteConfig) -> dict[str, Any]:
     """What a checkpoint depends on, with derived sizes spelt out."""
     values = {name: value for name, value in config.to_dict().items() if name not in _RUNTIME_FIELDS}
+    values["memory"] = {name: value for name, value in values["memory"].items() if name != "batch_policy"}
     derived = {
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
         "intermediate_size": config.mlp_size,
-        "layer_types": config.windows,
+        "layer_types": config.layer_kinds,
     }
     return {**values, **derived}
 
 
-def _check_same(stored: dict[str, Any], config: TrainConfig, path: Path, initial: bool) -> None:
+def _check_same(
+    stored: dict[str, Any], config: TrainConfig, path: Path, initial: bool, say: Callable[[str], None]
+) -> None:
     now = json.loads(config.to_json())
+    stored = json.loads(TrainConfig.from_dict(stored).to_json())  # settings that are newer than it have their defaults
     there = _architecture(ByteConfig.from_dict(stored["model"]))
-    differ = [
-        f"model.{name} is {there[name]!r} there and {value!r} here"
+    differ = {
+        name: f"model.{name} is {there[name]!r} there and {value!r} here"
         for name, value in _architecture(config.model).items()
         if there[name] != value
-    ]
+    }
+    if initial:
+        for name in _POSITION_FIELDS:
+            if name in differ:
+                say(f"the weights in {path} get other positions: {differ.pop(name)}")
     if differ:
         raise CheckpointError(
-            f"{path} holds another model: {'; '.join(differ)}. Use the same settings, or another output_dir"
+            f"{path} holds another model: {'; '.join(differ.values())}. Use the same settings, or another output_dir"
         )
     if initial:
         return

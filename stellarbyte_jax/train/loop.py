@@ -19,6 +19,7 @@ from stellarbyte_jax.data.text import token_byte_lengths
 from stellarbyte_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.memory import Memory
 from stellarbyte_jax.train import finish
 from stellarbyte_jax.train.checkpoint import Checkpointer
 from stellarbyte_jax.train.console import Reporter, format_metrics
@@ -30,7 +31,7 @@ from stellarbyte_jax.train.metrics import (
     validation_metrics,
 )
 from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.train.state import TrainState, create_state, state_shapes
+from stellarbyte_jax.train.state import TrainState, create_state, empty_memory, state_shapes
 from stellarbyte_jax.train.step import make_eval_step, make_train_step
 from stellarbyte_jax.train.trackers import make_trackers
 
@@ -118,6 +119,7 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
 
         run_step = jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0)
         run_eval = jax.jit(make_eval_step(config, model, jnp.asarray(token_byte_lengths(config.data.tokenizer))))
+        no_memory = empty_memory(config.model, config.rows_at_once)
         meter = _Meter(config, parameters)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         saved = start
@@ -150,7 +152,7 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
                 pending = meter.report(*pending, report, publish, loader.skipped)
                 with meter.paused():
                     weights = state.params if state.ema is None else state.ema
-                    validated = evaluate(run_eval, weights, validation, config.evaluation.batches, report)
+                    validated = evaluate(run_eval, weights, validation, config.evaluation.batches, report, no_memory)
                     report.line(f"step {step}/{config.steps}  validation  {format_metrics(validated)}")
                     publish(step, {f"validation/{name}": value for name, value in validated.items()})
             better = validated is not None and progress.improved(validated["loss"])
@@ -185,18 +187,21 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
 
 
 def evaluate(
-    run_eval: Callable[..., dict[str, jax.Array]],
+    run_eval: Callable[..., tuple[dict[str, jax.Array], Memory | None]],
     params: dict[str, Any],
     batches: Iterable[Any],
     limit: int | None,
     report: Reporter,
+    begin: Memory | None = None,
 ) -> dict[str, float]:
-    """Token-weighted validation metrics over at most ``limit`` batches."""
+    """Token-weighted validation metrics over at most ``limit`` batches, from the memory ``begin`` on."""
     totals: list[dict[str, jax.Array]] = []
+    memory = begin
     for index, batch in enumerate(batches):
         if index == limit:
             break
-        totals.append(run_eval(params, batch))
+        sums, memory = run_eval(params, batch, memory)
+        totals.append(sums)
         report.validation(index + 1, limit)
     sums = jax.device_get(totals)
     return validation_metrics({name: float(np.sum([np.float64(s[name]) for s in sums])) for name in sums[0]})
@@ -280,7 +285,7 @@ def _validation_loader(config: TrainConfig) -> Loader | None:
     return make_loader(
         config.data,
         split="validation",
-        batch_size=config.global_batch_size // config.gradient_accumulation_steps,
+        batch_size=config.rows_at_once,
         seed=config.seed,
         vocab_size=config.model.vocab_size,
         transform=jax.device_put,

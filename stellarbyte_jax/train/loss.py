@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stellarbyte_jax.config import LossConfig
+from stellarbyte_jax.config import ByteConfig, LossConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, head_kernel
+from stellarbyte_jax.model.memory import Memory
+from stellarbyte_jax.model.positions import initial_rates
 from stellarbyte_jax.ops.cross_entropy import linear_cross_entropy
 
 IGNORED = -100  # the label of a token that is not to be predicted, as in Hugging Face
@@ -43,9 +45,15 @@ def batch_loss(
     *,
     max_segments: int | None = None,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sum of the loss over the batch's targets, and sums for reporting as ``linear_cross_entropy`` gives them."""
-    hidden_BTD: Any = model.apply(
+    memory: Memory | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array], Memory | None]:
+    """The loss of a batch, with the memory of its rows where the model has one.
+
+    Returns:
+      The sum of the loss over the batch's targets, sums for reporting as ``linear_cross_entropy`` gives them, and the
+      memory after the batch.
+    """
+    applied: Any = model.apply(
         {"params": params},
         batch["tokens"],
         positions=batch.get("positions"),
@@ -53,13 +61,24 @@ def batch_loss(
         max_segments=max_segments,
         deterministic=dropout_key is None,
         head=False,
+        memory=memory,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
+    hidden_BTD, memory = (applied, None) if memory is None else applied
     kernel_DV = head_kernel(model.config, params).astype(hidden_BTD.dtype)
-    return linear_cross_entropy(
+    total, sums = linear_cross_entropy(
         hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
         kernel_DV,
         next_token_targets(batch).reshape(-1),
         label_smoothing=loss.label_smoothing,
         z_loss=loss.z_loss,
+        vocab_size=model.config.vocab_size,
     )
+    return total, sums, memory
+
+
+def xpos_penalty(config: ByteConfig, params: dict[str, Any]) -> jax.Array:
+    """Mean squared distance of the learned XPos rates to those that they began with."""
+    begin_P = initial_rates(config)
+    rates = [layer["attn"]["xpos_rate"] for layer in params["layers"].values()]
+    return jnp.mean(jnp.stack([jnp.mean(jnp.square(rate_RP - begin_P[None])) for rate_RP in rates]))

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config import ByteConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.model.memory import Memory
 
 
 @struct.dataclass
@@ -20,12 +21,14 @@ class TrainState:
       params: float32 weights.
       opt_state: state of the optax optimizer.
       ema: exponential moving average of the weights, or None.
+      memory: segment memory of the batch's rows, or None where the model has none.
     """
 
     step: jax.Array
     params: dict[str, Any]
     opt_state: Any
     ema: dict[str, Any] | None
+    memory: Memory | None = None
 
 
 def create_state(config: TrainConfig, model: ByteTransformer, optimizer: optax.GradientTransformation) -> TrainState:
@@ -36,7 +39,13 @@ def create_state(config: TrainConfig, model: ByteTransformer, optimizer: optax.G
         params=params,
         opt_state=optimizer.init(params),
         ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, params),
+        memory=empty_memory(config.model, config.global_batch_size),
     )
+
+
+def empty_memory(config: ByteConfig, rows: int) -> Memory | None:
+    """The memory before the first batch, where the model has one."""
+    return Memory.create(config, rows) if config.has_memory else None
 
 
 def state_shapes(config: TrainConfig, model: ByteTransformer, optimizer: optax.GradientTransformation) -> TrainState:

@@ -9,7 +9,8 @@ import optax
 
 from stellarbyte_jax.config import LossConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.train.loss import batch_loss, next_token_targets
+from stellarbyte_jax.model.memory import Memory
+from stellarbyte_jax.train.loss import batch_loss, next_token_targets, xpos_penalty
 from stellarbyte_jax.train.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -26,32 +27,42 @@ def make_train_step(
     parts = config.gradient_accumulation_steps
     max_segments = config.data.max_documents_per_sequence + 1  # padding counts as one more
     m = config.model
-    has_dropout = max(m.attention_dropout, m.hidden_dropout, m.residual_dropout) > 0
+    has_dropout = max(m.attention_dropout, m.hidden_dropout, m.residual_dropout, m.drop_path) > 0
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.maximum(jnp.sum(next_token_targets(batch) >= 0), 1).astype(jnp.float32)
         step_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
-        def gradients(part: Batch, index: jax.Array):
+        def gradients(part: Batch, memory: Memory | None, index: jax.Array):
             key = jax.random.fold_in(step_key, index) if has_dropout else None
 
             def mean_loss(params: dict[str, Any]):
-                total, sums = batch_loss(model, params, part, config.loss, max_segments=max_segments, dropout_key=key)
-                return total / tokens, sums
+                total, sums, after = batch_loss(
+                    model, params, part, config.loss, max_segments=max_segments, dropout_key=key, memory=memory
+                )
+                mean = total / tokens
+                if config.loss.xpos_regularization:
+                    mean += config.loss.xpos_regularization / parts * xpos_penalty(m, params)
+                return mean, (sums, after)
 
-            return jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+            (loss, (sums, after)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+            return (loss, sums, grads), after
 
         if parts == 1:
-            (loss, sums), grads = gradients(batch, jnp.zeros((), jnp.int32))
+            (loss, sums, grads), memory = gradients(batch, state.memory, jnp.zeros((), jnp.int32))
         else:
             cut = {name: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]) for name, x in batch.items()}
+            memories = None if state.memory is None else state.memory.split(parts)
 
             def add(total: Any, part: Any):
-                return jax.tree.map(jnp.add, total, gradients(*part)), None
+                new, after = gradients(*part)
+                return jax.tree.map(jnp.add, total, new), after
 
-            shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], cut), jnp.zeros((), jnp.int32))
+            given = (cut, memories, jnp.arange(parts, dtype=jnp.int32))
+            shapes, _ = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], given))
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            ((loss, sums), grads), _ = jax.lax.scan(add, zero, (cut, jnp.arange(parts, dtype=jnp.int32)))
+            (loss, sums, grads), memories = jax.lax.scan(add, zero, given)
+            memory = None if memories is None else memories.joined()
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -67,25 +78,27 @@ def make_train_step(
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, memory), metrics
 
     return train_step
 
 
 def make_eval_step(
     config: TrainConfig, model: ByteTransformer, byte_lengths_V: jax.Array
-) -> Callable[[dict[str, Any], Batch], dict[str, jax.Array]]:
-    """The function from weights and batch to the sums that validation adds up.
+) -> Callable[[dict[str, Any], Batch, Memory | None], tuple[dict[str, jax.Array], Memory | None]]:
+    """The function from weights, batch and memory to the sums that validation adds up, and the memory after it.
 
     ``byte_lengths_V`` is the number of UTF-8 bytes that each token stands for, int32 [V].
     """
     plain = LossConfig()
     max_segments = config.data.max_documents_per_sequence + 1
 
-    def eval_step(params: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
-        _, sums = batch_loss(model, params, batch, plain, max_segments=max_segments)
+    def eval_step(
+        params: dict[str, Any], batch: Batch, memory: Memory | None = None
+    ) -> tuple[dict[str, jax.Array], Memory | None]:
+        _, sums, memory = batch_loss(model, params, batch, plain, max_segments=max_segments, memory=memory)
         targets = next_token_targets(batch)
         sizes = jnp.where(targets >= 0, jnp.take(byte_lengths_V, jnp.maximum(targets, 0)), 0)
-        return {**sums, "bytes": jnp.sum(sizes).astype(jnp.float32)}
+        return {**sums, "bytes": jnp.sum(sizes).astype(jnp.float32)}, memory
 
     return eval_step

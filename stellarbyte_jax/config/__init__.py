@@ -1,0 +1,47 @@
+"""Every setting of a run, as frozen dataclasses that check themselves.
+
+A run is a Python file with ``def config() -> TrainConfig``. :func:`load` reads it and applies ``a.b=c`` overrides.
+``model.py`` holds the network's settings, ``run.py`` all others. This package imports neither jax nor the rest of the
+project, so it costs nothing to import.
+"""
+
+from stellarbyte_jax.config.files import load, override
+from stellarbyte_jax.config.model import (
+    AttentionImplementation,
+    ByteConfig,
+    CacheConfig,
+    LayerKind,
+    MemoryConfig,
+    RopeScaling,
+)
+from stellarbyte_jax.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from stellarbyte_jax.config.section import ConfigError
+
+__all__ = [
+    "AttentionImplementation",
+    "ByteConfig",
+    "CacheConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "LayerKind",
+    "LoggingConfig",
+    "LossConfig",
+    "MemoryConfig",
+    "OptimizerConfig",
+    "RopeScaling",
+    "ScheduleConfig",
+    "TrainConfig",
+    "load",
+    "override",
+]

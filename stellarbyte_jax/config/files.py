@@ -1,0 +1,92 @@
+"""Config files: Python files with ``def config() -> TrainConfig``, and ``section.name=value`` overrides."""
+
+import contextlib
+import difflib
+import importlib.util
+import json
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stellarbyte_jax.config.run import TrainConfig
+from stellarbyte_jax.config.section import ConfigError, Section, fits, hints, is_section, require, spell, unknown_name
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Runs a config file's ``config()`` and applies ``section.name=value`` overrides.
+
+    Values are read as the field's type; lists as JSON or comma-separated words; ``none`` is None.
+
+    Raises:
+      ConfigError: the file is missing or fails, or an override names no setting or has the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        nearby = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        guess = difflib.get_close_matches(path.name, nearby, n=1)
+        hint = f"; did you mean {path.parent / guess[0]}?" if guess else ""
+        raise ConfigError(f"config file {path} does not exist{hint}")
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    require(spec is not None, f"config file {path} must be a Python file, ending in .py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        require(callable(getattr(module, "config", None)), "must define `def config() -> TrainConfig`")
+        made = module.config()
+        require(isinstance(made, TrainConfig), f"config() must return a TrainConfig, got {type(made).__name__}")
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        lines += [error.lineno] if isinstance(error, SyntaxError) else []
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{path}{f', line {lines[-1]}' if lines else ''}: {kind}{error}") from error
+    return override(made, overrides)
+
+
+def override(config: AnySection, overrides: Sequence[str]) -> AnySection:
+    """Returns a config, or one of its sections, with ``section.name=value`` strings applied together, checked once.
+
+    Raises:
+      ConfigError: as :func:`load`.
+    """
+    values = config.to_dict()
+    settings = _settings(type(config))
+    for text in overrides:
+        name, equals, raw = (part.strip() for part in text.partition("="))
+        require(bool(equals), f"--set {text!r}: expected section.name=value")
+        require(name in settings, unknown_name(name, settings, "--set"))
+        readings = [value for value in _readings(raw) if fits(value, settings[name])]
+        require(len(readings) > 0, f"--set {name}={raw}: {name} must be {spell(settings[name])}")
+        *sections, leaf = name.split(".")
+        target = values
+        for section in sections:
+            target = target[section]
+        target[leaf] = readings[0]
+    return type(config).from_dict(values)
+
+
+def _settings(cls: type, prefix: str = "") -> dict[str, Any]:
+    """The type of every setting under its dotted name."""
+    settings = {}
+    for name, hint in hints(cls).items():
+        settings |= _settings(hint, f"{prefix}{name}.") if is_section(hint) else {prefix + name: hint}
+    return settings
+
+
+def _readings(raw: str) -> Iterator[Any]:
+    """What the text of an override can mean, the most specific first."""
+    constants = {"none": None, "null": None, "true": True, "false": False}
+    if raw.lower() in constants:
+        yield constants[raw.lower()]
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            yield number(raw)
+    with contextlib.suppress(ValueError):
+        parsed = json.loads(raw)
+        if isinstance(parsed, list):
+            yield tuple(parsed)
+    yield raw
+    yield tuple(word.strip() for word in raw.split(",") if word.strip())

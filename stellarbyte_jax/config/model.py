@@ -1,0 +1,314 @@
+"""The network's settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from stellarbyte_jax.config.section import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+    require,
+)
+
+AttentionImplementation = Literal["auto", "reference", "xla", "cudnn"]
+
+# The original StellarByte's names for the same settings, accepted by ByteConfig.from_dict.
+_ALIASES: Mapping[str, str] = {
+    "model_dim": "hidden_size",
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "hidden_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "layer_norm_eps": "rms_norm_eps",
+    "xpos_rope_theta": "rope_theta",
+    "hidden_dropout_prob": "hidden_dropout",
+    "attention_dropout_prob": "attention_dropout",
+    "residual_dropout_prob": "residual_dropout",
+    "drop_path_prob": "drop_path",
+    "layerscale_init": "layer_scale_init",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling(Section):
+    """Rotary frequencies for more positions than the model was trained with."""
+
+    name: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
+    factor: PositiveFloat = 1.0  # how many times longer
+    original_max_position_embeddings: PositiveInt | None = None  # yarn, llama3; None: max_position_embeddings
+    low_freq_factor: PositiveFloat = 1.0  # llama3: waves longer than original / this are stretched
+    high_freq_factor: PositiveFloat = 4.0  # llama3: waves shorter than original / this stay
+    beta_fast: PositiveFloat = 32.0  # yarn: pairs that turn more often than this over the original length stay
+    beta_slow: PositiveFloat = 1.0  # yarn: pairs that turn less often are stretched
+    attention_factor: PositiveFloat | None = None  # yarn: of queries and keys; None: 0.1 ln(factor) + 1
+
+    def _check(self) -> None:
+        require(self.factor >= 1, f"rope_scaling.factor must be at least 1, got {self.factor}")
+        require(
+            self.name != "none" or not self.given(),
+            f"rope_scaling.name is 'none', but {', '.join(self.given())} is given: name one of linear, dynamic, yarn, "
+            "llama3",
+        )
+        require(
+            self.name in ("yarn", "llama3") or self.original_max_position_embeddings is None,
+            f"rope_scaling.original_max_position_embeddings belongs to yarn and llama3, the name is {self.name!r}",
+        )
+        require(
+            self.high_freq_factor > self.low_freq_factor,
+            f"rope_scaling.high_freq_factor {self.high_freq_factor} must be above low_freq_factor "
+            f"{self.low_freq_factor}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig(Section):
+    """Segment memory: states of earlier tokens that a layer attends to, carried from segment to segment.
+
+    Dai et al. 2019, https://arxiv.org/abs/1901.02860.
+    """
+
+    # Tokens that each layer remembers and that a token sees before itself; a list gives each layer its own. 0: none.
+    length: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    sliding_share: Share = 1.0  # of the slots that hold the newest states; the others hold fused older ones
+    fusion_weight: Share = 0.7  # of a fused slot's old content when older states are fused into it
+    batch_policy: Literal["strict", "select", "repeat"] = "strict"  # when the batch changes size; see Memory.fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(Section):
+    """The key/value cache of generation."""
+
+    dtype: Literal["compute", "float32", "bfloat16", "int8", "float8_e4m3fn"] = "compute"  # 8 bits: half the memory
+    heavy_hitters: NonNegativeInt | None = None  # keep so many keys that got most attention, drop other old ones
+    recent: PositiveInt | None = None  # with heavy_hitters: the newest keys, which always stay
+
+    def _check(self) -> None:
+        require(
+            (self.heavy_hitters is None) == (self.recent is None),
+            f"cache.heavy_hitters and cache.recent belong together, got {self.heavy_hitters} and {self.recent}",
+        )
+
+
+class LayerKind(NamedTuple):
+    """What may differ from layer to layer.
+
+    Attributes:
+      window: number of keys that a token sees, itself included; None for all.
+      sliding: memory slots of the newest states.
+      fused: memory slots of fused older states.
+    """
+
+    window: int | None
+    sliding: int = 0
+    fused: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteConfig(Section):
+    """The network. Field names are Hugging Face's where one exists.
+
+    ``None`` means "derived": see the properties ``kv_heads``, ``head_size`` and ``mlp_size``.
+    """
+
+    _aliases = _ALIASES
+
+    vocab_size: PositiveInt = 32000
+    vocab_size_multiple: PositiveInt = 1  # embedding and head get rows up to a multiple, which no token ever uses
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    num_key_value_heads: PositiveInt | None = None  # fewer than the heads: grouped-query attention, a smaller KV cache
+    head_dim: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"  # silu: SwiGLU; gelu: GEGLU
+    # stellarbyte: the original's own, silu(up) * sigmoid(gate) between an inner norm and an inner residual.
+    mlp_style: Literal["gated", "stellarbyte"] = "gated"
+    max_position_embeddings: PositiveInt = 2048
+    tie_word_embeddings: bool = False
+
+    # xpos: attention decays with distance. stellarbyte: the original's mixed pairing, for its checkpoints only.
+    position_embedding: Literal["rope", "xpos", "stellarbyte"] = "rope"
+    rope_theta: PositiveFloat = 10000.0
+    rope_pairing: Literal["half", "interleaved"] = "half"  # half: channel i turns with i + H/2, as in Hugging Face
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    xpos_scale_base: PositiveFloat = 512.0  # smaller: attention decays faster with distance
+    xpos_learnable: bool = False  # each layer learns its rates of decay, from the paper's on
+
+    rms_norm_eps: PositiveFloat = 1e-5
+    rms_norm_eps_rule: Literal["add", "clamp"] = "add"
+    attention_bias: bool = False  # on q, k and v
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and k: tames growing attention logits
+    sliding_window: PositiveInt | None = None
+    layer_types: tuple[str, ...] | None = None  # "full_attention" | "sliding_attention" for each layer
+    sink_tokens: NonNegativeInt = 0  # a document's first tokens, which a window never hides; refuses cudnn
+    attention_logit_softcap: PositiveFloat | None = None  # refuses the fused kernels
+    attention_prune_below: Fraction = 0.0  # keys with a smaller share of the largest weight are left out; the same
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+    parallel_residual: bool = False  # attention and MLP read the same norm and are added together
+    # branch: each branch is divided by sqrt(2 layers). deepnorm: norm(alpha x + branch), as in the paper.
+    residual_scaling: Literal["none", "branch", "deepnorm"] = "none"
+    layer_scale_init: PositiveFloat | None = None  # a learned factor for each channel of a branch
+    drop_path: Fraction = 0.0  # rate at which the last layer's branches are left out in training; layer 0 never is
+    # depth: residual outputs smaller by sqrt(2 layers). stellarbyte: all matrices. deepnorm: the paper's.
+    # None: deepnorm where residual_scaling is, else depth.
+    initialization: Literal["normal", "depth", "stellarbyte", "deepnorm"] | None = None
+    initializer_range: PositiveFloat = 0.02
+
+    attention_dropout: Fraction = 0.0  # refuses the fused kernels
+    hidden_dropout: Fraction = 0.0
+    residual_dropout: Fraction = 0.0
+
+    # How it is computed; none of this changes the function or the checkpoint.
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention_implementation: AttentionImplementation = "auto"
+    remat: Literal["none", "dots", "full"] = "none"  # full: least memory, about a third more time
+    scan_unroll: PositiveInt | None = 1  # None: all layers; faster steps on small models, longer compilation
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def _check(self) -> None:
+        require(
+            self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}: "
+            "change one of them, or give head_dim",
+        )
+        require(
+            self.num_attention_heads % self.kv_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads {self.kv_heads}",
+        )
+        require(self.head_size % 2 == 0, f"the head size must be even for rotary embeddings, got {self.head_size}")
+        self._check_positions()
+        self._check_residual()
+        self._check_layers()
+
+    def _check_positions(self) -> None:
+        require(
+            not self.xpos_learnable or self.position_embedding != "rope",
+            "xpos_learnable needs position_embedding xpos or stellarbyte: plain RoPE has no rates to learn",
+        )
+        require(
+            self.position_embedding != "stellarbyte" or (self.rope_pairing, self.rope_scaling.name) == ("half", "none"),
+            "position_embedding stellarbyte has a pairing of its own: leave out rope_pairing and rope_scaling",
+        )
+
+    def _check_residual(self) -> None:
+        require(
+            not (self.parallel_residual and self.residual_scaling == "deepnorm"),
+            "residual_scaling deepnorm is defined for one branch after the other: set parallel_residual=false, "
+            "or residual_scaling=branch",
+        )
+        require(
+            self.residual_scaling != "deepnorm" or self.init_scheme == "deepnorm",
+            "residual_scaling deepnorm needs its own initialisation: leave initialization out",
+        )
+        require(
+            self.mlp_style == "gated" or (self.hidden_act == "silu" and not self.mlp_bias),
+            "mlp_style stellarbyte has a gate of its own: leave out hidden_act and mlp_bias",
+        )
+
+    def _check_layers(self) -> None:
+        if self.layer_types is not None:
+            known = ("full_attention", "sliding_attention")
+            unknown = sorted(set(self.layer_types) - set(known))
+            require(not unknown, f"layer_types may hold {known}, got {unknown}")
+            require(
+                len(self.layer_types) == self.num_hidden_layers,
+                f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}",
+            )
+            require(
+                self.sliding_window is not None or "sliding_attention" not in self.layer_types,
+                "layer_types asks for sliding_attention: give sliding_window",
+            )
+        require(
+            self.sink_tokens == 0 or any(kind.window is not None for kind in self.layer_kinds),
+            "sink_tokens are tokens that a window does not hide: give sliding_window, or leave sink_tokens out",
+        )
+        if self.has_memory:
+            require(
+                isinstance(self.memory.length, int) or len(self.memory.length) == self.num_hidden_layers,
+                f"memory.length names {self.memory.length}, num_hidden_layers is {self.num_hidden_layers}",
+            )
+            require(
+                self.sliding_window is None and self.layer_types is None,
+                "memory.length is the window of the layers that remember: leave out sliding_window and layer_types",
+            )
+            require(
+                self.sink_tokens == 0,
+                "sink_tokens and memory do not go together: a memory begins in the middle of a document",
+            )
+            require(
+                self.rope_scaling.name != "dynamic" and self.position_embedding != "stellarbyte",
+                "memory needs rotations that depend on distances alone: rope_scaling dynamic and "
+                "position_embedding stellarbyte do not",
+            )
+            require(
+                all(kind.sliding > 0 for kind in self.layer_kinds if kind.fused),
+                f"memory.sliding_share {self.memory.sliding_share} leaves no slot for the newest states",
+            )
+            require(self.cache.recent is None, "cache.heavy_hitters cannot be used with memory: leave one of them out")
+        else:
+            require(
+                not set(self.memory.given()) - {"length"},
+                f"memory.length is 0, but {', '.join(self.memory.given())} is given: set memory.length",
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the feed-forward layer; 4 x hidden_size where none is given."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of embedding and head."""
+        return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+    @property
+    def init_scheme(self) -> str:
+        """The initialisation in use."""
+        return self.initialization or ("deepnorm" if self.residual_scaling == "deepnorm" else "depth")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether any layer remembers."""
+        length = self.memory.length
+        return any(length) if isinstance(length, tuple) else length > 0
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """Window and memory of each layer."""
+        layers = range(self.num_hidden_layers)
+        if self.has_memory:
+            length = self.memory.length
+            lengths = length if isinstance(length, tuple) else (length,) * self.num_hidden_layers
+            sliding = [round(self.memory.sliding_share * n) for n in lengths]
+            return tuple(
+                LayerKind(s + 1, s, n - s) if n else LayerKind(None) for s, n in zip(sliding, lengths, strict=False)
+            )
+        if self.layer_types is None:
+            return tuple(LayerKind(self.sliding_window) for _ in layers)
+        return tuple(LayerKind(self.sliding_window if t == "sliding_attention" else None) for t in self.layer_types)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Window of each layer, None where attention is full."""
+        return tuple(kind.window for kind in self.layer_kinds)

@@ -1,0 +1,183 @@
+"""Everything about a training run that is not the network: data, optimizer, schedule, loss, checkpoints, logging."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stellarbyte_jax.config.model import ByteConfig
+from stellarbyte_jax.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+    require,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Documents, and how they become [batch, sequence_length] arrays."""
+
+    # Paths or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, or directories made by scripts/prepare_data.py.
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    tokenizer: str = "tokenizer"
+    fields: tuple[str, ...] = ("text",)  # joined by a newline where there is no template
+    template: str | None = None  # such as "Question: {question}\nAnswer: {answer}"
+    sequence_length: PositiveInt = 1024
+    # packed: each row holds what comes next. streams: row b goes on where row b of the batch before ended, for memory.
+    arrangement: Literal["packed", "streams"] = "packed"
+    add_bos: bool = True
+    add_eos: bool = True
+    max_documents_per_sequence: PositiveInt = 16  # a row that would hold more is closed early and padded
+    shuffle: bool = True
+    epochs: PositiveInt | None = None  # None: as many as the steps need
+    on_error: Literal["raise", "skip"] = "raise"  # skip: bad lines are left out and counted in the log
+    workers: NonNegativeInt = 1  # processes that tokenise; 0: in the training process. The batches do not depend on it
+    prefetch: PositiveInt = 2  # batches prepared ahead of the device
+    cache_dir: str | None = None  # decompressed files and line indexes; None: ~/.cache/stellarbyte_jax
+
+    def _check(self) -> None:
+        require(self.sequence_length >= 2, "data.sequence_length must be at least 2: one token predicts the next")
+        require(len(self.fields) > 0, "data.fields must name at least one field")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """The update rule. ``learning_rate`` is the peak of the schedule."""
+
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    learning_rate: PositiveFloat = 6e-4
+    b1: Fraction = 0.9
+    b2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1  # only on matrices: norms, biases and scales are left alone
+    decay_embeddings: bool = True
+    gradient_clip_norm: PositiveFloat | None = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Section):
+    """Learning rate over optimizer steps, counted after accumulation."""
+
+    name: Literal["cosine", "cosine_restarts", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 100
+    final_ratio: Share = 0.1  # of the peak, at the last step
+    decay_steps: PositiveInt | None = None  # wsd: length of the last phase; None: a fifth of the run
+    cycles: PositiveInt = 1  # cosine_restarts
+    cycle_decay: PositiveFloat = 1.0  # cosine_restarts: each cycle's peak is this times the last one's
+
+    def _check(self) -> None:
+        require(
+            self.name == "cosine_restarts" or (self.cycles == 1 and self.cycle_decay == 1.0),
+            f"schedule.cycles and cycle_decay belong to cosine_restarts, the schedule is {self.name}",
+        )
+        require(
+            self.name == "wsd" or self.decay_steps is None,
+            f"schedule.decay_steps belongs to wsd, the schedule is {self.name}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """What is minimised."""
+
+    label_smoothing: Fraction = 0.0
+    z_loss: NonNegativeFloat = 0.0  # weight of log(Z)^2, keeps logits near zero; 1e-4 is usual
+    xpos_regularization: NonNegativeFloat = (
+        0.0  # weight of the mean squared distance of learned XPos rates to the paper's
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+    """Validation during training."""
+
+    interval: PositiveInt = 500  # optimizer steps
+    batches: PositiveInt | None = 50  # None: the whole validation set
+    patience: PositiveInt | None = None  # stop after so many validations without a better loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    interval: PositiveInt = 500  # optimizer steps
+    keep_latest: PositiveInt = 2
+    keep_best: NonNegativeInt = 1  # by validation loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig(Section):
+    """Where metrics go. The console and ``metrics.jsonl`` are always written."""
+
+    interval: PositiveInt = 10  # optimizer steps
+    trackers: tuple[str, ...] = ()  # of "tensorboard", "wandb", "swanlab"
+
+    def _check(self) -> None:
+        known = ("tensorboard", "wandb", "swanlab")
+        unknown = [t for t in self.trackers if t not in known]
+        require(not unknown, f"logging.trackers may hold {known}, got {unknown}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """One complete run."""
+
+    output_dir: str
+    steps: PositiveInt  # optimizer steps
+    global_batch_size: PositiveInt = 32  # sequences in one optimizer step, over all devices and accumulation steps
+    gradient_accumulation_steps: PositiveInt = 1
+    seed: NonNegativeInt = 0
+    ema_decay: Fraction | None = None  # keeps an average of the weights, used for validation and export
+    sample_prompts: tuple[str, ...] = ()  # continued at the end of the run
+    export_at_end: bool = False  # writes output_dir/hf; the model must be one that a Hugging Face family expresses
+    model: ByteConfig = field(default_factory=ByteConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def _check(self) -> None:
+        require(
+            self.global_batch_size % self.gradient_accumulation_steps == 0,
+            f"global_batch_size {self.global_batch_size} is not divisible by "
+            f"gradient_accumulation_steps {self.gradient_accumulation_steps}",
+        )
+        require(
+            self.data.sequence_length <= self.model.max_position_embeddings,
+            f"data.sequence_length {self.data.sequence_length} is longer than "
+            f"model.max_position_embeddings {self.model.max_position_embeddings}",
+        )
+        require(
+            self.schedule.warmup_steps + (self.schedule.decay_steps or 0) <= self.steps,
+            f"schedule.warmup_steps {self.schedule.warmup_steps} and decay_steps {self.schedule.decay_steps} "
+            f"do not fit into {self.steps} steps",
+        )
+        require(
+            self.evaluation.patience is None or bool(self.data.validation),
+            "evaluation.patience stops by the validation loss: give data.validation, or leave patience out",
+        )
+        require(
+            self.data.arrangement == "streams" or not self.model.has_memory,
+            "model.memory needs rows that continue each other: set data.arrangement=streams",
+        )
+        require(
+            self.loss.xpos_regularization == 0 or self.model.xpos_learnable,
+            "loss.xpos_regularization pulls learned rates: it needs model.xpos_learnable",
+        )
+
+    @property
+    def rows_at_once(self) -> int:
+        """Sequences that are on the device together: a batch's, or one accumulation step's."""
+        return self.global_batch_size // self.gradient_accumulation_steps
+
+    def to_json(self) -> str:
+        """The resolved config, as stored beside every checkpoint."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)

@@ -1,0 +1,150 @@
+"""What every settings class can do: check types and rules, turn into plain JSON values and back."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, has the wrong type or contradicts another one."""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raises ConfigError with ``message`` where ``ok`` is false."""
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a number must satisfy, said in its field's type."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+_POSITIVE = Rule("positive", lambda v: 0 < v < math.inf)
+_NOT_NEGATIVE = Rule("not negative", lambda v: 0 <= v < math.inf)
+PositiveInt = Annotated[int, _POSITIVE]
+PositiveFloat = Annotated[float, _POSITIVE]
+NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
+NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
+Fraction = Annotated[float, Rule("in [0, 1)", lambda v: 0 <= v < 1)]
+Share = Annotated[float, Rule("in [0, 1]", lambda v: 0 <= v <= 1)]
+
+
+class Section:
+    """What every settings class can do: check types, turn into plain JSON values and back."""
+
+    _aliases: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, **values: Any) -> Self:
+        """Raises ConfigError on a name that does not exist."""
+        for name in values:
+            if name not in hints(cls):
+                raise ConfigError(unknown_name(name, hints(cls), cls.__name__))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, hint in hints(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, list):
+                value = tuple(value)
+            elif isinstance(value, Mapping) and is_section(hint):
+                value = hint.from_dict(value)
+            elif type(value) is int and fits(0.5, hint):
+                value = float(value)
+            object.__setattr__(self, name, value)
+            require(fits(value, hint), f"{type(self).__name__}.{name} must be {spell(hint)}, got {value!r}")
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ConfigError where settings contradict each other."""
+
+    def given(self) -> list[str]:
+        """Names of the settings that differ from their defaults."""
+        made = {
+            f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc]
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        }
+        return [name for name, default in made.items() if getattr(self, name) != default]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, nested as the classes are."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`. Raises ConfigError on a name that does not exist."""
+        require(isinstance(values, Mapping), f"{cls.__name__} must be an object with named settings, got {values!r}")
+        known_hints = hints(cls)
+        settings: dict[str, Any] = {}
+        for name, value in values.items():
+            known = cls._aliases.get(name, name)
+            require(known not in settings, f"{cls.__name__}.{known} is given twice: once as {name!r}; give it once")
+            settings[known] = known_hints[known].from_dict(value) if is_section(known_hints.get(known)) else value
+        return cls(**settings)
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """The type of each setting of a section."""
+    return {n: h for n, h in typing.get_type_hints(cls, include_extras=True).items() if not n.startswith("_")}
+
+
+def is_section(hint: Any) -> bool:
+    """Whether a setting's type is a section of its own."""
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def unknown_name(name: str, known: Mapping[str, Any], where: str) -> str:
+    """The message for a setting that does not exist, with guesses and the list of those that do."""
+    guess = [k for k in known if k.startswith(f"{name}.") or k.rpartition(".")[2] == name.rpartition(".")[2]]
+    guess += difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(dict.fromkeys(guess))}?" if guess else ""
+    return f"{where}: there is no setting {name!r}{hint} (settings: {', '.join(known)})"
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` has a type of ``hint`` and keeps its rule; an int is also a float, a bool is neither."""
+    for option in options(hint):
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if origin is Annotated:
+            fitting = fits(value, arguments[0]) and arguments[1].holds(value)
+        elif origin is Literal:
+            fitting = value in arguments
+        elif origin is tuple:
+            fitting = isinstance(value, tuple) and all(fits(v, arguments[0]) for v in value)
+        elif option in (int, float):
+            fitting = isinstance(value, int | option) and not isinstance(value, bool)
+        else:
+            fitting = isinstance(value, option)
+        if fitting:
+            return True
+    return False
+
+
+def spell(hint: Any) -> str:
+    """A type in words."""
+    words = []
+    for option in options(hint):
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if origin is Annotated:
+            words.append(f"{spell(arguments[0])} ({arguments[1].words})")
+        elif origin is Literal:
+            words.append("one of " + ", ".join(map(repr, arguments)))
+        elif origin is tuple:
+            words.append(f"a list of {spell(arguments[0])}")
+        else:
+            words.append("none" if option is type(None) else option.__name__)
+    return " or ".join(words)
