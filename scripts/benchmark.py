@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
     parser.add_argument("--steps", type=int, default=20, help="steps of one repeat")
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--only", choices=sorted(WORKERS), help="one measurement alone")
     parser.add_argument("--output", help="JSON file; benchmarks/WHAT.json otherwise")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -45,6 +46,8 @@ def main() -> int:
     names = ["synthetic", "real"] if arguments.what == "train" else ["jsonl", "shards"]
     if arguments.what == "train" and not arguments.no_peer:
         names.append("huggingface")
+    if arguments.only:
+        names = [arguments.only]
     results = {name: _run_worker(name) for name in names}
     report = {
         "what": arguments.what,

@@ -1,7 +1,9 @@
-"""Checkpoints to and from Hugging Face directories.
+"""Checkpoints to and from Hugging Face directories, and to another size of the vocabulary.
 
 ``python scripts/convert.py to-hf RUN OUT [--dtype bfloat16] [--verify]``: RUN may also be ``RUN/checkpoints/STEP``.
 ``python scripts/convert.py from-hf DIR RUN [--verify]``: makes a run directory that training and generation start from.
+``python scripts/convert.py resize DIR RUN --tokenizer TOKENIZER``: the same of either, with a row for each token of a
+larger tokenizer.
 """
 
 import argparse
@@ -36,8 +38,16 @@ def parse() -> argparse.Namespace:
     from_hf = commands.add_parser("from-hf", help="make a run directory from a Hugging Face directory")
     from_hf.add_argument("source", type=Path, help="Hugging Face directory")
     from_hf.add_argument("target", type=Path, help="run directory to write")
+    resize = commands.add_parser("resize", help="make a run directory with another tokenizer and vocabulary size")
+    resize.add_argument("source", type=Path, help="Hugging Face directory, run directory, or checkpoints/STEP in one")
+    resize.add_argument("target", type=Path, help="run directory to write")
+    resize.add_argument("--step", type=int, help="checkpoint of a run to take; the newest where none is named")
+    resize.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer from now on")
+    resize.add_argument("--vocab-size", type=int, help="default: the model's, or the tokenizer's where that is larger")
+    resize.add_argument("--multiple", type=int, help="rows are padded to a multiple of this; default: as before")
     for command in (to_hf, from_hf):
         command.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
+    for command in (to_hf, from_hf, resize):
         command.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
     return parser.parse_args()
 
@@ -49,9 +59,7 @@ def to_hf(arguments: argparse.Namespace) -> Any:
     from stellarbyte_jax.model.decoder import ByteTransformer
     from stellarbyte_jax.train.checkpoint import load_for_export
 
-    run, step = arguments.source.absolute(), arguments.step
-    if run.parent.name == "checkpoints" and run.name.isdigit():
-        run, step = run.parents[1], int(run.name) if step is None else step
+    run, step = run_and_step(arguments.source, arguments.step)
     config, params = load_for_export(run, step)
     model = ByteTransformer(config.model)
     tokenizer = arguments.tokenizer
@@ -59,6 +67,7 @@ def to_hf(arguments: argparse.Namespace) -> Any:
         found = [p for p in (run / "tokenizer", Path(config.data.tokenizer)) if (p / "tokenizer.json").is_file()]
         tokenizer = found[0] if found else None
     print(f"tokenizer: {tokenizer or 'none found, so the export has none; give --tokenizer DIR to add one'}")
+    check_tokenizer(tokenizer, config.model.vocab_size)
     save_pretrained(
         arguments.target,
         model,
@@ -76,25 +85,94 @@ def to_hf(arguments: argparse.Namespace) -> Any:
 
 def from_hf(arguments: argparse.Namespace) -> Any:
     """Writes a run directory; returns how well it agrees with transformers, where asked for."""
-    from stellarbyte_jax.hf.directory import copy_tokenizer, from_pretrained
+    from stellarbyte_jax.hf.directory import from_pretrained
     from stellarbyte_jax.hf.verify import compare_with_transformers
-    from stellarbyte_jax.train.checkpoint import load_for_export, save_initial
+    from stellarbyte_jax.train.checkpoint import load_for_export
 
     run = arguments.target
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        if not arguments.overwrite:
-            raise ValueError(f"{run} is not empty: give another directory, or --overwrite to replace its checkpoints")
-        if not (run / "checkpoints").is_dir():
-            raise ValueError(f"{run} holds something that is no run (no checkpoints), so it is not overwritten")
+    check_target(run, arguments.overwrite)
     model, params = from_pretrained(arguments.source)
-    for part in ("checkpoints", "tokenizer"):
-        shutil.rmtree(run / part, ignore_errors=True)
-    tokenizer = str(run / "tokenizer") if copy_tokenizer(arguments.source, run / "tokenizer") else None
-    save_initial(run, model.config, params, tokenizer)
-    report(run, params)
+    check_tokenizer(arguments.source, model.config.vocab_size)
+    write_run(run, model.config, params, arguments.source)
     if not arguments.verify:
         return None
     return compare_with_transformers(arguments.source, model, load_for_export(run)[1])
+
+
+def resize(arguments: argparse.Namespace) -> None:
+    """Writes a run directory whose model has a row for each token of the given tokenizer."""
+    from stellarbyte_jax.data.tokenizer import load_tokenizer
+    from stellarbyte_jax.hf.directory import from_pretrained
+    from stellarbyte_jax.train.checkpoint import load_for_export
+    from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
+
+    source, run = arguments.source, arguments.target
+    for path in (source, arguments.tokenizer):
+        if path.resolve().is_relative_to(run.resolve()):
+            raise ValueError(f"{path} lies in {run}, which is to be written: give another target directory")
+    check_target(run, arguments.overwrite)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    if (source / "config.json").is_file():
+        if arguments.step is not None:
+            raise ValueError(f"--step belongs to a run directory; {source} is a Hugging Face directory")
+        model, params = from_pretrained(source)
+        config = model.config
+    else:
+        stored, params = load_for_export(*run_and_step(source, arguments.step))
+        config = stored.model
+    wanted, multiple = arguments.vocab_size, arguments.multiple
+    if wanted is None:
+        resized, params = fit_tokenizer(config, params, tokenizer, vocab_size_multiple=multiple)
+    elif wanted < tokenizer.vocab_size:
+        raise ValueError(
+            f"--vocab-size {wanted} is less than the {tokenizer.vocab_size} tokens of {arguments.tokenizer}: "
+            f"give at least {tokenizer.vocab_size}, or a smaller tokenizer"
+        )
+    else:
+        resized, params = resize_vocabulary(config, params, wanted, vocab_size_multiple=multiple)
+    write_run(run, resized, params, arguments.tokenizer)
+    print(
+        f"vocabulary: {config.vocab_size:,} tokens in {config.padded_vocab_size:,} rows before, "
+        f"{resized.vocab_size:,} in {resized.padded_vocab_size:,} now; the tokenizer has {tokenizer.vocab_size:,}"
+    )
+
+
+def run_and_step(source: Path, step: int | None) -> tuple[Path, int | None]:
+    """The run directory and the step that a run directory or ``RUN/checkpoints/STEP`` means."""
+    run = source.absolute()
+    if run.parent.name == "checkpoints" and run.name.isdigit():
+        return run.parents[1], int(run.name) if step is None else step
+    return run, step
+
+
+def check_target(run: Path, overwrite: bool) -> None:
+    """Raises ValueError where a run directory may not be written."""
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if not overwrite:
+            raise ValueError(f"{run} is not empty: give another directory, or --overwrite to replace its checkpoints")
+        if not (run / "checkpoints").is_dir():
+            raise ValueError(f"{run} holds something that is no run (no checkpoints), so it is not overwritten")
+
+
+def check_tokenizer(directory: Path | None, vocab_size: int) -> None:
+    """Raises ValueError where a directory holds a tokenizer that is larger than the model's vocabulary."""
+    from stellarbyte_jax.data.tokenizer import check_vocabulary, load_tokenizer
+
+    # Weights may be converted with half a tokenizer or none: only what reads texts needs a whole one.
+    if directory and all((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        check_vocabulary(load_tokenizer(directory), vocab_size)
+
+
+def write_run(run: Path, config: Any, params: Any, tokenizer: Path) -> None:
+    """Writes weights as step 0 of a run directory, with the tokenizer that a directory holds."""
+    from stellarbyte_jax.hf.directory import copy_tokenizer
+    from stellarbyte_jax.train.checkpoint import save_initial
+
+    for part in ("checkpoints", "tokenizer"):
+        shutil.rmtree(run / part, ignore_errors=True)
+    copied = copy_tokenizer(tokenizer, run / "tokenizer")
+    save_initial(run, config, params, str(run / "tokenizer") if copied else None)
+    report(run, params)
 
 
 def report(target: Path, params: dict[str, Any]) -> None:
@@ -119,7 +197,7 @@ def main() -> int:
     quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
     try:
-        agreement = {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments)
+        agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[arguments.command](arguments)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,21 +2,36 @@
 
 python scripts/generate.py --model runs/quickstart --prompt "The river" --prompt "春天" --temperature 0.8 --top-p 0.95
 python scripts/generate.py --model path/to/hugging_face_directory --chat
+python scripts/generate.py --model runs/quickstart --prompt-file long.txt --set sliding_window=512 sink_tokens=4
 """
 
 import argparse
-import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.data.tokenizer import Tokenizer, load_tokenizer
-from stellarbyte_jax.generate.api import Generated, warm_up
+from stellarbyte_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from stellarbyte_jax.generate.api import Generated, remember, warm_up
 from stellarbyte_jax.generate.chat import Conversation
+from stellarbyte_jax.generate.engine import position_limit
+from stellarbyte_jax.generate.reconfigure import reconfigure
 from stellarbyte_jax.generate.text import adds_bos, continue_text, encode_prompt, stop_ids
 from stellarbyte_jax.launch import CompileCache
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.train.checkpoint import CheckpointError
+
+_SETTINGS = (
+    "max_new_tokens",
+    "max_length",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "log_probs",
+    "prefill_chunk",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,21 +45,40 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--chat", action="store_true", help="prompts are messages; without any, read from the terminal")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 100")
+    parser.add_argument("--max-length", type=int, metavar="N", help="instead: the length of each text with its prompt")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default: %(default)s, greedy")
     parser.add_argument("--top-k", type=int, metavar="N")
     parser.add_argument("--top-p", type=float, metavar="X")
     parser.add_argument("--min-p", type=float, metavar="X")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: %(default)s, none")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], metavar="N", help="one (default: 0) or one a prompt"
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    parser.add_argument("--stop-token", action="append", default=[], type=int, metavar="ID", help="likewise, as an id")
+    parser.add_argument("--log-probs", action="store_true", help="tell how likely the model finds each output")
+    parser.add_argument("--prefill-chunk", type=int, metavar="N", help="read long prompts in parts of so many tokens")
+    parser.add_argument("--remember", type=Path, metavar="FILE", help="text that a model with memory reads before")
+    parser.add_argument(
+        "--segment-length", type=int, metavar="N", help="with --remember (default: the model's positions)"
+    )
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help="begin with bos (default: as in training)")
     parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), help="default: the model's")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="other settings of the model for this call, such as cache.dtype=int8, sliding_window=512 sink_tokens=4 or "
+        "rope_scaling.name=yarn rope_scaling.factor=4",
+    )
     options = parser.parse_args(arguments)
-    settings = {
-        name: getattr(options, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    }
+    settings = {name: getattr(options, name) for name in _SETTINGS}
+    settings["seed"] = options.seed if len(options.seed) > 1 else options.seed[0]
+    if options.max_new_tokens is None and options.max_length is None:
+        settings["max_new_tokens"] = 100
     CompileCache()
     try:
         prompts = options.prompt + [_read(file) for file in options.prompt_file]
@@ -52,18 +86,27 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("no prompt: give --prompt, --prompt-file or --chat")
         if options.system is not None and not options.chat:
             raise ValueError("--system belongs to --chat")
-        overrides = {"compute_dtype": options.compute_dtype} if options.compute_dtype else {}
+        if options.segment_length is not None and options.remember is None:
+            raise ValueError("--segment-length belongs to --remember")
+        overrides = options.set + ([f"compute_dtype={options.compute_dtype}"] if options.compute_dtype else [])
         model, params, tokenizer, bos, stop_tokens = _load(options.model, options.step, overrides)
-        texts = {**settings, "stop_tokens": stop_tokens, "stop_texts": options.stop}
+        bos = bos if options.bos is None else options.bos
+        settings["stop_tokens"] = stop_tokens + options.stop_token
+        if options.remember is not None:
+            text = encode_prompt(tokenizer, _read(options.remember), add_bos=bos)
+            length = options.segment_length
+            length = model.config.max_position_embeddings if length is None else length
+            settings["memory"] = remember(model, params, [text] * max(1, len(prompts)), segment_length=length)
+            bos = bool(options.bos)  # prompts go on with the text
+        texts = {**settings, "stop_texts": options.stop}
         if options.chat and not prompts:
             return _converse(model, params, tokenizer, options.system, texts)
         if options.chat:
             rows = [Conversation(tokenizer, system=options.system).ask(prompt) for prompt in prompts]
         else:
-            bos = bos if options.bos is None else options.bos
             rows = [encode_prompt(tokenizer, prompt, add_bos=bos) for prompt in prompts]
         stream = len(rows) == 1 or bool(options.stop)
-        compiled = warm_up(model, params, rows, stream=stream, stop_tokens=stop_tokens, **settings)
+        compiled = warm_up(model, params, rows, stream=stream, **settings)
         shown = ["" if options.chat else prompt for prompt in prompts]
         if len(rows) == 1:
             print(shown[0], end="", flush=True)
@@ -72,6 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             done = continue_text(model, params, tokenizer, rows, **texts)
             print("\n---\n".join(before + after for before, after in zip(shown, done.texts, strict=True)))
+        if options.log_probs:
+            print(_likelihoods(done.generated), file=sys.stderr)
         print(_speed(done.generated, sum(map(len, rows)), compiled), file=sys.stderr)
     except (ValueError, OSError, CheckpointError) as error:
         print(f"generate: {error}", file=sys.stderr)
@@ -83,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _load(
-    path: Path, step: int | None, overrides: dict[str, Any]
+    path: Path, step: int | None, overrides: list[str]
 ) -> tuple[ByteTransformer, dict[str, Any], Tokenizer, bool, list[int]]:
     """Model, weights, tokenizer, whether texts begin with bos, and the ids that end them."""
     if (path / "config.json").is_file():
@@ -91,9 +136,10 @@ def _load(
 
         if step is not None:
             raise ValueError(f"--step belongs to a run directory; {path} is a Hugging Face directory")
-        model, params = from_pretrained(path, **overrides)
+        model, params = from_pretrained(path)
         tokenizer = load_tokenizer(path)
-        return model, params, tokenizer, adds_bos(tokenizer), stop_ids(path, tokenizer)
+        check_vocabulary(tokenizer, model.config.vocab_size)
+        return reconfigure(model, overrides), params, tokenizer, adds_bos(tokenizer), stop_ids(path, tokenizer)
     if (path / "checkpoints").is_dir():
         from stellarbyte_jax.launch import quiet_libraries
         from stellarbyte_jax.train.checkpoint import load_for_export
@@ -102,7 +148,8 @@ def _load(
         config, params = load_for_export(path, step)
         own = path / "tokenizer"
         tokenizer = load_tokenizer(own if own.is_dir() else config.data.tokenizer)
-        model = ByteTransformer(dataclasses.replace(config.model, **overrides))
+        check_vocabulary(tokenizer, config.model.vocab_size)
+        model = reconfigure(ByteTransformer(config.model), overrides)
         return model, params, tokenizer, config.data.add_bos, stop_ids(own, tokenizer)
     raise ValueError(
         f"--model {path} is neither a Hugging Face directory (config.json) nor a run directory (checkpoints/): "
@@ -111,13 +158,23 @@ def _load(
 
 
 def _converse(model: ByteTransformer, params: Any, tokenizer: Tokenizer, system: str | None, texts: Any) -> int:
+    if texts["max_length"] is not None:
+        raise ValueError("--max-length cannot be used in a conversation, whose prompts grow: give --max-new-tokens")
+    positions = position_limit(model.config)
+    limit = None if positions is None else max(0, positions - texts["max_new_tokens"])
     conversation = Conversation(tokenizer, system=system)
     print("An empty line or Ctrl-D ends the conversation.", file=sys.stderr)
     while text := _ask():
-        prompt = conversation.ask(text)
+        before = len(conversation.messages)
+        prompt = conversation.ask(text, limit=limit)
+        forgotten = before + 1 - len(conversation.messages)
+        if forgotten:
+            print(f"(the {forgotten} oldest messages no longer fit into {positions} positions)", file=sys.stderr)
         reply = continue_text(model, params, tokenizer, [prompt], on_text=_show, **texts)
         conversation.answer(reply.texts[0])
         print()
+        if texts["log_probs"]:
+            print(_likelihoods(reply.generated), file=sys.stderr)
     return 0
 
 
@@ -135,6 +192,15 @@ def _show(row: int, text: str) -> None:
 
 def _read(file: Path) -> str:
     return file.read_text(encoding="utf-8").removesuffix("\n")
+
+
+def _likelihoods(generated: Generated) -> str:
+    """One line an output; its stop token and what follows a stop text count too."""
+    means = generated.mean_log_probs
+    return "\n".join(
+        f"output {number}: mean log-probability {mean:.4f}, perplexity {math.exp(-mean):.3f}, {length} tokens"
+        for number, (mean, length) in enumerate(zip(means, generated.lengths, strict=True), 1)
+    )
 
 
 def _speed(generated: Generated, prompt_tokens: int, compiled: float) -> str:

@@ -58,7 +58,7 @@ def test_drop_path_leaves_out_whole_rows_more_often_in_deep_layers():
     """One layer's branches at a time: the share of rows without a branch is rate * i / (L - 1), the rest is scaled."""
     L, rate, rows = 3, 0.6, 400
     config = dataclasses.replace(BASE, num_hidden_layers=L, drop_path=rate, parallel_residual=True)
-    model = ByteTransformer(config)
+    model, plain = ByteTransformer(config), ByteTransformer(dataclasses.replace(config, drop_path=0.0))
     params = init_params(model, jax.random.key(0))
     tokens = jnp.broadcast_to(some_tokens(1, 4), (rows, 4))
     for layer in range(L):
@@ -75,6 +75,7 @@ def test_drop_path_leaves_out_whole_rows_more_often_in_deep_layers():
         without = run(model, nothing, tokens[:1], head=False)
         dropped = np.all(np.abs(noisy - without) < 1e-5, axis=(1, 2))
         assert dropped.mean() == pytest.approx(rate * layer / (L - 1), abs=0.08)
+        np.testing.assert_array_equal(hidden, run(plain, only, tokens, head=False))  # off in evaluation
         if layer == 0:
             np.testing.assert_array_equal(noisy, hidden)
         kept = np.asarray(noisy)[~dropped]

@@ -218,12 +218,65 @@ def test_compiled_programs_are_bounded_and_warming_up_makes_them():
     assert engine.decode_block._cache_size() == 2
 
 
+PROGRAMS = (engine.prefill, engine.prefill_more, engine.decode_block)
+
+
+def programs(model, params, *, lengths, new, **settings):
+    """How many programs of each kind these prompts of two rows compile."""
+    for program in PROGRAMS:
+        program.clear_cache()
+    for length in lengths:
+        for steps in new:
+            prompts = [[1] * length, [2] * max(1, length - 5)]
+            generate(model, params, prompts, max_new_tokens=steps, **settings)
+    return tuple(program._cache_size() for program in PROGRAMS)
+
+
+def test_programs_of_all_lengths_are_bounded():
+    """One prefill for each pair of buckets, which are 32, 40, 48, 56 and 64 here, two decodings for each cache."""
+    model, params = make(hidden_size=8, num_hidden_layers=1)
+    short = dict(stream=lambda new: None)  # one kind of blocks
+
+    def up(length):
+        return next(size for size in (32, 40, 48, 56, 64) if size >= length)
+
+    assert programs(model, params, lengths=(1, 7, 20, 30), new=(1, 2), **short) == (1, 0, 1)
+    lengths, new = (29, 31, 33, 34, 38, 40, 45), (1, 3, 10, 19)
+    pairs = {(up(length), up(length + steps)) for length in lengths for steps in new}
+    assert len(pairs) == 11, "28 calls"
+    assert programs(model, params, lengths=lengths, new=new, **short) == (11, 0, 5)
+    assert programs(model, params, lengths=(3, 9, 17), new=(4, 5, 13, 14), **short) == (1, 0, 1)
+    assert programs(model, params, lengths=(3, 10), new=(4, 9, 33, 36, 38, 52)) == (5, 0, 9)
+
+
+def test_programs_of_prompts_in_parts_do_not_depend_on_their_length():
+    model, params = make(hidden_size=8, num_hidden_layers=1)
+    settings = dict(stream=lambda new: None, prefill_chunk=8)
+    assert programs(model, params, lengths=(3, 9, 17, 22, 28), new=(1, 4), **settings) == (1, 1, 1)
+    assert programs(model, params, lengths=(5, 12, 33, 39), new=(1,), **settings) == (2, 2, 2)
+
+
+def test_programs_of_a_window_do_not_depend_on_the_text():
+    """The cache is as long as the window; prompts of any length have their buckets, or parts."""
+    model, params = make(hidden_size=8, num_hidden_layers=1, sliding_window=6, sink_tokens=2)
+    settings = dict(stream=lambda new: None)
+    assert programs(model, params, lengths=(1, 3, 11, 31), new=(1, 9, 99), **settings) == (1, 0, 1)
+    assert programs(model, params, lengths=(9, 33, 39, 80, 90), new=(1, 9), **settings) == (4, 0, 1)
+    assert programs(model, params, lengths=(9, 33, 39, 80, 130), new=(1, 9), prefill_chunk=8, **settings) == (1, 1, 1)
+
+
 def test_buckets_are_few_and_close():
     sizes = [engine.bucket(n, 4096) for n in range(1, 4097)]
     assert all(n <= size for n, size in enumerate(sizes, start=1))
     assert all(size <= 1.25 * n for n, size in enumerate(sizes, start=1) if n > 32)
     assert len(set(sizes)) == 1 + 4 * 7
     assert engine.bucket(100, 110) == 110 and engine.bucket(3, 16) == 16
+
+
+def test_prompts_in_parts_are_padded_to_whole_parts():
+    for longest, chunk, width in ((33, None, 40), (3, 8, 8), (33, 36, 36), (33, 40, 40), (33, 64, 40), (33, 16, 48)):
+        assert engine.prompt_width(BASE, longest, chunk) == width
+    assert engine.prompt_width(dataclasses.replace(BASE, max_position_embeddings=36), 33, None) == 36
 
 
 @pytest.mark.parametrize(

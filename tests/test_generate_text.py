@@ -19,6 +19,7 @@ from stellarbyte_jax import ByteConfig, ByteTransformer, generate, save_pretrain
 from stellarbyte_jax.data import tokenizer_format
 from stellarbyte_jax.data.tokenizer import load_tokenizer
 from stellarbyte_jax.generate.chat import Conversation
+from stellarbyte_jax.generate.reconfigure import reconfigure
 from stellarbyte_jax.generate.text import TextStream, adds_bos, continue_text, encode_prompt, generate_text, stop_ids
 from stellarbyte_jax.model.decoder import init_params
 from stellarbyte_jax.train.checkpoint import save_initial
@@ -244,6 +245,115 @@ def test_the_script_holds_a_conversation(script, directories, monkeypatch, capsy
     assert capsys.readouterr().out.count("> ") >= 2
 
 
+LONG_WINDOW = ["--set", "sliding_window=24", "sink_tokens=2", "cache.dtype=int8"]
+
+
+@pytest.mark.parametrize("kind", ["hf", "run"])
+def test_the_script_goes_on_past_the_trained_length(kind, script, directories, tiny, letters, capsys):
+    model, params = tiny
+    settings = {"sliding_window": 24, "sink_tokens": 2, "cache": {"dtype": "int8"}}
+    model = ByteTransformer(ByteConfig.from_dict(model.config.to_dict() | settings))
+    prompt = "春风又绿" * 7
+    command = ["--model", str(directories / kind), "--prompt", prompt, "--bos", *COMMON, *LONG_WINDOW]
+    expected = prompt + generate_text(model, params, letters, [prompt], max_new_tokens=12)[0] + "\n"
+    for more in ([], ["--prefill-chunk", "16"]):
+        assert script([*command, *more]) == 0
+        shown = capsys.readouterr()
+        assert shown.out == expected and "prompts: 85 tokens" in shown.err
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rope_scaling.name=yarn", "rope_scaling.factor=2"],
+        ["rope_scaling.name=llama3", "rope_scaling.factor=2", "max_position_embeddings=100"],
+        ["rope_scaling.name=dynamic", "rope_scaling.factor=2"],
+        ["cache.heavy_hitters=8", "cache.recent=8"],
+        ["memory.length=8"],
+    ],
+)
+def test_settings_that_make_room(overrides, script, directories, capsys):
+    command = ["--model", str(directories / "run"), "--prompt", "x" * 70, *COMMON]
+    assert script(command) == 2 and "--set" in capsys.readouterr().err
+    assert script([*command, "--set", *overrides]) == 0
+
+
+def test_scaling_counts_from_the_trained_length(tiny):
+    yarn = ["rope_scaling.name=yarn", "rope_scaling.factor=4"]
+    config = reconfigure(tiny[0], yarn).config
+    assert (config.rope_scaling.original_max_position_embeddings, config.max_position_embeddings) == (64, 256)
+    config = reconfigure(tiny[0], [*yarn, "max_position_embeddings=128"]).config
+    assert (config.rope_scaling.original_max_position_embeddings, config.max_position_embeddings) == (64, 128)
+    config = reconfigure(tiny[0], [*yarn, "rope_scaling.original_max_position_embeddings=32"]).config
+    assert (config.rope_scaling.original_max_position_embeddings, config.max_position_embeddings) == (32, 64)
+    assert reconfigure(ByteTransformer(config), ["rope_scaling.factor=2"]).config.max_position_embeddings == 64
+    assert reconfigure(tiny[0], []) is tiny[0]
+
+
+def test_the_script_tells_log_probabilities_and_takes_lengths_seeds_and_stop_tokens(
+    script, directories, tiny, letters, capsys
+):
+    command = ["--model", str(directories / "run"), "--prompt", "Hi", "--prompt", "Ho!", "--compute-dtype", "float32"]
+    assert script([*command, "--max-length", "9", "--temperature", "1", "--seed", "5", "6", "--log-probs"]) == 0
+    shown = capsys.readouterr()
+    rows = [encode_prompt(letters, text, add_bos=True) for text in ("Hi", "Ho!")]
+    settings = dict(max_length=9, temperature=1.0, seed=[5, 6], log_probs=True)
+    expected = generate(*tiny, rows, stop_tokens=letters.eos_id, **settings)
+    means = [scores[:n].mean() for scores, n in zip(expected.log_probs, expected.lengths, strict=True)]
+    told = re.findall(r"output (\d): mean log-probability (\S+), perplexity (\S+), (\d+) tokens", shown.err)
+    assert [(int(number), int(n)) for number, _, _, n in told] == [(1, expected.lengths[0]), (2, expected.lengths[1])]
+    np.testing.assert_allclose([float(mean) for _, mean, _, _ in told], means, atol=1e-3)
+    np.testing.assert_allclose([float(p) for _, _, p, _ in told], np.exp(-np.asarray(means)), rtol=1e-3)
+    with pytest.raises(ValueError, match="generate with log_probs=True"):
+        _ = generate(*tiny, rows, max_length=9).mean_log_probs
+
+    free = generate(*tiny, rows[:1], max_new_tokens=12, stop_tokens=letters.eos_id).sequences[0]
+    command = ["--model", str(directories / "run"), "--prompt", "Hi", "--stop-token", str(free[2]), *COMMON]
+    assert script(command) == 0
+    assert f"output: {free.index(free[2]) + 1} tokens" in capsys.readouterr().err
+
+
+def test_the_script_remembers_a_text(script, directories, tiny, letters, tmp_path, capsys):
+    (tmp_path / "before.txt").write_text("The river of the spring wind\n")
+    command = ["--model", str(directories / "run"), "--prompt", "Hi", *COMMON, "--set", "memory.length=12"]
+    model, params = reconfigure(tiny[0], ["memory.length=12"]), tiny[1]
+    expected = "Hi" + generate_text(model, params, letters, ["The river of the spring windHi"], max_new_tokens=12)[0]
+    for more in ([], ["--segment-length", "7"]):
+        assert script([*command, "--remember", str(tmp_path / "before.txt"), *more]) == 0
+        assert capsys.readouterr().out == expected + "\n"
+    assert script(command) == 0
+    assert capsys.readouterr().out != expected + "\n"
+
+
+def test_old_turns_are_forgotten_but_not_the_system_message(words):
+    conversation = Conversation(words, system="Be brief.")
+    conversation.ask("one " * 10)
+    conversation.answer("first")
+    both = conversation.ask("two")
+    conversation.answer("second")
+    assert conversation.ask("three", limit=len(both)) != both
+    assert [m["content"].split()[0] for m in conversation.messages] == ["Be", "two", "second", "three"]
+    conversation.answer("third")
+    short = Conversation(words, system="Be brief.").ask("four")
+    assert conversation.ask("four", limit=len(short)) == short
+    with pytest.raises(ValueError, match=f"room for {len(short)}: shorten it, or ask for fewer new tokens"):
+        conversation.ask("five " * 40, limit=len(short))
+
+
+def test_a_conversation_outgrows_the_positions(script, directories, monkeypatch, capsys):
+    """64 positions hold two turns at most; the conversation goes on all the same."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nc\nd\n\n"))
+    command = ["--model", str(directories / "run"), "--chat", "--max-new-tokens", "4", "--compute-dtype", "float32"]
+    assert script(command) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("> ") >= 5
+    forgotten = re.findall(r"\(the (\d+) oldest messages no longer fit into 64 positions\)", shown.err)
+    assert forgotten and set(forgotten) == {"2"}
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nc\nd\n\n"))
+    assert script([*command, *LONG_WINDOW]) == 0
+    assert "no longer fit" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -255,6 +365,22 @@ def test_the_script_holds_a_conversation(script, directories, monkeypatch, capsy
         (["--model", "{run}", "--prompt", "x", "--step", "7"], "no checkpoint of step 7"),
         (["--model", "{hf}", "--prompt", "x", "--step", "7"], "--step belongs to a run directory"),
         (["--model", "{run}", "--prompt", "x", "--system", "y"], "--system belongs to --chat"),
+        (["--model", "{run}", "--prompt", "x", "--segment-length", "7"], "--segment-length belongs to --remember"),
+        (["--model", "{run}", "--prompt", "x", "--remember", "missing.txt"], "missing.txt"),
+        (["--model", "{run}", "--prompt", "x", "--remember", str(ROOT / "LICENSE")], "this model has no memory"),
+        (["--model", "{run}", "--chat", "--max-length", "9"], "--max-length cannot be used in a conversation"),
+        (["--model", "{run}", "--prompt", "x", "--max-length", "9", "--max-new-tokens", "5"], "give either"),
+        (["--model", "{hf}", "--prompt", "x", "--set", "windw=3"], "no setting 'windw'"),
+        (["--model", "{hf}", "--prompt", "x", "--set", "sliding_window"], "expected section.name=value"),
+        (["--model", "{run}", "--prompt", "x", "--set", "sink_tokens=4"], "give sliding_window"),
+        (
+            ["--model", "{hf}", "--prompt", "x", "--set", "cache.dtype=int8", "hidden_size=32"],
+            r"--set hidden_size=32 asks for other weights than the model has \(embed/embedding: .*\): leave it out",
+        ),
+        (
+            ["--model", "{run}", "--prompt", "x", "--set", "qk_norm=true"],
+            r"--set qk_norm=true asks for other weights .*attn/k_norm/scale: nothing becomes \[1, 8\]",
+        ),
     ],
 )
 def test_the_script_has_one_line_for_each_mistake(command, message, script, directories, capsys):

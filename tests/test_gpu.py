@@ -1,15 +1,19 @@
 """On the GPU, with the kernels that training and generation really use."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from variants import VARIANTS, make, run, some_tokens
 
-from stellarbyte_jax.config import ByteConfig, DataConfig, ScheduleConfig, TrainConfig
+from stellarbyte_jax.config import ByteConfig, DataConfig, MemoryConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.generate.api import generate
+from stellarbyte_jax.model.cache import KVCache
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.model.memory import Memory
 from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.train.state import create_state
 from stellarbyte_jax.train.step import make_train_step
@@ -115,3 +119,65 @@ def test_generation_in_bfloat16_with_the_fused_prefill():
     again = generate(model, params, prompts, max_new_tokens=20, temperature=0.7, top_p=0.9, seed=3)
     np.testing.assert_array_equal(result.tokens, again.tokens)
     assert result.tokens.shape == (2, 20) and (result.tokens < CONFIG.vocab_size).all()
+
+
+def test_memory_with_the_fused_kernel_equals_one_long_pass():
+    """Rows of two documents each, over segment edges; bfloat16 against float32 by the reference."""
+    T, n = 64, 4
+    config = dataclasses.replace(CONFIG, memory=MemoryConfig(length=64), position_embedding="xpos")
+    params = jax.tree.map(lambda x: 2 * x, init_params(ByteTransformer(config), jax.random.key(0)))
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, CONFIG.vocab_size, (2, n * T), dtype=np.int32)
+    starts = (100, 128)
+    ids = np.stack([1 + (np.arange(n * T) >= start).astype(np.int32) for start in starts])
+    positions = np.stack([np.r_[np.arange(s), np.arange(n * T - s)] for s in starts]).astype(np.int32)
+
+    exact = ByteTransformer(dataclasses.replace(config, compute_dtype="float32", attention_implementation="reference"))
+    with jax.default_matmul_precision("highest"):
+        expected = exact.apply({"params": params}, tokens, segment_ids=jnp.asarray(ids))
+    fused = ByteTransformer(dataclasses.replace(config, attention_implementation="cudnn"))
+    run = jax.jit(partial(fused.apply, max_segments=2))
+    memory, found = Memory.create(config, 2), []
+    for at in range(0, n * T, T):
+        cut = slice(at, at + T)
+        logits, memory = run(
+            {"params": params},
+            tokens[:, cut],
+            positions=jnp.asarray(positions[:, cut]),
+            segment_ids=jnp.asarray(ids[:, cut]),
+            memory=memory,
+        )
+        found.append(logits)
+    error = jnp.linalg.norm(jnp.concatenate(found, axis=1) - expected) / jnp.linalg.norm(expected)
+    assert error < 3e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_setting_in_bfloat16_is_close_to_float32(variant):
+    """With the kernels that "auto" takes, logits and gradients; cached decoding too."""
+    model, params = make(variant, compute_dtype="bfloat16", head_dim=32)
+    exact = ByteTransformer(dataclasses.replace(model.config, compute_dtype="float32"))
+    tokens = some_tokens(2, 32)
+
+    def loss(params, model):
+        logits = model.apply({"params": params}, tokens)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
+        return -jnp.mean(chosen), logits
+
+    step = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    slopes, logits = step(params, model)
+    with jax.default_matmul_precision("highest"):
+        exact_slopes, exact_logits = step(params, exact)
+
+    def error(a, b):
+        return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+    assert error(logits, exact_logits) < 3e-2
+    flat, exact_flat = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(s)]) for s in (slopes, exact_slopes))
+    assert error(flat, exact_flat) < 8e-2
+    cache = KVCache.create(model.config, 2, 32)
+    first, cache = run(model, params, tokens[:, :16], cache=cache)
+    np.testing.assert_allclose(first, logits[:, :16], atol=0.1)
+    for at in range(16, 20):
+        one, cache = run(model, params, tokens[:, at : at + 1], cache=cache)
+        assert error(one[:, 0], logits[:, at]) < 5e-2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.config import ByteConfig, CacheConfig, RopeScaling
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.families import export_family
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
@@ -38,7 +38,43 @@ PEERS = {
         "mistral",
         {"sliding_window": None, "head_dim": 24, "tie_word_embeddings": True, "num_key_value_heads": 1},
     ),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-attention-bias": ("llama", {"attention_bias": True}),
+    "llama-mlp-bias": ("llama", {"mlp_bias": True}),
 }
+
+
+def scaled(family: str, max_positions: int, **table: Any) -> tuple[str, dict[str, Any]]:
+    return family, {"max_position_embeddings": max_positions, "rope_parameters": {"rope_theta": 500.0} | table}
+
+
+# The tokens below are more than each of these was trained on.
+SCALED_PEERS = {
+    "llama-linear": scaled("llama", 8, rope_type="linear", factor=4.0),
+    "llama-dynamic": scaled("llama", 8, rope_type="dynamic", factor=4.0),
+    "llama-yarn": scaled("llama", 32, rope_type="yarn", factor=4.0, original_max_position_embeddings=8),
+    "llama-yarn-all": scaled(
+        "llama",
+        40,
+        rope_type="yarn",
+        factor=5.0,
+        original_max_position_embeddings=8,
+        attention_factor=0.8,
+        beta_fast=1.5,
+        beta_slow=0.1,
+    ),
+    "llama-llama3": scaled(
+        "llama",
+        64,
+        rope_type="llama3",
+        factor=8.0,
+        original_max_position_embeddings=8,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    ),
+    "mistral-linear-window": ("mistral", scaled("", 8, rope_type="linear", factor=4.0)[1] | {"sliding_window": 9}),
+}
+PEERS |= SCALED_PEERS
 TOKENS_BT = np.random.default_rng(0).integers(0, 96, (2, 24), dtype=np.int32)
 
 
@@ -117,8 +153,16 @@ def test_the_window_matters(tmp_path: Path) -> None:
     assert np.abs(logits(model, params) - peer_logits(peer)).max() > 1e-2
 
 
+@pytest.mark.parametrize("name", SCALED_PEERS)
+def test_the_scaling_matters(name: str, tmp_path: Path) -> None:
+    peer = make_peer(tmp_path / "peer", *PEERS[name])
+    model, params = from_pretrained(peer, compute_dtype="float32", rope_scaling={})
+    assert model.config.rope_scaling == RopeScaling()
+    assert np.abs(logits(model, params) - peer_logits(peer)).max() > 1e-2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied-wide-heads-gelu", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied-wide-heads-gelu", "mistral-window", "llama-biases"])
 def test_there_and_back_is_bit_equal(name: str, dtype: str, tmp_path: Path) -> None:
     peer = make_peer(tmp_path / "peer", *PEERS[name], dtype=dtype)
     model, params = from_pretrained(peer)
@@ -141,6 +185,8 @@ def test_the_exported_config_means_the_same(name: str, tmp_path: Path) -> None:
         for field in ("_name_or_path", "transformers_version", "bos_token_id", "eos_token_id"):
             config.pop(field, None)
     after.pop("rope_theta", None)
+    if before["rope_parameters"]["rope_type"] == "yarn":  # what they assume is written
+        before["rope_parameters"] = {"beta_fast": 32.0, "beta_slow": 1.0} | before["rope_parameters"]
     if name == "mistral-wide-heads-tied":  # without a window it is a Llama
         assert (before.pop("model_type"), after.pop("model_type")) == ("mistral", "llama")
         before = {k: v for k, v in before.items() if k in after and k != "architectures"}
@@ -161,6 +207,12 @@ def test_the_exported_config_means_the_same(name: str, tmp_path: Path) -> None:
         {"num_key_value_heads": None, "intermediate_size": None, "head_dim": None},
         {"rope_pairing": "interleaved"},
         {"attention_dropout": 0.1, "hidden_dropout": 0.1, "residual_dropout": 0.1},
+        {"drop_path": 0.1, "initialization": "stellarbyte"},
+        {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "rope_pairing": "interleaved"},
+        {"vocab_size_multiple": 64},
+        {"vocab_size_multiple": 64, "tie_word_embeddings": True},
+        {"rope_scaling": {"name": "yarn", "factor": 4.0}, "max_position_embeddings": 8},
+        {"rope_scaling": {"name": "llama3", "factor": 4.0}, "max_position_embeddings": 8, "sliding_window": 9},
     ],
     ids=str,
 )
@@ -170,7 +222,21 @@ def test_our_models_load_with_transformers(settings: dict[str, Any], tmp_path: P
     np.testing.assert_allclose(logits(model, params), peer_logits(tmp_path / "hf"), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True}, {"sliding_window": 7}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"sliding_window": 7},
+        {"attention_bias": True, "attention_output_bias": True},
+        {"mlp_bias": True},
+        {"rope_scaling": {"name": "linear", "factor": 2.0}},
+        {"rope_scaling": {"name": "dynamic", "factor": 2.0}, "sliding_window": 7},
+        {"rope_scaling": {"name": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 3.0}},
+        {"rope_scaling": {"name": "llama3", "factor": 2.0, "original_max_position_embeddings": 32}},
+    ],
+    ids=str,
+)
 def test_our_models_come_back_equal(settings: dict[str, Any], tmp_path: Path) -> None:
     model, params = random_model(**settings)
     save_pretrained(tmp_path / "hf", model, params, max_shard_bytes=20_000)
@@ -186,6 +252,27 @@ def test_interleaved_pairs_come_back_as_halves(tmp_path: Path) -> None:
     assert back.config.rope_pairing == "half"
     assert np.abs(np.asarray(back_params["layers"]["0"]["attn"]["q"] - params["layers"]["0"]["attn"]["q"])).max() > 0.1
     np.testing.assert_allclose(logits(back, back_params), logits(model, params), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_padding_of_the_vocabulary_stays_here(tied: bool, tmp_path: Path) -> None:
+    model, params = random_model(vocab_size_multiple=64, tie_word_embeddings=tied)
+    assert params["embed"]["embedding"].shape == (128, 32)
+    save_pretrained(tmp_path / "hf", model, params)
+    written = tensors(tmp_path / "hf")
+    np.testing.assert_array_equal(written["model.embed_tokens.weight"], params["embed"]["embedding"][:96])
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 96
+    trimmed = params | {"embed": {"embedding": params["embed"]["embedding"][:96]}}
+    padded = params | {"embed": {"embedding": np.pad(trimmed["embed"]["embedding"], ((0, 32), (0, 0)))}}
+    if not tied:
+        np.testing.assert_array_equal(written["lm_head.weight"], params["lm_head"]["kernel"][:, :96].T)
+        trimmed["lm_head"] = {"kernel": params["lm_head"]["kernel"][:, :96]}
+        padded["lm_head"] = {"kernel": np.pad(trimmed["lm_head"]["kernel"], ((0, 0), (0, 32)))}
+    assert_same_tree(from_pretrained(tmp_path / "hf")[1], trimmed)
+    back, back_params = from_pretrained(tmp_path / "hf", vocab_size_multiple=64, compute_dtype="float32")
+    assert back.config.padded_vocab_size == 128
+    assert_same_tree(back_params, padded)
+    np.testing.assert_array_equal(logits(back, back_params), logits(model, params))
 
 
 def test_shards_hold_every_tensor_once_and_stay_small(tmp_path: Path) -> None:
@@ -220,6 +307,20 @@ def test_runtime_settings_are_given_when_reading(tmp_path: Path) -> None:
         from_pretrained(tmp_path / "hf", scan_unrol=2)
 
 
+def test_sections_are_given_when_reading(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "hf", *random_model(rope_scaling={"name": "linear", "factor": 3.0}))
+    as_objects = {"rope_scaling": RopeScaling(name="yarn", factor=2.0), "cache": CacheConfig(dtype="int8")}
+    as_mappings = {"rope_scaling": {"name": "yarn", "factor": 2.0}, "cache": {"dtype": "int8"}}
+    configs = [from_pretrained(tmp_path / "hf", **given)[0].config for given in (as_objects, as_mappings)]
+    assert configs[0] == configs[1]
+    assert (configs[0].rope_scaling.name, configs[0].cache.dtype) == ("yarn", "int8")
+    config = from_pretrained(tmp_path / "hf", memory={"length": 6, "sliding_share": 0.5})[0].config
+    assert config.memory.length == 6
+    assert config.rope_scaling == RopeScaling(name="linear", factor=3.0)
+    with pytest.raises(ValueError, match=r"RopeScaling: there is no setting 'kind'"):
+        from_pretrained(tmp_path / "hf", rope_scaling={"kind": "yarn"})
+
+
 def test_both_generations_of_config_json_are_written(tmp_path: Path) -> None:
     save_pretrained(tmp_path / "hf", *random_model(rope_theta=777.0), dtype="bfloat16")
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -227,6 +328,16 @@ def test_both_generations_of_config_json_are_written(tmp_path: Path) -> None:
     assert written["dtype"] == written["torch_dtype"] == "bfloat16"
     assert written["architectures"] == ["LlamaForCausalLM"]
     assert written["bos_token_id"] is None
+    assert "rope_scaling" not in written
+
+    scaling = RopeScaling(name="llama3", factor=2.0)
+    save_pretrained(tmp_path / "longer", *random_model(rope_theta=777.0, rope_scaling=scaling))
+    written = json.loads((tmp_path / "longer" / "config.json").read_text())
+    table = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    table["original_max_position_embeddings"] = 64  # which is what None means
+    assert written["rope_theta"] == 777.0
+    assert written["rope_scaling"] == table
+    assert written["rope_parameters"] == table | {"rope_theta": 777.0}
 
 
 def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
@@ -258,6 +369,8 @@ def test_a_model_is_exported_as_the_simplest_family() -> None:
     assert family(sliding_window=8) == "mistral"
     assert family(hidden_size=36, num_attention_heads=8, head_dim=6) == "mistral"
     assert family(layer_types=("full_attention",) * 3, sliding_window=8) == "llama"
+    assert family(attention_bias=True, attention_output_bias=True) == "llama"
+    assert family(rope_scaling={"name": "yarn", "factor": 2.0}, vocab_size_multiple=64) == "llama"
 
 
 def test_memory_holds_the_weights_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Foreign directories that are broken or ask for what does not exist here: one error that names the thing."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.config import ByteConfig, RopeScaling
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.settings import parse_config
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
@@ -58,14 +59,47 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, np.ndarray]], Any]
         ({"model_type": "gpt2"}, r"model_type is 'gpt2'; supported are llama, mistral"),
         ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures .* supported is LlamaForCausalLM"),
         ({"hidden_act": "relu"}, r"hidden_act is 'relu'; supported are silu, swish, gelu"),
-        ({"attention_bias": True}, r"attention_bias is True; only False"),
-        ({"mlp_bias": True}, r"mlp_bias is True; only False"),
+        (
+            {"model_type": "mistral", "architectures": None, "attention_bias": True},
+            r"attention_bias is True; only False",
+        ),
+        ({"model_type": "mistral", "architectures": None, "mlp_bias": True}, r"mlp_bias is True; only False"),
+        ({"attention_bias": None}, r"ByteConfig.attention_bias must be bool"),
         ({"pretraining_tp": 2}, r"pretraining_tp is 2; only 1"),
         ({"rope_interleaved": True}, r"rope_interleaved is True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_scaling.rope_type is 'linear'; only 'default'"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, r"rope_parameters.rope_type is 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, r"rope_parameters.rope_type is 'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, r"rope_parameters.rope_type is 'llama3'"),
+        ({"rope_scaling": {"type": "longrope"}}, r"rope_scaling.rope_type is 'longrope'; implemented are default, li"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_scaling.rope_type is \['yarn'\]"),
+        ({"rope_scaling": "linear"}, r"rope_scaling must be an object, got 'linear'"),
+        ({"rope_scaling": {"type": "linear"}}, r"rope_scaling lacks factor, which rope_type 'linear' needs"),
+        ({"rope_scaling": {"factor": 2.0}}, r"rope_scaling holds factor: not implemented for rope_type 'default'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 2.0}},
+            r"rope_scaling says rope_type 'yarn' and type 'linear'",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"rope_parameters and rope_scaling contradict each other",  # the directory has rope_parameters
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+            r"config.json: rope_parameters: .*factor must be at least 1, got 0.5",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}},
+            r"rope_parameters holds original_max_position_embeddings: not implemented for rope_type 'dynamic'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
+            r"rope_parameters holds mscale, mscale_all_dim: not implemented for rope_type 'yarn'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            r"rope_parameters.truncate is False; only true",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+            r"rope_parameters lacks low_freq_factor, high_freq_factor, which rope_type 'llama3' needs",
+        ),
         ({"rope_parameters": {"full_attention": {}}}, r"rope_parameters holds full_attention"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"rope_parameters.partial_rotary_factor is 0.5"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0.5"),
@@ -93,6 +127,43 @@ def test_settings_of_both_generations_are_read() -> None:
     assert theta(rope_theta=5.0, rope_scaling=None) == 5.0
     assert theta(rope_parameters={"rope_type": "default", "rope_theta": 5.0}) == 5.0
     assert theta(rope_theta=5.0, rope_scaling={"rope_type": "default"}) == 5.0
+    assert theta(rope_theta=5.0, rope_scaling={"type": "linear", "factor": 2}) == 5.0
+
+
+def test_scalings_of_both_generations_are_read() -> None:
+    def scaling(**values: Any) -> RopeScaling:
+        return parse_config({"model_type": "llama", "max_position_embeddings": 512} | values, "here")[1].rope_scaling
+
+    linear = RopeScaling(name="linear", factor=2.0)
+    assert scaling(rope_scaling={}) == scaling(rope_scaling={"type": "default"}) == RopeScaling()
+    assert scaling(rope_scaling={"type": "linear", "factor": 2}) == linear
+    assert scaling(rope_scaling={"type": "linear", "rope_type": "linear", "factor": 2.0}) == linear
+    assert scaling(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}) == linear
+    both = {"rope_type": "linear", "factor": 2.0}
+    assert scaling(rope_scaling=both, rope_parameters=both | {"rope_theta": 5.0}) == linear
+    assert scaling(rope_scaling={}, rope_parameters=both) == linear
+    assert scaling(rope_scaling={"type": "dynamic", "factor": 2.0}) == RopeScaling(name="dynamic", factor=2.0)
+    # Without an original length the model's own is meant.
+    yarn = {"rope_type": "yarn", "factor": 2.0, "truncate": True, "mscale": None}
+    expected = RopeScaling(name="yarn", factor=2.0, original_max_position_embeddings=512)
+    assert scaling(rope_scaling=yarn) == expected
+    assert scaling(rope_scaling=yarn | {"original_max_position_embeddings": 64, "attention_factor": 0.5}) == (
+        dataclasses.replace(expected, original_max_position_embeddings=64, attention_factor=0.5)
+    )
+    llama3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
+    assert scaling(rope_scaling=llama3) == dataclasses.replace(
+        expected, name="llama3", low_freq_factor=2.0, high_freq_factor=3.0
+    )
+
+
+def test_biases_of_llama_are_two_settings_here() -> None:
+    def biases(**values: Any) -> tuple[bool, bool, bool]:
+        config = parse_config({"model_type": "llama"} | values, "here")[1]
+        return config.attention_bias, config.attention_output_bias, config.mlp_bias
+
+    assert biases() == (False, False, False)
+    assert biases(attention_bias=True) == (True, True, False)
+    assert biases(mlp_bias=True) == (False, False, True)
 
 
 def test_absent_settings_are_the_familys_defaults() -> None:
@@ -136,6 +207,15 @@ def test_tensors_that_do_not_fit_are_named(directory: Path, change: Any, message
     edit_tensors(directory, change)
     with pytest.raises(ValueError, match=message):
         from_pretrained(directory)
+
+
+def test_settings_that_need_other_weights_are_named(directory: Path) -> None:
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not have: layers/0/attn_scale.*\(layer_scale_init\)"):
+        from_pretrained(directory, layer_scale_init=0.1)
+    with pytest.raises(ValueError, match=r"missing model\.layers\.0\.self_attn\.q_proj\.bias"):
+        from_pretrained(directory, attention_bias=True)
+    with pytest.raises(ValueError, match=r"unknown model\.layers\.0\.post_attention_layernorm\.weight"):
+        from_pretrained(directory, parallel_residual=True)
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored(directory: Path) -> None:
@@ -199,9 +279,26 @@ def test_broken_shards(tmp_path: Path, model: tuple[ByteTransformer, dict[str, A
     ("settings", "message"),
     [
         ({"position_embedding": "xpos"}, "position_embedding is 'xpos'"),
+        ({"position_embedding": "stellarbyte"}, "position_embedding is 'stellarbyte'"),
+        ({"position_embedding": "xpos", "xpos_learnable": True}, "xpos_learnable is true"),
+        ({"mlp_style": "stellarbyte"}, "mlp_style is 'stellarbyte'"),
+        ({"sliding_window": 4, "sink_tokens": 2}, "sink_tokens is 2"),
+        ({"attention_prune_below": 0.01}, r"attention_prune_below is 0\.01"),
+        ({"memory": {"length": 4}}, "memory.length is given"),
+        ({"memory": {"length": (4, 0)}}, "model: memory.length is given[^;]*$"),
+        ({"parallel_residual": True}, "parallel_residual is true"),
+        ({"residual_scaling": "branch"}, "residual_scaling is 'branch'"),
+        ({"residual_scaling": "deepnorm"}, "residual_scaling is 'deepnorm'"),
+        ({"layer_scale_init": 0.1}, "layer_scale_init is given"),
         ({"rms_norm_eps_rule": "clamp"}, "rms_norm_eps_rule is 'clamp'"),
         ({"qk_norm": True}, "qk_norm is true"),
-        ({"attention_bias": True}, "attention_bias is true"),
+        ({"attention_bias": True}, "attention_bias is true without attention_output_bias"),
+        ({"attention_output_bias": True}, "attention_output_bias is true without attention_bias"),
+        (
+            {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "sliding_window": 4},
+            "attention_bias and mlp_bias: of those families only Llama has biases, but sliding_window needs Mistral",
+        ),
+        ({"mlp_bias": True, "num_attention_heads": 3, "head_dim": 4}, "mlp_bias: .* but head_dim needs Mistral"),
         ({"attention_logit_softcap": 30.0}, "attention_logit_softcap is 30"),
         ({"sliding_window": 4, "layer_types": ("full_attention", "sliding_attention")}, "layer_types mixes"),
     ],

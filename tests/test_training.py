@@ -289,6 +289,24 @@ def test_the_average_of_the_weights():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_learned_rates_are_pulled_to_the_papers():
+    """The loss grows by the weight times the mean squared distance, whatever the accumulation; the slope pulls back."""
+    model = dataclasses.replace(MODEL, position_embedding="xpos", xpos_learnable=True)
+    plain = settings(model=model)
+    for parts in (1, 2):
+        pulled = dataclasses.replace(plain, loss=LossConfig(xpos_regularization=0.5), gradient_accumulation_steps=parts)
+        _, state, step = start(pulled)
+        layer = state.params["layers"]["0"]["attn"]
+        begin = layer["xpos_rate"]
+        layer["xpos_rate"] = begin + 0.3
+        batch = packed_batch()
+        free = start(plain)[2](state, batch)[1]["loss"]
+        found = step(state, batch)[1]["loss"]
+        assert float(found) == pytest.approx(float(free) + 0.5 * 0.09, rel=1e-5)
+        layer["xpos_rate"] = begin
+        assert float(step(state, batch)[1]["loss"]) == pytest.approx(float(start(plain)[2](state, batch)[1]["loss"]))
+
+
 def test_dropout_differs_by_step_and_part_and_repeats_with_the_seed():
     config = settings(
         model=dataclasses.replace(MODEL, hidden_dropout=0.3),

@@ -62,6 +62,10 @@ class RopeScaling(Section):
             f"rope_scaling.original_max_position_embeddings belongs to yarn and llama3, the name is {self.name!r}",
         )
         require(
+            self.beta_fast > self.beta_slow,
+            f"rope_scaling.beta_fast {self.beta_fast} must be above beta_slow {self.beta_slow}",
+        )
+        require(
             self.high_freq_factor > self.low_freq_factor,
             f"rope_scaling.high_freq_factor {self.high_freq_factor} must be above low_freq_factor "
             f"{self.low_freq_factor}",

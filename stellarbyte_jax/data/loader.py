@@ -12,14 +12,16 @@ import grain
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data.packing import PackDocuments
 from stellarbyte_jax.data.sources import Corpus, DataError, LineSource, open_corpus
+from stellarbyte_jax.data.streams import StreamDocuments
 from stellarbyte_jax.data.text import GROUP_DOCUMENTS, EncodeDocuments, TextFormat, document_groups, read_text
 from stellarbyte_jax.data.tokenizer import check_vocabulary, load_tokenizer
 
 _STATE_FORMAT = 1
+_ARRANGEMENTS = {"packed": PackDocuments, "streams": StreamDocuments}
 
 
 class Loader:
-    """Iterates over packed batches (see ``packing.PackDocuments``) that a background thread keeps ready.
+    """Iterates over batches that a background thread keeps ready, see ``packing`` and ``streams``.
 
     The place that ``state`` gives belongs to the batches handed out, not to those prepared ahead.
     """
@@ -79,14 +81,14 @@ class Loader:
         """
         if state.get("format") != _STATE_FORMAT:
             raise DataError(f"data state of format {state.get('format')}, this version reads {_STATE_FORMAT}")
-        saved = state["stream"]
+        saved = {"arrangement": "packed", **state["stream"]}  # states from before there were two say nothing
         for name, now in self._stream.items():
             if saved.get(name) != now:
                 raise DataError(
                     f"cannot continue the data where it stopped: {name} was {saved.get(name)} and is now {now}; "
                     "keep the data, its settings and the number of processes as they were, or start a new run"
                 )
-        self._iterator.set_state({name: int(state[name]) for name in ("group", "offset", "skipped")})
+        self._iterator.set_state({name: value for name, value in state.items() if name not in ("format", "stream")})
         self._moved = True
 
     @property
@@ -181,7 +183,7 @@ def make_loader(
         eos=tokenizer.require("eos") if data.add_eos else None,
         on_error=data.on_error,
     )
-    batches = PackDocuments(
+    batches = _ARRANGEMENTS[data.arrangement](
         groups.map(encode),
         batch_size=batch_size // process_count,
         sequence_length=data.sequence_length,
@@ -192,6 +194,7 @@ def make_loader(
         epoch_groups=-(-len(corpus) // (GROUP_DOCUMENTS * process_count)),
     )
     stream = {
+        "arrangement": data.arrangement,
         "documents": len(corpus),
         "files": hashlib.sha256(json.dumps(corpus.listing).encode()).hexdigest()[:16],
         "shuffle_seed": seed if shuffle else None,

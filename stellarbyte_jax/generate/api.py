@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from stellarbyte_jax.generate import engine
+from stellarbyte_jax.generate import checks, engine
 from stellarbyte_jax.generate.sampling import Sampler, SamplingConfig, row_keys
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.memory import Memory
 
-Prompts = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+Prompts = checks.Prompts
 NewTokens = list[list[int]]
-_LONGER = "load the model with rope_scaling, or with sliding_window and sink_tokens (see the README)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +40,17 @@ class Generated:
     def sequences(self) -> NewTokens:
         """The new tokens of each row without padding."""
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
+
+    @property
+    def mean_log_probs(self) -> np.ndarray:
+        """Mean log-probability of each row's new tokens, float64 [B]; ``exp`` of its negative is the perplexity.
+
+        Raises:
+          ValueError: log-probabilities were not asked for.
+        """
+        if self.log_probs is None:
+            raise ValueError("there are no log-probabilities: generate with log_probs=True")
+        return self.log_probs.sum(axis=1, dtype=np.float64) / self.lengths
 
 
 def generate(
@@ -88,7 +98,7 @@ def generate(
 
     Raises:
       ValueError: a prompt is empty, holds ids outside of the vocabulary, or does not fit into the model with the new
-        tokens; or a setting is out of its range.
+        tokens; a setting is out of its range; or settings do not go together with the model.
     """
     request = _Request(
         model,
@@ -173,9 +183,11 @@ def remember(
     Raises:
       ValueError: the model has no memory, or ``memory`` is of another number of rows and its policy is strict.
     """
-    prompts = _prompts(tokens, model.config.vocab_size)
+    checks.positive("segment_length", segment_length)
+    prompts = checks.prompts(tokens, model.config.vocab_size)
     params = engine.cast_for_inference(model, params)
     read = Memory.create(model.config, len(prompts)) if memory is None else memory
+    checks.memory(model.config, read, len(prompts))
     for at in range(0, max(p.size for p in prompts), segment_length):
         tokens_BT = np.zeros((len(prompts), segment_length), np.int32)
         lengths_B = np.zeros(len(prompts), np.int32)
@@ -219,8 +231,8 @@ class _Request:
     ) -> None:
         vocab_size = model.config.vocab_size
         self.model = model
-        self.prompts = _prompts(tokens, vocab_size)
-        self.budget_B = _budget(self.prompts, max_new_tokens, max_length, engine.position_limit(model.config))
+        self.prompts = checks.prompts(tokens, vocab_size)
+        self.budget_B = checks.budget(model.config, self.prompts, max_new_tokens, max_length)
         settings = SamplingConfig(**sampling)
         for name, ids in (("pad_token", (pad_token,)), ("stop_tokens", settings.stop_tokens)):
             wrong = [i for i in ids if not 0 <= i < vocab_size]
@@ -231,8 +243,8 @@ class _Request:
         self.pad_token = pad_token
         self.log_probs = log_probs
         self.memory = memory
-        if prefill_chunk is not None and prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be at least 1; got {prefill_chunk}")
+        checks.memory(model.config, memory, len(self.prompts))
+        checks.prefill(model.config, self.prompts, prefill_chunk)
         self.prefill_chunk = prefill_chunk
         self.sizes = engine.block_sizes(int(self.budget_B.max()), short=short_blocks)
 
@@ -287,68 +299,3 @@ class _Request:
 def _new_tokens(block: engine.Block) -> NewTokens:
     tokens, active = np.asarray(block.tokens_BX), np.asarray(block.active_BX)
     return [row[keep].tolist() for row, keep in zip(tokens, active, strict=True)]
-
-
-def _prompts(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
-    """Each prompt as an int32 vector."""
-    if isinstance(tokens, np.ndarray | jax.Array):
-        if tokens.ndim not in (1, 2):
-            raise ValueError(f"tokens must be an array [B, T] or [T], got shape {tokens.shape}")
-        rows: list[Any] = [tokens] if tokens.ndim == 1 else list(np.asarray(tokens))
-    elif len(tokens) and np.ndim(tokens[0]) == 0:
-        rows = [tokens]
-    else:
-        rows = list(tokens)
-    if not rows:
-        raise ValueError("tokens holds no prompt: give at least one")
-    prompts = []
-    for number, row in enumerate(rows):
-        prompt = np.asarray(row)
-        if prompt.size == 0:
-            raise ValueError(f"row {number}: the prompt is empty; start it with the tokenizer's bos token")
-        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
-            raise ValueError(f"row {number}: a prompt must be a list of token ids, got {row!r}")
-        wrong = prompt[(prompt < 0) | (prompt >= vocab_size)]
-        if wrong.size:
-            raise ValueError(
-                f"row {number}: token id {wrong[0]} is not in the model's vocabulary of {vocab_size} tokens; "
-                "is this the model's tokenizer?"
-            )
-        prompts.append(prompt.astype(np.int32))
-    return prompts
-
-
-def _budget(
-    prompts: list[np.ndarray], max_new_tokens: int | None, max_length: int | None, limit: int | None
-) -> np.ndarray:
-    """Number of new tokens of each row, int32 [B]."""
-    if (max_new_tokens is None) == (max_length is None):
-        raise ValueError(
-            "give either max_new_tokens (without the prompt) or max_length (with the prompt), "
-            f"got {max_new_tokens=} and {max_length=}"
-        )
-    name, value = ("max_length", max_length) if max_new_tokens is None else ("max_new_tokens", max_new_tokens)
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    budget = []
-    for number, prompt in enumerate(prompts):
-        new = max_new_tokens if max_length is None else max_length - prompt.size
-        assert new is not None
-        if new < 1:
-            raise ValueError(
-                f"row {number}: the prompt of {prompt.size} tokens leaves no room below max_length={max_length}: "
-                "raise max_length, or shorten the prompt"
-            )
-        if limit is not None and prompt.size >= limit:
-            raise ValueError(
-                f"row {number}: the prompt of {prompt.size} tokens is longer than the cache: the model has {limit} "
-                f"positions, and one is needed for a new token; keep its last {limit - 1} tokens at most, or {_LONGER}"
-            )
-        if limit is not None and prompt.size + new > limit:
-            raise ValueError(
-                f"row {number}: {prompt.size} prompt tokens and {new} new ones are longer than the cache: "
-                f"the model has {limit} positions in all; ask for at most {limit - prompt.size} new tokens, shorten "
-                f"the prompt, or {_LONGER}"
-            )
-        budget.append(new)
-    return np.asarray(budget, np.int32)

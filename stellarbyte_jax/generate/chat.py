@@ -37,15 +37,35 @@ class Conversation:
         if system is not None:
             self.messages.append({"role": "system", "content": system})
 
-    def ask(self, text: str) -> list[int]:
+    def ask(self, text: str, *, limit: int | None = None) -> list[int]:
         """Adds a user's message and returns the ids of the prompt for its reply.
 
+        Where they would be more than ``limit``, the oldest turns are forgotten: a user's message and what follows it up
+        to the next one. The system message and the new message stay.
+
         Raises:
-          ValueError: the template refuses the messages.
+          ValueError: the template refuses the messages, or those that stay are too long.
         """
+        self.messages.append({"role": "user", "content": text})
+        ids = self._prompt()
+        while limit is not None and len(ids) > limit:
+            turns = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
+            if len(turns) == 1:
+                raise ValueError(
+                    f"the message makes a prompt of {len(ids)} tokens, and there is room for {limit}: shorten it, or "
+                    "ask for fewer new tokens"
+                )
+            del self.messages[turns[0] : turns[1]]
+            ids = self._prompt()
+        return ids
+
+    def answer(self, text: str) -> None:
+        """Adds the reply."""
+        self.messages.append({"role": "assistant", "content": text})
+
+    def _prompt(self) -> list[int]:
         from jinja2 import TemplateError
 
-        self.messages.append({"role": "user", "content": text})
         try:
             prompt = self._template.render(
                 messages=self.messages,
@@ -56,10 +76,6 @@ class Conversation:
         except TemplateError as error:
             raise ValueError(f"the chat template of {self._tokenizer.path} refuses the messages: {error}") from None
         return self._tokenizer.encode(prompt, parse_special=True)
-
-    def answer(self, text: str) -> None:
-        """Adds the reply."""
-        self.messages.append({"role": "assistant", "content": text})
 
     def _spell(self, token: int | None) -> str:
         return "" if token is None else self._tokenizer.decode([token], skip_special_tokens=False)

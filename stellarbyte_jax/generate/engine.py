@@ -2,6 +2,7 @@
 
 Lengths that enter a program's shapes are rounded up to buckets, so that the number of programs stays bounded: for one
 batch size and one set of processors, one prefill for each pair of buckets and two decoding programs for each cache.
+Prompts in parts need two programs for each cache: of the first part and of the others.
 
 B batch, T prompt positions, S cache slots, V vocabulary, X steps of a block.
 """
@@ -17,9 +18,10 @@ from flax import struct
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.generate.sampling import Sampler, sample
-from stellarbyte_jax.model.cache import make_cache
+from stellarbyte_jax.model.cache import first_position, make_cache
 from stellarbyte_jax.model.decoder import ByteTransformer, forward_step, head_kernel, logits
 from stellarbyte_jax.model.memory import Memory
+from stellarbyte_jax.ops.rotary import longest_xpos_row
 
 _SMALLEST_BUCKET = 32
 # The host looks at results only between blocks: a long one costs least, the short one ends or streams soon.
@@ -76,8 +78,11 @@ def position_limit(config: ByteConfig) -> int | None:
 
     That is so where every layer has a window (or memory), where XPos lets attention fade with distance, and where the
     cache is pruned. Linear and dynamic scaling stretch ``max_position_embeddings``; with YaRN and Llama-3 scaling it
-    is the stretched length already, as in Hugging Face.
+    is the stretched length already, as in Hugging Face. The original's own positions are counted from the middle of
+    the trained length, and bound to it whatever the layers see.
     """
+    if config.position_embedding == "stellarbyte":
+        return config.max_position_embeddings
     if all(kind.window is not None for kind in config.layer_kinds) or config.position_embedding == "xpos":
         return None
     if config.cache.recent is not None:
@@ -87,11 +92,30 @@ def position_limit(config: ByteConfig) -> int | None:
 
 
 def cache_slots(config: ByteConfig, length: int) -> int:
-    """Slots of a cache for texts of this many tokens, rounded up; windowed layers need no more than their window."""
+    """Slots of a cache for texts of this many tokens, rounded up; windowed layers need no more than their window.
+
+    A pruned cache has as many as it is set to, whatever the texts.
+    """
+    if config.cache.recent is not None and config.cache.heavy_hitters is not None:
+        return config.cache.recent + config.cache.heavy_hitters
     windows = [kind.window for kind in config.layer_kinds]
     longest = max(w for w in windows if w is not None) if None not in windows else None
     limits = [n for n in (position_limit(config), longest) if n is not None]
     return bucket(length, min(limits, default=None))
+
+
+def longest_prefill(config: ByteConfig) -> int | None:
+    """How many tokens of a prompt can be read at once; XPos factors of longer rows would overflow."""
+    if config.position_embedding != "xpos":
+        return None
+    return longest_xpos_row(config.xpos_scale_base) - first_position(config)
+
+
+def prompt_width(config: ByteConfig, longest: int, chunk: int | None) -> int:
+    """Width of the array that prompts are padded to: a bucket, or a multiple of the ``chunk`` that is read at once."""
+    limits = [n for n in (position_limit(config), longest_prefill(config)) if n is not None and n >= longest]
+    rounded = bucket(longest, min(limits, default=None))
+    return rounded if chunk is None or chunk >= rounded else -(-longest // chunk) * chunk
 
 
 def block_sizes(steps: int, *, short: bool) -> list[int]:
@@ -253,9 +277,7 @@ def start(
     config = model.config
     lengths_B = np.asarray([p.size for p in prompts], np.int32)
     longest = int(lengths_B.max())
-    T = bucket(longest, position_limit(config))
-    if prefill_chunk is not None and prefill_chunk < longest:
-        T = -(-longest // prefill_chunk) * prefill_chunk
+    T = prompt_width(config, longest, prefill_chunk)
     tokens_BT = np.full((len(prompts), T), pad_token, np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: prompt.size] = prompt

@@ -41,6 +41,7 @@ def from_pretrained(
       directory: with ``config.json`` and safetensors files.
       dtype: of the weights in memory: ``float32``, ``bfloat16`` or ``float16``.
       **overrides: ByteConfig settings, above all those that a checkpoint does not know, such as ``compute_dtype``.
+        Whole sections, such as ``rope_scaling`` or ``cache``, as objects or mappings.
 
     Returns:
       The model and its weights, jax arrays on the default device.
@@ -59,13 +60,19 @@ def from_pretrained(
     to = float_dtype(dtype)
     with WeightFiles(directory) as files:
         entries = list(family.entries(config, shapes))
+        foreign = sorted(set(shapes) - {entry.path for entry in entries})
+        if foreign:
+            raise ValueError(
+                f"{directory}: the settings ask for weights that {family.architecture} does not have: "
+                f"{', '.join(foreign)}. Leave out the settings that make them ({', '.join(overrides)})"
+            )
         _check_tensors(family, entries, files, config)
         leaves: dict[str, list[Entry]] = {}
         for entry in entries:
             leaves.setdefault(entry.path, []).append(entry)
         params: dict[str, Any] = {}
         for path, parts in leaves.items():
-            leaf = _aligned_empty(shapes[path], to)
+            leaf = _aligned_zeros(shapes[path], to)
             for part in parts:
                 theirs = cast(files.read(part.theirs), to, part.theirs)
                 leaf[part.index] = part.row.layout.from_hf(theirs, part.shape)
@@ -187,10 +194,13 @@ def _raise(problems: list[str], summary: str) -> None:
         raise ValueError(f"{summary}: {'; '.join(problems[:8])}{more}")
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """On CPU jax takes over an array that starts at a multiple of 64 bytes, and copies any other one."""
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """On CPU jax takes over an array that starts at a multiple of 64 bytes, and copies any other one.
+
+    Zeros, because the padding of the vocabulary stays as it is.
+    """
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    room = np.empty(nbytes + 64, np.uint8)
+    room = np.zeros(nbytes + 64, np.uint8)
     start = -room.ctypes.data % 64
     return room[start : start + nbytes].view(dtype).reshape(shape)
 

@@ -27,6 +27,12 @@ SAME = Layout(
     to_hf=lambda ours: ours,
     hf_shape=lambda shape: shape,
 )
+# [*out] <-> [out]
+FLAT = Layout(
+    from_hf=lambda theirs, shape: theirs.reshape(shape),
+    to_hf=lambda ours: ours.reshape(-1),
+    hf_shape=lambda shape: (_size(shape),),
+)
 # [in, *out] <-> [out, in]
 SPLIT_OUTPUT = Layout(
     from_hf=lambda theirs, shape: theirs.T.reshape(shape),

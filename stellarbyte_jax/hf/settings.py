@@ -11,6 +11,7 @@ from typing import Any
 from stellarbyte_jax.config import ByteConfig, ConfigError
 from stellarbyte_jax.hf.families import FAMILIES, Family
 from stellarbyte_jax.hf.files import read_json
+from stellarbyte_jax.hf.rope import ROPE_NAMES, parse_rope, rope_json
 
 # Their names for activations, by the function that they compute; the first one is written.
 _ACTIVATIONS = {
@@ -18,9 +19,6 @@ _ACTIVATIONS = {
     "gelu": ("gelu", "gelu_python"),
     "gelu_pytorch_tanh": ("gelu_pytorch_tanh", "gelu_new"),
 }
-_ROPE_TABLES = ("rope_parameters", "rope_scaling")  # transformers 5, and 4
-_ROPE_FIELDS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-_DEFAULT_THETA = 10000.0
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # About generation, storage, bookkeeping or other heads: none of it changes the logits.
 _WITHOUT_EFFECT = {
@@ -75,7 +73,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> tuple[Family, ByteCon
         if name in values and values[name] not in allowed:
             raise ValueError(f"{where}: {name} is {values[name]!r}; only {allowed[0]!r} is implemented")
     # A field that is null is switched off, whatever it means.
-    known = {*family.settings, *family.fixed, *_ROPE_TABLES, "rope_theta", "partial_rotary_factor", *_WITHOUT_EFFECT}
+    known = {*family.settings, *family.fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
     unknown = [name for name, value in values.items() if name not in known and value is not None]
     if unknown:
         guess = difflib.get_close_matches(unknown[0], known, n=1)
@@ -87,7 +85,9 @@ def parse_config(values: Mapping[str, Any], where: str) -> tuple[Family, ByteCon
     settings = {name: values.get(name, default) for name, default in family.settings.items()}
     settings["attention_dropout"] = settings["attention_dropout"] or 0.0
     settings["hidden_act"] = _activation(settings["hidden_act"], where)
-    settings["rope_theta"] = _rope_theta(values, where)
+    settings["attention_output_bias"] = settings.get("attention_bias", False)  # one setting of theirs, two of ours
+    theta, scaling = parse_rope(values, settings["max_position_embeddings"], where)
+    settings |= {"rope_theta": theta, "rope_scaling": scaling}
     try:
         return family, ByteConfig(**settings)
     except ConfigError as error:
@@ -100,32 +100,6 @@ def _activation(name: Any, where: str) -> str:
             return ours
     supported = [name for theirs in _ACTIVATIONS.values() for name in theirs]
     raise ValueError(f"{where}: hidden_act is {name!r}; supported are {', '.join(supported)}")
-
-
-def _rope_theta(values: Mapping[str, Any], where: str) -> float:
-    found = {"rope_theta": values.get("rope_theta")}
-    partial = {"partial_rotary_factor": values.get("partial_rotary_factor")}
-    for table in _ROPE_TABLES:
-        fields = values.get(table)
-        if fields is None:
-            continue
-        if not isinstance(fields, Mapping):
-            raise ValueError(f"{where}: {table} must be an object, got {fields!r}")
-        kind = fields.get("rope_type", fields.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{where}: {table}.rope_type is {kind!r}; only 'default' is implemented")
-        unknown = [name for name in fields if name not in _ROPE_FIELDS]
-        if unknown:
-            raise ValueError(f"{where}: {table} holds {', '.join(unknown)}, which are not implemented")
-        found[f"{table}.rope_theta"] = fields.get("rope_theta")
-        partial[f"{table}.partial_rotary_factor"] = fields.get("partial_rotary_factor")
-    for name, factor in partial.items():
-        if factor not in (None, 1):
-            raise ValueError(f"{where}: {name} is {factor!r}; only whole heads are turned here, a factor of 1")
-    given = {name: theta for name, theta in found.items() if theta is not None}
-    if len(set(given.values())) > 1:
-        raise ValueError(f"{where}: contradicting values {given}: keep one of them")
-    return next(iter(given.values()), _DEFAULT_THETA)
 
 
 def config_json(family: Family, config: ByteConfig, dtype: str, special_ids: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,8 +116,7 @@ def config_json(family: Family, config: ByteConfig, dtype: str, special_ids: Map
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **settings,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **rope_json(config),
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,
@@ -180,7 +153,7 @@ def special_ids(tokenizer: Path, vocab_size: int) -> dict[str, Any]:
     if vocabulary.get_vocab_size() > vocab_size:
         raise ValueError(
             f"{path} has {vocabulary.get_vocab_size()} tokens, the model's vocab_size is {vocab_size}: "
-            "this tokenizer belongs to another model"
+            "this tokenizer belongs to another model, or the model must be resized: scripts/convert.py resize"
         )
     names: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from stellarbyte_jax.config import ByteConfig, LayerKind
-from stellarbyte_jax.model.cache import Plan, pinned_slots
+from stellarbyte_jax.model.cache import Plan
 from stellarbyte_jax.model.layers import RMSNorm, bias, param, weight
 from stellarbyte_jax.model.positions import Rotation, initial_rates, to_keep, turn_kept, turn_together
 from stellarbyte_jax.ops.attention import attention, cached_attention
@@ -167,7 +167,8 @@ class Attention(nn.Module):
             where.positions_BT,
             positions_BSK,
             window=kind.window,
-            pinned_slots=pinned_slots(kind, c.sink_tokens),
+            pinned_slots=kind.fused,
+            sink_tokens=c.sink_tokens,
             logit_softcap=c.attention_logit_softcap,
             prune_below=c.attention_prune_below,
         )

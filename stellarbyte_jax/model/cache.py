@@ -180,11 +180,7 @@ class KVCache:
         Raises:
           ValueError: there are more rows already; use :meth:`select`.
         """
-        more = batch_size - self.batch_size
-        if more < 0:
-            raise ValueError(f"the cache has {self.batch_size} rows: name those of {batch_size} to keep with select()")
-        rows = [*range(self.batch_size), *[0] * more]
-        return self.select(rows).reset(jnp.arange(batch_size) >= self.batch_size)
+        return grown(self, batch_size)
 
     def reset(self, rows_B: jax.Array | None = None) -> Self:
         """The cache with these rows (bool [B]; all of them where not given) empty."""
@@ -208,6 +204,15 @@ def make_cache(config: ByteConfig, batch_size: int, max_length: int) -> Any:
     if config.cache.recent is not None:
         return PrunedCache.create(config, batch_size)
     return KVCache.create(config, batch_size, max_length)
+
+
+def grown(cache: Any, batch_size: int) -> Any:
+    """A cache of any kind with empty rows behind the others; see :meth:`KVCache.grow`."""
+    have = cache.batch_size
+    if batch_size < have:
+        raise ValueError(f"the cache has {have} rows: name those of {batch_size} to keep with select()")
+    rows = [*range(have), *[0] * (batch_size - have)]
+    return cache.select(rows).reset(jnp.arange(batch_size) >= have)
 
 
 def pattern(config: ByteConfig) -> tuple[LayerKind, ...]:

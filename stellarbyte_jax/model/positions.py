@@ -2,7 +2,7 @@
 
 Keys are kept turned. Two settings forbid that: with dynamic scaling a longer text turns all of its keys in another way,
 and the original's mixed pairing cannot be scaled after it was turned; there they are kept as they are. XPos factors of
-kept keys are applied when they are read, counted from the newest token, so that they never overflow.
+kept keys are applied when they are read, counted from the middle of the new tokens, so that they never overflow.
 
 B batch, T new positions, S positions of keys, N query heads, K key/value heads, H head size, P = H/2 rotated pairs.
 """
@@ -117,12 +117,7 @@ def turn_together(
         scale_q, scale_k = _mixed_factors(config, positions_BS, positions_BS, rates_P)
     elif rates_P is not None:
         S = q_BSNH.shape[1]
-        longest = longest_xpos_row(config.xpos_scale_base)
-        if longest < S:
-            raise ValueError(
-                f"{S} positions in a row are more than the {longest} whose XPos factors floats can hold: feed the row "
-                "in parts through a KV cache, or raise xpos_scale_base"
-            )
+        _check_xpos_row(config, S)
         distances_1S = (jnp.arange(S, dtype=jnp.int32) - S // 2)[None, :]
         scale_q = xpos_factors(distances_1S, rates_P, scale_base=config.xpos_scale_base)
         scale_k = xpos_factors(-distances_1S, rates_P, scale_base=config.xpos_scale_base)
@@ -151,15 +146,26 @@ def turn_kept(
     if config.position_embedding == "stellarbyte":
         scale_q, scale_k = _mixed_factors(config, positions_BT, key_positions_BSK, rates_P)
     elif rates_P is not None:
-        newest_B1 = jnp.max(positions_BT, axis=1, keepdims=True)
-        scale_q = xpos_factors(positions_BT - newest_B1, rates_P, scale_base=config.xpos_scale_base)
-        scale_k = xpos_factors(newest_B1[..., None] - key_positions_BSK, rates_P, scale_base=config.xpos_scale_base)
+        T = positions_BT.shape[1]
+        _check_xpos_row(config, T)
+        middle_B1 = positions_BT[:, T // 2 : T // 2 + 1]
+        scale_q = xpos_factors(positions_BT - middle_B1, rates_P, scale_base=config.xpos_scale_base)
+        scale_k = xpos_factors(middle_B1[..., None] - key_positions_BSK, rates_P, scale_base=config.xpos_scale_base)
     q_BTNH = _turn(config, how, q_BTNH, rotary_angles(positions_BT, how.frequencies), scale_q)
     if _keeps_unturned(config):
         k_BSKH = _turn(config, how, k_BSKH, rotary_angles(key_positions_BSK, how.frequencies), scale_k)
     elif scale_k is not None:
         k_BSKH = scale_pairs(k_BSKH, scale_k, pairing=config.rope_pairing)
     return q_BTNH, k_BSKH
+
+
+def _check_xpos_row(config: ByteConfig, positions: int) -> None:
+    longest = longest_xpos_row(config.xpos_scale_base)
+    if longest < positions:
+        raise ValueError(
+            f"{positions} positions in a row are more than the {longest} whose XPos factors floats can hold: feed the "
+            "row in parts through a KV cache, or raise xpos_scale_base"
+        )
 
 
 def _mixed_factors(config: ByteConfig, positions: jax.Array, key_positions: jax.Array, rates_P: jax.Array | None):

@@ -11,7 +11,17 @@ import jax.numpy as jnp
 from flax import struct
 
 from stellarbyte_jax.config import ByteConfig, LayerKind
-from stellarbyte_jax.model.cache import Plan, Slots, decode, empty_slots, encode, layer_slots, pattern, storage_dtype
+from stellarbyte_jax.model.cache import (
+    Plan,
+    Slots,
+    decode,
+    empty_slots,
+    encode,
+    grown,
+    layer_slots,
+    pattern,
+    storage_dtype,
+)
 
 
 @struct.dataclass
@@ -96,6 +106,21 @@ class PrunedCache:
             lambda x: jnp.take(x, rows_B, axis=1), (self.slots, self.positions, self.scores)
         )
         return self.replace(slots=slots, positions=positions, scores=scores, lengths=self.lengths[rows_B])  # type: ignore[attr-defined]
+
+    def grow(self, batch_size: int) -> Self:
+        """The cache with empty rows behind the others.
+
+        Raises:
+          ValueError: there are more rows already; use :meth:`select`.
+        """
+        return grown(self, batch_size)
+
+    def reset(self, rows_B: jax.Array | None = None) -> Self:
+        """The cache with these rows (bool [B]; all of them where not given) empty."""
+        if rows_B is None:
+            rows_B = jnp.ones(self.batch_size, bool)
+        positions = tuple(jnp.where(rows_B[None, :, None, None], -1, p) for p in self.positions)
+        return self.replace(positions=positions, lengths=jnp.where(rows_B, 0, self.lengths))  # type: ignore[attr-defined]
 
 
 class _Extended:

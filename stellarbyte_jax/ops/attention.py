@@ -79,12 +79,14 @@ def cached_attention(
     *,
     window: int | None = None,
     pinned_slots: int = 0,
+    sink_tokens: int = 0,
     logit_softcap: float | None = None,
     prune_below: float = 0.0,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K G T S"]]:
     """Attention of tokens at ``positions_BT`` over keys at ``key_positions_BSK``, -1 where a slot is empty.
 
-    Keys in the first ``pinned_slots`` are not hidden by the window.
+    The window hides neither keys in the first ``pinned_slots`` nor those at the first ``sink_tokens`` positions, which
+    may stand in any slot.
 
     Returns:
       The output, and the attention weights, float32.
@@ -96,6 +98,8 @@ def cached_attention(
         near_BKTS = distance_BKTS < window
         if pinned_slots:
             near_BKTS |= (jnp.arange(k_BSKH.shape[1]) < pinned_slots)[None, None, None, :]
+        if sink_tokens:
+            near_BKTS |= keys_BKS[:, :, None, :] < sink_tokens
         allowed_BKTS &= near_BKTS
     return _softmax_attention(q_BTNH, k_BSKH, v_BSKH, allowed_BKTS, logit_softcap, prune_below, 0.0, None)
 

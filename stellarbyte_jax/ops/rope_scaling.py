@@ -74,7 +74,7 @@ def _yarn_stretched_share(
 
     first = max(math.floor(pair_that_turns(beta_fast)), 0)
     last = min(math.ceil(pair_that_turns(beta_slow)), head_size - 1)
-    width = last - first or 0.001  # a step where both are the same pair
+    width = last - first or 1  # a step where both are the same pair
     return jnp.clip((jnp.arange(head_size // 2, dtype=jnp.float32) - first) / width, 0, 1)
 
 
@@ -87,7 +87,7 @@ def dynamic_frequencies(
     ``g = factor * length / max_positions - (factor - 1)``. So pair i is slowed down by ``g^(2i / (H - 2))``: the
     fastest pair not at all, the slowest one g times. All tokens of a text need the same length.
 
-    Described by its authors as quoted in Peng et al. 2023, https://arxiv.org/abs/2309.00071, appendix B.
+    Described in Peng et al. 2023, https://arxiv.org/abs/2309.00071.
     """
     over = jnp.maximum(lengths - max_positions, 0).astype(jnp.float32)
     growth_BT1 = (1 + factor * over / max_positions)[..., None]

@@ -104,12 +104,12 @@ def xpos_factors(
 ) -> Float[Array, "B T *K P"]:
     """``exp(-rate * distance / scale_base)``, float32.
 
-    For queries with their distance from the origin, for keys with its negative. Exponents are clipped to the range of
-    floats; up to :func:`longest_xpos_row` positions around the origin none is.
+    For queries with their distance from the origin, for keys with its negative. Growth is cut off before it overflows;
+    up to :func:`longest_xpos_row` positions around the origin none is. Decay is not, or far keys would stay visible.
     """
     rates = rates_P.astype(jnp.float32).reshape((1,) * distances.ndim + (-1,))
     exponents = -rates * distances[..., None].astype(jnp.float32) / scale_base
-    return jnp.exp(jnp.clip(exponents, -_LARGEST_EXPONENT, _LARGEST_EXPONENT))
+    return jnp.exp(jnp.minimum(exponents, _LARGEST_EXPONENT))
 
 
 def longest_xpos_row(scale_base: float) -> int:

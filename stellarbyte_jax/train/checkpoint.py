@@ -249,7 +249,9 @@ def save_initial(run_dir: str | Path, config: ByteConfig, params: dict[str, Any]
     """
     run_dir = Path(run_dir)
     data = DataConfig(
-        sequence_length=min(1024, config.max_position_embeddings), tokenizer=tokenizer or DataConfig().tokenizer
+        sequence_length=min(1024, config.max_position_embeddings),
+        tokenizer=tokenizer or DataConfig().tokenizer,
+        arrangement="streams" if config.has_memory else "packed",
     )
     train = TrainConfig(
         output_dir=str(run_dir), steps=1, model=config, data=data, schedule=ScheduleConfig(warmup_steps=0)

@@ -45,7 +45,8 @@ class FlopsPerToken:
     """Floating-point operations of a training step by token, forward and backward: two for a multiply-add.
 
     Attributes:
-      causal: ``6 (parameters - embedding) + 6 L T N H``: causal attention counted by the half that is computed.
+      causal: ``6 (parameters - embedding) + 6 L T N H``: causal attention counted by the half that is computed, and
+        where there is a memory of M tokens, ``12 L M N H``; reading the memory's keys is not counted.
       full: the same with attention counted as if it were not causal, as in the PaLM paper (2022,
         https://arxiv.org/abs/2204.02311, appendix B).
     """
@@ -59,8 +60,10 @@ def flops_per_token(config: ByteConfig, parameters: int, sequence_length: int) -
     matrices = parameters if config.tie_word_embeddings else parameters - config.vocab_size * config.hidden_size
     width = config.num_attention_heads * config.head_size
     attention = 0.0
-    for window in config.windows:
-        keys = sequence_length if window is None else min(2 * window, sequence_length)
+    for kind in config.layer_kinds:
+        keys = sequence_length if kind.window is None else min(2 * kind.window, sequence_length)
+        if kind.sliding:  # the same number of keys for every token of a segment
+            keys = 2 * (kind.sliding + kind.fused)
         attention += 6.0 * keys * width
     return FlopsPerToken(6.0 * matrices + attention, 6.0 * matrices + 2 * attention)
 

@@ -1,0 +1,296 @@
+"""What each setting of the network is worth: the same small run with one change, and the speed of the large model.
+
+    python scripts/ablation.py quality --jobs 6   # validation bits per byte on the embedded corpus, three seeds each
+    python scripts/ablation.py speed              # tokens a second and memory of configs/pretrain.py's model
+    python scripts/ablation.py copy               # segment memory on texts whose repetitions lie further than a row
+    python scripts/ablation.py table              # the Markdown table of what was measured
+
+Results go to ``benchmarks/ablation.json``; a measurement renews its own part of it. ``--only NAME`` names variants.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from stellarbyte_jax.config import TrainConfig, load
+
+OUTPUT = Path("benchmarks/ablation.json")
+SEEDS = (0, 1, 2)
+SMALL = (
+    "model.hidden_size=256",
+    "model.num_hidden_layers=6",
+    "model.intermediate_size=768",
+    "model.compute_dtype=bfloat16",
+    "model.scan_unroll=none",
+    "data.sequence_length=256",
+    "global_batch_size=16",
+    "steps=400",
+    "optimizer.learning_rate=4e-3",
+    "schedule.warmup_steps=40",
+    "evaluation.interval=400",
+    "checkpoint.interval=400",
+    "checkpoint.keep_best=0",
+    "export_at_end=false",
+    "sample_prompts=[]",
+)
+LOCAL = '["sliding_attention","sliding_attention","sliding_attention","sliding_attention","sliding_attention",'
+LOCAL += '"full_attention"]'
+LOCAL_12 = json.dumps(2 * json.loads(LOCAL))
+ORIGINAL = (
+    "model.position_embedding=stellarbyte",
+    "model.xpos_learnable=true",
+    "model.mlp_style=stellarbyte",
+    "model.residual_scaling=branch",
+    "model.layer_scale_init=1e-5",
+    "model.initialization=stellarbyte",
+    "model.rms_norm_eps_rule=clamp",
+)
+# Name: changes of the small run, and of the large one where a length differs there.
+VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
+    "baseline": ((), None),
+    "XPos": (("model.position_embedding=xpos",), None),
+    "XPos, learned rates": (("model.position_embedding=xpos", "model.xpos_learnable=true"), None),
+    "XPos, learned rates, pulled to the paper's": (
+        ("model.position_embedding=xpos", "model.xpos_learnable=true", "loss.xpos_regularization=0.1"),
+        None,
+    ),
+    "GEGLU": (("model.hidden_act=gelu_pytorch_tanh",), None),
+    "the original's MLP": (("model.mlp_style=stellarbyte",), None),
+    "parallel residual": (("model.parallel_residual=true",), None),
+    "branches / sqrt(2 L)": (("model.residual_scaling=branch",), None),
+    "DeepNorm": (("model.residual_scaling=deepnorm",), None),
+    "LayerScale from 0.1": (("model.layer_scale_init=0.1",), None),
+    "LayerScale from 1e-5": (("model.layer_scale_init=1e-5",), None),
+    "DropPath 0.1": (("model.drop_path=0.1",), None),
+    "q/k norm": (("model.qk_norm=true",), None),
+    "soft cap 30": (("model.attention_logit_softcap=30",), None),
+    "biases": (("model.attention_bias=true", "model.attention_output_bias=true", "model.mlp_bias=true"), None),
+    "untied head": (("model.tie_word_embeddings=false",), ()),
+    "initialisation normal": (("model.initialization=normal",), None),
+    "initialisation stellarbyte": (("model.initialization=stellarbyte",), None),
+    "window of a quarter row": (("model.sliding_window=64",), ("model.sliding_window=256",)),
+    "window of a quarter row, 4 sinks": (
+        ("model.sliding_window=64", "model.sink_tokens=4"),
+        ("model.sliding_window=256", "model.sink_tokens=4"),
+    ),
+    "5 local : 1 global": (
+        ("model.sliding_window=64", f"model.layer_types={LOCAL}"),
+        ("model.sliding_window=256", f"model.layer_types={LOCAL_12}"),
+    ),
+    "dropout 0.1": (("model.hidden_dropout=0.1", "model.residual_dropout=0.1"), None),
+    "attention dropout 0.1": (("model.attention_dropout=0.1",), None),
+    "weights under 1 % pruned": (("model.attention_prune_below=0.01",), None),
+    "streams, no memory": (("data.arrangement=streams",), None),
+    "memory of one row": (
+        ("data.arrangement=streams", "model.memory.length=256"),
+        ("data.arrangement=streams", "model.memory.length=1024"),
+    ),
+    "memory, a quarter of it fused": (
+        ("data.arrangement=streams", "model.memory.length=256", "model.memory.sliding_share=0.75"),
+        ("data.arrangement=streams", "model.memory.length=1024", "model.memory.sliding_share=0.75"),
+    ),
+    "the original's defaults": (ORIGINAL, None),
+}
+RECOMMENDED = "configs/stellarbyte.py"
+
+
+def main() -> int:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["quality", "speed", "copy", "table"])
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="may be repeated")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time, for quality and copy")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.only if name not in names()]
+    if unknown:
+        parser.error(f"there is no variant {unknown[0]!r}; there are: {', '.join(names())}")
+    chosen = arguments.only or names()
+    kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    if arguments.what == "table":
+        print(table(kept))
+        return 0
+    found = kept.get(arguments.what, {}).get("results", {})
+    arguments.output.parent.mkdir(exist_ok=True)
+    measure = {"quality": quality, "speed": speed, "copy": copy}[arguments.what]
+    for name, result in measure(chosen, arguments.jobs, arguments.set):
+        print(f"{name:45} {result}", flush=True)
+        found[name] = result
+        kept[arguments.what] = {"date": date.today().isoformat(), "set": arguments.set, "results": found}
+        arguments.output.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+    print(table(kept))
+    return 0 if all("error" not in result for result in found.values()) else 1
+
+
+def names() -> list[str]:
+    """All variants; the recommended combination is read from its config."""
+    return [*VARIANTS, RECOMMENDED]
+
+
+def small(name: str, more: list[str]) -> list[str]:
+    """Overrides of configs/quickstart.py for a variant of the small run."""
+    changes = recommended("small") if name == RECOMMENDED else VARIANTS[name][0]
+    return [*SMALL, *changes, *more]
+
+
+def large(name: str, more: list[str]) -> list[str]:
+    """Overrides of configs/pretrain.py for a variant of the large model."""
+    if name == RECOMMENDED:
+        return [*recommended("large"), *more]
+    changes, longer = VARIANTS[name]
+    return [*(changes if longer is None else longer), *more]
+
+
+def recommended(size: str) -> tuple[str, ...]:
+    """What configs/stellarbyte.py sets in the network, apart from its size."""
+    model = load(RECOMMENDED).model
+    names = [n for n in model.given() if n not in _SIZES]
+    window = 64 if size == "small" else 256
+    settings = {name: getattr(model, name) for name in names}
+    if model.layer_types is not None:
+        settings |= {"sliding_window": window, "layer_types": json.loads(LOCAL if size == "small" else LOCAL_12)}
+    return tuple(f"model.{name}={json.dumps(v) if isinstance(v, list | tuple) else v}" for name, v in settings.items())
+
+
+_SIZES = (
+    "vocab_size",
+    "vocab_size_multiple",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "scan_unroll",
+    "remat",
+    "compute_dtype",
+)
+
+
+def quality(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Trains every variant with every seed; mean and range of the last validation's bits per byte."""
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        runs = {
+            (name, seed): pool.submit(
+                _train, Path(folder) / f"{number}-{seed}", [*small(name, more), f"seed={seed}"], jobs
+            )
+            for number, name in enumerate(chosen)
+            for seed in SEEDS
+        }
+        for name in chosen:
+            found = [runs[name, seed].result() for seed in SEEDS]
+            errors = [f["error"] for f in found if "error" in f]
+            bits = [f["bits_per_byte"] for f in found if "error" not in f]
+            if errors:
+                yield name, {"error": errors[0]}
+            else:
+                yield name, {"bits_per_byte": statistics.mean(bits), "lowest": min(bits), "highest": max(bits)}
+
+
+def _train(folder: Path, overrides: list[str], jobs: int, config: str = "configs/quickstart.py") -> dict[str, Any]:
+    command = [sys.executable, "scripts/train.py", "--config", config]
+    command += ["--set", *overrides, f"output_dir={folder}"]
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.3f}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "validation/bits_per_byte" in line][-1]
+    return {"bits_per_byte": last["validation/bits_per_byte"], "loss": last["validation/loss"]}
+
+
+def speed(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Random tokens through training steps of the large model, each variant in a process of its own."""
+    del jobs
+    for name in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "out.json"
+            command = [sys.executable, "scripts/benchmark.py", "train", "--only", "synthetic", "--steps", "8"]
+            command += ["--output", str(output)]
+            overrides = large(name, more)
+            command += ["--set", *overrides] if overrides else []
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            found = json.loads(output.read_text())["results"]["synthetic"] if output.exists() else {}
+            if done.returncode:
+                found = {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        kept = ("tokens_per_second", "peak_memory_gib", "first_step_seconds", "on", "error")
+        yield name, {key: found[key] for key in kept if key in found}
+
+
+WORDS = """the of and to in is that for it as was with be by on not he his but at are this have from or had an they
+which one you were all her she there would their we him been has when who will no more if out so up said what its about
+than into them can only other time new some could these two may first then do any like my now over such our man me even
+most made after also did many off before must well back through years where much your way down should because long
+each""".split()
+
+
+def copy(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Texts of 80 random words, said four times, in rows of 64 tokens: with memory the repetitions can be known."""
+    del chosen
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for split, count in (("train", 4000), ("valid", 100)):
+            draw = random.Random(split)
+            texts = [" ".join(4 * draw.choices(WORDS, k=80)) for _ in range(count)]
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (Path(folder) / f"{split}.jsonl").write_text(lines)
+        common = [
+            *SMALL,
+            f"data.train={folder}/train.jsonl",
+            f"data.validation={folder}/valid.jsonl",
+            "data.arrangement=streams",
+            "data.sequence_length=64",
+            "global_batch_size=32",
+            "steps=1500",
+            "evaluation.interval=1500",
+            "checkpoint.interval=1500",
+        ]
+        runs = {
+            f"memory of {length}": pool.submit(
+                _train, Path(folder) / str(length), [*common, f"model.memory.length={length}", *more], jobs
+            )
+            for length in (0, 64, 128)
+        }
+        for name, run in runs.items():
+            yield name, run.result()
+
+
+def table(kept: dict[str, Any]) -> str:
+    """What was measured, as Markdown."""
+    rows = ["| setting | bits per byte (lowest to highest) | tokens/s | memory, GiB |", "|---|---|---:|---:|"]
+    bits = kept.get("quality", {}).get("results", {})
+    rates = kept.get("speed", {}).get("results", {})
+    for name in names():
+        b, r = bits.get(name, {}), rates.get(name, {})
+        if not b and not r:
+            continue
+        said = f"{b['bits_per_byte']:.3f} ({b['lowest']:.3f} to {b['highest']:.3f})" if "lowest" in b else "-"
+        rate = f"{r['tokens_per_second']:,}" if "tokens_per_second" in r else "-"
+        memory = f"{r['peak_memory_gib']:.1f}" if "peak_memory_gib" in r else "-"
+        rows.append(f"| {name} | {said} | {rate} | {memory} |")
+    for name, result in kept.get("copy", {}).get("results", {}).items():
+        rows.append(f"copy, {name}: {result}")
+    return "\n".join(rows)
+
+
+def check() -> list[TrainConfig]:
+    """Every config that is measured; raises where one is refused."""
+    return [load("configs/quickstart.py", small(name, [])) for name in names()] + [
+        load("configs/pretrain.py", large(name, [])) for name in names()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

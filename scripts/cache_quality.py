@@ -1,0 +1,124 @@
+"""What a smaller key/value cache and pruned attention cost: perplexity of real text, read token by token.
+
+    python scripts/cache_quality.py --model HUGGING_FACE_DIRECTORY --text data/tiny_bilingual_valid.jsonl
+
+Each text is read as generation reads it, one token after another through the cache, so that every prediction is made
+from what the cache kept. Writes ``benchmarks/cache_quality.json``.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+# Changes of the model's settings; {n} is a quarter of the text's length.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "everything kept": {},
+    "bfloat16": {"cache": {"dtype": "bfloat16"}},
+    "int8": {"cache": {"dtype": "int8"}},
+    "float8_e4m3fn": {"cache": {"dtype": "float8_e4m3fn"}},
+    "half of the keys: heavy hitters and recent": {"cache": {"heavy_hitters": 1 / 4, "recent": 1 / 4}},
+    "a quarter: heavy hitters and recent": {"cache": {"heavy_hitters": 1 / 8, "recent": 1 / 8}},
+    "an eighth: heavy hitters and recent": {"cache": {"heavy_hitters": 1 / 16, "recent": 1 / 16}},
+    "an eighth, in int8": {"cache": {"heavy_hitters": 1 / 16, "recent": 1 / 16, "dtype": "int8"}},
+    "an eighth: recent alone": {"cache": {"heavy_hitters": 0, "recent": 1 / 8}},
+    "an eighth: window and 4 sinks": {"sliding_window": 1 / 8, "sink_tokens": 4},
+    "weights under 0.1 % pruned": {"attention_prune_below": 0.001},
+    "weights under 1 % pruned": {"attention_prune_below": 0.01},
+    "weights under 10 % pruned": {"attention_prune_below": 0.1},
+}
+
+
+def main() -> int:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face directory")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help='JSONL with a field "text"')
+    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a text; default: %(default)s")
+    parser.add_argument("--texts", type=int, default=8, metavar="N", help="how many; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/cache_quality.json"))
+    arguments = parser.parse_args()
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from stellarbyte_jax.data.tokenizer import load_tokenizer
+    from stellarbyte_jax.hf.directory import from_pretrained
+    from stellarbyte_jax.launch import environment
+    from stellarbyte_jax.model.cache import make_cache
+    from stellarbyte_jax.model.decoder import ByteTransformer, forward_step
+
+    model, params = from_pretrained(arguments.model, compute_dtype="float32")
+    tokenizer = load_tokenizer(arguments.model)
+    B, T = arguments.texts, arguments.length
+    rows: list[list[int]] = []
+    for line in arguments.text.read_text(encoding="utf-8").splitlines():
+        ids = tokenizer.encode(json.loads(line)["text"])
+        rows += [ids[at : at + T] for at in range(0, len(ids) - T + 1, T)]
+        if len(rows) >= B:
+            break
+    if len(rows) < B:
+        print(f"error: {arguments.text} holds {len(rows)} pieces of {T} tokens, {B} were asked for", file=sys.stderr)
+        return 2
+    tokens_BT = jnp.asarray(np.asarray(rows[:B], np.int32))
+
+    def measure(changes: dict[str, Any]) -> dict[str, Any]:
+        config = dataclasses.replace(model.config, **resolved(changes, T))
+        changed = ByteTransformer(config)
+
+        @jax.jit
+        def read(params: Any, cache: Any) -> tuple[Any, Any]:
+            def step(cache: Any, pair: Any) -> tuple[Any, Any]:
+                now_B, next_B = pair
+                logits_BV, cache = forward_step(changed, params, now_B, cache)
+                log_p_BV = jax.nn.log_softmax(logits_BV)
+                return cache, -jnp.take_along_axis(log_p_BV, next_B[:, None], axis=1)[:, 0]
+
+            # The first token opens the cache: a scan's carry must not change its static fields.
+            _, cache = forward_step(changed, params, tokens_BT[:, 0], cache)
+            return jax.lax.scan(step, cache, (tokens_BT[:, 1:-1].T, tokens_BT[:, 2:].T))
+
+        began = time.perf_counter()
+        cache, nll = read(params, make_cache(config, B, T))
+        nats = float(jnp.mean(nll))
+        return {
+            "perplexity": round(float(np.exp(nats)), 4),
+            "nats": round(nats, 5),
+            "cache_mib": round(cache.nbytes / 2**20, 2),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+
+    results = {}
+    for name, changes in VARIANTS.items():
+        results[name] = measure(changes)
+        print(f"{name:45} {results[name]}", flush=True)
+    report = {
+        "date": date.today().isoformat(),
+        "on": environment(),
+        "model": arguments.model.name,
+        "text": str(arguments.text),
+        "texts": B,
+        "length": T,
+        "results": results,
+    }
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def resolved(changes: dict[str, Any], length: int) -> dict[str, Any]:
+    """Shares of the text's length as numbers of tokens."""
+    counts = ("heavy_hitters", "recent", "sliding_window")
+    return {
+        name: resolved(value, length) if isinstance(value, dict) else int(value * length) if name in counts else value
+        for name, value in changes.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Rotary settings of ``config.json``: ``rope_scaling`` of transformers 4, ``rope_parameters`` of transformers 5."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stellarbyte_jax.config import ByteConfig, ConfigError, RopeScaling
+
+ROPE_NAMES = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+_TABLES = ROPE_NAMES[:2]
+_DEFAULT_THETA = 10000.0
+# Of every kind; what is said of them is checked apart from the kind's own fields.
+_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+# For each kind the RopeScaling fields of the same name that it must have, and those that it may have.
+_KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+}
+
+
+def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tuple[float, RopeScaling]:
+    """``rope_theta`` and the scaling that a ``config.json`` with ``values`` asks for.
+
+    Args:
+      values: the whole content of the file.
+      max_positions: its ``max_position_embeddings``, which is the original length where no other one is given.
+      where: names the file in messages.
+
+    Raises:
+      ValueError: a kind or a field is not implemented, a field is missing, or two of them contradict each other.
+    """
+    thetas = {"rope_theta": values.get("rope_theta")}
+    shares = {"partial_rotary_factor": values.get("partial_rotary_factor")}
+    scalings: dict[str, RopeScaling] = {}
+    for table in _TABLES:
+        stated = values.get(table)
+        if stated is None:
+            continue
+        if not isinstance(stated, Mapping):
+            raise ValueError(f"{where}: {table} must be an object, got {stated!r}")
+        fields = {name: value for name, value in stated.items() if value is not None}
+        if fields:  # transformers takes an empty table for none
+            scalings[table] = _parse_table(fields, max_positions, f"{where}: {table}")
+            thetas[f"{table}.rope_theta"] = fields.get("rope_theta")
+            shares[f"{table}.partial_rotary_factor"] = fields.get("partial_rotary_factor")
+    for name, share in shares.items():
+        if share not in (None, 1):
+            raise ValueError(f"{where}: {name} is {share!r}; only whole heads are turned here, a factor of 1")
+    given = {name: theta for name, theta in thetas.items() if theta is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{where}: contradicting values {given}: keep one of them")
+    if len(set(scalings.values())) > 1:
+        raise ValueError(f"{where}: {' and '.join(scalings)} contradict each other: keep one of them")
+    return next(iter(given.values()), _DEFAULT_THETA), next(iter(scalings.values()), RopeScaling())
+
+
+def _parse_table(fields: Mapping[str, Any], max_positions: Any, where: str) -> RopeScaling:
+    kinds = [fields[name] for name in ("rope_type", "type") if name in fields]
+    kind = kinds[0] if kinds else "default"
+    if kind not in tuple(_KINDS):
+        raise ValueError(f"{where}.rope_type is {kind!r}; implemented are {', '.join(_KINDS)}")
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise ValueError(f"{where} says rope_type {kinds[0]!r} and type {kinds[1]!r}: keep one of them")
+    required, optional = _KINDS[kind]
+    harmless = ("truncate",) if kind == "yarn" and fields.get("truncate") is True else ()
+    unknown = [name for name in fields if name not in (*_COMMON, *required, *optional, *harmless)]
+    if kind == "yarn" and "truncate" in unknown:
+        raise ValueError(f"{where}.truncate is {fields['truncate']!r}; only true, the default, is implemented")
+    if unknown:
+        raise ValueError(f"{where} holds {', '.join(unknown)}: not implemented for rope_type {kind!r}")
+    missing = [name for name in required if name not in fields]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}, which rope_type {kind!r} needs")
+    if kind == "default":
+        return RopeScaling()
+    settings = {name: fields[name] for name in (*required, *optional) if name in fields}
+    if "original_max_position_embeddings" in optional:
+        settings.setdefault("original_max_position_embeddings", max_positions)
+    try:
+        return RopeScaling(name=kind, **settings)
+    except ConfigError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def rope_json(config: ByteConfig) -> dict[str, Any]:
+    """The rotary part of ``config.json``, for readers of both generations."""
+    scaling = config.rope_scaling
+    table: dict[str, Any] = {"rope_type": "default" if scaling.name == "none" else scaling.name}
+    required, optional = _KINDS[table["rope_type"]]
+    table |= {name: getattr(scaling, name) for name in (*required, *optional)}
+    if "original_max_position_embeddings" in optional:
+        table["original_max_position_embeddings"] = (
+            scaling.original_max_position_embeddings or config.max_position_embeddings
+        )
+    table = {name: value for name, value in table.items() if value is not None}
+    written = {"rope_theta": config.rope_theta, "rope_parameters": table | {"rope_theta": config.rope_theta}}
+    return written if scaling.name == "none" else written | {"rope_scaling": table}

@@ -1,0 +1,39 @@
+"""A tiny network for generation of long texts, and what its tests share."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from stellarbyte_jax import ByteConfig, ByteTransformer, generate
+from stellarbyte_jax.model.decoder import init_params
+
+TRAINED, LONG = 16, 64
+BASE = ByteConfig(
+    vocab_size=41,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=TRAINED,
+    compute_dtype="float32",
+    initializer_range=0.4,
+)
+PROMPTS = [[5, 9, 2, 7, 7, 1, 8, 4], [3], list(range(1, 20))]
+
+
+@functools.cache
+def make(**changes):
+    model = ByteTransformer(dataclasses.replace(BASE, **changes))
+    return model, jax.jit(lambda: init_params(model, jax.random.key(3)))()
+
+
+def continue_to(length, model, params, prompts, **settings):
+    """Greedy tokens in short blocks alone, which spares a test the compilation of the long one."""
+    return generate(model, params, prompts, max_length=length, log_probs=True, stream=lambda new: None, **settings)
+
+
+def some_rows(B, T, seed=0):
+    return np.random.default_rng(seed).integers(0, BASE.vocab_size, (B, T)).astype(np.int32)
