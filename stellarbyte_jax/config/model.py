@@ -41,6 +41,8 @@ _ALIASES: Mapping[str, str] = {
 class RopeScaling(Section):
     """Rotary frequencies for more positions than the model was trained with."""
 
+    # dynamic: each text by its own length so far, so tokens read before it grew past the trained length were turned
+    # otherwise, and a cache agrees with a full pass in the first layer alone.
     name: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
     factor: PositiveFloat = 1.0  # how many times longer
     original_max_position_embeddings: PositiveInt | None = None  # yarn, llama3; None: max_position_embeddings
