@@ -280,8 +280,10 @@ def table(kept: dict[str, Any]) -> str:
         rate = f"{r['tokens_per_second']:,}" if "tokens_per_second" in r else "-"
         memory = f"{r['peak_memory_gib']:.1f}" if "peak_memory_gib" in r else "-"
         rows.append(f"| {name} | {said} | {rate} | {memory} |")
-    for name, result in kept.get("copy", {}).get("results", {}).items():
-        rows.append(f"copy, {name}: {result}")
+    copies = kept.get("copy", {}).get("results", {})
+    if copies:
+        rows += ["", "| copy | nats a token |", "|---|---:|"]
+        rows += [f"| {name} | {result.get('loss', float('nan')):.2f} |" for name, result in copies.items()]
     return "\n".join(rows)
 
 

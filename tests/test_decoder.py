@@ -80,6 +80,12 @@ def test_drop_path_leaves_out_whole_rows_more_often_in_deep_layers():
             np.testing.assert_array_equal(noisy, hidden)
         kept = np.asarray(noisy)[~dropped]
         assert np.abs(kept - kept[0]).max() < 1e-5  # all rows are alike, so all kept ones are
+        larger = jax.tree.map(lambda x: x, only)
+        for path in (("attn", "o"), ("mlp", "down")):
+            larger["layers"]["0"][path[0]][path[1]] = only["layers"]["0"][path[0]][path[1]] / (
+                1 - rate * layer / (L - 1)
+            )
+        np.testing.assert_allclose(kept[0], run(plain, larger, tokens[:1], head=False)[0], atol=1e-4)
 
 
 def spread_through_depth(layers=100, **settings):

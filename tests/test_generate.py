@@ -193,7 +193,14 @@ def test_the_whole_cache_can_be_filled(base):
 
 def test_casting_weights_changes_no_logit():
     model, params = make(
-        compute_dtype="bfloat16", attention_implementation="reference", attention_bias=True, qk_norm=True
+        compute_dtype="bfloat16",
+        attention_implementation="reference",
+        attention_bias=True,
+        qk_norm=True,
+        layer_scale_init=0.3,
+        position_embedding="xpos",
+        xpos_learnable=True,
+        xpos_scale_base=4.0,
     )
     cast = engine.cast_for_inference(model, params)
     assert cast["layers"]["0"]["attn"]["q"].dtype == jnp.bfloat16

@@ -99,15 +99,16 @@ def test_no_gradient_reaches_the_memory():
     assert np.abs(k_slope(memory) - k_slope(memory.reset())).max() > 1e-3
 
 
-def test_a_document_does_not_see_the_one_before():
+@pytest.mark.parametrize("length", [4, 8])
+def test_a_document_does_not_see_the_one_before(length):
     """Row 0 goes on, row 1 begins anew at the segment's edge, row 2 in the middle of a segment."""
     model, params = make()
     tokens = some_tokens(3, 24)
-    starts = [0, 8, 12]
+    starts = [0, 8, 14]
     positions = np.stack([np.r_[np.arange(s), np.arange(24 - s)] for s in starts]).astype(np.int32)
     segments = np.ones((3, 24), np.int32)
-    segments[2, 12:16] = 2  # ids count within a segment of 8: tokens 8 to 15 hold two documents
-    found, _ = in_segments(model, params, tokens, 8, positions=positions, segment_ids=segments)
+    segments[2, 14:16] = 2  # ids count within a segment: the one that ends with token 15 holds two documents
+    found, _ = in_segments(model, params, tokens, length, positions=positions, segment_ids=segments)
     for row, start in enumerate(starts):
         alone = run(model, params, tokens[row : row + 1, start:])
         np.testing.assert_allclose(found[row, start:], alone[0], atol=3e-5)

@@ -79,6 +79,22 @@ def test_cached_decoding_equals_the_full_pass(variant):
     np.testing.assert_allclose(logits[1], full[1, 11:17], atol=2e-5)
 
 
+def test_no_two_tokens_of_a_call_are_written_to_one_slot():
+    """More tokens than a ring has slots, ragged rows, sinks: only the newest, the sinks, and never padding."""
+    config = make("windows, sinks, pruned weights, cap")[0].config
+    cache = KVCache.create(config, 2, 30)
+    positions = jnp.broadcast_to(jnp.arange(13, dtype=jnp.int32)[None], (2, 13))
+    real = positions < jnp.asarray([[13], [7]])
+    ring, full = cache.plan(positions, real)
+    for row, length in enumerate((13, 7)):
+        kept = [s for s in np.asarray(ring.slots_BT[row]) if s < 6]  # four of the window, two sinks
+        assert len(set(kept)) == len(kept) == 6
+        held = sorted(np.asarray(ring.positions_BS[row]).tolist())
+        assert held == [0, 1, *range(length - 4, length)]
+        assert np.asarray(full.slots_BT[row][:length]).tolist() == list(range(length))
+        assert np.all(np.asarray(full.slots_BT[row][length:]) >= 30)
+
+
 def test_scan_unroll_and_remat_change_nothing():
     tokens = some_tokens(2, 10)
 

@@ -43,8 +43,10 @@ def test_resume_with_memory_is_exact(tmp_path, capsys):
     for step in (run / "checkpoints").iterdir():
         if step.name != "4":
             shutil.rmtree(step)
-    assert cli(straight, *SETTINGS) == 0
-    assert "resumed at step 4" in capsys.readouterr().out
+    assert cli(straight, *SETTINGS, "model.memory.batch_policy=select") == 0  # what may change between runs
+    said = capsys.readouterr().out
+    assert "resumed at step 4" in said
+    assert "scripts/generate.py" in said and "scripts/convert.py" not in said  # no family expresses this model
     assert log_of(run) == wanted
     assert same_weights(load_for_export(run)[1], weights)
     rates = weights["layers"]["0"]["attn"]["xpos_rate"]

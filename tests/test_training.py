@@ -373,6 +373,20 @@ def test_flops_equal_what_xla_counts():
     assert 0.4 * ours < cost["flops"] < 1.2 * ours
 
 
+def test_attention_is_counted_by_the_keys_that_tokens_see():
+    """Causal: half a row on average; a window that is short for the row: the window; a memory: all of it."""
+    L, width, row = MODEL.num_hidden_layers, MODEL.num_attention_heads * MODEL.head_size, 64
+
+    def of_attention(**settings):
+        config = dataclasses.replace(MODEL, **settings)
+        none = flops_per_token(dataclasses.replace(MODEL, sliding_window=1), 10**6, row).causal - 12 * L * width
+        return flops_per_token(config, 10**6, row).causal - none
+
+    assert of_attention() == 12 * L * width * row / 2
+    assert of_attention(sliding_window=4) == 12 * L * width * 4
+    assert of_attention(memory={"length": 100}) == 12 * L * width * 100
+
+
 def test_utilisation_by_both_conventions(monkeypatch):
     flops = flops_per_token(MODEL, 10**6, 16)
     assert "mfu" not in speed_metrics(1000, 2.0, flops)  # the peak of a CPU is not known

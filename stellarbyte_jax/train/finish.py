@@ -1,5 +1,6 @@
 """What a run does when it is over: samples of text, an exported directory, what to type next."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,15 @@ def export(config: TrainConfig, model: ByteTransformer, params: dict[str, Any]) 
 
 
 def next_commands(config: TrainConfig, config_path: str) -> str:
-    """Three commands that make sense after the run, to copy and paste."""
+    """The commands that make sense after the run, to copy and paste."""
     run = config.output_dir
     prompt = config.sample_prompts[0] if config.sample_prompts else "Once upon a time"
-    return "\n".join(
-        [
-            "next:",
-            f"  resume:    python scripts/train.py --config {config_path} --set steps={2 * config.steps}",
-            f'  generate:  python scripts/generate.py --model {run} --prompt "{prompt}"',
-            f"  convert:   python scripts/convert.py to-hf {run} {run}-hf --dtype bfloat16",
-        ]
-    )
+    lines = [
+        "next:",
+        f"  resume:    python scripts/train.py --config {config_path} --set steps={2 * config.steps}",
+        f'  generate:  python scripts/generate.py --model {run} --prompt "{prompt}"',
+    ]
+    with contextlib.suppress(ValueError):
+        export_family(config.model)
+        lines.append(f"  convert:   python scripts/convert.py to-hf {run} {run}-hf --dtype bfloat16")
+    return "\n".join(lines)
