@@ -43,8 +43,7 @@ SMALL = (
     "export_at_end=false",
     "sample_prompts=[]",
 )
-LOCAL = '["sliding_attention","sliding_attention","sliding_attention","sliding_attention","sliding_attention",'
-LOCAL += '"full_attention"]'
+LOCAL = json.dumps([*["sliding_attention"] * 5, "full_attention"])
 LOCAL_12 = json.dumps(2 * json.loads(LOCAL))
 ORIGINAL = (
     "model.position_embedding=stellarbyte",
@@ -102,6 +101,22 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "the original's defaults": (ORIGINAL, None),
 }
 RECOMMENDED = "configs/stellarbyte.py"
+# What makes a model large or fast: each of the two models has its own.
+_SIZES = (
+    "vocab_size",
+    "vocab_size_multiple",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "scan_unroll",
+    "remat",
+    "compute_dtype",
+)
 
 
 def main() -> int:
@@ -163,23 +178,6 @@ def recommended(size: str) -> tuple[str, ...]:
     return tuple(f"model.{name}={json.dumps(v) if isinstance(v, list | tuple) else v}" for name, v in settings.items())
 
 
-_SIZES = (
-    "vocab_size",
-    "vocab_size_multiple",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "scan_unroll",
-    "remat",
-    "compute_dtype",
-)
-
-
 def quality(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Trains every variant with every seed; mean and range of the last validation's bits per byte."""
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -197,7 +195,8 @@ def quality(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str
             if errors:
                 yield name, {"error": errors[0]}
             else:
-                yield name, {"bits_per_byte": statistics.mean(bits), "lowest": min(bits), "highest": max(bits)}
+                spread = {"lowest": min(bits), "highest": max(bits)}
+                yield name, {"bits_per_byte": statistics.mean(bits), **spread, "on": found[0]["on"]}
 
 
 def _train(folder: Path, overrides: list[str], jobs: int, config: str = "configs/quickstart.py") -> dict[str, Any]:
@@ -209,7 +208,8 @@ def _train(folder: Path, overrides: list[str], jobs: int, config: str = "configs
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "validation/bits_per_byte" in line][-1]
-    return {"bits_per_byte": last["validation/bits_per_byte"], "loss": last["validation/loss"]}
+    _, _, machine = (folder / "train.log").read_text(encoding="utf-8").splitlines()[0].split(" ", 2)  # date, time
+    return {"bits_per_byte": last["validation/bits_per_byte"], "loss": last["validation/loss"], "on": machine}
 
 
 def speed(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
-from stellarbyte_jax.data import tokenizer_format
 from stellarbyte_jax.data.loader import make_loader, measure_loader
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.data.text import GROUP_DOCUMENTS, token_byte_lengths
@@ -24,10 +24,7 @@ DOCUMENTS = 3 * GROUP_DOCUMENTS + 5
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
-    """A tokenizer without merges: its tokens are bytes."""
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer_format.save(tokenizer_format.build([]), path, 1024)
-    return str(path)
+    return save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -1,25 +1,13 @@
 """Packing: no token is lost or moved, rows are full, segments are limited, and any place can be returned to."""
 
-import grain
 import numpy as np
 import pytest
+from tiny_documents import groups_of
 
 from stellarbyte_jax.data.packing import PackDocuments
 from stellarbyte_jax.data.sources import DataError
 
 PAD = 9
-
-
-def _groups(documents, per_group=3):
-    """Groups as EncodeDocuments makes them, without a tokenizer."""
-    parts = [documents[i : i + per_group] for i in range(0, len(documents), per_group)]
-    return grain.MapDataset.source(parts).map(
-        lambda part: {
-            "tokens": np.concatenate([*part, np.zeros(0, np.int32)]).astype(np.int32),
-            "lengths": np.array([len(d) for d in part], np.int64),
-            "skipped": 1,
-        }
-    )
 
 
 def _documents(lengths):
@@ -61,7 +49,7 @@ def test_rows_equal_the_rule_applied_token_by_token(case):
     lengths, length, limit, rows = CASES[case]
     documents = _documents(lengths)
     batches = list(
-        PackDocuments(_groups(documents), batch_size=rows, sequence_length=length, max_documents=limit, pad=PAD)
+        PackDocuments(groups_of(documents), batch_size=rows, sequence_length=length, max_documents=limit, pad=PAD)
     )
     expected = _row_by_row(documents, length, limit)
     assert len(batches) == -(-len(expected) // rows)
@@ -86,7 +74,7 @@ def test_rows_equal_the_rule_applied_token_by_token(case):
 def test_every_place_can_be_returned_to(case):
     lengths, length, limit, rows = CASES[case]
     dataset = PackDocuments(
-        _groups(_documents(lengths)), batch_size=rows, sequence_length=length, max_documents=limit, pad=PAD
+        groups_of(_documents(lengths)), batch_size=rows, sequence_length=length, max_documents=limit, pad=PAD
     )
     iterator = iter(dataset)
     states, batches = [iterator.get_state()], []
@@ -109,14 +97,14 @@ def test_every_place_can_be_returned_to(case):
 def test_random_documents_lose_no_token():
     rng = np.random.default_rng(1)
     documents = _documents(rng.integers(0, 40, 300))
-    batches = list(PackDocuments(_groups(documents), batch_size=4, sequence_length=32, max_documents=5, pad=PAD))
+    batches = list(PackDocuments(groups_of(documents), batch_size=4, sequence_length=32, max_documents=5, pad=PAD))
     tokens = np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in batches])
     np.testing.assert_array_equal(tokens, np.concatenate(documents))
     assert max(b["segment_ids"].max() for b in batches) == 5
 
 
 def test_data_without_a_token_is_an_error_not_an_endless_wait():
-    groups = _groups(_documents([0, 0, 0])).repeat()
+    groups = groups_of(_documents([0, 0, 0])).repeat()
     iterator = iter(PackDocuments(groups, batch_size=1, sequence_length=8, max_documents=4, pad=PAD, epoch_groups=1))
     for _ in range(2):
         with pytest.raises(DataError, match="no document of the data holds any text"):

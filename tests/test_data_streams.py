@@ -2,12 +2,11 @@
 
 import json
 
-import grain
 import numpy as np
 import pytest
+from tiny_documents import groups_of, save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
-from stellarbyte_jax.data import tokenizer_format
 from stellarbyte_jax.data.loader import make_loader, measure_loader
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.data.streams import StreamDocuments
@@ -32,22 +31,10 @@ def _documents(lengths):
     return [1000 * (d + 1) + np.arange(n, dtype=np.int32) for d, n in enumerate(lengths)]
 
 
-def _groups(documents, per_group=3):
-    """Groups as EncodeDocuments makes them, without a tokenizer."""
-    parts = [documents[i : i + per_group] for i in range(0, len(documents), per_group)]
-    return grain.MapDataset.source(parts).map(
-        lambda part: {
-            "tokens": np.concatenate([*part, np.zeros(0, np.int32)]).astype(np.int32),
-            "lengths": np.array([len(d) for d in part], np.int64),
-            "skipped": 1,
-        }
-    )
-
-
 def _dataset(case):
     lengths, length, limit, rows = CASES[case]
     return StreamDocuments(
-        _groups(_documents(lengths)), batch_size=rows, sequence_length=length, max_documents=limit, pad=PAD
+        groups_of(_documents(lengths)), batch_size=rows, sequence_length=length, max_documents=limit, pad=PAD
     )
 
 
@@ -105,7 +92,7 @@ def test_batches_equal_the_rule_applied_token_by_token(case):
 def test_every_document_lies_in_order_in_one_row():
     rng = np.random.default_rng(1)
     documents = _documents(rng.integers(0, 90, 300))
-    batches = list(StreamDocuments(_groups(documents), batch_size=4, sequence_length=32, max_documents=5, pad=PAD))
+    batches = list(StreamDocuments(groups_of(documents), batch_size=4, sequence_length=32, max_documents=5, pad=PAD))
     seen, taken = {}, []
     for batch in batches:
         for row in range(4):
@@ -156,7 +143,7 @@ def test_a_state_of_another_number_of_rows_is_refused():
 
 
 def test_data_without_a_token_is_an_error_not_an_endless_wait():
-    groups = _groups(_documents([0, 0, 0])).repeat()
+    groups = groups_of(_documents([0, 0, 0])).repeat()
     iterator = iter(StreamDocuments(groups, batch_size=2, sequence_length=8, max_documents=4, pad=PAD, epoch_groups=1))
     for _ in range(2):
         with pytest.raises(DataError, match="no document of the data holds any text"):
@@ -165,10 +152,7 @@ def test_data_without_a_token_is_an_error_not_an_endless_wait():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A tokenizer without merges: its tokens are bytes."""
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer_format.save(tokenizer_format.build([]), path, 1024)
-    return str(path)
+    return save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

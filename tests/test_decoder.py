@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_decoder import decoder
-from variants import BASE, VARIANTS, make, run, some_tokens
+from variants import BASE, VARIANTS, make, mean_nll, run, some_tokens
 
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
@@ -27,15 +27,8 @@ def test_gradients_are_finite_in_bfloat16_and_reach_every_weight(variant):
     model, params = make(variant, compute_dtype="bfloat16")
     tokens = some_tokens(2, 16)
 
-    @jax.jit
-    @jax.grad
-    def slopes(params):
-        logits = model.apply({"params": params}, tokens)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
-        return -jnp.mean(chosen)
-
     with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes types in its backward pass
-        found = slopes(params)
+        found = jax.jit(jax.grad(mean_nll), static_argnums=1)(params, model, tokens)
     for path, slope in jax.tree_util.tree_leaves_with_path(found):
         assert np.all(np.isfinite(slope)), path
         assert np.any(np.asarray(slope) != 0), path
@@ -95,14 +88,7 @@ def spread_through_depth(layers=100, **settings):
     params = init_params(model, jax.random.key(3))
     tokens = some_tokens(2, 16)
 
-    @jax.jit
-    @jax.grad
-    def slopes(params):
-        logits = model.apply({"params": params}, tokens)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
-        return -jnp.mean(chosen)
-
-    slope = slopes(params)["layers"]["0"]["attn"]["o"]
+    slope = jax.jit(jax.grad(mean_nll), static_argnums=1)(params, model, tokens)["layers"]["0"]["attn"]["o"]
     norms = np.sqrt(np.sum(np.square(slope), axis=(1, 2, 3)))
     hidden = run(model, params, tokens, head=False)
     return float(jnp.std(hidden)), norms
@@ -163,6 +149,11 @@ def test_deviations_of_each_scheme(scheme):
         ({"rope_scaling": {"factor": 2.0}}, "name one of linear"),
         ({"rope_scaling": {"name": "linear", "factor": 0.5}}, "at least 1"),
         ({"rope_scaling": {"name": "linear", "original_max_position_embeddings": 9}}, "belongs to yarn and llama3"),
+        ({"rope_scaling": {"name": "linear", "factor": 2.0, "beta_fast": 8.0}}, "beta_fast belongs to yarn, "),
+        ({"rope_scaling": {"name": "yarn", "factor": 2.0, "low_freq_factor": 2.0}}, "belongs to llama3, "),
+        ({"rope_scaling": {"name": "yarn", "factor": 2.0, "beta_fast": 1.0}}, "must be above beta_slow"),
+        ({"xpos_scale_base": 64.0}, "plain RoPE does not decay"),
+        ({"memory": {"length": 8, "fusion_weight": 0.5}}, "sliding_share below 1"),
         ({"memory": {"length": 8}, "sliding_window": 4}, "leave out sliding_window"),
         ({"memory": {"length": (8, 8)}}, "num_hidden_layers is 4"),
         ({"memory": {"length": 8}, "rope_scaling": {"name": "dynamic", "factor": 2.0}}, "distances alone"),

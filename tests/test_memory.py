@@ -235,5 +235,7 @@ def test_misuse_is_refused():
     plain = ByteTransformer(BASE)
     with pytest.raises(ValueError, match="has no memory"):
         run(plain, weights_of(plain), some_tokens(1, 4), memory=memory)
+    with pytest.raises(ValueError, match="no dropout"):
+        run(model, params, some_tokens(1, 1), cache=cache, deterministic=False, rngs={"dropout": jax.random.key(0)})
     with pytest.raises(ValueError, match="leave positions out"):
         run(model, params, some_tokens(1, 1), cache=cache, positions=jnp.zeros((1, 1), jnp.int32))

@@ -88,3 +88,9 @@ def make(variant, **more):
 
 def some_tokens(*shape, seed=2):
     return jax.random.randint(jax.random.key(seed), shape, 0, BASE.vocab_size, jnp.int32)
+
+
+def mean_nll(params, model, tokens):
+    """Mean negative log-likelihood of each token but the first."""
+    logits = model.apply({"params": params}, tokens)
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1))

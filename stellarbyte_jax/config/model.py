@@ -37,6 +37,14 @@ _ALIASES: Mapping[str, str] = {
 }
 
 
+# Settings of rotary scaling that only these kinds read.
+_SCALING_SETTINGS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("yarn", "llama3"): ("original_max_position_embeddings",),
+    ("llama3",): ("low_freq_factor", "high_freq_factor"),
+    ("yarn",): ("beta_fast", "beta_slow", "attention_factor"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Section):
     """Rotary frequencies for more positions than the model was trained with."""
@@ -59,10 +67,12 @@ class RopeScaling(Section):
             f"rope_scaling.name is 'none', but {', '.join(self.given())} is given: name one of linear, dynamic, yarn, "
             "llama3",
         )
-        require(
-            self.name in ("yarn", "llama3") or self.original_max_position_embeddings is None,
-            f"rope_scaling.original_max_position_embeddings belongs to yarn and llama3, the name is {self.name!r}",
-        )
+        for owners, settings in _SCALING_SETTINGS.items():
+            stray = [name for name in settings if name in self.given() and self.name not in owners]
+            require(
+                not stray,
+                f"rope_scaling.{', '.join(stray)} belongs to {' and '.join(owners)}, the name is {self.name!r}",
+            )
         require(
             self.beta_fast > self.beta_slow,
             f"rope_scaling.beta_fast {self.beta_fast} must be above beta_slow {self.beta_slow}",
@@ -203,6 +213,10 @@ class ByteConfig(Section):
             "xpos_learnable needs position_embedding xpos or stellarbyte: plain RoPE has no rates to learn",
         )
         require(
+            "xpos_scale_base" not in self.given() or self.position_embedding != "rope",
+            "xpos_scale_base needs position_embedding xpos or stellarbyte: plain RoPE does not decay",
+        )
+        require(
             self.position_embedding != "stellarbyte" or (self.rope_pairing, self.rope_scaling.name) == ("half", "none"),
             "position_embedding stellarbyte has a pairing of its own: leave out rope_pairing and rope_scaling",
         )
@@ -260,6 +274,10 @@ class ByteConfig(Section):
             require(
                 all(kind.sliding > 0 for kind in self.layer_kinds if kind.fused),
                 f"memory.sliding_share {self.memory.sliding_share} leaves no slot for the newest states",
+            )
+            require(
+                "fusion_weight" not in self.memory.given() or any(kind.fused for kind in self.layer_kinds),
+                "memory.fusion_weight is of fused slots: set memory.sliding_share below 1",
             )
             require(self.cache.recent is None, "cache.heavy_hitters cannot be used with memory: leave one of them out")
         else:

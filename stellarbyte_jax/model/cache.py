@@ -28,8 +28,45 @@ class Plan(NamedTuple):
     positions_BS: jax.Array
 
 
+class CacheRows:
+    """What every cache can say of its rows and do with them."""
+
+    slots: tuple[Slots, ...]
+    lengths: jax.Array
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.lengths.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.slots))
+
+    def select(self, rows: jax.Array | Sequence[int]) -> Self:
+        """The cache of these rows, in this order: a smaller batch, another order, or rows several times."""
+        raise NotImplementedError
+
+    def reset(self, rows_B: jax.Array | None = None) -> Self:
+        """The cache with these rows (bool [B]; all of them where not given) empty."""
+        raise NotImplementedError
+
+    def grow(self, batch_size: int) -> Self:
+        """The cache with empty rows behind the others.
+
+        Raises:
+          ValueError: there are more rows already; use :meth:`select`.
+        """
+        have = self.batch_size
+        if batch_size < have:
+            raise ValueError(f"the cache has {have} rows: name those of {batch_size} to keep with select()")
+        rows = [*range(have), *[0] * (batch_size - have)]
+        return self.select(rows).reset(jnp.arange(batch_size) >= have)
+
+
 @struct.dataclass
-class KVCache:
+class KVCache(CacheRows):
     """Keys and values of every layer. Windowed layers keep a window in a ring, the others every token.
 
     Attributes:
@@ -66,16 +103,6 @@ class KVCache:
             positions.append(jnp.full((batch_size, S), -1, jnp.int32))
         lengths = jnp.zeros(batch_size, jnp.int32)
         return cls(tuple(slots), tuple(positions), lengths, kinds, config.sink_tokens)
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows."""
-        return self.lengths.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys, values and scales."""
-        return sum(x.nbytes for x in jax.tree.leaves(self.slots))
 
     def behind_memory(self, valid: Sequence[jax.Array]) -> tuple[Self, tuple[jax.Array, ...]]:
         """The empty cache of rows whose tokens come behind a memory, and the slots of that in each kind's ring.
@@ -174,14 +201,6 @@ class KVCache:
         positions = tuple(jnp.take(p, rows_B, axis=0) for p in self.positions)
         return self.replace(slots=slots, positions=positions, lengths=self.lengths[rows_B])  # type: ignore[attr-defined]
 
-    def grow(self, batch_size: int) -> Self:
-        """The cache with empty rows behind the others.
-
-        Raises:
-          ValueError: there are more rows already; use :meth:`select`.
-        """
-        return grown(self, batch_size)
-
     def reset(self, rows_B: jax.Array | None = None) -> Self:
         """The cache with these rows (bool [B]; all of them where not given) empty."""
         if rows_B is None:
@@ -204,15 +223,6 @@ def make_cache(config: ByteConfig, batch_size: int, max_length: int) -> Any:
     if config.cache.recent is not None:
         return PrunedCache.create(config, batch_size)
     return KVCache.create(config, batch_size, max_length)
-
-
-def grown(cache: Any, batch_size: int) -> Any:
-    """A cache of any kind with empty rows behind the others; see :meth:`KVCache.grow`."""
-    have = cache.batch_size
-    if batch_size < have:
-        raise ValueError(f"the cache has {have} rows: name those of {batch_size} to keep with select()")
-    rows = [*range(have), *[0] * (batch_size - have)]
-    return cache.select(rows).reset(jnp.arange(batch_size) >= have)
 
 
 def pattern(config: ByteConfig) -> tuple[LayerKind, ...]:

@@ -150,7 +150,7 @@ class ByteTransformer(nn.Module):
         """
         c = self.config
         B, T = tokens_BT.shape
-        self._check(cache, memory, segment_ids, positions, lengths)
+        self._check(cache, memory, segment_ids, positions, lengths, deterministic)
         real_BT = jnp.ones((B, T), bool)
         if lengths is not None:
             real_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < lengths[:, None]
@@ -203,7 +203,11 @@ class ByteTransformer(nn.Module):
             return out, cache
         return out if memory is None else (out, memory)
 
-    def _check(self, cache: Any, memory: Any, segment_ids: Any, positions: Any, lengths: Any) -> None:
+    def _check(
+        self, cache: Any, memory: Any, segment_ids: Any, positions: Any, lengths: Any, deterministic: bool
+    ) -> None:
+        if cache is not None and not deterministic:
+            raise ValueError("a cache is for generation, which has no dropout: leave deterministic at True")
         if cache is not None and segment_ids is not None:
             raise ValueError("a cache holds one document a row: give segment_ids or a cache, not both")
         if lengths is not None and cache is None:

@@ -12,12 +12,12 @@ from flax import struct
 
 from stellarbyte_jax.config import ByteConfig, LayerKind
 from stellarbyte_jax.model.cache import (
+    CacheRows,
     Plan,
     Slots,
     decode,
     empty_slots,
     encode,
-    grown,
     layer_slots,
     pattern,
     storage_dtype,
@@ -25,7 +25,7 @@ from stellarbyte_jax.model.cache import (
 
 
 @struct.dataclass
-class PrunedCache:
+class PrunedCache(CacheRows):
     """For each head of each layer the newest keys, and those older ones that got most attention.
 
     The score of a key is the sum of the attention weights that it got from all tokens since it was written. When a head
@@ -66,16 +66,6 @@ class PrunedCache:
             config.cache.recent,
         )
 
-    @property
-    def batch_size(self) -> int:
-        """Number of rows."""
-        return self.lengths.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys, values and scales."""
-        return sum(x.nbytes for x in jax.tree.leaves(self.slots))
-
     def plan(self, positions_BT: jax.Array, real_BT: jax.Array) -> tuple[Plan, ...]:
         """Positions of the new tokens, -1 for those that are not real; slots are found layer by layer."""
         new_BT = jnp.where(real_BT, positions_BT, -1)
@@ -106,14 +96,6 @@ class PrunedCache:
             lambda x: jnp.take(x, rows_B, axis=1), (self.slots, self.positions, self.scores)
         )
         return self.replace(slots=slots, positions=positions, scores=scores, lengths=self.lengths[rows_B])  # type: ignore[attr-defined]
-
-    def grow(self, batch_size: int) -> Self:
-        """The cache with empty rows behind the others.
-
-        Raises:
-          ValueError: there are more rows already; use :meth:`select`.
-        """
-        return grown(self, batch_size)
 
     def reset(self, rows_B: jax.Array | None = None) -> Self:
         """The cache with these rows (bool [B]; all of them where not given) empty."""

@@ -296,7 +296,7 @@ def _architecture(config: ByteConfig) -> dict[str, Any]:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
         "intermediate_size": config.mlp_size,
-        "layer_types": config.layer_kinds,
+        "layer_types": config.windows,
     }
     return {**values, **derived}
 
