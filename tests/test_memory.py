@@ -128,6 +128,23 @@ def test_memory_and_cache_are_one_view():
         np.testing.assert_allclose(logits, full[:, at], atol=3e-5)
 
 
+def test_a_memory_that_is_not_full_leaves_no_trace_in_the_cache():
+    """Row 0 has read three tokens of its document, row 1 none: what the other slots hold is not to be seen."""
+    model, params = make()
+    tokens = some_tokens(2, 12)
+    _, memory = in_segments(model, params, tokens[:, :3], 3)
+    junk = memory.replace(
+        states=tuple(jnp.where(v[None, :, :, None], x, 7.0) for x, v in zip(memory.states, memory.valid, strict=True))
+    )
+    alone = junk.reset(jnp.asarray([False, True]))
+    full = run(model, params, tokens)[0], run(model, params, tokens[:, 3:])[1]
+    logits, cache = run(model, params, tokens[:, 3:5], memory=alone, cache=KVCache.create(model.config, 2, 16))
+    for at in range(5, 12):
+        np.testing.assert_allclose(logits[0, -1], full[0][at - 1], atol=3e-5)
+        np.testing.assert_allclose(logits[1, -1], full[1][at - 4], atol=3e-5)
+        logits, cache = run(model, params, tokens[:, at : at + 1], cache=cache)
+
+
 def test_fused_slots_are_means_of_what_left():
     """Sliding and fused halves against plain numpy, over four segments."""
     F, S, T, w = 2, 4, 6, 0.6

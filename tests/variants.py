@@ -56,7 +56,7 @@ VARIANTS = {
         "xpos_learnable": True,
         "mlp_style": "stellarbyte",
         "residual_scaling": "branch",
-        "rms_norm_eps_rule": "clamp",
+        "rms_norm_eps": 0.1,  # not that of the norm in the MLP
         "initialization": "stellarbyte",
     },
     "windows, sinks, pruned weights, cap": {

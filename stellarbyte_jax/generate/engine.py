@@ -179,12 +179,11 @@ def read_segment(
     model: ByteTransformer, params: dict[str, Any], tokens_BT: jax.Array, lengths_B: jax.Array, memory: Memory
 ) -> Memory:
     """The memory after another segment, padded on the right; rows of length 0 keep theirs."""
-    B, T = tokens_BT.shape
-    memory = memory.fit(B, model.config.memory.batch_policy)
+    T = tokens_BT.shape[1]
     real_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < lengths_B[:, None]
     segment_ids = real_BT.astype(jnp.int32)
     applied: Any = model.apply({"params": params}, tokens_BT, segment_ids=segment_ids, memory=memory, head=False)
-    return applied[1].where(lengths_B > 0, memory)
+    return applied[1]
 
 
 def _read(model, params, tokens_BT, lengths_B, cache, memory) -> tuple[jax.Array, Any]:

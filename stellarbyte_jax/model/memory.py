@@ -159,16 +159,6 @@ class Memory:
             "memory.select(rows), or set model.memory.batch_policy to select or repeat"
         )
 
-    def where(self, rows_B: jax.Array, otherwise: Self) -> Self:
-        """This memory in these rows (bool [B]), the other one in the others."""
-        return type(self)(
-            tuple(
-                jnp.where(rows_B[None, :, None, None], a, b) for a, b in zip(self.states, otherwise.states, strict=True)
-            ),
-            tuple(jnp.where(rows_B[:, None], a, b) for a, b in zip(self.valid, otherwise.valid, strict=True)),
-            jnp.where(rows_B, self.lengths, otherwise.lengths),
-        )
-
     def reset(self, rows_B: jax.Array | None = None) -> Self:
         """The memory with these rows (bool [B]; all of them where not given) empty."""
         forgotten_B = jnp.ones(self.batch_size, bool) if rows_B is None else rows_B
