@@ -108,7 +108,8 @@ def test_a_document_does_not_see_the_one_before(length):
     positions = np.stack([np.r_[np.arange(s), np.arange(24 - s)] for s in starts]).astype(np.int32)
     segments = np.ones((3, 24), np.int32)
     segments[2, 14:16] = 2  # ids count within a segment: the one that ends with token 15 holds two documents
-    found, _ = in_segments(model, params, tokens, length, positions=positions, segment_ids=segments)
+    found, memory = in_segments(model, params, tokens, length, positions=positions, segment_ids=segments)
+    np.testing.assert_array_equal(memory.lengths, [24, 16, 10])
     for row, start in enumerate(starts):
         alone = run(model, params, tokens[row : row + 1, start:])
         np.testing.assert_allclose(found[row, start:], alone[0], atol=3e-5)

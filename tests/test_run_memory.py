@@ -93,6 +93,8 @@ def test_converted_weights_may_get_other_positions(tmp_path, capsys):
     params = init_params(ByteTransformer(model), jax.random.key(0))
     save_initial(tmp_path / "run", model, params)
     longer = ("model.max_position_embeddings=256", "model.rope_scaling.name=linear", "model.rope_scaling.factor=4")
+    assert cli(config_file, *longer, "model.parallel_residual=true") == 1
+    assert "holds another model: model.parallel_residual is False there" in capsys.readouterr().err
     assert cli(config_file, *longer, "steps=4", "schedule.warmup_steps=1") == 0
     out = capsys.readouterr().out
     assert "get other positions: model.max_position_embeddings is 64 there and 256 here" in out

@@ -307,6 +307,15 @@ def test_learned_rates_are_pulled_to_the_papers():
         assert float(step(state, batch)[1]["loss"]) == pytest.approx(float(start(plain)[2](state, batch)[1]["loss"]))
 
 
+@pytest.mark.parametrize("name", ["hidden_dropout", "residual_dropout", "attention_dropout", "drop_path"])
+def test_each_kind_of_dropout_acts_in_a_step(name):
+    plain = settings()
+    _, state, step = start(plain)
+    noisy = start(dataclasses.replace(plain, model=dataclasses.replace(MODEL, **{name: 0.9})))[2]
+    batch = packed_batch()
+    assert float(noisy(state, batch)[1]["loss"]) != float(step(state, batch)[1]["loss"])
+
+
 def test_dropout_differs_by_step_and_part_and_repeats_with_the_seed():
     config = settings(
         model=dataclasses.replace(MODEL, hidden_dropout=0.3),
