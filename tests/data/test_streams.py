@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_documents import groups_of, save_byte_tokenizer
+from helpers.tiny_documents import groups_of, save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data.loader import make_loader, measure_loader

@@ -1,14 +1,14 @@
 """Prepared shards: the same batches as from the text, and no directory that is half done or of another tokenizer."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
-from stellarbyte_jax.data import shards, tokenizer_format
+from stellarbyte_jax.data import tokenizer_format
 from stellarbyte_jax.data.loader import make_loader
 from stellarbyte_jax.data.shards import prepare
 from stellarbyte_jax.data.sources import DataError
@@ -19,9 +19,7 @@ TEXTS = [f"[{i}] 春眠不覚暁 spring {'.' * (i % 9)}" for i in range(100)]
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    path = tmp_path / "tokenizer"
-    tokenizer_format.save(tokenizer_format.build([]), path, 1024)
-    return str(path)
+    return save_byte_tokenizer(tmp_path / "tokenizer")
 
 
 @pytest.fixture
@@ -140,19 +138,3 @@ def test_input_without_text_is_an_error(tmp_path, tokenizer):
     path.write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="no document of --input holds any text"):
         _prepare(tmp_path, str(path), tokenizer)
-
-
-def test_the_script_prepares_and_reports(tmp_path, source, tokenizer, capsys):
-    path = Path(shards.__file__).parents[2] / "scripts" / "prepare_data.py"
-    spec = importlib.util.spec_from_file_location("prepare_data", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    arguments = ["--input", source, "--output", str(tmp_path / "out"), "--tokenizer", tokenizer, "--workers", "0"]
-    arguments += ["--cache-dir", str(tmp_path / "cache"), "--template", "{title}: {text}"]
-    assert script.main(arguments) == 0
-    assert "100 documents," in capsys.readouterr().out
-    assert script.main(arguments) == 2
-    assert "is not empty" in capsys.readouterr().err
-    first = np.load(tmp_path / "out" / "tokens-00000.npy")
-    assert len(first) == sum(len(f"T: {t}".encode()) for t in TEXTS)

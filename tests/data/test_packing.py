@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_documents import groups_of
+from helpers.tiny_documents import groups_of
 
 from stellarbyte_jax.data.packing import PackDocuments
 from stellarbyte_jax.data.sources import DataError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_documents import save_byte_tokenizer
+from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data.loader import make_loader, measure_loader
