@@ -47,11 +47,11 @@ def main() -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from stellarbyte_jax.data.tokenizer import load_tokenizer
     from stellarbyte_jax.hf.directory import from_pretrained
     from stellarbyte_jax.launch import environment
     from stellarbyte_jax.model.cache import make_cache
     from stellarbyte_jax.model.decoder import ByteTransformer, forward_step
+    from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
     model, params = from_pretrained(arguments.model, compute_dtype="float32")
     tokenizer = load_tokenizer(arguments.model)

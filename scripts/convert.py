@@ -57,6 +57,7 @@ def to_hf(arguments: argparse.Namespace) -> Any:
     from stellarbyte_jax.hf.directory import round_params, save_pretrained
     from stellarbyte_jax.hf.verify import compare_with_transformers
     from stellarbyte_jax.model.decoder import ByteTransformer
+    from stellarbyte_jax.tokenizer.directory import TokenizerDirectory
     from stellarbyte_jax.train.checkpoint import load_for_export
 
     run, step = run_and_step(arguments.source, arguments.step)
@@ -64,7 +65,7 @@ def to_hf(arguments: argparse.Namespace) -> Any:
     model = ByteTransformer(config.model)
     tokenizer = arguments.tokenizer
     if tokenizer is None:
-        found = [p for p in (run / "tokenizer", Path(config.data.tokenizer)) if (p / "tokenizer.json").is_file()]
+        found = [p for p in (run / "tokenizer", Path(config.data.tokenizer)) if TokenizerDirectory(p).has_library]
         tokenizer = found[0] if found else None
     print(f"tokenizer: {tokenizer or 'none found, so the export has none; give --tokenizer DIR to add one'}")
     check_tokenizer(tokenizer, config.model.vocab_size)
@@ -101,8 +102,8 @@ def from_hf(arguments: argparse.Namespace) -> Any:
 
 def resize(arguments: argparse.Namespace) -> None:
     """Writes a run directory whose model has a row for each token of the given tokenizer."""
-    from stellarbyte_jax.data.tokenizer import load_tokenizer
     from stellarbyte_jax.hf.directory import from_pretrained
+    from stellarbyte_jax.tokenizer.codec import load_tokenizer
     from stellarbyte_jax.train.checkpoint import load_for_export
     from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
 
@@ -156,16 +157,17 @@ def check_target(run: Path, overwrite: bool) -> None:
 
 def check_tokenizer(directory: Path | None, vocab_size: int) -> None:
     """Raises ValueError where a directory holds a tokenizer that is larger than the model's vocabulary."""
-    from stellarbyte_jax.data.tokenizer import check_vocabulary, load_tokenizer
+    from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
+    from stellarbyte_jax.tokenizer.directory import TokenizerDirectory
 
     # Weights may be converted with half a tokenizer or none: only what reads texts needs a whole one.
-    if directory and all((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if directory and TokenizerDirectory(directory).is_complete:
         check_vocabulary(load_tokenizer(directory), vocab_size)
 
 
 def write_run(run: Path, config: Any, params: Any, tokenizer: Path) -> None:
     """Writes weights as step 0 of a run directory, with the tokenizer that a directory holds."""
-    from stellarbyte_jax.hf.directory import copy_tokenizer
+    from stellarbyte_jax.tokenizer.directory import copy_tokenizer
     from stellarbyte_jax.train.checkpoint import save_initial
 
     for part in ("checkpoints", "tokenizer"):

@@ -11,14 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from stellarbyte_jax.generate.api import Generated, remember, warm_up
-from stellarbyte_jax.generate.chat import Conversation
 from stellarbyte_jax.generate.engine import position_limit
 from stellarbyte_jax.generate.reconfigure import reconfigure
-from stellarbyte_jax.generate.text import adds_bos, continue_text, encode_prompt, stop_ids
+from stellarbyte_jax.generate.text import continue_text, encode_prompt
 from stellarbyte_jax.launch import CompileCache
 from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.tokenizer.chat import Conversation
+from stellarbyte_jax.tokenizer.codec import Tokenizer, check_vocabulary, load_tokenizer
+from stellarbyte_jax.tokenizer.special import adds_bos, stop_ids
 from stellarbyte_jax.train.checkpoint import CheckpointError
 
 _SETTINGS = (
@@ -139,7 +140,8 @@ def _load(
         model, params = from_pretrained(path)
         tokenizer = load_tokenizer(path)
         check_vocabulary(tokenizer, model.config.vocab_size)
-        return reconfigure(model, overrides), params, tokenizer, adds_bos(tokenizer), stop_ids(path, tokenizer)
+        bos, stop_tokens = adds_bos(path, tokenizer.bos_id), stop_ids(path, tokenizer.eos_id)
+        return reconfigure(model, overrides), params, tokenizer, bos, stop_tokens
     if (path / "checkpoints").is_dir():
         from stellarbyte_jax.launch import quiet_libraries
         from stellarbyte_jax.train.checkpoint import load_for_export
@@ -150,7 +152,7 @@ def _load(
         tokenizer = load_tokenizer(own if own.is_dir() else config.data.tokenizer)
         check_vocabulary(tokenizer, config.model.vocab_size)
         model = reconfigure(ByteTransformer(config.model), overrides)
-        return model, params, tokenizer, config.data.add_bos, stop_ids(own, tokenizer)
+        return model, params, tokenizer, config.data.add_bos, stop_ids(tokenizer.path, tokenizer.eos_id)
     raise ValueError(
         f"--model {path} is neither a Hugging Face directory (config.json) nor a run directory (checkpoints/): "
         "give the output_dir of a run, or a converted model"

@@ -36,9 +36,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from stellarbyte_jax.data.tokenizer_evaluation import evaluate, pieces_of
-from stellarbyte_jax.data.tokenizer_format import build, save, write_json
-from stellarbyte_jax.data.tokenizer_training import Corpus, Stage, check_stages, draw, train
+from stellarbyte_jax.tokenizer.directory import write_json
+from stellarbyte_jax.tokenizer.training.evaluation import evaluate, pieces_of
+from stellarbyte_jax.tokenizer.training.format import build, save
+from stellarbyte_jax.tokenizer.training.stages import Corpus, Stage, check_stages, draw, train
 
 
 def parse_corpora(paths: Sequence[str], filters: Sequence[str], text_field: str) -> dict[str, Corpus]:

@@ -149,7 +149,7 @@ def test_bad_input_is_one_line(
     cases = [
         (("to-hf", tmp_path / "nowhere", tmp_path / "hf"), "nowhere holds no checkpoint"),
         (("to-hf", run_dir, tmp_path / "hf", "--step", 7), "has no checkpoint of step 7; there are 0"),
-        (("to-hf", run_dir, tmp_path / "hf", "--tokenizer", tmp_path), "tokenizer.json does not exist"),
+        (("to-hf", run_dir, tmp_path / "hf", "--tokenizer", tmp_path), "holds no tokenizer.json"),
         (("from-hf", tmp_path / "nowhere", tmp_path / "new"), "nowhere is no directory"),
         (("from-hf", run_dir, tmp_path / "new"), "config.json does not exist"),
     ]

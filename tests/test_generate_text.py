@@ -1,9 +1,7 @@
 """Text in, text out: characters over token borders, stop texts, chat, and the script."""
 
-import dataclasses
 import importlib.util
 import io
-import json
 import re
 import shutil
 import sys
@@ -12,16 +10,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers.tiny_documents import save_byte_tokenizer
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from stellarbyte_jax import ByteConfig, ByteTransformer, generate, save_pretrained
-from stellarbyte_jax.data import tokenizer_format
-from stellarbyte_jax.data.tokenizer import load_tokenizer
-from stellarbyte_jax.generate.chat import Conversation
 from stellarbyte_jax.generate.reconfigure import reconfigure
-from stellarbyte_jax.generate.text import TextStream, adds_bos, continue_text, encode_prompt, generate_text, stop_ids
+from stellarbyte_jax.generate.text import TextStream, continue_text, encode_prompt, generate_text
 from stellarbyte_jax.model.decoder import init_params
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
+from stellarbyte_jax.tokenizer.special import adds_bos
 from stellarbyte_jax.train.checkpoint import save_initial
 
 ROOT = Path(__file__).parents[1]
@@ -37,9 +35,7 @@ def words():
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory):
     """A tokenizer without merges: its tokens are bytes."""
-    path = tmp_path_factory.mktemp("letters")
-    tokenizer_format.save(tokenizer_format.build([]), path, 1024)
-    return load_tokenizer(path)
+    return load_tokenizer(save_byte_tokenizer(tmp_path_factory.mktemp("letters")))
 
 
 @pytest.fixture(scope="session")
@@ -99,9 +95,6 @@ def test_the_space_after_the_prompt_is_kept(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert TextStream(tokenizer, context=[0]).push([1, 0]) == " b a"
     assert TextStream(tokenizer).push([1, 0]) == "b a"
-    assert adds_bos(tokenizer)
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": false}')
-    assert not adds_bos(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -155,41 +148,6 @@ def test_text_is_that_of_the_new_tokens(tiny, letters):
     assert stop not in stopped.texts[0]
 
 
-def test_ids_that_end_a_text(tmp_path, letters):
-    assert stop_ids(tmp_path, letters) == [letters.eos_id]
-    file = tmp_path / "generation_config.json"
-    file.write_text(json.dumps({"eos_token_id": [9, letters.eos_id]}))
-    assert stop_ids(tmp_path, letters) == [letters.eos_id, 9]
-    file.write_text(json.dumps({"eos_token_id": 8}))
-    assert stop_ids(tmp_path, letters) == [letters.eos_id, 8]
-    for text in ("{", "[]", '{"eos_token_id": "x"}'):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=r"generation_config.json"):
-            stop_ids(tmp_path, letters)
-
-
-def test_a_conversation_is_the_template_of_transformers(words):
-    import transformers
-
-    peer = transformers.AutoTokenizer.from_pretrained(words.path)
-    conversation = Conversation(words, system="Be brief.")
-    conversation.ask("你好\n")
-    conversation.answer(" Hello. ")
-    ids = conversation.ask("And?")
-    assert ids == peer.apply_chat_template(conversation.messages, add_generation_prompt=True)["input_ids"]
-    assert ids[0] == words.bos_id and ids.count(words.eos_id) == 4
-
-
-def test_conversations_that_cannot_be(words):
-    with pytest.raises(ValueError, match="has no chat_template"):
-        Conversation(dataclasses.replace(words, chat_template=None))
-    with pytest.raises(ValueError, match="is not valid"):
-        Conversation(dataclasses.replace(words, chat_template="{% for %}"))
-    refusing = Conversation(dataclasses.replace(words, chat_template="{{ raise_exception('no roles here') }}"))
-    with pytest.raises(ValueError, match="refuses the messages: no roles here"):
-        refusing.ask("x")
-
-
 @pytest.fixture(scope="session")
 def script():
     spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
@@ -225,7 +183,7 @@ def test_the_script_takes_bos_from_the_training(script, directories, tiny, lette
     for kind in ("hf", "run"):
         assert script(["--model", str(directories / kind), "--prompt", "Hi", *COMMON]) == 0
         outputs[kind] = capsys.readouterr().out
-    for kind, bos in (("run", True), ("hf", adds_bos(letters))):
+    for kind, bos in (("run", True), ("hf", adds_bos(letters.path, letters.bos_id))):
         assert outputs[kind] == "Hi" + generate_text(*tiny, letters, ["Hi"], max_new_tokens=12, add_bos=bos)[0] + "\n"
 
 
@@ -323,21 +281,6 @@ def test_the_script_remembers_a_text(script, directories, tiny, letters, tmp_pat
         assert capsys.readouterr().out == expected + "\n"
     assert script(command) == 0
     assert capsys.readouterr().out != expected + "\n"
-
-
-def test_old_turns_are_forgotten_but_not_the_system_message(words):
-    conversation = Conversation(words, system="Be brief.")
-    conversation.ask("one " * 10)
-    conversation.answer("first")
-    both = conversation.ask("two")
-    conversation.answer("second")
-    assert conversation.ask("three", limit=len(both)) != both
-    assert [m["content"].split()[0] for m in conversation.messages] == ["Be", "two", "second", "three"]
-    conversation.answer("third")
-    short = Conversation(words, system="Be brief.").ask("four")
-    assert conversation.ask("four", limit=len(short)) == short
-    with pytest.raises(ValueError, match=f"room for {len(short)}: shorten it, or ask for fewer new tokens"):
-        conversation.ask("five " * 40, limit=len(short))
 
 
 def test_a_conversation_outgrows_the_positions(script, directories, monkeypatch, capsys):

@@ -366,7 +366,7 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path, model: tuple[ByteTransformer
 
     source = tmp_path / "tokenizer"
     source.mkdir()
-    with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
         save_pretrained(tmp_path / "hf", *model, tokenizer=source)
     Tokenizer(models.WordLevel({str(i): i for i in range(25)}, unk_token="0")).save(str(source / "tokenizer.json"))
     with pytest.raises(ValueError, match="has 25 tokens, the model's vocab_size is 24"):
@@ -376,7 +376,7 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path, model: tuple[ByteTransformer
     with pytest.raises(ValueError, match=r"eos_token is '<end>', which tokenizer\.json does not hold"):
         save_pretrained(tmp_path / "hf", *model, tokenizer=source)
     (source / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a readable tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer that the tokenizers library can read"):
         save_pretrained(tmp_path / "hf", *model, tokenizer=source)
     assert not (tmp_path / "hf").exists()
 

@@ -14,9 +14,9 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.data.tokenizer import load_tokenizer
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer, head_kernel, param_shapes
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.train.checkpoint import load_for_export, save_initial
 from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
 

@@ -1,1 +1,1 @@
-"""Documents, tokenizer and packed batches."""
+"""Documents and packed batches of their tokens."""

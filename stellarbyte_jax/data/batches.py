@@ -9,12 +9,12 @@ from typing import Any
 import grain
 import numpy as np
 
+from stellarbyte_jax.data.encode import iterate_groups, signals_blocked
 from stellarbyte_jax.data.sources import DataError
-from stellarbyte_jax.data.text import iterate_groups, signals_blocked
 
 
 class DocumentBatches(grain.IterDataset):
-    """Batches made of the groups that ``text.EncodeDocuments`` makes; subclasses say how rows are filled."""
+    """Batches made of the groups that ``encode.EncodeDocuments`` makes; subclasses say how rows are filled."""
 
     def __init__(
         self,
@@ -140,13 +140,13 @@ def batch_arrays(
       the first token of a segment, which nothing predicts: its sum is the number of targets.
     """
     index_T = np.arange(tokens_BT.shape[1], dtype=np.int32)
-    real_BT = index_T < used_B[:, None]
-    segment_ids_BT = np.cumsum(begins_BT, axis=1, dtype=np.int32) * real_BT
+    valid_mask_BT = index_T < used_B[:, None]
+    segment_ids_BT = np.cumsum(begins_BT, axis=1, dtype=np.int32) * valid_mask_BT
     starts_BT = np.maximum.accumulate(np.where(begins_BT, index_T, np.int32(0)), axis=1)
     before_BT = (segment_ids_BT == 1) * offsets_B[:, None].astype(np.int32)
     return {
         "tokens": tokens_BT,
         "segment_ids": segment_ids_BT,
-        "positions": (index_T - starts_BT) * real_BT + before_BT,
-        "loss_mask": real_BT & ~begins_BT,
+        "positions": (index_T - starts_BT) * valid_mask_BT + before_BT,
+        "loss_mask": valid_mask_BT & ~begins_BT,
     }

@@ -10,11 +10,12 @@ from typing import Any, Literal, Self
 import grain
 
 from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups
 from stellarbyte_jax.data.packing import PackDocuments
 from stellarbyte_jax.data.sources import Corpus, DataError, LineSource, open_corpus
 from stellarbyte_jax.data.streams import StreamDocuments
-from stellarbyte_jax.data.text import GROUP_DOCUMENTS, EncodeDocuments, TextFormat, document_groups, read_text
-from stellarbyte_jax.data.tokenizer import check_vocabulary, load_tokenizer
+from stellarbyte_jax.data.text import TextFormat, read_text
+from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 
 _STATE_FORMAT = 1
 _ARRANGEMENTS = {"packed": PackDocuments, "streams": StreamDocuments}

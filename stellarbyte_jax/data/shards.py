@@ -10,16 +10,16 @@ from typing import Literal
 
 import numpy as np
 
-from stellarbyte_jax.data.sources import SHARD_FORMAT, SHARD_META, DataError, open_corpus
-from stellarbyte_jax.data.text import (
+from stellarbyte_jax.data.encode import (
     GROUP_DOCUMENTS,
     EncodeDocuments,
-    TextFormat,
     document_groups,
     iterate_groups,
     signals_blocked,
 )
-from stellarbyte_jax.data.tokenizer import load_tokenizer
+from stellarbyte_jax.data.sources import SHARD_FORMAT, SHARD_META, DataError, open_corpus
+from stellarbyte_jax.data.text import TextFormat
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from stellarbyte_jax.data.batches import BatchIterator, DocumentBatches, batch_arrays
+from stellarbyte_jax.data.encode import iterate_groups
 from stellarbyte_jax.data.sources import DataError
-from stellarbyte_jax.data.text import iterate_groups
 
 
 class StreamDocuments(DocumentBatches):

@@ -1,14 +1,12 @@
 """Generation from text to text: what to put before a prompt, when to stop, and ids to text while they arrive."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.data.tokenizer import Tokenizer
 from stellarbyte_jax.generate.api import Generated, NewTokens, generate
 from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.tokenizer.codec import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 8
@@ -104,37 +102,6 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool) -> list[int
     """Ids of a prompt, begun with bos where asked for and where the tokenizer has one."""
     begin = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
     return begin + tokenizer.encode(text)
-
-
-def adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer's own files say that texts begin with bos, as ``transformers`` reads them."""
-    from tokenizers import Tokenizer as Library
-
-    config = json.loads((Path(tokenizer.path) / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if isinstance(config.get("add_bos_token"), bool):
-        return config["add_bos_token"]
-    added = Library.from_file(str(Path(tokenizer.path) / "tokenizer.json")).encode("").ids
-    return added[:1] == [tokenizer.bos_id]
-
-
-def stop_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:
-    """Ids that end a text for a Hugging Face directory: the tokenizer's eos and those of ``generation_config.json``.
-
-    Raises:
-      ValueError: the file is not JSON, or holds something else than ids.
-    """
-    ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    file = directory / "generation_config.json"
-    if file.is_file():
-        try:
-            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is not a JSON object: {error}") from None
-        more = named if isinstance(named, list) else [] if named is None else [named]
-        if not all(type(i) is int for i in more):
-            raise ValueError(f"{file}: eos_token_id must be an id or a list of ids, got {named!r}")
-        ids += more
-    return list(dict.fromkeys(ids))
 
 
 class TextStream:

@@ -1,7 +1,6 @@
 """Hugging Face directories: :func:`from_pretrained` and :func:`save_pretrained`."""
 
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,11 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.hf.families import Entry, Family, export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
-from stellarbyte_jax.hf.settings import config_json, generation_json, read_config, special_ids
+from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.tokenizer.directory import GENERATION_CONFIG, copy_tokenizer
+from stellarbyte_jax.tokenizer.special import special_ids
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -113,27 +103,17 @@ def save_pretrained(
     leaves = _flatten(params)
     _check_params(leaves, shapes)
     to = float_dtype(dtype)
-    ids = {} if tokenizer is None else special_ids(Path(tokenizer), config.vocab_size)
+    ids = {} if tokenizer is None else special_ids(tokenizer, config.vocab_size)
     tensors = [
         Tensor(entry.theirs, entry.hf_shape, to, _reader(entry, leaves[entry.path], to, config))
         for entry in family.entries(config, shapes)
     ]
     with replacing(Path(directory), overwrite) as partial:
         write_json(partial / "config.json", config_json(family, config, dtype, ids))
-        write_json(partial / "generation_config.json", generation_json(ids))
+        write_json(partial / GENERATION_CONFIG, generation_json(ids))
         if tokenizer is not None:
-            copy_tokenizer(Path(tokenizer), partial)
+            copy_tokenizer(tokenizer, partial)
         write_tensors(partial, tensors, max_shard_bytes)
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copies the tokenizer files that ``source`` has; returns their names."""
-    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if present:
-        target.mkdir(parents=True, exist_ok=True)
-    for name in present:
-        shutil.copyfile(source / name, target / name)
-    return present
 
 
 def round_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from stellarbyte_jax.config import ByteConfig, ConfigError
 from stellarbyte_jax.hf.families import FAMILIES, Family
 from stellarbyte_jax.hf.files import read_json
 from stellarbyte_jax.hf.rope import ROPE_NAMES, parse_rope, rope_json
+from stellarbyte_jax.tokenizer.directory import SPECIAL_IDS
 
 # Their names for activations, by the function that they compute; the first one is written.
 _ACTIVATIONS = {
@@ -19,10 +20,9 @@ _ACTIVATIONS = {
     "gelu": ("gelu", "gelu_python"),
     "gelu_pytorch_tanh": ("gelu_pytorch_tanh", "gelu_new"),
 }
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # About generation, storage, bookkeeping or other heads: none of it changes the logits.
 _WITHOUT_EFFECT = {
-    *_SPECIAL_IDS,
+    *SPECIAL_IDS,
     "_attn_implementation",
     "_attn_implementation_autoset",
     "_from_model_config",
@@ -121,56 +121,10 @@ def config_json(family: Family, config: ByteConfig, dtype: str, special_ids: Map
         "dtype": dtype,
         "use_cache": True,
         # Without them a reader would take the family's defaults, 1 and 2.
-        **{name: special_ids.get(name) for name in _SPECIAL_IDS},
+        **{name: special_ids.get(name) for name in SPECIAL_IDS},
     }
 
 
 def generation_json(special_ids: Mapping[str, Any]) -> dict[str, Any]:
     """Content of ``generation_config.json``: where generation starts and stops."""
-    return {name: special_ids.get(name) for name in _SPECIAL_IDS}
-
-
-def special_ids(tokenizer: Path, vocab_size: int) -> dict[str, Any]:
-    """Ids of the special tokens of a tokenizer directory, by their names in ``config.json``.
-
-    What its ``generation_config.json`` says goes first: there may be several ends of a text.
-
-    Raises:
-      ValueError: there is no ``tokenizer.json``, it is larger than the model's vocabulary, or it lacks a special token.
-    """
-    from tokenizers import Tokenizer
-
-    path = tokenizer / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{path} does not exist: save the tokenizer once with transformers, "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        )
-    try:
-        vocabulary = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more exact
-        raise ValueError(f"{path} is not a readable tokenizer: {error}") from error
-    if vocabulary.get_vocab_size() > vocab_size:
-        raise ValueError(
-            f"{path} has {vocabulary.get_vocab_size()} tokens, the model's vocab_size is {vocab_size}: "
-            "this tokenizer belongs to another model, or the model must be resized: scripts/convert.py resize"
-        )
-    names: dict[str, Any] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (tokenizer / file).is_file():
-            names |= {k: v for k, v in read_json(tokenizer / file).items() if v is not None}
-    ids = {}
-    for field in _SPECIAL_IDS:
-        name = field.removesuffix("_id")
-        token = names.get(name)
-        token = token.get("content") if isinstance(token, Mapping) else token
-        if token is None:
-            continue
-        ids[field] = vocabulary.token_to_id(token)
-        if ids[field] is None:
-            raise ValueError(f"{tokenizer}: {name} is {token!r}, which tokenizer.json does not hold")
-    generation = tokenizer / "generation_config.json"
-    if generation.is_file():
-        stated = read_json(generation)
-        ids |= {name: stated[name] for name in _SPECIAL_IDS if stated.get(name) is not None}
-    return ids
+    return {name: special_ids.get(name) for name in SPECIAL_IDS}

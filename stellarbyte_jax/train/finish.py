@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.data.tokenizer import load_tokenizer
 from stellarbyte_jax.generate.text import generate_text
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family
 from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 
 def check_exportable(config: TrainConfig) -> None:

@@ -15,11 +15,10 @@ import numpy as np
 
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
-from stellarbyte_jax.data.text import token_byte_lengths
-from stellarbyte_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.memory import Memory
+from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
 from stellarbyte_jax.train import finish
 from stellarbyte_jax.train.checkpoint import Checkpointer
 from stellarbyte_jax.train.console import Reporter, format_metrics

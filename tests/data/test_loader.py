@@ -14,10 +14,10 @@ import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data.encode import GROUP_DOCUMENTS
 from stellarbyte_jax.data.loader import make_loader, measure_loader
 from stellarbyte_jax.data.sources import DataError
-from stellarbyte_jax.data.text import GROUP_DOCUMENTS, token_byte_lengths
-from stellarbyte_jax.data.tokenizer import load_tokenizer
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 DOCUMENTS = 3 * GROUP_DOCUMENTS + 5
 
@@ -352,15 +352,6 @@ def test_workers_end_with_the_program_and_leave_signals_to_it(data, tmp_path, ho
     assert process.returncode == (-signal.SIGKILL if how == "kill" else 0)
     assert len(children) == (0 if how == "exit" else 2)
     _until(lambda: not any(_alive(c) for c in children))
-
-
-def test_byte_lengths_add_up_to_the_text(data, texts):
-    lengths = token_byte_lengths(data.tokenizer)
-    assert lengths.dtype == np.int32
-    assert len(lengths) == load_tokenizer(data.tokenizer).vocab_size
-    batches = _all(_replace(data, epochs=1))
-    total = sum(int(lengths[b["tokens"]].sum()) for b in batches)
-    assert total == sum(len(t.encode()) for t in texts)
 
 
 def test_measuring_counts_real_tokens(data):

@@ -8,11 +8,11 @@ import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
-from stellarbyte_jax.data import tokenizer_format
 from stellarbyte_jax.data.loader import make_loader
 from stellarbyte_jax.data.shards import prepare
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.data.text import TextFormat
+from stellarbyte_jax.tokenizer.training import format as tokenizer_format
 
 TEXTS = [f"[{i}] 春眠不覚暁 spring {'.' * (i % 9)}" for i in range(100)]
 

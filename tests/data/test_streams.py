@@ -7,11 +7,11 @@ import pytest
 from helpers.tiny_documents import groups_of, save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data.encode import GROUP_DOCUMENTS
 from stellarbyte_jax.data.loader import make_loader, measure_loader
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.data.streams import StreamDocuments
-from stellarbyte_jax.data.text import GROUP_DOCUMENTS
-from stellarbyte_jax.data.tokenizer import load_tokenizer
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 PAD = 9
 CASES = {  # lengths of the documents, sequence length, most documents in a row, rows

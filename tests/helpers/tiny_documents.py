@@ -3,7 +3,7 @@
 import grain
 import numpy as np
 
-from stellarbyte_jax.data import tokenizer_format
+from stellarbyte_jax.tokenizer.training import format as tokenizer_format
 
 
 def groups_of(documents, per_group=3):

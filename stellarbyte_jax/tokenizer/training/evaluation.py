@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from stellarbyte_jax.data.bpe_training import learn_merges, segment
-from stellarbyte_jax.data.tokenizer_format import build, byte_alphabet, pre_tokenizer
-from stellarbyte_jax.data.tokenizer_training import Sample, Stage, mix
+from stellarbyte_jax.tokenizer.training.bpe import learn_merges, segment
+from stellarbyte_jax.tokenizer.training.format import build, byte_alphabet, pre_tokenizer
+from stellarbyte_jax.tokenizer.training.stages import Sample, Stage, mix
 
 # The pattern published with GPT-2 (Radford et al. 2019).
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.data.bpe_training import learn_merges
-from stellarbyte_jax.data.tokenizer_format import SPECIAL_TOKENS, byte_alphabet
+from stellarbyte_jax.tokenizer.training.bpe import learn_merges
+from stellarbyte_jax.tokenizer.training.format import SPECIAL_TOKENS, byte_alphabet
 
 HELD_OUT_SHARE = 50  # one document in so many is kept for the evaluation
 _SCALE = 10**10  # weighted counts are whole numbers that sum to about this, so that learning is exact

@@ -1,12 +1,16 @@
-"""The tokenizer as the data pipeline and generation use it: any Hugging Face directory, read without transformers."""
+"""The tokenizer as training and generation use it: any Hugging Face directory, read without transformers."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+
+from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, TokenizerDirectory
+from stellarbyte_jax.tokenizer.special import named_ids
 
 
 @dataclass(frozen=True)
@@ -80,49 +84,35 @@ class Tokenizer:
         if token_id is None:
             raise ValueError(
                 f"the tokenizer in {self.path} has no {name}_token, which is needed here: "
-                f'add "{name}_token" to its tokenizer_config.json'
+                f'add "{name}_token" to its {CONFIG}'
             )
         return token_id
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads ``tokenizer.json`` and ``tokenizer_config.json`` of a Hugging Face directory.
+    """Reads the tokenizer of a Hugging Face directory.
 
-    ``special_tokens_map.json`` and ``chat_template.jinja``, which some versions of transformers write, are read too;
-    the configuration's own bos, eos and pad tokens win over the map, the separate template over the configuration's.
+    ``tokenizer.json`` and ``tokenizer_config.json`` must be there. ``special_tokens_map.json`` and
+    ``chat_template.jinja``, which some versions of transformers write, are read too: the configuration's own bos, eos
+    and pad tokens go before the map's, the separate template before the configuration's.
 
     Raises:
         ValueError: The directory or a file is missing or broken, or a named special token is not in the vocabulary.
     """
-    from tokenizers import Tokenizer as Library
-
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ValueError(f"tokenizer directory {directory} does not exist: give a directory that holds tokenizer.json")
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{directory} holds no tokenizer.json: only tokenizers in that format can be read "
-            "(scripts/train_tokenizer.py writes one, and so does transformers' save_pretrained)"
-        )
-    content = file.read_bytes()
-    try:
-        library = Library.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is not a tokenizer that the tokenizers library can read: {error}") from None
+    directory = TokenizerDirectory(path)
+    content, library = directory.read_library()
     library.no_truncation()
     library.no_padding()
     library.encode_special_tokens = True
-    ids = library.get_vocab(with_added_tokens=True)
-    config = _json(directory / "tokenizer_config.json", required=True)
-    named = {**_json(directory / "special_tokens_map.json", required=False), **config}
+    vocabulary = library.get_vocab(with_added_tokens=True)
+    ids = named_ids(directory, vocabulary)
     return Tokenizer(
-        path=str(directory),
-        vocab_size=max(ids.values(), default=-1) + 1,
-        bos_id=_special(named, "bos_token", ids, directory),
-        eos_id=_special(named, "eos_token", ids, directory),
-        pad_id=_special(named, "pad_token", ids, directory),
-        chat_template=_chat_template(config, directory),
+        path=str(directory.path),
+        vocab_size=max(vocabulary.values(), default=-1) + 1,
+        bos_id=ids.get("bos_token_id"),
+        eos_id=ids.get("eos_token_id"),
+        pad_id=ids.get("pad_token_id"),
+        chat_template=directory.chat_template(),
         fingerprint=hashlib.sha256(content).hexdigest(),
         _plain=library,
     )
@@ -138,45 +128,37 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
+def token_byte_lengths(path: str | Path) -> np.ndarray:
+    """UTF-8 bytes of text that each token id stands for, int32 [vocabulary]; special tokens count 0.
+
+    Args:
+      path: the tokenizer's directory.
+
+    Raises:
+      ValueError: the directory is unreadable, or the tokenizer not byte-level: a token has no fixed number of bytes.
+    """
+    settings = TokenizerDirectory(path).library_settings()
+    decoder = settings.get("decoder") or {}
+    kinds = {decoder.get("type"), *(d.get("type") for d in decoder.get("decoders", []))}
+    if "ByteLevel" not in kinds:
+        raise ValueError(
+            f"{path}: bytes per token need a byte-level tokenizer, the decoder in {LIBRARY} is {decoder.get('type')}"
+        )
+    added = {token["id"]: token for token in settings.get("added_tokens", [])}
+    vocabulary: dict[str, int] = settings["model"]["vocab"]
+    lengths = np.zeros(max([*vocabulary.values(), *added]) + 1, np.int32)
+    for token, number in vocabulary.items():
+        lengths[number] = len(token)  # byte-level vocabularies spell each byte as one character
+    for number, token in added.items():
+        lengths[number] = 0 if token["special"] else len(token["content"].encode())
+    return lengths
+
+
 def _load_unchanged(path: str, fingerprint: str) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != fingerprint:
-        raise ValueError(f"{path}/tokenizer.json has changed since this process started: start the run again")
+        raise ValueError(f"{path}/{LIBRARY} has changed since this process started: start the run again")
     return tokenizer
-
-
-def _json(file: Path, required: bool) -> dict[str, Any]:
-    if not file.is_file():
-        if required:
-            raise ValueError(f"{file.parent} holds no {file.name}: it names the bos, eos and pad tokens")
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return values
-
-
-def _special(named: dict[str, Any], name: str, ids: dict[str, int], directory: Path) -> int | None:
-    value = named.get(name)
-    token = value.get("content") if isinstance(value, dict) else value
-    if token is None:
-        return None
-    if token not in ids:
-        raise ValueError(f"{directory}: {name} is {token!r}, which tokenizer.json does not hold")
-    return ids[token]
-
-
-def _chat_template(config: dict[str, Any], directory: Path) -> str | None:
-    separate = directory / "chat_template.jinja"
-    if separate.is_file():
-        return separate.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        return next((t["template"] for t in template if t["name"] == "default"), None)
-    return template
 
 
 def _unencodable(texts: Sequence[str]) -> ValueError:

@@ -5,11 +5,11 @@ so the id of a merge never changes when a later training stage appends more of t
 """
 
 import functools
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from stellarbyte_jax.tokenizer.directory import write_tokenizer
 
 PAD, BOS, EOS = "<|PAD|>", "<|SBOS|>", "<|SEOS|>"
 
@@ -118,7 +118,7 @@ def build(
 
 
 def save(tokenizer: Any, directory: str | Path, model_max_length: int) -> None:
-    """Writes the three files that ``transformers.AutoTokenizer`` reads, each replaced in one step."""
+    """Writes ``build``'s tokenizer as a directory that ``transformers.AutoTokenizer`` reads."""
     names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     rest = [t for t in SPECIAL_TOKENS if t not in names.values()]
     config = {
@@ -130,19 +130,5 @@ def save(tokenizer: Any, directory: str | Path, model_max_length: int) -> None:
         "padding_side": "right",
         "chat_template": CHAT_TEMPLATE,
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
-    write_json(directory / "tokenizer_config.json", config)
-    write_json(directory / "special_tokens_map.json", {**names, "additional_special_tokens": rest})
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes readable UTF-8 JSON, replacing the file in one step."""
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    special_tokens_map = {**names, "additional_special_tokens": rest}
+    write_tokenizer(Path(directory), tokenizer.to_str(pretty=True) + "\n", config, special_tokens_map)

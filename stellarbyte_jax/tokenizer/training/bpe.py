@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stellarbyte_jax.data.tokenizer_format import byte_alphabet, byte_characters
+from stellarbyte_jax.tokenizer.training.format import byte_alphabet, byte_characters
 
 _SEPARATOR, _DEAD = -1, -2  # between pieces; swallowed by a merge
 
@@ -90,7 +90,7 @@ class _Corpus:
     before: np.ndarray  # int32
     weight: np.ndarray  # int64, occurrences of the piece
     counts: dict[tuple[int, int], int]
-    where: dict[tuple[int, int], list[np.ndarray]]  # first positions of the pair, stale ones among them
+    positions: dict[tuple[int, int], list[np.ndarray]]  # first positions of the pair, stale ones among them
     forgotten: set[tuple[int, int]]
 
     @classmethod
@@ -114,11 +114,11 @@ class _Corpus:
     def forget(self, pair: tuple[int, int]) -> None:
         """Takes a pair out of the competition."""
         self.forgotten.add(pair)
-        del self.counts[pair], self.where[pair]
+        del self.counts[pair], self.positions[pair]
 
     def merge(self, left: int, right: int, new: int) -> list[tuple[int, int]]:
         """Writes symbol ``new`` over every pair; returns the pairs that have become more frequent."""
-        at = np.unique(np.concatenate(self.where.pop((left, right))))
+        at = np.unique(np.concatenate(self.positions.pop((left, right))))
         at = at[(self.symbol[at] == left)]
         at = at[self.symbol[self.after[at]] == right]
         if left == right:
@@ -159,7 +159,7 @@ class _Corpus:
         for pair, total, place in zip(*self._pairs(at), strict=True):
             if pair not in self.forgotten:
                 self.counts[pair] = self.counts.get(pair, 0) + total
-                self.where.setdefault(pair, []).append(place)
+                self.positions.setdefault(pair, []).append(place)
                 competing.append(pair)
         return competing
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stellarbyte_jax.data.tokenizer import Tokenizer
+from stellarbyte_jax.tokenizer.codec import Tokenizer
 
 
 class Conversation:

@@ -1,0 +1,1 @@
+"""Tokenizer directories, text to ids and back, special tokens and chat prompts."""

@@ -1,0 +1,210 @@
+"""A tokenizer directory as ``transformers`` saves it: the names of its files, and how each is read, written and copied.
+
+No other module knows these names.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LIBRARY = "tokenizer.json"  # read by the tokenizers library
+CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"  # of a model; it names the ids that end a text
+FILES = (
+    LIBRARY,
+    CONFIG,
+    SPECIAL_TOKENS_MAP,
+    "added_tokens.json",
+    CHAT_TEMPLATE,
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    GENERATION_CONFIG,
+)
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
+SPECIAL_IDS = tuple(f"{name}_id" for name in SPECIAL_TOKENS)  # their names in a model's settings
+
+
+class TokenizerDirectory:
+    """The files of one directory; each method reads one when it is called, and every error is one line.
+
+    Attributes:
+      path: the directory.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Names the directory; nothing is read yet."""
+        self.path = Path(path)
+
+    @property
+    def has_library(self) -> bool:
+        """Whether it holds a ``tokenizer.json``."""
+        return (self.path / LIBRARY).is_file()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it holds what ``codec.load_tokenizer`` cannot do without."""
+        return self.has_library and (self.path / CONFIG).is_file()
+
+    def read_library(self) -> tuple[bytes, Any]:
+        """Content of ``tokenizer.json``, and the ``tokenizers.Tokenizer`` that it describes.
+
+        Raises:
+          ValueError: the directory or the file is missing, or the library cannot read it.
+        """
+        from tokenizers import Tokenizer
+
+        content = self._library_bytes()
+        try:
+            return content, Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"{self.path / LIBRARY} is not a tokenizer that the tokenizers library can read: {error}"
+            ) from None
+
+    def library_settings(self) -> dict[str, Any]:
+        """``tokenizer.json`` as plain values.
+
+        Raises:
+          ValueError: the directory or the file is missing, or is not a JSON object.
+        """
+        return _parse_object(self.path / LIBRARY, self._library_bytes())
+
+    def config(self) -> dict[str, Any]:
+        """``tokenizer_config.json``.
+
+        Raises:
+          ValueError: it is missing, or not a JSON object.
+        """
+        if not (self.path / CONFIG).is_file():
+            raise ValueError(f"{self.path} holds no {CONFIG}: it names the bos, eos and pad tokens")
+        return self._read_object(CONFIG)
+
+    def special_tokens(self) -> dict[str, str]:
+        """Spelling of each of :data:`SPECIAL_TOKENS` that the files name.
+
+        ``tokenizer_config.json`` goes before ``special_tokens_map.json``; a null names nothing.
+
+        Raises:
+          ValueError: a file is not a JSON object, or names something else than a token.
+        """
+        spelled: dict[str, str] = {}
+        for file in (SPECIAL_TOKENS_MAP, CONFIG):
+            values = self._read_object(file)
+            for name in SPECIAL_TOKENS:
+                value = values.get(name)
+                token = value.get("content") if isinstance(value, dict) else value
+                if token is None:
+                    continue
+                if not isinstance(token, str):
+                    raise ValueError(f"{self.path / file}: {name} must be a token's spelling, got {value!r}")
+                spelled[name] = token
+        return spelled
+
+    def add_bos_token(self) -> bool | None:
+        """What the configuration says about bos before a text; None where it says nothing.
+
+        Raises:
+          ValueError: ``tokenizer_config.json`` is missing, or not a JSON object.
+        """
+        stated = self.config().get("add_bos_token")
+        return stated if isinstance(stated, bool) else None
+
+    def chat_template(self) -> str | None:
+        """The Jinja source that makes a prompt of messages: ``chat_template.jinja``, else the configuration's default.
+
+        Raises:
+          ValueError: ``tokenizer_config.json`` is missing or not a JSON object, or the template is not UTF-8 text.
+        """
+        template = self.config().get("chat_template")
+        separate = self.path / CHAT_TEMPLATE
+        if separate.is_file():
+            try:
+                return separate.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{separate} is not UTF-8 text ({error}): copy the file again") from None
+        if isinstance(template, list):  # several named ones
+            return next((t["template"] for t in template if t["name"] == "default"), None)
+        return template
+
+    def generation_ids(self) -> dict[str, int | list[int]]:
+        """Those of :data:`SPECIAL_IDS` that ``generation_config.json`` gives; a text may have several ends.
+
+        Raises:
+          ValueError: the file is not a JSON object, or holds something else than ids.
+        """
+        values = self._read_object(GENERATION_CONFIG)
+        stated = {name: values[name] for name in SPECIAL_IDS if values.get(name) is not None}
+        for name, value in stated.items():
+            if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
+                raise ValueError(
+                    f"{self.path / GENERATION_CONFIG}: {name} must be an id or a list of ids, got {value!r}"
+                )
+        return stated
+
+    def _library_bytes(self) -> bytes:
+        if not self.path.is_dir():
+            raise ValueError(f"tokenizer directory {self.path} does not exist: give a directory that holds {LIBRARY}")
+        if not self.has_library:
+            raise ValueError(
+                f"{self.path} holds no {LIBRARY}: only tokenizers in that format can be read "
+                "(scripts/train_tokenizer.py writes one, and so does transformers' save_pretrained)"
+            )
+        return (self.path / LIBRARY).read_bytes()
+
+    def _read_object(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file; empty where there is no such file."""
+        file = self.path / name
+        return _parse_object(file, file.read_bytes()) if file.is_file() else {}
+
+
+def _parse_object(file: Path, content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content.decode())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def write_tokenizer(
+    target: Path, library: str, config: Mapping[str, Any], special_tokens_map: Mapping[str, Any]
+) -> None:
+    """Writes the three files that ``transformers.AutoTokenizer`` reads, each replaced in one step."""
+    target.mkdir(parents=True, exist_ok=True)
+    _replace(target / LIBRARY, library)
+    write_json(target / CONFIG, config)
+    write_json(target / SPECIAL_TOKENS_MAP, special_tokens_map)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes readable UTF-8 JSON, replacing the file in one step."""
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
+    """Copies those of :data:`FILES` that ``source`` has into ``target``, which is made where needed.
+
+    Returns:
+      Their names. A directory is already the copy of itself.
+    """
+    source, target = Path(source), Path(target)
+    present = [name for name in FILES if (source / name).is_file()]
+    if present and source.resolve() != target.resolve():
+        target.mkdir(parents=True, exist_ok=True)
+        for name in present:
+            shutil.copyfile(source / name, target / name)
+    return present

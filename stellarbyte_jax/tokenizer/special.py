@@ -1,0 +1,71 @@
+"""Ids of special tokens: which ones a directory names, which of them end a text, and whether bos begins one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from stellarbyte_jax.tokenizer.directory import LIBRARY, TokenizerDirectory
+
+
+def named_ids(directory: TokenizerDirectory, vocabulary: Mapping[str, int]) -> dict[str, int]:
+    """Ids of the special tokens that the tokenizer's own files name, such as ``{"eos_token_id": 2}``.
+
+    Args:
+      directory: whose files are read.
+      vocabulary: token -> id, added tokens included.
+
+    Raises:
+      ValueError: a named token is not in the vocabulary, or a file is broken.
+    """
+    ids = {}
+    for name, token in directory.special_tokens().items():
+        if token not in vocabulary:
+            raise ValueError(f"{directory.path}: {name} is {token!r}, which {LIBRARY} does not hold")
+        ids[f"{name}_id"] = vocabulary[token]
+    return ids
+
+
+def special_ids(path: str | Path, vocab_size: int) -> dict[str, int | list[int]]:
+    """Ids of special tokens under their names in a model's ``config.json``.
+
+    What the directory's ``generation_config.json`` says goes first: there may be several ends of a text.
+
+    Args:
+      path: the tokenizer's directory; ``tokenizer.json`` alone will do.
+      vocab_size: of the model.
+
+    Raises:
+      ValueError: there is no ``tokenizer.json``, it is larger than the model's vocabulary, or it lacks a special token.
+    """
+    directory = TokenizerDirectory(path)
+    vocabulary: dict[str, int] = directory.read_library()[1].get_vocab(with_added_tokens=True)
+    size = max(vocabulary.values(), default=-1) + 1
+    if size > vocab_size:
+        raise ValueError(
+            f"{directory.path / LIBRARY} has {size} tokens, the model's vocab_size is {vocab_size}: "
+            "this tokenizer belongs to another model, or the model must be resized: scripts/convert.py resize"
+        )
+    return {**named_ids(directory, vocabulary), **directory.generation_ids()}
+
+
+def stop_ids(path: str | Path, eos_id: int | None) -> list[int]:
+    """Ids that end a text: the tokenizer's eos, then those of the directory's ``generation_config.json``.
+
+    Raises:
+      ValueError: that file is not a JSON object, or holds something else than ids.
+    """
+    stated = TokenizerDirectory(path).generation_ids().get("eos_token_id", [])
+    own = [] if eos_id is None else [eos_id]
+    return list(dict.fromkeys(own + (stated if isinstance(stated, list) else [stated])))
+
+
+def adds_bos(path: str | Path, bos_id: int | None) -> bool:
+    """Whether the directory says that texts begin with bos, as ``transformers`` reads it.
+
+    Raises:
+      ValueError: a file is missing or broken.
+    """
+    directory = TokenizerDirectory(path)
+    stated = directory.add_bos_token()
+    if stated is not None:
+        return stated
+    return directory.read_library()[1].encode("").ids[:1] == [bos_id]

@@ -1,0 +1,1 @@
+"""Learning the project's own tokenizer, its format and its evaluation."""

@@ -1,0 +1,89 @@
+"""Files of a tokenizer directory: what is read, what is copied, and one line for each fault."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.tiny_documents import save_byte_tokenizer
+
+from stellarbyte_jax.tokenizer import directory
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
+from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer
+
+COMMITTED = Path(__file__).resolve().parents[2] / "tokenizer"
+
+
+def _copy(tmp_path, **config):
+    shutil.copytree(COMMITTED, tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **config}), encoding="utf-8")
+    return tmp_path / "t"
+
+
+def test_separate_and_named_templates(tmp_path):
+    directory = _copy(
+        tmp_path, chat_template=[{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    )
+    assert load_tokenizer(directory).chat_template == "D"
+    (directory / "chat_template.jinja").write_text("S", encoding="utf-8")
+    assert load_tokenizer(directory).chat_template == "S"
+
+
+def test_unreadable_directories(tmp_path):
+    with pytest.raises(ValueError, match="does not exist: give a directory"):
+        load_tokenizer(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer that"):
+        load_tokenizer(tmp_path)
+    shutil.copy(COMMITTED / "tokenizer.json", tmp_path)
+    with pytest.raises(ValueError, match=r"holds no tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(b'"\xff"')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must hold a JSON object, got list"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": 5}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: bos_token must be a token's spelling, got 5"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 text"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"pad_token is '<pad>', which tokenizer\.json does not hold"):
+        load_tokenizer(_copy(tmp_path, pad_token="<pad>"))
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "tokenizer_config.json"])
+def test_half_a_tokenizer_is_told_from_a_whole_one(tmp_path, missing):
+    save_byte_tokenizer(tmp_path)
+    found = TokenizerDirectory(tmp_path)
+    assert found.has_library and found.is_complete
+    (tmp_path / missing).unlink()
+    assert found.has_library == (missing != "tokenizer.json")
+    assert not found.is_complete
+
+
+def test_a_copy_has_every_file_of_a_tokenizer_and_nothing_else(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "new" / "target"
+    source.mkdir()
+    assert copy_tokenizer(source, target) == [] and not target.exists()
+    for name in (*directory.FILES, "model.safetensors", "config.json"):
+        (source / name).write_text(name)
+    assert copy_tokenizer(source, target) == list(directory.FILES)
+    assert {p.name: p.read_text() for p in target.iterdir()} == {name: name for name in directory.FILES}
+    assert {"chat_template.jinja", "generation_config.json", "special_tokens_map.json"} < set(directory.FILES)
+
+
+def test_a_directory_is_the_copy_of_itself(tmp_path):
+    save_byte_tokenizer(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(copy_tokenizer(tmp_path, tmp_path / ".." / tmp_path.name)) == set(before)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
