@@ -110,9 +110,9 @@ def save_pretrained(
     ]
     with replacing(Path(directory), overwrite) as partial:
         write_json(partial / "config.json", config_json(family, config, dtype, ids))
-        write_json(partial / GENERATION_CONFIG, generation_json(ids))
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, partial)
+        copied = [] if tokenizer is None else copy_tokenizer(tokenizer, partial)
+        if GENERATION_CONFIG not in copied:
+            write_json(partial / GENERATION_CONFIG, generation_json(ids))
         write_tensors(partial, tensors, max_shard_bytes)
 
 

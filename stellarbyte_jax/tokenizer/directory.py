@@ -196,15 +196,21 @@ def _replace(path: Path, text: str) -> None:
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
-    """Copies those of :data:`FILES` that ``source`` has into ``target``, which is made where needed.
+    """Gives ``target``, made where needed, those of :data:`FILES` that ``source`` has.
+
+    Others of these names in ``target`` are removed, since they would speak of another tokenizer. A source without any
+    of them changes nothing.
 
     Returns:
-      Their names. A directory is already the copy of itself.
+      The names of the source's files.
     """
     source, target = Path(source), Path(target)
     present = [name for name in FILES if (source / name).is_file()]
     if present and source.resolve() != target.resolve():
         target.mkdir(parents=True, exist_ok=True)
-        for name in present:
-            shutil.copyfile(source / name, target / name)
+        for name in FILES:
+            if name in present:
+                shutil.copyfile(source / name, target / name)
+            else:
+                (target / name).unlink(missing_ok=True)
     return present

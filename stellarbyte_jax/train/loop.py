@@ -1,7 +1,6 @@
 """The training run, from settings to a finished checkpoint."""
 
 import contextlib
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_l
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.memory import Memory
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
+from stellarbyte_jax.tokenizer.directory import copy_tokenizer
 from stellarbyte_jax.train import finish
 from stellarbyte_jax.train.checkpoint import Checkpointer
 from stellarbyte_jax.train.console import Reporter, format_metrics
@@ -101,7 +101,8 @@ def train(config: TrainConfig, config_path: str = "CONFIG") -> int:
         elif restored is not None:
             report.line(f"starting from the weights in {run_dir}")
         (run_dir / "train_config.json").write_text(config.to_json(), encoding="utf-8")
-        _keep_tokenizer(config)
+        # Its checkpoints stay readable when the original moves.
+        copy_tokenizer(config.data.tokenizer, run_dir / "tokenizer")
         report.line(
             f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step"
         )
@@ -289,17 +290,6 @@ def _validation_loader(config: TrainConfig) -> Loader | None:
         vocab_size=config.model.vocab_size,
         transform=jax.device_put,
     )
-
-
-def _keep_tokenizer(config: TrainConfig) -> None:
-    """Copies the tokenizer into the run, so that its checkpoints stay readable when the original moves."""
-    source, target = Path(config.data.tokenizer), Path(config.output_dir) / "tokenizer"
-    if source.resolve() == target.resolve():
-        return
-    target.mkdir(exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _first_step(seconds: float, cache: CompileCache) -> str:

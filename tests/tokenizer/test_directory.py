@@ -82,6 +82,17 @@ def test_a_copy_has_every_file_of_a_tokenizer_and_nothing_else(tmp_path):
     assert {"chat_template.jinja", "generation_config.json", "special_tokens_map.json"} < set(directory.FILES)
 
 
+def test_a_copy_holds_no_file_of_an_earlier_tokenizer(tmp_path):
+    source = save_byte_tokenizer(tmp_path / "source")
+    target = tmp_path / "target"
+    target.mkdir()
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "notes.txt"):
+        (target / name).write_text("earlier")
+    copied = copy_tokenizer(source, target)
+    assert {p.name for p in target.iterdir()} == {*copied, "notes.txt"}
+    assert "chat_template.jinja" not in copied
+
+
 def test_a_directory_is_the_copy_of_itself(tmp_path):
     save_byte_tokenizer(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
