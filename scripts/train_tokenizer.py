@@ -4,6 +4,8 @@ A small one, from the embedded corpus::
 
     python scripts/train_tokenizer.py --output /tmp/small --corpus text='data/*_train.jsonl' --stage 4000:text
 
+Files are read as data.train reads them; one of any other kind is a single document of text.
+
 The committed one, from books, poetry, documentation and code that are not part of the repository. $C/corpus/*.jsonl
 hold one object a line with the fields text and source, $C/html and $C/js are unpacked packages; tokenizer/README.md
 describes them::
@@ -36,13 +38,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from stellarbyte_jax.data.tokenizer_corpus import TokenizerCorpus, draw
 from stellarbyte_jax.tokenizer.directory import write_json
 from stellarbyte_jax.tokenizer.training.evaluation import evaluate, pieces_of
 from stellarbyte_jax.tokenizer.training.format import build, save
-from stellarbyte_jax.tokenizer.training.stages import Corpus, Stage, check_stages, draw, train
+from stellarbyte_jax.tokenizer.training.stages import Stage, check_stages, train
 
 
-def parse_corpora(paths: Sequence[str], filters: Sequence[str], text_field: str) -> dict[str, Corpus]:
+def parse_corpora(
+    paths: Sequence[str], filters: Sequence[str], text_field: str, cache_dir: str | None = None
+) -> dict[str, TokenizerCorpus]:
     """Reads ``NAME=GLOB`` and ``NAME:FIELD=REGEX``, alternatives where repeated. Raises ValueError on other forms."""
     globs: dict[str, list[str]] = {}
     for argument in paths:
@@ -57,7 +62,12 @@ def parse_corpora(paths: Sequence[str], filters: Sequence[str], text_field: str)
         if not (equals and colon and field) or name not in only:
             raise ValueError(f"--only {argument}: write NAME:FIELD=REGEX with a NAME of --corpus ({sorted(only)})")
         only[name][field] = f"{only[name][field]}|{pattern}" if field in only[name] else pattern
-    return {n: Corpus(name=n, paths=tuple(g), text_field=text_field, only=only[n]) for n, g in globs.items()}
+    return {
+        name: TokenizerCorpus(
+            name=name, paths=tuple(patterns), text_field=text_field, only=only[name], cache_dir=cache_dir
+        )
+        for name, patterns in globs.items()
+    }
 
 
 def parse_stage(argument: str) -> Stage:
@@ -78,14 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = functools.partial(parser.add_argument, required=True)
-    add("--corpus", action="append", metavar="NAME=GLOB", help=".jsonl or text files; repeat for more names or globs")
+    add("--corpus", action="append", metavar="NAME=GLOB", help=".jsonl[.gz|.zst], .parquet or text files; may repeat")
     add("--stage", action="append", metavar="SIZE:NAME=SHARE,...", help="vocabulary size and mixture; in order")
     add("--output", type=Path, help="directory to write")
     add = parser.add_argument
-    add(
-        "--only", action="append", default=[], metavar="NAME:FIELD=REGEX", help="JSONL objects to take; repeat for more"
-    )
-    add("--text-field", default="text", help="JSONL field that holds the text (default: %(default)s)")
+    add("--only", action="append", default=[], metavar="NAME:FIELD=REGEX", help="records to take; repeat for more")
+    add("--text-field", default="text", help="field of a record that holds the text (default: %(default)s)")
+    add("--cache-dir", metavar="DIR", help="default: ~/.cache/stellarbyte_jax")
     add("--sample-megabytes", type=float, default=40, help="of each corpus (default: %(default)s)")
     add("--held-out-megabytes", type=float, default=1, help="of each corpus, for the report (default: %(default)s)")
     add("--max-token-length", type=int, default=24, help="in bytes (default: %(default)s)")
@@ -94,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     try:
-        corpora = parse_corpora(options.corpus, options.only, options.text_field)
+        corpora = parse_corpora(options.corpus, options.only, options.text_field, options.cache_dir)
         stages = [parse_stage(s) for s in options.stage]
         check_stages(stages, corpora)
         sizes = int(options.sample_megabytes * 1e6), int(options.held_out_megabytes * 1e6)
@@ -109,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save(build(merges), options.output, options.model_max_length)
         print(f"wrote {options.output} after {time.monotonic() - started:.0f} s", flush=True)
         report = evaluate(merges, samples, stages, sample if options.baselines else None)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     write_json(options.output / "report.json", report)
     for name, figures in report["tokenizer"].items():

@@ -46,9 +46,9 @@ class BadRecordError(ValueError):
         self.column = column
 
 
-def default_cache_dir() -> Path:
-    """Where line indexes and converted files go when ``data.cache_dir`` is not set."""
-    return Path.home() / ".cache" / "stellarbyte_jax"
+def cache_path(cache_dir: str | Path | None) -> Path:
+    """Where line indexes and converted files go; None: ``~/.cache/stellarbyte_jax``."""
+    return Path.home() / ".cache" / "stellarbyte_jax" if cache_dir is None else Path(cache_dir).expanduser()
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
@@ -99,7 +99,7 @@ class LineSource:
             raise BadRecordError(f"a line must hold a JSON object with the fields, not a {type(value).__name__}")
         return value
 
-    def where(self, row: int, column: int | None = None) -> str:
+    def location(self, row: int, column: int | None = None) -> str:
         """``file:line`` or ``file:line:column`` of a row, for messages."""
         lines, starts = _open_lines(self.path, self.index)
         before, line = int(starts[row]), 1
@@ -174,21 +174,32 @@ def open_corpus(
       setting: the name of the setting that they come from, for messages.
       columns: the fields that will be read; only these are taken from Parquet files.
       fingerprint: of the tokenizer in use; prepared shards of another one are refused.
-      cache_dir: where indexes and converted files are kept; None: ``default_cache_dir()``.
+      cache_dir: where indexes and converted files are kept, see :func:`cache_path`.
 
     Raises:
       DataError: nothing is named, or a path is missing, empty, corrupt or of an unknown kind.
     """
     if not patterns:
         raise DataError(f"{setting} is empty: name at least one data file, such as {setting}=data/*.jsonl")
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    cache = cache_path(cache_dir)
     sources: list[LineSource | ShardSource] = []
-    for path in (p for pattern in patterns for p in _expand(pattern, setting)):
-        sources.append(_open_shards(path, fingerprint) if path.is_dir() else _open_text(path, cache, columns))
+    for path in (p for pattern in patterns for p in expand(pattern, setting)):
+        sources.append(_open_shards(path, fingerprint) if path.is_dir() else open_lines(path, cache, columns))
     return Corpus(sources)
 
 
-def _expand(pattern: str, setting: str) -> list[Path]:
+def expand(pattern: str, setting: str) -> list[Path]:
+    """The files and directories that a path or a glob names, sorted; ``**`` descends into folders.
+
+    A path that exists is taken as it stands, so that brackets in a name need no escape.
+
+    Args:
+      pattern: path or glob; ``~`` is the home directory.
+      setting: the name of the setting that it comes from, for messages.
+
+    Raises:
+      DataError: there is none.
+    """
     path = Path(pattern).expanduser()
     if path.exists():
         return [path]
@@ -200,8 +211,23 @@ def _expand(pattern: str, setting: str) -> list[Path]:
     return found
 
 
-def _open_text(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
+def suffix_of(path: Path) -> str | None:
+    """Which of ``SUFFIXES`` a file has; None: it holds no records."""
+    return next((s for s in SUFFIXES if path.name.endswith(s)), None)
+
+
+def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
+    """Opens a file of records; converts it and indexes its lines where that is still to be done.
+
+    Args:
+      path: with one of ``SUFFIXES``.
+      cache: directory of indexes and converted files.
+      columns: the fields that will be read; only these are taken from Parquet files.
+
+    Raises:
+      DataError: the file is empty, corrupt or of an unknown kind, or the cache cannot be written.
+    """
+    suffix = suffix_of(path)
     if suffix is None:
         raise DataError(
             f"{path}: unknown kind of data file; use {', '.join(SUFFIXES)} or a directory made by "
@@ -265,14 +291,17 @@ def _write_atomically(target: Path, write: Callable[[BinaryIO], Any]) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-", suffix=target.suffix)
     except OSError as error:
         raise DataError(
-            f"cannot write to the cache directory {target.parent}: {error.strerror}; set data.cache_dir"
+            f"cannot write to the cache directory {target.parent}: {error.strerror}; "
+            "choose another one by data.cache_dir or --cache-dir"
         ) from error
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
         os.replace(name, target)
     except OSError as error:
-        raise DataError(f"cannot write {target}: {error}; set data.cache_dir to a disk with room") from error
+        raise DataError(
+            f"cannot write {target}: {error}; choose a disk with room with data.cache_dir or --cache-dir"
+        ) from error
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -318,12 +347,12 @@ def _from_parquet(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
             present = file.schema_arrow.names
             missing = [c for c in columns if c not in present]
             if missing:
-                raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(present)}; see data.fields")
+                raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(present)}; name one of these")
             for column in columns:
                 kind = file.schema_arrow.field(column).type
                 kind = kind.value_type if pa.types.is_dictionary(kind) else kind
                 if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                    raise DataError(f"{path}: column {column!r} must hold strings, it holds {kind}; see data.fields")
+                    raise DataError(f"{path}: column {column!r} must hold strings, it holds {kind}; name another one")
             for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
                 for record in batch.to_pylist():
                     out.write(json.dumps(record).encode() + b"\n")

@@ -45,21 +45,30 @@ class TextFormat:
         Raises:
           BadRecordError: a field is missing, is not a string or holds a lone surrogate.
         """
-        values: dict[str, str] = {}
-        for name in self.columns:
-            if name not in record:
-                present = ", ".join(record) or "none"
-                raise BadRecordError(f"no field {name!r}; the fields here are: {present}; see data.fields")
-            value = record[name]
-            if not isinstance(value, str):
-                raise BadRecordError(f"field {name!r} must be a string, it is {type(value).__name__}")
-            values[name] = value
+        values = self.values(record)
         text = "\n".join(values.values()) if self.template is None else self.template.format_map(values)
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadRecordError(f"half of a surrogate pair at character {error.start + 1} of the text") from error
         return text
+
+    def values(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """The fields that are read, in their order.
+
+        Raises:
+          BadRecordError: a field is missing or is not a string.
+        """
+        values: dict[str, str] = {}
+        for name in self.columns:
+            if name not in record:
+                present = ", ".join(record) or "none"
+                raise BadRecordError(f"no field {name!r}; the fields here are: {present}; name one of these")
+            value = record[name]
+            if not isinstance(value, str):
+                raise BadRecordError(f"field {name!r} must be a string, it is {type(value).__name__}")
+            values[name] = value
+        return values
 
 
 def read_text(source: LineSource, row: int, text: TextFormat) -> str:
@@ -72,5 +81,6 @@ def read_text(source: LineSource, row: int, text: TextFormat) -> str:
         return text.render(source.record(row))
     except BadRecordError as error:
         raise DataError(
-            f"{source.where(row, error.column)}: {error}; mend the line or leave such lines out with data.on_error=skip"
+            f"{source.location(row, error.column)}: {error}; "
+            "mend the line or leave such lines out with data.on_error=skip"
         ) from error

@@ -1,21 +1,15 @@
 """Reading: every format gives the same records, and what is wrong is named with its place."""
 
 import gzip
-import json
 import os
 
 import numpy as np
 import pytest
+from helpers.record_files import BAD_LINES, FORMATS, RECORDS, lines_of, write_records
 
 from stellarbyte_jax.data import sources
 from stellarbyte_jax.data.sources import DataError, open_corpus
 from stellarbyte_jax.data.text import TextFormat, read_text
-
-RECORDS = [{"text": f"document {i} 静夜思\nsecond line", "title": f"t{i}"} for i in range(50)]
-
-
-def _lines(records):
-    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
 
 
 def _open(tmp_path, *patterns, columns=("text",)):
@@ -29,26 +23,9 @@ def _texts(corpus, text=None):
     return [read_text(*corpus.locate(i), text) for i in range(len(corpus))]
 
 
-def _write(path, records):
-    if path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(_lines(records[:20])) + gzip.compress(_lines(records[20:])))
-    elif path.name.endswith(".zst"):
-        import zstandard
-
-        frame = zstandard.ZstdCompressor().compress
-        path.write_bytes(frame(_lines(records[:20])) + frame(_lines(records[20:])))
-    elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=7)
-    else:
-        path.write_bytes(_lines(records))
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_text(tmp_path, name):
-    _write(tmp_path / name, RECORDS)
+    write_records(tmp_path / name, RECORDS)
     text = TextFormat(("title", "text"))
     corpus = _open(tmp_path, tmp_path / name, columns=text.columns)
     assert _texts(corpus, text) == [f"{r['title']}\n{r['text']}" for r in RECORDS]
@@ -56,20 +33,36 @@ def test_every_format_gives_the_same_text(tmp_path, name):
 
 def test_conversion_and_index_are_made_once_and_anew_when_the_file_changes(tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    _write(path, RECORDS)
+    write_records(path, RECORDS)
     _open(tmp_path, path)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
     assert len(before) == 2
     _open(tmp_path, path)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == before
-    path.write_bytes(gzip.compress(_lines(RECORDS[:3])))
+    path.write_bytes(gzip.compress(lines_of(RECORDS[:3])))
     os.utime(path, ns=(1, 1))
     assert len(_open(tmp_path, path)) == 3
 
 
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "[ab]/x.jsonl"])
+def test_a_path_that_exists_is_no_pattern(tmp_path, name):
+    """Such a path as a pattern would name the other file, or none."""
+    for number, path in enumerate((tmp_path / name, tmp_path / "a1.jsonl", tmp_path / "a" / "x.jsonl")):
+        path.parent.mkdir(exist_ok=True)
+        write_records(path, RECORDS[number : number + 1])
+    assert _texts(_open(tmp_path, tmp_path / name)) == [RECORDS[0]["text"]]
+
+
+def test_two_stars_descend_into_folders(tmp_path):
+    for number, folder in enumerate(("", "b", "b/c")):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        write_records(tmp_path / "in" / folder / "a.jsonl", RECORDS[number : number + 1])
+    assert _texts(_open(tmp_path, tmp_path / "in" / "**" / "*.jsonl")) == [r["text"] for r in RECORDS[:3]]
+
+
 def test_globs_and_many_files_join_in_order(tmp_path):
     for number in (2, 0, 1):
-        _write(tmp_path / f"part-{number}.jsonl", RECORDS[number * 10 : number * 10 + 10])
+        write_records(tmp_path / f"part-{number}.jsonl", RECORDS[number * 10 : number * 10 + 10])
     corpus = _open(tmp_path, tmp_path / "part-*.jsonl")
     assert _texts(corpus) == [r["text"] for r in RECORDS[:30]]
 
@@ -87,7 +80,7 @@ def test_line_starts_leave_blank_lines_out(tmp_path, monkeypatch, block):
 
 def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + _lines(RECORDS[:2]))
+    path.write_bytes(b"\xef\xbb\xbf" + lines_of(RECORDS[:2]))
     assert _texts(_open(tmp_path, path)) == [r["text"] for r in RECORDS[:2]]
 
 
@@ -102,18 +95,6 @@ def test_template_fills_in_fields():
 def test_a_template_that_names_no_field_is_refused(template):
     with pytest.raises(DataError, match=r"data\.template"):
         _ = TextFormat(template=template).columns
-
-
-BAD_LINES = {
-    "JSON": (b'{"text": "a" "b"}', r"a\.jsonl:3:14: not valid JSON"),
-    "cut": (b'{"text": "a', r"a\.jsonl:3:10: not valid JSON"),
-    "not an object": (b'["text"]', r"a\.jsonl:3: a line must hold a JSON object .* not a list"),
-    "missing": (b'{"content": "a", "id": "b"}', r"a\.jsonl:3: no field 'text'; the fields here are: content, id"),
-    "number": (b'{"text": 5}', r"a\.jsonl:3: field 'text' must be a string, it is int"),
-    "null": (b'{"text": null}', r"a\.jsonl:3: field 'text' must be a string, it is NoneType"),
-    "bytes": (b'{"text": "\xff"}', r"a\.jsonl:3:11: not valid UTF-8"),
-    "surrogate": (b'{"text": "ab\\ud800"}', r"a\.jsonl:3: half of a surrogate pair at character 3"),
-}
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
@@ -162,7 +143,7 @@ def test_a_cut_zstd_stream_is_refused(tmp_path):
 
 def test_parquet_columns_are_checked(tmp_path):
     path = tmp_path / "a.parquet"
-    _write(path, [{"content": "a", "id": 1}])
+    write_records(path, [{"content": "a", "id": 1}])
     with pytest.raises(DataError, match=r"a\.parquet: no column 'text'; it has content, id"):
         _open(tmp_path, path)
     with pytest.raises(DataError, match=r"a\.parquet: column 'id' must hold strings, it holds int64"):
@@ -175,7 +156,7 @@ def test_nothing_named_is_an_error(tmp_path):
 
 
 def test_an_unwritable_cache_is_named(tmp_path):
-    _write(tmp_path / "a.jsonl", RECORDS)
+    write_records(tmp_path / "a.jsonl", RECORDS)
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(DataError, match=r"cannot write to the cache directory .*set data\.cache_dir"):
+    with pytest.raises(DataError, match=r"cannot write to the cache directory .* by data\.cache_dir or --cache-dir"):
         _open(tmp_path, tmp_path / "a.jsonl")

@@ -64,9 +64,12 @@ def test_a_tokenizer_of_another_model_is_refused(words):
         ValueError, match="has 4 tokens, the model's vocab_size is 3: this tokenizer belongs to another"
     ):
         special_ids(words, 3)
+    Tokenizer(models.WordLevel({**WORDS, "far": 9}, unk_token="a")).save(str(words / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has 10 tokens"):  # the highest id needs a row
+        special_ids(words, 9)
     _write(words / "tokenizer_config.json", {"eos_token": "<end>"})
     with pytest.raises(ValueError, match=r"eos_token is '<end>', which tokenizer\.json does not hold"):
-        special_ids(words, 4)
+        special_ids(words, 10)
 
 
 def test_bos_comes_from_the_configuration_or_else_from_the_library(words):

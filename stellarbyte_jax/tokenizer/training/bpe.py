@@ -83,7 +83,7 @@ def keeps_characters_whole(token: str) -> bool:
 
 @dataclass
 class _Corpus:
-    """All pieces behind each other: position i holds ``symbol[i]``, neighbours are ``before[i]``, ``after[i]``."""
+    """All pieces, concatenated: position i holds ``symbol[i]``, neighbours are ``before[i]``, ``after[i]``."""
 
     symbol: np.ndarray  # int32
     after: np.ndarray  # int32
@@ -175,7 +175,7 @@ def _without_overlaps(at: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def segment(pieces: Sequence[str], merges: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Symbols of all pieces behind each other after the earlier merges, and their number in each piece."""
+    """Symbols of all pieces, concatenated, after the earlier merges, and their number in each piece."""
     from tokenizers import Tokenizer, models
 
     tokens = [*byte_alphabet(), *(left + right for left, right in merges)]

@@ -4,77 +4,15 @@ A stage is a vocabulary size and a mixture of corpora. It keeps every merge of t
 of its vocabulary from its own mixture, so common words of the first stage can never be crowded out by the later ones.
 """
 
-import glob
-import hashlib
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stellarbyte_jax.tokenizer.training.bpe import learn_merges
 from stellarbyte_jax.tokenizer.training.format import SPECIAL_TOKENS, byte_alphabet
 
-HELD_OUT_SHARE = 50  # one document in so many is kept for the evaluation
 _SCALE = 10**10  # weighted counts are whole numbers that sum to about this, so that learning is exact
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """Documents under one name: ``.jsonl`` files hold one object a line, any other file is one document of UTF-8 text.
-
-    Args:
-        name: How stages and reports call it.
-        paths: Files or globs; ``**`` descends into folders.
-        text_field: Field of a JSONL object that holds the text.
-        only: Field -> regular expression that must be found in it; other JSONL objects are left out.
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    text_field: str = "text"
-    only: Mapping[str, str] = field(default_factory=dict)
-
-    def files(self) -> list[Path]:
-        """The files, sorted. Raises ValueError when a path matches none."""
-        found: set[str] = set()
-        for pattern in self.paths:
-            matches = [m for m in glob.glob(pattern, recursive=True) if Path(m).is_file()]
-            if not matches:
-                raise ValueError(f"corpus {self.name!r}: no file matches {pattern}")
-            found.update(matches)
-        return [Path(f) for f in sorted(found)]
-
-    def documents(self) -> Iterator[str]:
-        """The texts in order of file and line.
-
-        Raises:
-            ValueError: A line is not JSON, lacks a field, or a file is not UTF-8; file and line are named.
-        """
-        for path in self.files():
-            if path.suffix == ".jsonl":
-                yield from self._lines(path)
-            else:
-                try:
-                    yield path.read_bytes().decode()
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{path} is not UTF-8 text ({error}): convert it or leave it out") from None
-
-    def _lines(self, path: Path) -> Iterator[str]:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    values = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
-                wanted = (self.text_field, *self.only)
-                missing = [f for f in wanted if not isinstance(values, dict) or not isinstance(values.get(f), str)]
-                if missing:
-                    raise ValueError(f"{path}:{number}: no text in field {missing[0]!r}; each line needs {wanted}")
-                if all(re.search(pattern, values[name]) for name, pattern in self.only.items()):
-                    yield values[self.text_field]
 
 
 @dataclass(frozen=True)
@@ -92,33 +30,6 @@ class Sample:
     pieces: Counter[str]
     training_bytes: int
     held_out: list[str]
-
-
-def draw(corpus: Corpus, cut: Callable[[str], Iterable[str]], sample_bytes: int, held_out_bytes: int) -> Sample:
-    """Counts the pieces of about ``sample_bytes`` of a corpus and keeps about ``held_out_bytes`` of other documents.
-
-    A hash of each document's text decides, so equal documents fall on the same side and a rerun draws the same.
-
-    Raises:
-        ValueError: The corpus holds no text.
-    """
-    total = sum(len(text.encode()) for text in corpus.documents())
-    if not total:
-        raise ValueError(f"corpus {corpus.name!r} holds no text: check its paths and --only filters")
-    keep = min(1.0, sample_bytes / total)
-    keep_held_out = min(1.0, held_out_bytes / (total / HELD_OUT_SHARE))
-    sample = Sample(Counter(), 0, [])
-    for text in corpus.documents():
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        rest, side = divmod(number, HELD_OUT_SHARE)
-        fraction = rest / (2**64 // HELD_OUT_SHARE + 1)
-        if side == 0:
-            if fraction < keep_held_out:
-                sample.held_out.append(text)
-        elif fraction < keep:
-            sample.pieces.update(cut(text))
-            sample.training_bytes += len(text.encode())
-    return sample
 
 
 def mix(samples: Mapping[str, Sample], mixture: Mapping[str, float]) -> dict[str, int]:

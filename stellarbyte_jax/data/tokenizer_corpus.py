@@ -1,0 +1,130 @@
+"""Corpora that a tokenizer is trained on, read as training reads its data, and samples drawn from them."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stellarbyte_jax.data.sources import (
+    BadRecordError,
+    DataError,
+    LineSource,
+    cache_path,
+    expand,
+    open_lines,
+    suffix_of,
+)
+from stellarbyte_jax.data.text import TextFormat
+from stellarbyte_jax.tokenizer.training.stages import Sample
+
+HELD_OUT_SHARE = 50  # one document in so many is kept for the evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerCorpus:
+    """Documents under one name: files of records as in ``data.train``; any other file is one document of UTF-8 text.
+
+    Args:
+      name: How stages and reports call it.
+      paths: Files or globs, see ``sources.expand``. A file that several of them name is read once.
+      text_field: Field of a record that holds the text.
+      only: Field -> regular expression that must be found in it; other records are left out.
+      cache_dir: As ``data.cache_dir``.
+
+    Raises:
+      ValueError: An expression is malformed.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    text_field: str = "text"
+    only: Mapping[str, str] = field(default_factory=dict)
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, pattern in self.only.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"corpus {self.name!r}: {pattern!r}, for field {name!r}, is no regular expression: {error}"
+                ) from None
+
+    def files(self) -> list[Path]:
+        """The files, sorted.
+
+        Raises:
+          DataError: A path names none.
+        """
+        found: set[Path] = set()
+        for pattern in self.paths:
+            setting = f"corpus {self.name!r}"
+            files = [path for path in expand(pattern, setting) if path.is_file()]
+            if not files:
+                raise DataError(f"{setting}: {pattern} names only directories; name the files in them with a glob")
+            found.update(files)
+        return sorted(found)
+
+    def documents(self) -> Iterator[str]:
+        """The texts in order of file and record.
+
+        Raises:
+          DataError: A file or a record is unusable; names the file, and the line or row.
+        """
+        columns = tuple(dict.fromkeys((self.text_field, *self.only)))
+        cache = cache_path(self.cache_dir)
+        for path in self.files():
+            if suffix_of(path) is None:
+                yield _read_plain(path)
+            else:
+                yield from self._records(open_lines(path, cache, columns), TextFormat(columns))
+
+    def _records(self, source: LineSource, wanted: TextFormat) -> Iterator[str]:
+        text = TextFormat((self.text_field,))
+        for row in range(source.documents):
+            try:
+                values = wanted.values(source.record(row))
+                if all(re.search(pattern, values[name]) for name, pattern in self.only.items()):
+                    yield text.render(values)
+            except BadRecordError as error:
+                raise DataError(
+                    f"{source.location(row, error.column)}: {error}; mend the line or take it out"
+                ) from error
+
+
+def _read_plain(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}): convert it or leave it out") from None
+
+
+def draw(
+    corpus: TokenizerCorpus, cut: Callable[[str], Iterable[str]], sample_bytes: int, held_out_bytes: int
+) -> Sample:
+    """Counts the pieces of about ``sample_bytes`` of a corpus and keeps about ``held_out_bytes`` of other documents.
+
+    A hash of each document's text decides, so equal documents fall on the same side and a rerun draws the same.
+
+    Raises:
+      DataError: The corpus holds no text, or a file of it is unusable.
+    """
+    total = sum(len(text.encode()) for text in corpus.documents())
+    if not total:
+        raise DataError(f"corpus {corpus.name!r} holds no text: check its paths and --only filters")
+    keep = min(1.0, sample_bytes / total)
+    keep_held_out = min(1.0, held_out_bytes / (total / HELD_OUT_SHARE))
+    sample = Sample(Counter(), 0, [])
+    for text in corpus.documents():
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+        rest, side = divmod(number, HELD_OUT_SHARE)
+        fraction = rest / (2**64 // HELD_OUT_SHARE + 1)
+        if side == 0:
+            if fraction < keep_held_out:
+                sample.held_out.append(text)
+        elif fraction < keep:
+            sample.pieces.update(cut(text))
+            sample.training_bytes += len(text.encode())
+    return sample

@@ -1,0 +1,83 @@
+"""scripts/train_tokenizer.py: the same files each time, and one line for each mistake."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.tokenizer_samples import CHINESE, ENGLISH, FIXED
+
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "train_tokenizer.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_tokenizer_script", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_script_trains_the_same_files_again(tmp_path):
+    (tmp_path / "en.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"{ENGLISH} {i}", "source": "good" if i % 2 else "bad"}) + "\n" for i in range(200)
+        ),
+        encoding="utf-8",
+    )
+    (tmp_path / "zh.txt").write_text(CHINESE, encoding="utf-8")
+    files = []
+    for run in ("a", "b"):
+        command = [
+            sys.executable, str(SCRIPT), "--output", str(tmp_path / run),
+            "--cache-dir", str(tmp_path / "cache"),
+            "--corpus", f"en={tmp_path}/*.jsonl", "--corpus", f"zh={tmp_path}/**/zh.txt",
+            "--only", "en:source=absent", "--only", "en:source=goo.",
+            "--stage", f"{FIXED + 10}:en", "--stage", f"{FIXED + 30}: en=1, zh=2",
+        ]  # fmt: skip
+        subprocess.run(command, check=True, env={"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(ord(run))})
+        files.append({f.name: f.read_bytes() for f in (tmp_path / run).iterdir()})
+    assert files[0] == files[1]
+    assert set(files[0]) == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "report.json"}
+    report = json.loads(files[0]["report.json"])
+    assert report["vocab_size"] == FIXED + 30 and report["tokenizer"]["en"]["round_trip"] == 1
+    assert report["training_bytes"]["en"] < 110 * len(ENGLISH)
+    assert load_tokenizer(tmp_path / "a").vocab_size == FIXED + 30
+
+
+GOOD = "".join(json.dumps({"text": f"the cat and the dog {i}"}) + "\n" for i in range(100))
+
+
+def _train(script, tmp_path, content, *more):
+    path = tmp_path / "a[1].jsonl"
+    path.write_text(content)
+    places = ["--output", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")]
+    script.main(["--corpus", f"t={path}", "--stage", f"{FIXED + 5}:t", *places, *more])
+
+
+def test_a_blank_line_at_the_end_is_no_document(script, tmp_path, capsys):
+    _train(script, tmp_path, GOOD + "\n")
+    assert "round trip 100.00%" in capsys.readouterr().out
+    assert load_tokenizer(tmp_path / "out").vocab_size == FIXED + 5
+
+
+@pytest.mark.parametrize(
+    ("line", "more", "message"),
+    [
+        ('{"text": "x\\ud83d"}\n', [], r"a\[1\]\.jsonl:101: half of a surrogate pair at character 2"),
+        ('{"text": 3}\n', [], r"a\[1\]\.jsonl:101: field 'text' must be a string"),
+        ("", ["--only", "t=x"], "--only t=x: write NAME:FIELD=REGEX"),
+        ("", ["--only", "t:text=("], r"'\(', for field 'text', is no regular expression"),
+        ("", ["--corpus", "u=absent.txt"], "corpus 'u': absent.txt does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line(script, tmp_path, line, more, message):
+    with pytest.raises(SystemExit, match="^error: .*" + message) as caught:
+        _train(script, tmp_path, GOOD + line, *more)
+    assert "\n" not in str(caught.value)
