@@ -56,7 +56,7 @@ def continue_text(
       model: the network.
       params: its weights.
       tokenizer: the model's.
-      prompts: ids of each prompt, see :func:`encode_prompt` and :class:`Conversation`.
+      prompts: ids of each prompt, see :func:`encode_prompt` and ``tokenizer.chat.Conversation``.
       stop_tokens: ids that end a row; None for the tokenizer's eos.
       stop_texts: texts that end a row, and are not part of it.
       on_text: called with a row's number and new text as it is generated. Complete characters only: the bytes of one
