@@ -40,7 +40,7 @@ test: $(VENV)/.installed-$(CUDA)-test
 	"$(VENV)/bin/python" -m pytest -n 2 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-$(CUDA)-test
-	STELLARBYTE_TEST_GPU=1 "$(VENV)/bin/python" -m pytest -m gpu $(PYTEST_ARGS)
+	STELLARBYTE_TEST_GPU=1 "$(VENV)/bin/python" -m pytest -n 4 --dist worksteal -m gpu $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-$(CUDA)-test-dev
 	"$(VENV)/bin/ruff" format --check .

@@ -2,7 +2,10 @@
 
     python scripts/train.py --config configs/quickstart.py
 
+Hardware: a CPU. Time: 265 s of training on two cores. Loss: 5.86 on the validation documents, 2.65 bits a byte.
 Ends with samples of English and Chinese, a checkpoint and a Hugging Face directory under runs/quickstart.
+
+Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971; Muon: Liu et al. 2025, https://arxiv.org/abs/2502.16982.
 """
 
 from stellarbyte_jax.config import (
@@ -14,6 +17,7 @@ from stellarbyte_jax.config import (
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
+    beside,
 )
 
 
@@ -37,8 +41,9 @@ def config() -> TrainConfig:
             compute_dtype="float32",
         ),
         data=DataConfig(
-            train=("data/tiny_bilingual_train.jsonl",),
-            validation=("data/tiny_bilingual_valid.jsonl",),
+            train=(beside(__file__, "../data/tiny_bilingual_train.jsonl"),),
+            validation=(beside(__file__, "../data/tiny_bilingual_valid.jsonl"),),
+            tokenizer=beside(__file__, "../tokenizer"),
             sequence_length=128,
             workers=0,
         ),

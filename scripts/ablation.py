@@ -89,14 +89,14 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "dropout 0.1": (("model.hidden_dropout=0.1", "model.residual_dropout=0.1"), None),
     "attention dropout 0.1": (("model.attention_dropout=0.1",), None),
     "weights under 1 % pruned": (("model.attention_prune_below=0.01",), None),
-    "streams, no memory": (("data.arrangement=streams",), None),
+    "contiguous rows, no memory": (("data.arrangement=contiguous",), None),
     "memory of one row": (
-        ("data.arrangement=streams", "model.memory.length=256"),
-        ("data.arrangement=streams", "model.memory.length=1024"),
+        ("data.arrangement=contiguous", "model.memory.length=256"),
+        ("data.arrangement=contiguous", "model.memory.length=1024"),
     ),
-    "memory, a quarter of it fused": (
-        ("data.arrangement=streams", "model.memory.length=256", "model.memory.sliding_share=0.75"),
-        ("data.arrangement=streams", "model.memory.length=1024", "model.memory.sliding_share=0.75"),
+    "memory, a quarter of it compressed": (
+        ("data.arrangement=contiguous", "model.memory.length=256", "model.memory.recent_share=0.75"),
+        ("data.arrangement=contiguous", "model.memory.length=1024", "model.memory.recent_share=0.75"),
     ),
     "the original's defaults": (ORIGINAL, None),
 }
@@ -250,7 +250,7 @@ def copy(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, d
             *SMALL,
             f"data.train={folder}/train.jsonl",
             f"data.validation={folder}/valid.jsonl",
-            "data.arrangement=streams",
+            "data.arrangement=contiguous",
             "data.sequence_length=64",
             "global_batch_size=32",
             "steps=1500",

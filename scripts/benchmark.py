@@ -4,6 +4,8 @@
                                                       # Hugging Face's Llama under torch.compile, one after the other
     python scripts/benchmark.py train --no-peer
     python scripts/benchmark.py data                  # batches from JSONL and from prepared shards, no device
+    python scripts/benchmark.py generate              # 128 prompt tokens and 256 new ones, 1.10B model, by batch size
+    python scripts/benchmark.py cache                 # decoding over caches of each dtype, 30M model in float32
 
 Every figure is a median over repeats in a process of its own. FLOPs of a token are 6 (parameters - embedding)
 + 6 L T D, causal attention counted by the half that is computed.
@@ -18,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.config import TrainConfig, load
+from stellarbyte_jax.config import ByteConfig, CacheConfig, TrainConfig, load
 
 REPEATS = 5
 
@@ -30,7 +34,7 @@ REPEATS = 5
 def main() -> int:
     """Parses the command line; each measurement runs this file again with ``--worker``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "data"], nargs="?", default="train")
+    parser.add_argument("what", choices=["train", "data", "generate", "cache"], nargs="?", default="train")
     parser.add_argument("--config", default="configs/pretrain.py")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
     parser.add_argument("--steps", type=int, default=20, help="steps of one repeat")
@@ -43,7 +47,12 @@ def main() -> int:
     if arguments.worker:
         print("RESULT " + json.dumps(WORKERS[arguments.worker](config, arguments.steps)))
         return 0
-    names = ["synthetic", "real"] if arguments.what == "train" else ["jsonl", "shards"]
+    names = {
+        "train": ["synthetic", "real"],
+        "data": ["jsonl", "shards"],
+        "generate": ["batch_1", "batch_8", "batch_32", "batch_128"],
+        "cache": ["float32", "bfloat16", "int8", "float8_e4m3fn"],
+    }[arguments.what]
     if arguments.what == "train" and not arguments.no_peer:
         names.append("huggingface")
     if arguments.only:
@@ -116,7 +125,7 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
 
     run(5)
     result = _timed(run, config.global_batch_size * config.data.sequence_length, steps)
-    flops = flops_per_token(config.model, count_parameters(state.params), config.data.sequence_length)
+    flops = flops_per_token(config.model, count_parameters(state.weights), config.data.sequence_length)
     peak = peak_flops()
     if peak is not None:
         result["mfu"] = round(result["tokens_per_second"] * flops.causal / peak, 4)
@@ -237,7 +246,64 @@ def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
         return _rounded(measure_loader(data, batch_size=config.global_batch_size, seconds=15))
 
 
+# 1.10B parameters; weights and cache in bfloat16.
+GENERATE = ByteConfig(
+    hidden_size=2048,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=8192,
+    max_position_embeddings=2048,
+)
+CACHE = ByteConfig(
+    hidden_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    intermediate_size=1024,
+    max_position_embeddings=2048,
+    compute_dtype="float32",
+)
+
+
+def _decode(model_config: ByteConfig, batch_size: int, prompt: int, new: int) -> dict[str, Any]:
+    """Median tokens a second of whole calls of ``generate`` with random weights, prompts and compilation left out."""
+    import jax
+    import numpy as np
+
+    from stellarbyte_jax import ByteTransformer, generate
+    from stellarbyte_jax.launch import environment
+    from stellarbyte_jax.model.decoder import init_params
+
+    model = ByteTransformer(model_config)
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+    params = jax.tree.map(lambda x: x.astype(model_config.compute_dtype), params)
+    tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, (batch_size, prompt), dtype=np.int32)
+    results = [generate(model, params, tokens, max_new_tokens=new) for _ in range(REPEATS + 1)][1:]
+    rates = [batch_size * new / result.decode_seconds for result in results]
+    whole = [batch_size * new / (result.decode_seconds + result.prefill_seconds) for result in results]
+    return {
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "with_prefill": round(statistics.median(whole), 1),
+        "lowest": round(min(rates), 1),
+        "highest": round(max(rates), 1),
+        "repeats": REPEATS,
+        "prompt": prompt,
+        "new": new,
+        "on": environment(),
+    }
+
+
+def _generate(batch_size: int) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    return lambda config, steps: _decode(GENERATE, batch_size, 128, 256)
+
+
+def _cache(dtype: Any) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    return lambda config, steps: _decode(replace(CACHE, cache=CacheConfig(dtype=dtype)), 4, 512, 64)
+
+
 WORKERS = {
+    **{f"batch_{size}": _generate(size) for size in (1, 8, 32, 128)},
+    **{dtype: _cache(dtype) for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn")},
     "synthetic": _synthetic,
     "real": _real,
     "huggingface": _huggingface,

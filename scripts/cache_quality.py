@@ -49,8 +49,9 @@ def main() -> int:
 
     from stellarbyte_jax.hf.directory import from_pretrained
     from stellarbyte_jax.launch import environment
-    from stellarbyte_jax.model.cache import make_cache
     from stellarbyte_jax.model.decoder import ByteTransformer, forward_step
+    from stellarbyte_jax.model.io import State
+    from stellarbyte_jax.model.state.cache import make_cache
     from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
     model, params = from_pretrained(arguments.model, compute_dtype="float32")
@@ -72,24 +73,24 @@ def main() -> int:
         changed = ByteTransformer(config)
 
         @jax.jit
-        def read(params: Any, cache: Any) -> tuple[Any, Any]:
-            def step(cache: Any, pair: Any) -> tuple[Any, Any]:
+        def read(params: Any, cache: Any) -> tuple[State, Any]:
+            def step(state: State, pair: Any) -> tuple[State, Any]:
                 now_B, next_B = pair
-                logits_BV, cache = forward_step(changed, params, now_B, cache)
+                logits_BV, state = forward_step(changed, params, now_B, state)
                 log_p_BV = jax.nn.log_softmax(logits_BV)
-                return cache, -jnp.take_along_axis(log_p_BV, next_B[:, None], axis=1)[:, 0]
+                return state, -jnp.take_along_axis(log_p_BV, next_B[:, None], axis=1)[:, 0]
 
             # The first token opens the cache: a scan's carry must not change its static fields.
-            _, cache = forward_step(changed, params, tokens_BT[:, 0], cache)
-            return jax.lax.scan(step, cache, (tokens_BT[:, 1:-1].T, tokens_BT[:, 2:].T))
+            _, state = forward_step(changed, params, tokens_BT[:, 0], State(cache))
+            return jax.lax.scan(step, state, (tokens_BT[:, 1:-1].T, tokens_BT[:, 2:].T))
 
         began = time.perf_counter()
-        cache, nll = read(params, make_cache(config, B, T))
+        state, nll = read(params, make_cache(config, B, T))
         nats = float(jnp.mean(nll))
         return {
             "perplexity": round(float(np.exp(nats)), 4),
             "nats": round(nats, 5),
-            "cache_mib": round(cache.nbytes / 2**20, 2),
+            "cache_mib": round(state.cache.nbytes / 2**20, 2),
             "seconds": round(time.perf_counter() - began, 1),
         }
 

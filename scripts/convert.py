@@ -54,14 +54,14 @@ def parse() -> argparse.Namespace:
 
 def to_hf(arguments: argparse.Namespace) -> Any:
     """Writes a Hugging Face directory; returns how well it agrees with transformers, where asked for."""
+    from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step
     from stellarbyte_jax.hf.directory import round_params, save_pretrained
     from stellarbyte_jax.hf.verify import compare_with_transformers
     from stellarbyte_jax.model.decoder import ByteTransformer
     from stellarbyte_jax.tokenizer.directory import TokenizerDirectory
-    from stellarbyte_jax.train.checkpoint import load_for_export
 
     run, step = run_and_step(arguments.source, arguments.step)
-    config, params = load_for_export(run, step)
+    config, params = load_weights(run, step)
     model = ByteTransformer(config.model)
     tokenizer = arguments.tokenizer
     if tokenizer is None:
@@ -86,9 +86,9 @@ def to_hf(arguments: argparse.Namespace) -> Any:
 
 def from_hf(arguments: argparse.Namespace) -> Any:
     """Writes a run directory; returns how well it agrees with transformers, where asked for."""
+    from stellarbyte_jax.checkpoint.weights import load_weights
     from stellarbyte_jax.hf.directory import from_pretrained
     from stellarbyte_jax.hf.verify import compare_with_transformers
-    from stellarbyte_jax.train.checkpoint import load_for_export
 
     run = arguments.target
     check_target(run, arguments.overwrite)
@@ -97,14 +97,14 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     write_run(run, model.config, params, arguments.source)
     if not arguments.verify:
         return None
-    return compare_with_transformers(arguments.source, model, load_for_export(run)[1])
+    return compare_with_transformers(arguments.source, model, load_weights(run)[1])
 
 
 def resize(arguments: argparse.Namespace) -> None:
     """Writes a run directory whose model has a row for each token of the given tokenizer."""
+    from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step
     from stellarbyte_jax.hf.directory import from_pretrained
     from stellarbyte_jax.tokenizer.codec import load_tokenizer
-    from stellarbyte_jax.train.checkpoint import load_for_export
     from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
 
     source, run = arguments.source, arguments.target
@@ -119,7 +119,7 @@ def resize(arguments: argparse.Namespace) -> None:
         model, params = from_pretrained(source)
         config = model.config
     else:
-        stored, params = load_for_export(*run_and_step(source, arguments.step))
+        stored, params = load_weights(*run_and_step(source, arguments.step))
         config = stored.model
     wanted, multiple = arguments.vocab_size, arguments.multiple
     if wanted is None:
@@ -136,14 +136,6 @@ def resize(arguments: argparse.Namespace) -> None:
         f"vocabulary: {config.vocab_size:,} tokens in {config.padded_vocab_size:,} rows before, "
         f"{resized.vocab_size:,} in {resized.padded_vocab_size:,} now; the tokenizer has {tokenizer.vocab_size:,}"
     )
-
-
-def run_and_step(source: Path, step: int | None) -> tuple[Path, int | None]:
-    """The run directory and the step that a run directory or ``RUN/checkpoints/STEP`` means."""
-    run = source.absolute()
-    if run.parent.name == "checkpoints" and run.name.isdigit():
-        return run.parents[1], int(run.name) if step is None else step
-    return run, step
 
 
 def check_target(run: Path, overwrite: bool) -> None:
@@ -167,8 +159,8 @@ def check_tokenizer(directory: Path | None, vocab_size: int) -> None:
 
 def write_run(run: Path, config: Any, params: Any, tokenizer: Path) -> None:
     """Writes weights as step 0 of a run directory, with the tokenizer that a directory holds."""
+    from stellarbyte_jax.checkpoint.weights import save_initial
     from stellarbyte_jax.tokenizer.directory import copy_tokenizer
-    from stellarbyte_jax.train.checkpoint import save_initial
 
     for part in ("checkpoints", "tokenizer"):
         shutil.rmtree(run / part, ignore_errors=True)
@@ -193,8 +185,8 @@ def main() -> int:
 
     import jax
 
+    from stellarbyte_jax.checkpoint.store import CheckpointError
     from stellarbyte_jax.launch import quiet_libraries
-    from stellarbyte_jax.train.checkpoint import CheckpointError
 
     quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one

@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.generate.api import Generated, remember, warm_up
-from stellarbyte_jax.generate.engine import position_limit
-from stellarbyte_jax.generate.reconfigure import reconfigure
-from stellarbyte_jax.generate.text import continue_text, encode_prompt
-from stellarbyte_jax.launch import CompileCache
+from stellarbyte_jax.checkpoint.bundle import load_bundle
+from stellarbyte_jax.checkpoint.store import CheckpointError
+from stellarbyte_jax.inference.api import Generated, remember, warm_up
+from stellarbyte_jax.inference.capacity import TooLongError, limits_of
+from stellarbyte_jax.inference.reconfigure import reconfigure
+from stellarbyte_jax.inference.text import continue_text, encode_prompt
+from stellarbyte_jax.launch import CompileCache, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.tokenizer.chat import Conversation
-from stellarbyte_jax.tokenizer.codec import Tokenizer, check_vocabulary, load_tokenizer
-from stellarbyte_jax.tokenizer.special import adds_bos, stop_ids
-from stellarbyte_jax.train.checkpoint import CheckpointError
+from stellarbyte_jax.tokenizer.codec import Tokenizer
 
 _SETTINGS = (
     "max_new_tokens",
@@ -90,9 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.segment_length is not None and options.remember is None:
             raise ValueError("--segment-length belongs to --remember")
         overrides = options.set + ([f"compute_dtype={options.compute_dtype}"] if options.compute_dtype else [])
-        model, params, tokenizer, bos, stop_tokens = _load(options.model, options.step, overrides)
-        bos = bos if options.bos is None else options.bos
-        settings["stop_tokens"] = stop_tokens + options.stop_token
+        quiet_libraries()
+        bundle = load_bundle(options.model, options.step)
+        model, params, tokenizer = reconfigure(bundle.model, overrides), bundle.params, bundle.tokenizer
+        bos = bundle.add_bos if options.bos is None else options.bos
+        settings["stop_tokens"] = bundle.stop_ids + options.stop_token
         if options.remember is not None:
             text = encode_prompt(tokenizer, _read(options.remember), add_bos=bos)
             length = options.segment_length
@@ -119,6 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.log_probs:
             print(_likelihoods(done.generated), file=sys.stderr)
         print(_speed(done.generated, sum(map(len, rows)), compiled), file=sys.stderr)
+    except TooLongError as error:
+        print(f"generate: {error} (such settings are given with --set)", file=sys.stderr)
+        return 2
     except (ValueError, OSError, CheckpointError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
@@ -128,41 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _load(
-    path: Path, step: int | None, overrides: list[str]
-) -> tuple[ByteTransformer, dict[str, Any], Tokenizer, bool, list[int]]:
-    """Model, weights, tokenizer, whether texts begin with bos, and the ids that end them."""
-    if (path / "config.json").is_file():
-        from stellarbyte_jax.hf.directory import from_pretrained
-
-        if step is not None:
-            raise ValueError(f"--step belongs to a run directory; {path} is a Hugging Face directory")
-        model, params = from_pretrained(path)
-        tokenizer = load_tokenizer(path)
-        check_vocabulary(tokenizer, model.config.vocab_size)
-        bos, stop_tokens = adds_bos(path, tokenizer.bos_id), stop_ids(path, tokenizer.eos_id)
-        return reconfigure(model, overrides), params, tokenizer, bos, stop_tokens
-    if (path / "checkpoints").is_dir():
-        from stellarbyte_jax.launch import quiet_libraries
-        from stellarbyte_jax.train.checkpoint import load_for_export
-
-        quiet_libraries()
-        config, params = load_for_export(path, step)
-        own = path / "tokenizer"
-        tokenizer = load_tokenizer(own if own.is_dir() else config.data.tokenizer)
-        check_vocabulary(tokenizer, config.model.vocab_size)
-        model = reconfigure(ByteTransformer(config.model), overrides)
-        return model, params, tokenizer, config.data.add_bos, stop_ids(tokenizer.path, tokenizer.eos_id)
-    raise ValueError(
-        f"--model {path} is neither a Hugging Face directory (config.json) nor a run directory (checkpoints/): "
-        "give the output_dir of a run, or a converted model"
-    )
-
-
 def _converse(model: ByteTransformer, params: Any, tokenizer: Tokenizer, system: str | None, texts: Any) -> int:
     if texts["max_length"] is not None:
         raise ValueError("--max-length cannot be used in a conversation, whose prompts grow: give --max-new-tokens")
-    positions = position_limit(model.config)
+    positions = limits_of(model.config).positions
     limit = None if positions is None else max(0, positions - texts["max_new_tokens"])
     conversation = Conversation(tokenizer, system=system)
     print("An empty line or Ctrl-D ends the conversation.", file=sys.stderr)

@@ -4,13 +4,14 @@ python scripts/train.py --config configs/pretrain.py [--set model.hidden_size=51
 """
 
 import argparse
+import contextlib
 import sys
 
-from stellarbyte_jax.config import ConfigError, load
+from stellarbyte_jax.config import ConfigError, TrainConfig, load
 
 
 def main() -> int:
-    """Parses the command line and runs the training."""
+    """Parses the command line, runs the training and says what can be done next."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a Python file with `def config() -> TrainConfig`")
     parser.add_argument(
@@ -24,9 +25,32 @@ def main() -> int:
         return 2
 
     from stellarbyte_jax.train.guard import run_guarded
-    from stellarbyte_jax.train.loop import train
+    from stellarbyte_jax.train.run import train
 
-    return run_guarded(lambda: train(config, arguments.config), config.output_dir)
+    def run() -> int:
+        finished = train(config)
+        if finished.exit_code == 0:
+            print(next_commands(config, arguments.config))
+        return finished.exit_code
+
+    return run_guarded(run, config.output_dir)
+
+
+def next_commands(config: TrainConfig, config_path: str) -> str:
+    """The commands that make sense after the run, to copy and paste."""
+    from stellarbyte_jax.hf.families import export_family
+
+    run = config.output_dir
+    prompt = config.sample_prompts[0] if config.sample_prompts else "Once upon a time"
+    lines = [
+        "next:",
+        f"  resume:    python scripts/train.py --config {config_path} --set steps={2 * config.steps}",
+        f'  generate:  python scripts/generate.py --model {run} --prompt "{prompt}"',
+    ]
+    with contextlib.suppress(ValueError):
+        export_family(config.model)
+        lines.append(f"  convert:   python scripts/convert.py to-hf {run} {run}-hf --dtype bfloat16")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stellarbyte_jax.config import ByteConfig
-    from stellarbyte_jax.generate.api import generate
     from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
+    from stellarbyte_jax.inference.api import generate
     from stellarbyte_jax.model.decoder import ByteTransformer
 
 __version__ = "0.1.0"
@@ -20,13 +20,12 @@ _HOME = {
     "ByteConfig": "stellarbyte_jax.config",
     "ByteTransformer": "stellarbyte_jax.model.decoder",
     "from_pretrained": "stellarbyte_jax.hf.directory",
+    "generate": "stellarbyte_jax.inference.api",
     "save_pretrained": "stellarbyte_jax.hf.directory",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "generate":  # the package of that name is also the function
-        return importlib.import_module("stellarbyte_jax.generate")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

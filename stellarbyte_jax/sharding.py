@@ -1,13 +1,53 @@
-"""The names of tensor dimensions. Every axis of a weight carries one of them."""
+"""Names of tensor dimensions, the mesh axes that they are split over, and how an activation is told so."""
 
-LOGICAL_AXES = {
-    "layers": "stacked layers of one kind",
-    "vocab": "vocabulary",
-    "embed": "model width",
-    "heads": "query heads",
-    "kv_heads": "key and value heads",
-    "head_dim": "channels of one head",
-    "rotary_pairs": "pairs of channels that turn together",
-    "gate": "gate and up projection, fused",
-    "mlp": "feed-forward width",
-}
+from dataclasses import dataclass, fields
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Mesh axis of each logical axis; None: not split. Every axis of a weight is one of these fields.
+
+    Attributes:
+      layers: stacked layers of a group.
+      vocab: vocabulary.
+      embed: model width.
+      heads: query heads.
+      kv_heads: key and value heads.
+      head_dim: channels of one head.
+      rotary_pairs: pairs of channels that are rotated together.
+      gate: gate and up projection, stacked.
+      mlp: feed-forward width.
+    """
+
+    layers: str | None = None
+    vocab: str | None = "tensor"
+    embed: str | None = None
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
+    head_dim: str | None = None
+    rotary_pairs: str | None = None
+    gate: str | None = None
+    mlp: str | None = "tensor"
+
+
+RULES = Rules()
+LOGICAL_AXES = tuple(field.name for field in fields(Rules))
+
+
+def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """Splits an activation over the mesh that is set (``jax.set_mesh``), where it has the axes that the rules name.
+
+    Args:
+      x: any array.
+      axes: logical axis of each dimension; None where the compiler may choose.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    named = [None if axis is None else getattr(RULES, axis) for axis in axes]
+    spec = [name if name in mesh.axis_names else PartitionSpec.UNCONSTRAINED for name in named]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

@@ -1,29 +1,51 @@
 """Strict settings and eight CPU devices for every test; set before jax is imported."""
 
+import datetime
+import json
 import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ON_GPU = os.environ.get("STELLARBYTE_TEST_GPU") == "1"
 
-if not ON_GPU:
+ROOT = Path(__file__).parents[1]
+STARTED = time.monotonic()
+
+if ON_GPU:
+    # Several processes share the GPU: compiling, on the CPU, takes most of the time.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+else:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    # Most of a test's time is compiling tiny programs: the machine code need not be good.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import helpers.array_types  # noqa: E402, F401 (the hook finds it by name)
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Most of a test's time is compiling tiny programs, the same ones every time.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+# They are the same programs every time.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-install_import_hook("stellarbyte_jax.ops", "beartype.beartype")
+install_import_hook(["stellarbyte_jax.ops", "stellarbyte_jax.model"], "helpers.array_types.check")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Each compiled program maps memory, and a process may map only so many pieces."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,3 +54,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: make test-gpu"))
         elif "gpu" not in item.keywords and ON_GPU:
             item.add_marker(pytest.mark.skip(reason="a CPU test: make test"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Keeps the report of a run on a GPU in benchmarks/test-gpu.json."""
+    ran = {outcome: terminalreporter.stats.get(outcome, []) for outcome in ("passed", "failed", "error")}
+    if not ON_GPU or not any(ran.values()):
+        return
+    gpu = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    report = {
+        "what": "make test-gpu",
+        "date": datetime.date.today().isoformat(),
+        "on": f"jax {jax.__version__}, Python {platform.python_version()}, {gpu.stdout.strip()}",
+        **{outcome: len(tests) for outcome, tests in ran.items()},
+        "seconds": round(time.monotonic() - STARTED),
+        "tests": sorted(test.nodeid for test in ran["passed"]),
+    }
+    (ROOT / "benchmarks" / "test-gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,19 +1,19 @@
 """On the GPU, with the kernels that training and generation really use."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from variants import VARIANTS, make, run, some_tokens
+from helpers.variants import VARIANTS, call, make, run, run_on, some_tokens
 
 from stellarbyte_jax.config import ByteConfig, DataConfig, MemoryConfig, ScheduleConfig, TrainConfig
-from stellarbyte_jax.generate.api import generate
-from stellarbyte_jax.model.cache import KVCache
+from stellarbyte_jax.inference.api import generate
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
-from stellarbyte_jax.model.memory import Memory
+from stellarbyte_jax.model.io import Inputs
+from stellarbyte_jax.model.state.cache import make_cache
+from stellarbyte_jax.model.state.memory import Memory
 from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.train.state import create_state
 from stellarbyte_jax.train.step import make_train_step
@@ -29,13 +29,6 @@ CONFIG = ByteConfig(
     intermediate_size=512,
     max_position_embeddings=256,
 )
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax and jax.nn mix types inside."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def packed(random, T=128):
@@ -56,15 +49,9 @@ def test_documents_of_a_row_do_not_feel_each_other():
     params = init_params(model, jax.random.key(0))
     batch = packed(np.random.default_rng(0))
 
-    @jax.jit
     def logits(tokens):
-        return model.apply(
-            {"params": params},
-            tokens,
-            positions=jnp.asarray(batch["positions"]),
-            segment_ids=jnp.asarray(batch["segment_ids"]),
-            max_segments=4,
-        )
+        where = {"positions_BT": batch["positions"], "segment_ids_BT": batch["segment_ids"]}
+        return run(model, params, tokens, max_segments=4, **where)
 
     changed = batch["tokens"].copy()
     changed[0, 45:90] = (changed[0, 45:90] + 1) % CONFIG.vocab_size
@@ -107,7 +94,7 @@ def test_generation_equals_the_full_pass():
     with jax.default_matmul_precision("highest"):
         made = generate(model, params, prompts, max_new_tokens=12).sequences
         for prompt, new in zip(prompts, made, strict=True):
-            logits = model.apply({"params": params}, jnp.asarray([prompt + new], jnp.int32))[0]
+            logits = run(model, params, jnp.asarray([prompt + new], jnp.int32))[0]
             np.testing.assert_array_equal(np.argmax(logits[len(prompt) - 1 : -1], axis=-1), new)
 
 
@@ -134,19 +121,14 @@ def test_memory_with_the_fused_kernel_equals_one_long_pass():
 
     exact = ByteTransformer(dataclasses.replace(config, compute_dtype="float32", attention_implementation="reference"))
     with jax.default_matmul_precision("highest"):
-        expected = exact.apply({"params": params}, tokens, segment_ids=jnp.asarray(ids))
+        expected = run(exact, params, tokens, segment_ids_BT=ids)
     fused = ByteTransformer(dataclasses.replace(config, attention_implementation="cudnn"))
-    run = jax.jit(partial(fused.apply, max_segments=2))
     memory, found = Memory.create(config, 2), []
     for at in range(0, n * T, T):
         cut = slice(at, at + T)
-        logits, memory = run(
-            {"params": params},
-            tokens[:, cut],
-            positions=jnp.asarray(positions[:, cut]),
-            segment_ids=jnp.asarray(ids[:, cut]),
-            memory=memory,
-        )
+        where = {"positions_BT": positions[:, cut], "segment_ids_BT": ids[:, cut]}
+        logits, state = run_on(fused, params, tokens[:, cut], memory=memory, max_segments=2, **where)
+        memory = state.memory
         found.append(logits)
     error = jnp.linalg.norm(jnp.concatenate(found, axis=1) - expected) / jnp.linalg.norm(expected)
     assert error < 3e-2
@@ -160,7 +142,7 @@ def test_every_setting_in_bfloat16_is_close_to_float32(variant):
     tokens = some_tokens(2, 32)
 
     def loss(params, model):
-        logits = model.apply({"params": params}, tokens)
+        logits = call(model, params, Inputs(tokens))[0]
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
         return -jnp.mean(chosen), logits
 
@@ -175,9 +157,8 @@ def test_every_setting_in_bfloat16_is_close_to_float32(variant):
     assert error(logits, exact_logits) < 3e-2
     flat, exact_flat = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(s)]) for s in (slopes, exact_slopes))
     assert error(flat, exact_flat) < 8e-2
-    cache = KVCache.create(model.config, 2, 32)
-    first, cache = run(model, params, tokens[:, :16], cache=cache)
+    first, state = run_on(model, params, tokens[:, :16], cache=make_cache(model.config, 2, 32))
     np.testing.assert_allclose(first, logits[:, :16], atol=0.1)
     for at in range(16, 20):
-        one, cache = run(model, params, tokens[:, at : at + 1], cache=cache)
+        one, state = run_on(model, params, tokens[:, at : at + 1], cache=state.cache)
         assert error(one[:, 0], logits[:, at]) < 5e-2

@@ -43,12 +43,6 @@ def test_public_names_exist_and_are_callable(name):
     assert callable(getattr(stellarbyte_jax, name))
 
 
-def test_generate_stays_callable_whatever_is_imported_first():
-    code = "import stellarbyte_jax{}; from stellarbyte_jax import generate; print(callable(generate))"
-    assert python(code.format("")) == "True"
-    assert python(code.format(".generate.api")) == "True"
-
-
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Bytes'"):
         stellarbyte_jax.Bytes  # noqa: B018

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.variants import call
 from tokenizers import Tokenizer, models
 
+from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer, head_kernel, param_shapes
+from stellarbyte_jax.model.io import Inputs
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
-from stellarbyte_jax.train.checkpoint import load_for_export, save_initial
 from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
 
 SMALL = ByteConfig(
@@ -51,8 +53,8 @@ def _outputs(config, params, highest):
     tokens = np.random.default_rng(1).integers(0, highest, (3, 24)).astype(np.int32)
     params = jax.tree.map(jnp.asarray, params)
     model = ByteTransformer(config)
-    outputs = model.apply({"params": params}, tokens), model.apply({"params": params}, tokens, head=False)
-    return [np.asarray(x) for x in (*outputs, head_kernel(config, params))]
+    logits, out = call(model, params, Inputs(jnp.asarray(tokens)))
+    return [np.asarray(x) for x in (logits, out.hidden_BTD, head_kernel(model, params))]
 
 
 @pytest.mark.parametrize("multiple", [None, 1, 64])
@@ -193,7 +195,7 @@ def test_resize_makes_a_run_that_fits_the_tokenizer(source, convert, directories
     target = directories / "new"
     assert convert("resize", directories / source, target, "--tokenizer", directories / "t50", "--multiple", 64) == 0
     assert "vocabulary: 40 tokens in 40 rows before, 50 in 64 now; the tokenizer has 50" in capsys.readouterr().out
-    config, params = load_for_export(target)
+    config, params = load_weights(target)
     assert (config.model.vocab_size, config.model.padded_vocab_size) == (50, 64)
     assert config.data.tokenizer == str(target / "tokenizer")
     assert load_tokenizer(target / "tokenizer").vocab_size == 50
@@ -207,7 +209,7 @@ def test_resize_makes_a_run_that_fits_the_tokenizer(source, convert, directories
     back = directories / "back"
     smaller = ("--tokenizer", directories / "t30", "--vocab-size", 40, "--multiple", 1)
     assert convert("resize", target, back, *smaller) == 0
-    jax.tree.map(np.testing.assert_array_equal, load_for_export(back)[1], _params(SMALL))
+    jax.tree.map(np.testing.assert_array_equal, load_weights(back)[1], _params(SMALL))
     assert convert("resize", target, back, *smaller) == 1
     assert convert("resize", target, back, *smaller, "--overwrite") == 0
 
@@ -215,7 +217,7 @@ def test_resize_makes_a_run_that_fits_the_tokenizer(source, convert, directories
 def test_resize_leaves_a_model_that_is_large_enough(convert, directories, capsys):
     assert convert("resize", directories / "run", directories / "new", "--tokenizer", directories / "t30") == 0
     assert "40 tokens in 40 rows before, 40 in 40 now; the tokenizer has 30" in capsys.readouterr().out
-    jax.tree.map(np.testing.assert_array_equal, load_for_export(directories / "new")[1], _params(SMALL))
+    jax.tree.map(np.testing.assert_array_equal, load_weights(directories / "new")[1], _params(SMALL))
 
 
 def test_resize_says_what_is_wrong(convert, directories, capsys):
@@ -237,7 +239,7 @@ def test_resize_says_what_is_wrong(convert, directories, capsys):
         assert message in error
         assert error.startswith("error: ") and error.count("\n") == 1
     assert not new.exists()
-    assert load_for_export(run)[0].model == SMALL
+    assert load_weights(run)[0].model == SMALL
 
 
 def test_a_tokenizer_that_is_too_large_is_refused_by_every_script(convert, directories, capsys):

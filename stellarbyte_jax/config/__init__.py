@@ -1,16 +1,16 @@
 """Every setting of a run, as frozen dataclasses that check themselves.
 
 A run is a Python file with ``def config() -> TrainConfig``. :func:`load` reads it and applies ``a.b=c`` overrides.
-``model.py`` holds the network's settings, ``run.py`` all others. This package imports neither jax nor the rest of the
-project, so it costs nothing to import.
+``model.py`` holds the network's settings, ``layers.py`` what they say of one layer, ``run.py`` all others. This package
+imports neither jax nor the rest of the project, so it costs nothing to import.
 """
 
-from stellarbyte_jax.config.files import load, override
+from stellarbyte_jax.config.files import beside, load, override
+from stellarbyte_jax.config.layers import LayerGroup, LayerSpec
 from stellarbyte_jax.config.model import (
     AttentionImplementation,
     ByteConfig,
     CacheConfig,
-    LayerKind,
     MemoryConfig,
     RopeScaling,
 )
@@ -34,7 +34,8 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
-    "LayerKind",
+    "LayerGroup",
+    "LayerSpec",
     "LoggingConfig",
     "LossConfig",
     "MemoryConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "RopeScaling",
     "ScheduleConfig",
     "TrainConfig",
+    "beside",
     "load",
     "override",
 ]

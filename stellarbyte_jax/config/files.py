@@ -1,10 +1,17 @@
-"""Config files: Python files with ``def config() -> TrainConfig``, and ``section.name=value`` overrides."""
+"""Config files: Python files with ``def config() -> TrainConfig``, and ``section.name=value`` overrides.
+
+A config file may import its neighbours: ``from .pretrain import config as pretrain``.
+"""
 
 import contextlib
 import difflib
+import importlib
 import importlib.util
 import json
+import os
+import sys
 import traceback
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +25,8 @@ AnySection = TypeVar("AnySection", bound=Section)
 def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Runs a config file's ``config()`` and applies ``section.name=value`` overrides.
 
+    The file is read anew at each call, and so is what it imports from its folder.
+
     Values are read as the field's type; lists as JSON or comma-separated words; ``none`` is None.
 
     Raises:
@@ -29,14 +38,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         guess = difflib.get_close_matches(path.name, nearby, n=1)
         hint = f"; did you mean {path.parent / guess[0]}?" if guess else ""
         raise ConfigError(f"config file {path} does not exist{hint}")
-    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    require(spec is not None, f"config file {path} must be a Python file, ending in .py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    require(path.suffix == ".py", f"config file {path} must be a Python file, ending in .py")
     try:
-        spec.loader.exec_module(module)
-        require(callable(getattr(module, "config", None)), "must define `def config() -> TrainConfig`")
-        made = module.config()
+        made = _run(path)
         require(isinstance(made, TrainConfig), f"config() must return a TrainConfig, got {type(made).__name__}")
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
@@ -44,6 +48,35 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         raise ConfigError(f"{path}{f', line {lines[-1]}' if lines else ''}: {kind}{error}") from error
     return override(made, overrides)
+
+
+def beside(file: str, relative: str) -> str:
+    """A path named from a config file's folder, as it is from the working directory.
+
+    ``beside(__file__, "../data/x.jsonl")`` finds the file wherever the command is typed.
+    """
+    return os.path.relpath(Path(file).resolve().parent / relative)
+
+
+_FOLDER = "_config_files"  # the package that a config file's folder is for the time of loading
+
+
+def _run(path: Path) -> Any:
+    """What the file's ``config()`` returns."""
+    folder = types.ModuleType(_FOLDER)
+    folder.__path__ = [str(path.resolve().parent)]
+    sys.modules[_FOLDER] = folder
+    importlib.invalidate_caches()
+    spec = importlib.util.spec_from_file_location(f"{_FOLDER}._main", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        require(callable(getattr(module, "config", None)), "must define `def config() -> TrainConfig`")
+        return module.config()
+    finally:
+        for name in [n for n in sys.modules if n.partition(".")[0] == _FOLDER]:
+            del sys.modules[name]
 
 
 def override(config: AnySection, overrides: Sequence[str]) -> AnySection:
@@ -56,10 +89,10 @@ def override(config: AnySection, overrides: Sequence[str]) -> AnySection:
     settings = _settings(type(config))
     for text in overrides:
         name, equals, raw = (part.strip() for part in text.partition("="))
-        require(bool(equals), f"--set {text!r}: expected section.name=value")
-        require(name in settings, unknown_name(name, settings, "--set"))
+        require(bool(equals), f"setting {text!r}: expected section.name=value")
+        require(name in settings, unknown_name(name, settings, f"setting {text!r}"))
         readings = [value for value in _readings(raw) if fits(value, settings[name])]
-        require(len(readings) > 0, f"--set {name}={raw}: {name} must be {spell(settings[name])}")
+        require(len(readings) > 0, f"setting {name}={raw}: {name} must be {spell(settings[name])}")
         *sections, leaf = name.split(".")
         target = values
         for section in sections:

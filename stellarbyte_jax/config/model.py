@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from stellarbyte_jax.config.layers import LayerGroup, LayerSpec
 from stellarbyte_jax.config.section import (
     Fraction,
     NonNegativeInt,
@@ -49,15 +50,15 @@ _SCALING_SETTINGS: Mapping[tuple[str, ...], tuple[str, ...]] = {
 class RopeScaling(Section):
     """Rotary frequencies for more positions than the model was trained with."""
 
-    # dynamic: each text by its own length so far, so tokens read before it grew past the trained length were turned
-    # otherwise, and a cache agrees with a full pass in the first layer alone.
+    # dynamic: by the length of each text so far. Tokens read before it grew past the trained length were rotated by
+    # other frequencies, so a cache agrees with a full pass in the first layer alone.
     name: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
     factor: PositiveFloat = 1.0  # how many times longer
     original_max_position_embeddings: PositiveInt | None = None  # yarn, llama3; None: max_position_embeddings
     low_freq_factor: PositiveFloat = 1.0  # llama3: waves longer than original / this are stretched
     high_freq_factor: PositiveFloat = 4.0  # llama3: waves shorter than original / this stay
-    beta_fast: PositiveFloat = 32.0  # yarn: pairs that turn more often than this over the original length stay
-    beta_slow: PositiveFloat = 1.0  # yarn: pairs that turn less often are stretched
+    beta_fast: PositiveFloat = 32.0  # yarn: pairs with more rotations over the original length are left as they are
+    beta_slow: PositiveFloat = 1.0  # yarn: pairs with fewer rotations are stretched
     attention_factor: PositiveFloat | None = None  # yarn: of queries and keys; None: 0.1 ln(factor) + 1
 
     def _check(self) -> None:
@@ -91,11 +92,13 @@ class MemoryConfig(Section):
     Dai et al. 2019, https://arxiv.org/abs/1901.02860.
     """
 
-    # Tokens that each layer remembers and that a token sees before itself; a list gives each layer its own. 0: none.
+    # Tokens before a token that each layer remembers and attends to; a list gives each layer its own. 0: none.
     length: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
-    sliding_share: Share = 1.0  # of the slots that hold the newest states; the others hold fused older ones
-    fusion_weight: Share = 0.7  # of a fused slot's old content when older states are fused into it
-    batch_policy: Literal["strict", "select", "repeat"] = "strict"  # when the batch changes size; see Memory.fit
+    recent_share: Share = 1.0  # of the slots, for the newest states; the others hold compressed older ones
+    compression_weight: Share = 0.7  # of a compressed slot's old content when older states are added to it
+    batch_policy: Literal["strict", "select", "repeat"] = (
+        "strict"  # when the batch changes size; see Memory.match_batch
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +114,6 @@ class CacheConfig(Section):
             (self.heavy_hitters is None) == (self.recent is None),
             f"cache.heavy_hitters and cache.recent belong together, got {self.heavy_hitters} and {self.recent}",
         )
-
-
-class LayerKind(NamedTuple):
-    """What may differ from layer to layer.
-
-    Attributes:
-      window: number of keys that a token sees, itself included; None for all.
-      sliding: memory slots of the newest states.
-      fused: memory slots of fused older states.
-    """
-
-    window: int | None
-    sliding: int = 0
-    fused: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +142,7 @@ class ByteConfig(Section):
     # xpos: attention decays with distance. stellarbyte: the original's mixed pairing, for its checkpoints only.
     position_embedding: Literal["rope", "xpos", "stellarbyte"] = "rope"
     rope_theta: PositiveFloat = 10000.0
-    rope_pairing: Literal["half", "interleaved"] = "half"  # half: channel i turns with i + H/2, as in Hugging Face
+    rope_pairing: Literal["half", "interleaved"] = "half"  # half: channel i is rotated with i + H/2, as in Hugging Face
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     xpos_scale_base: PositiveFloat = 512.0  # smaller: attention decays faster with distance
     xpos_learnable: bool = False  # each layer learns its rates of decay, from the paper's on
@@ -166,9 +155,11 @@ class ByteConfig(Section):
     qk_norm: bool = False  # RMSNorm over each head of q and k: tames growing attention logits
     sliding_window: PositiveInt | None = None
     layer_types: tuple[str, ...] | None = None  # "full_attention" | "sliding_attention" for each layer
-    sink_tokens: NonNegativeInt = 0  # a document's first tokens, which a window never hides; refuses cudnn
+    sink_tokens: NonNegativeInt = 0  # first tokens of a document, which a window never hides; refuses cudnn
     attention_logit_softcap: PositiveFloat | None = None  # refuses the fused kernels
-    attention_prune_below: Fraction = 0.0  # keys with a smaller share of the largest weight are left out; the same
+    attention_prune_below: Fraction = (
+        0.0  # weights below this fraction of the largest are masked; refuses the fused kernels
+    )
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     parallel_residual: bool = False  # attention and MLP read the same norm and are added together
@@ -250,7 +241,7 @@ class ByteConfig(Section):
                 "layer_types asks for sliding_attention: give sliding_window",
             )
         require(
-            self.sink_tokens == 0 or any(kind.window is not None for kind in self.layer_kinds),
+            self.sink_tokens == 0 or any(spec.window is not None for spec in self.layer_specs),
             "sink_tokens are tokens that a window does not hide: give sliding_window, or leave sink_tokens out",
         )
         if self.has_memory:
@@ -272,12 +263,12 @@ class ByteConfig(Section):
                 "position_embedding stellarbyte do not",
             )
             require(
-                all(kind.sliding > 0 for kind in self.layer_kinds if kind.fused),
-                f"memory.sliding_share {self.memory.sliding_share} leaves no slot for the newest states",
+                all(spec.recent > 0 for spec in self.layer_specs if spec.compressed),
+                f"memory.recent_share {self.memory.recent_share} leaves no slot for the newest states",
             )
             require(
-                "fusion_weight" not in self.memory.given() or any(kind.fused for kind in self.layer_kinds),
-                "memory.fusion_weight is of fused slots: set memory.sliding_share below 1",
+                "compression_weight" not in self.memory.given() or any(spec.compressed for spec in self.layer_specs),
+                "memory.compression_weight is of compressed slots: set memory.recent_share below 1",
             )
             require(self.cache.recent is None, "cache.heavy_hitters cannot be used with memory: leave one of them out")
         else:
@@ -318,21 +309,31 @@ class ByteConfig(Section):
         return any(length) if isinstance(length, tuple) else length > 0
 
     @property
-    def layer_kinds(self) -> tuple[LayerKind, ...]:
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
         """Window and memory of each layer."""
         layers = range(self.num_hidden_layers)
         if self.has_memory:
             length = self.memory.length
             lengths = length if isinstance(length, tuple) else (length,) * self.num_hidden_layers
-            sliding = [round(self.memory.sliding_share * n) for n in lengths]
+            recent = [round(self.memory.recent_share * n) for n in lengths]
             return tuple(
-                LayerKind(s + 1, s, n - s) if n else LayerKind(None) for s, n in zip(sliding, lengths, strict=False)
+                LayerSpec(r + 1, r, n - r) if n else LayerSpec(None) for r, n in zip(recent, lengths, strict=False)
             )
         if self.layer_types is None:
-            return tuple(LayerKind(self.sliding_window) for _ in layers)
-        return tuple(LayerKind(self.sliding_window if t == "sliding_attention" else None) for t in self.layer_types)
+            return tuple(LayerSpec(self.sliding_window) for _ in layers)
+        return tuple(LayerSpec(self.sliding_window if t == "sliding_attention" else None) for t in self.layer_types)
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers in order, those with the same weights together. All layers of this network have the same."""
+        return (LayerGroup(self.layer_specs),)
+
+    @property
+    def memory_slots(self) -> int:
+        """Memory slots of the layer that has most."""
+        return max(spec.memory_slots for spec in self.layer_specs)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Window of each layer, None where attention is full."""
-        return tuple(kind.window for kind in self.layer_kinds)
+        return tuple(spec.window for spec in self.layer_specs)

@@ -28,8 +28,8 @@ class DataConfig(Section):
     fields: tuple[str, ...] = ("text",)  # joined by a newline where there is no template
     template: str | None = None  # such as "Question: {question}\nAnswer: {answer}"
     sequence_length: PositiveInt = 1024
-    # packed: each row holds what comes next. streams: row b goes on where row b of the batch before ended, for memory.
-    arrangement: Literal["packed", "streams"] = "packed"
+    # packed: each row holds what comes next. contiguous: row b continues row b of the batch before, which memory needs.
+    arrangement: Literal["packed", "contiguous"] = "packed"
     add_bos: bool = True
     add_eos: bool = True
     max_documents_per_sequence: PositiveInt = 16  # a row that would hold more is closed early and padded
@@ -165,8 +165,8 @@ class TrainConfig(Section):
             "evaluation.patience stops by the validation loss: give data.validation, or leave patience out",
         )
         require(
-            self.data.arrangement == "streams" or not self.model.has_memory,
-            "model.memory needs rows that continue each other: set data.arrangement=streams",
+            self.data.arrangement == "contiguous" or not self.model.has_memory,
+            "model.memory needs rows that continue each other: set data.arrangement=contiguous",
         )
         require(
             self.loss.xpos_regularization == 0 or self.model.xpos_learnable,

@@ -10,19 +10,19 @@ from typing import Any, Literal, Self
 import grain
 
 from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data.contiguous import ContiguousDocuments
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups
 from stellarbyte_jax.data.packing import PackDocuments
 from stellarbyte_jax.data.sources import Corpus, DataError, LineSource, open_corpus
-from stellarbyte_jax.data.streams import StreamDocuments
 from stellarbyte_jax.data.text import TextFormat, read_text
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 
 _STATE_FORMAT = 1
-_ARRANGEMENTS = {"packed": PackDocuments, "streams": StreamDocuments}
+_ARRANGEMENTS = {"packed": PackDocuments, "contiguous": ContiguousDocuments}
 
 
 class Loader:
-    """Iterates over batches that a background thread keeps ready, see ``packing`` and ``streams``.
+    """Iterates over batches that a background thread keeps ready, see ``packing`` and ``contiguous``.
 
     The place that ``state`` gives belongs to the batches handed out, not to those prepared ahead.
     """
@@ -82,7 +82,7 @@ class Loader:
         """
         if state.get("format") != _STATE_FORMAT:
             raise DataError(f"data state of format {state.get('format')}, this version reads {_STATE_FORMAT}")
-        saved = {"arrangement": "packed", **state["stream"]}  # states from before there were two say nothing
+        saved = state["stream"]
         for name, now in self._stream.items():
             if saved.get(name) != now:
                 raise DataError(

@@ -77,10 +77,10 @@ def prepare(
       ValueError: the tokenizer is unusable.
     """
     if shard_tokens <= 0:
-        raise DataError(f"--shard-tokens must be positive, got {shard_tokens}")
+        raise DataError(f"shard_tokens must be positive, got {shard_tokens}")
     vocabulary = load_tokenizer(tokenizer)
     corpus = open_corpus(
-        inputs, setting="--input", columns=text.columns, fingerprint=vocabulary.fingerprint, cache_dir=cache_dir
+        inputs, setting="inputs", columns=text.columns, fingerprint=vocabulary.fingerprint, cache_dir=cache_dir
     )
     output = _empty_directory(Path(output), overwrite)
     dtype = np.dtype(np.uint16 if vocabulary.vocab_size <= 1 << 16 else np.uint32)
@@ -111,7 +111,7 @@ def prepare(
     if held_tokens:
         shards.append(_write_shard(output, len(shards), held, lengths))
     if not shards:
-        raise DataError("no document of --input holds any text: every line is empty or was skipped")
+        raise DataError("no document of the inputs holds any text: every line is empty or was skipped")
     prepared = Prepared(tuple(shards), sum(s.documents for s in shards), tokens, skipped, dtype.name)
     meta = {
         "format": SHARD_FORMAT,
@@ -130,13 +130,13 @@ def prepare(
 
 def _empty_directory(path: Path, overwrite: bool) -> Path:
     if path.is_file():
-        raise DataError(f"--output {path} is a file, it must be a directory")
+        raise DataError(f"the output {path} is a file, it must be a directory")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
-            raise DataError(f"--output {path} is not empty; choose another directory or pass --overwrite")
+            raise DataError(f"the output {path} is not empty; choose another directory, or ask to overwrite it")
         foreign = [p.name for p in path.iterdir() if not _is_ours(p)]
         if foreign:
-            raise DataError(f"--output {path} holds other files ({foreign[0]}); --overwrite replaces only shards")
+            raise DataError(f"the output {path} holds other files ({foreign[0]}); only shards are overwritten")
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     return path

@@ -291,17 +291,14 @@ def _write_atomically(target: Path, write: Callable[[BinaryIO], Any]) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-", suffix=target.suffix)
     except OSError as error:
         raise DataError(
-            f"cannot write to the cache directory {target.parent}: {error.strerror}; "
-            "choose another one by data.cache_dir or --cache-dir"
+            f"cannot write to the cache directory {target.parent}: {error.strerror}; choose another cache_dir"
         ) from error
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
         os.replace(name, target)
     except OSError as error:
-        raise DataError(
-            f"cannot write {target}: {error}; choose a disk with room with data.cache_dir or --cache-dir"
-        ) from error
+        raise DataError(f"cannot write {target}: {error}; choose a cache_dir on a disk with room") from error
     finally:
         Path(name).unlink(missing_ok=True)
 

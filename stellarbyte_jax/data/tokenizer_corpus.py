@@ -113,7 +113,7 @@ def draw(
     """
     total = sum(len(text.encode()) for text in corpus.documents())
     if not total:
-        raise DataError(f"corpus {corpus.name!r} holds no text: check its paths and --only filters")
+        raise DataError(f"corpus {corpus.name!r} holds no text: check its paths and filters")
     keep = min(1.0, sample_bytes / total)
     keep_held_out = min(1.0, held_out_bytes / (total / HELD_OUT_SHARE))
     sample = Sample(Counter(), 0, [])

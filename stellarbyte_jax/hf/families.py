@@ -9,7 +9,6 @@ from typing import Any
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.hf.layout import FLAT, SAME, SPLIT_INPUT, SPLIT_OUTPUT, Layout
-from stellarbyte_jax.model.cache import pattern
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Row:
     """One weight: our path, their name, and the layout between them.
 
     Attributes:
-      ours: path in the parameter tree; ``layers/...`` leaves out the place in the layer pattern.
+      ours: path in the parameter tree; ``layers/...`` leaves out the number of the layer group.
       theirs: name in the checkpoint.
       layout: from one to the other.
       slot: index in the last axis but one, "gate", of ``gate_up``, which is two tensors of theirs.
@@ -74,7 +73,6 @@ class Family:
 
         What a model does not have, such as biases or a tied head, has no shape and gives no tensor.
         """
-        period = len(pattern(config))
         stacked = [row for row in self.rows if row.ours.startswith("layers/")]
         for row in self.rows:
             if row.ours in shapes:
@@ -84,13 +82,14 @@ class Family:
                     index = (slice(None),) * row.vocab + (slice(config.vocab_size),)
                     shape = (*shape[: row.vocab], config.vocab_size, *shape[row.vocab + 1 :])
                 yield Entry(row.ours, index, shape, row.theirs, row)
-        for i in range(config.num_hidden_layers):
+        places = [(number, row) for number, group in enumerate(config.layer_groups) for row in range(len(group.specs))]
+        for i, (group, place) in enumerate(places):
             for row in stacked:
-                path = row.ours.replace("layers/", f"layers/{i % period}/", 1)
+                path = row.ours.replace("layers/", f"layers/{group}/", 1)
                 if path not in shapes:
                     continue
                 shape = shapes[path][1:]
-                index = (i // period,)
+                index = (place,)
                 if row.slot is not None:
                     index += (slice(None),) * (len(shape) - 2) + (row.slot,)
                     shape = (*shape[:-2], shape[-1])

@@ -1,13 +1,16 @@
 """Comparison with ``transformers``: the same directory, the same tokens, both in float32."""
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.decoder import ByteTransformer, forward, logits
+from stellarbyte_jax.model.io import Inputs
+from stellarbyte_jax.model.trees import Params
 
 _TOLERANCE = 1e-4  # of the largest logit, or of 1 where all are smaller
 
@@ -34,7 +37,7 @@ class Agreement:
 
 
 def compare_with_transformers(
-    directory: str | Path, model: ByteTransformer, params: dict[str, Any], tokens_BT: np.ndarray | None = None
+    directory: str | Path, model: ByteTransformer, params: Params, tokens_BT: np.ndarray | None = None
 ) -> Agreement:
     """Compares logits of ``transformers`` on ``directory`` with those of ``model``.
 
@@ -57,8 +60,7 @@ def compare_with_transformers(
     if tokens_BT is None:
         length = min(128, config.max_position_embeddings)
         tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, length), dtype=np.int32)
-    forward = jax.jit(ByteTransformer(config).apply)
-    ours_BTV = np.asarray(forward({"params": params}, tokens_BT))
+    ours_BTV = np.asarray(_logits(ByteTransformer(config), params, jnp.asarray(tokens_BT)))
     peer = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         theirs_BTV = peer.eval()(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
@@ -68,3 +70,8 @@ def compare_with_transformers(
         max_difference=float(np.abs(ours_BTV - theirs_BTV).max()),
         argmax_agreement=float((ours_BTV.argmax(-1) == theirs_BTV.argmax(-1)).mean()),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: ByteTransformer, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    return logits(model, params, forward(model, params, Inputs(tokens_BT)).hidden_BTD)

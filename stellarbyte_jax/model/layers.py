@@ -1,136 +1,148 @@
-"""The pieces of a block that are not attention, and the one way to make a weight.
+"""All layers of the network: for each group one scan over its stacked weights.
 
-B batch, T positions, D model, F feed-forward, V vocabulary.
+B batch, T positions, D model, L layers of a group, R repeats of its period of P layers.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.ops.norm import rms_norm
-from stellarbyte_jax.sharding import LOGICAL_AXES
+from stellarbyte_jax.config import ByteConfig, LayerGroup, LayerSpec
+from stellarbyte_jax.model.attention import AttentionContext
+from stellarbyte_jax.model.block import Block
+from stellarbyte_jax.model.io import Aux
+from stellarbyte_jax.model.state.layer_cache import LayerCache
+from stellarbyte_jax.model.state.memory import LayerMemory
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
-
-_STELLARBYTE_MLP_EPS = 1e-6
+Caches = tuple[LayerCache, ...]
+Memories = tuple[LayerMemory, ...]
 
 
-def param(module: nn.Module, name: str, init: nn.initializers.Initializer, **axes: int) -> jax.Array:
-    """Makes or reads a float32 weight; each keyword names an axis and gives its size, in order.
+class GroupOutput(NamedTuple):
+    """What a group of layers gives.
 
-    Raises:
-      ValueError: an axis is not in ``sharding.LOGICAL_AXES``.
+    Attributes:
+      x_BTD: activations.
+      caches: of each place of the period; None without a cache.
+      inputs: for each place that remembers the inputs [R, B, T, D] of its layers, else None.
+      aux: losses and statistics, as means over all layers of the network.
     """
-    unknown = [axis for axis in axes if axis not in LOGICAL_AXES]
-    if unknown:
-        raise ValueError(f"weight {name}: unknown axes {unknown}; known are {', '.join(LOGICAL_AXES)}")
-    weight: Any = module.param(name, nn.with_partitioning(init, tuple(axes)), tuple(axes.values()), jnp.float32)
-    return weight
+
+    x_BTD: Array
+    caches: Caches | None
+    inputs: tuple[Array | None, ...]
+    aux: Aux
 
 
-def weight(config: ByteConfig, role: str, fan_in: int, fan_out: int) -> nn.initializers.Initializer:
-    """The initializer of a matrix by its role: embed, head, query (and key), value, output, mlp_in or mlp_out.
+class Layers(nn.Module):
+    """The blocks of every group, whose weights are stacks ``[L, ...]`` under the number of the group.
 
-    All are normal. ``"normal"`` has the deviation ``s = initializer_range`` everywhere, ``"depth"`` has
-    ``s / sqrt(2L)`` for what writes into the residual stream (output, mlp_out; Radford et al. 2019), ``"stellarbyte"``
-    for everything.
-    ``"deepnorm"`` has Glorot's ``gain * sqrt(2 / (fan_in + fan_out))`` with the gain ``(8L)^(-1/4)``, but 1 for query
-    and key, and s for embed and head (Wang et al. 2022, https://arxiv.org/abs/2203.00555).
-    """
-    scheme, std, L = config.init_scheme, config.initializer_range, config.num_hidden_layers
-    if scheme == "deepnorm" and role not in ("embed", "head"):
-        gain = 1.0 if role == "query" else (8 * L) ** -0.25
-        std = gain * (2 / (fan_in + fan_out)) ** 0.5
-    elif scheme == "stellarbyte" or (scheme == "depth" and role in ("output", "mlp_out")):
-        std /= (2 * L) ** 0.5
-    return nn.initializers.normal(std)
-
-
-def bias(module: nn.Module, name: str, dtype: Any, **axes: int) -> jax.Array:
-    """A bias that begins with zeros, in the dtype of what it is added to."""
-    return param(module, name, nn.initializers.zeros, **axes).astype(dtype)
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm over the last axis, whose size and name are the attributes."""
-
-    config: ByteConfig
-    axis: str = "embed"
-    eps: float | None = None  # another one than the model's
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., D] to [..., D]."""
-        scale_D = param(self, "scale", nn.initializers.ones, **{self.axis: x.shape[-1]})
-        return rms_norm(x, scale_D, eps=self.eps or self.config.rms_norm_eps, eps_rule=self.config.rms_norm_eps_rule)
-
-
-class Embed(nn.Module):
-    """Token embedding."""
-
-    config: ByteConfig
-
-    @nn.compact
-    def __call__(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the embedded tokens [B, T, D] in the compute dtype, and the table [V, D] for a tied head."""
-        c = self.config
-        V, D = c.padded_vocab_size, c.hidden_size
-        embedding_VD = param(self, "embedding", weight(c, "embed", V, D), vocab=V, embed=D)
-        return jnp.take(embedding_VD, tokens_BT, axis=0).astype(c.compute_dtype), embedding_VD
-
-
-class Head(nn.Module):
-    """The linear head of an untied model."""
-
-    config: ByteConfig
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        """Returns the kernel [D, V]."""
-        c = self.config
-        D, V = c.hidden_size, c.padded_vocab_size
-        return param(self, "kernel", weight(c, "head", D, V), embed=D, vocab=V)
-
-
-class MLP(nn.Module):
-    """Gated feed-forward layer, ``down(act(gate(x)) * up(x))``: SwiGLU or GEGLU by the activation.
-
-    Shazeer 2020, https://arxiv.org/abs/2002.05202. The style "stellarbyte" is the original's
-    ``down(silu(up(n)) * sigmoid(gate(n))) + x`` with ``n = RMSNorm(x)`` of a fixed eps.
+    Weights are made by ``nn.scan`` and used by ``lax.scan``: a stack depends on the layers' weights alone, while the
+    loop's body depends on their windows and memories too, P layers at a time.
     """
 
     config: ByteConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D]."""
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        ctx: AttentionContext,
+        caches: tuple[Caches, ...] | None,
+        memories: tuple[Memories, ...] | None,
+        train: bool,
+    ) -> tuple[Float[Array, "B T D"], tuple[Caches, ...] | None, tuple[tuple[Array | None, ...], ...], Aux]:
+        """Maps [B, T, D] to [B, T, D], caches by group and place, layer inputs to be remembered, and losses."""
         c = self.config
-        D, F = c.hidden_size, c.mlp_size
-        dtype = x_BTD.dtype
-        gate_up_D2F = param(self, "gate_up", weight(c, "mlp_in", D, F), embed=D, gate=2, mlp=F)
-        down_FD = param(self, "down", weight(c, "mlp_out", F, D), mlp=F, embed=D)
-        own_style = c.mlp_style == "stellarbyte"
-        h_BTD = RMSNorm(c, eps=_STELLARBYTE_MLP_EPS, name="norm")(x_BTD) if own_style else x_BTD
-        both_BT2F = jnp.einsum("BTD,DGF->BTGF", h_BTD, gate_up_D2F.astype(dtype))
-        if c.mlp_bias:
-            both_BT2F += bias(self, "gate_up_bias", dtype, gate=2, mlp=F)[None, None]
-        gate_BTF, up_BTF = both_BT2F[:, :, 0], both_BT2F[:, :, 1]
-        h_BTF = (
-            jax.nn.silu(up_BTF) * jax.nn.sigmoid(gate_BTF)
-            if own_style
-            else ACTIVATIONS[c.hidden_act](gate_BTF) * up_BTF
-        )
-        out_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, down_FD.astype(dtype))
-        if c.mlp_bias:
-            out_BTD += bias(self, "down_bias", dtype, embed=D)[None, None]
-        if own_style:
-            out_BTD += x_BTD
-        return nn.Dropout(c.hidden_dropout, deterministic=deterministic)(out_BTD)
+        found = []
+        depth, aux = 0, Aux()
+        for number, group in enumerate(c.layer_groups):
+            if self.is_initializing():
+                make_layer = nn.scan(
+                    lambda block, x_BTD, _: (block(x_BTD, ctx, None, None, jnp.zeros((), jnp.int32), False)[0], None),
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True},
+                    length=len(group.specs),
+                    metadata_params={nn.PARTITION_NAME: "layers"},
+                )
+                x_BTD, _ = make_layer(Block(c, LayerSpec(None), name=str(number)), x_BTD, None)
+                continue
+            drops = train and max(c.attention_dropout, c.hidden_dropout, c.residual_dropout, c.drop_path) > 0
+            out = run_group(
+                c,
+                group,
+                self.get_variable("params", str(number)),
+                x_BTD,
+                ctx,
+                None if caches is None else caches[number],
+                None if memories is None else memories[number],
+                self.make_rng("dropout") if drops else None,
+                depth,
+                train,
+            )
+            x_BTD, aux = out.x_BTD, aux + out.aux
+            depth += len(group.specs)
+            found.append(out)
+        after = None if caches is None else tuple(out.caches for out in found)
+        return x_BTD, after, tuple(out.inputs for out in found), aux
+
+
+def run_group(
+    config: ByteConfig,
+    group: LayerGroup,
+    params: dict[str, object],
+    x_BTD: Float[Array, "B T D"],
+    ctx: AttentionContext,
+    caches: Caches | None,
+    memories: Memories | None,
+    dropout_key: Array | None,
+    depth: int,
+    train: bool,
+) -> GroupOutput:
+    """Applies the layers of a group, with stacked ``params`` [L, ...]; ``depth`` is that of the first layer."""
+    period, R = group.period, group.repeats
+    P = len(period)
+    by_period = jax.tree.map(lambda x: x.reshape(R, P, *x.shape[1:]), params)
+    keys_RP = None if dropout_key is None else jax.random.split(dropout_key, (R, P))
+
+    def body(carry, xs):
+        x_BTD, caches = carry
+        repeat, weights, states, keys_P = xs
+        caches = list(caches) if caches is not None else None
+        inputs, told = [], []
+        for place, (spec, layer_weights) in enumerate(zip(period, unstack(weights, P), strict=True)):
+            cache = None if caches is None else caches[place].at(repeat)
+            memory = None
+            if memories is not None and states is not None and spec.memory_slots:
+                memory = LayerMemory(states[place], memories[place].valid_BM)
+            inputs.append(x_BTD if memory is not None and cache is None else None)
+            rngs = None if keys_P is None else {"dropout": keys_P[place]}
+            at = depth + repeat * P + place
+            block = Block(config, spec, parent=None)
+            applied = block.apply({"params": layer_weights}, x_BTD, ctx, cache, memory, at, train, rngs=rngs)
+            x_BTD, cache, aux = cast(tuple[Array, LayerCache | None, Aux], applied)
+            told.append(aux)
+            if caches is not None:
+                caches[place] = cache
+        carry = (x_BTD, None if caches is None else tuple(caches))
+        return carry, (tuple(inputs), jax.tree.map(lambda *layers: sum(layers), *told))
+
+    if config.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    states = None if memories is None else tuple(memory.states for memory in memories)
+    repeats = jnp.arange(R, dtype=jnp.int32)
+    (x_BTD, caches), (inputs, aux) = jax.lax.scan(
+        body, (x_BTD, caches), (repeats, by_period, states, keys_RP), unroll=config.scan_unroll or R
+    )
+    return GroupOutput(x_BTD, caches, inputs, aux.mean_over_layers(config.num_hidden_layers))
+
+
+def unstack(tree: dict[str, object], layers: int) -> list[dict[str, object]]:
+    """A tree of stacks [P, ...] as P trees. By a split, whose gradient is one concatenation."""
+    leaves, structure = jax.tree.flatten(tree)
+    split = [jax.lax.split(x, [1] * layers) for x in leaves]
+    return [structure.unflatten([parts[i][0] for parts in split]) for i in range(layers)]

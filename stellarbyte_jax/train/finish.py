@@ -1,14 +1,13 @@
-"""What a run does when it is over: samples of text, an exported directory, what to type next."""
+"""What a run does when it is over: samples of text, an exported directory."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.generate.text import generate_text
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family
+from stellarbyte_jax.inference.text import generate_text
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
@@ -46,18 +45,3 @@ def export(config: TrainConfig, model: ByteTransformer, params: dict[str, Any]) 
     target = Path(config.output_dir) / "hf"
     save_pretrained(target, model, params, tokenizer=config.data.tokenizer, overwrite=True)
     return target
-
-
-def next_commands(config: TrainConfig, config_path: str) -> str:
-    """The commands that make sense after the run, to copy and paste."""
-    run = config.output_dir
-    prompt = config.sample_prompts[0] if config.sample_prompts else "Once upon a time"
-    lines = [
-        "next:",
-        f"  resume:    python scripts/train.py --config {config_path} --set steps={2 * config.steps}",
-        f'  generate:  python scripts/generate.py --model {run} --prompt "{prompt}"',
-    ]
-    with contextlib.suppress(ValueError):
-        export_family(config.model)
-        lines.append(f"  convert:   python scripts/convert.py to-hf {run} {run}-hf --dtype bfloat16")
-    return "\n".join(lines)

@@ -5,8 +5,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from stellarbyte_jax.train.checkpoint import CheckpointError
-from stellarbyte_jax.train.loop import DivergedError
+from stellarbyte_jax.checkpoint.store import CheckpointError
+from stellarbyte_jax.train.meter import DivergedError
 
 MENDABLE = (ValueError, OSError, NotImplementedError, ModuleNotFoundError, CheckpointError, DivergedError)
 

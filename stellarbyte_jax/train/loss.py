@@ -4,15 +4,13 @@ B batch, T positions.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from stellarbyte_jax.config import ByteConfig, LossConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, head_kernel
-from stellarbyte_jax.model.memory import Memory
-from stellarbyte_jax.model.positions import initial_rates
+from stellarbyte_jax.config import LossConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, head_kernel
+from stellarbyte_jax.model.io import Aux, Inputs, Output, State
 from stellarbyte_jax.ops.cross_entropy import linear_cross_entropy
 
 IGNORED = -100  # the label of a token that is not to be predicted, as in Hugging Face
@@ -39,46 +37,44 @@ def next_token_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 def batch_loss(
     model: ByteTransformer,
-    params: dict[str, Any],
+    params: Params,
     batch: Mapping[str, jax.Array],
     loss: LossConfig,
     *,
     max_segments: int | None = None,
     dropout_key: jax.Array | None = None,
-    memory: Memory | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array], Memory | None]:
-    """The loss of a batch, with the memory of its rows where the model has one.
+    state: State | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array], Output]:
+    """The loss of a batch.
+
+    Args:
+      model: the network.
+      params: its weights.
+      batch: tokens [B, T] and what belongs to them.
+      loss: what is minimised.
+      max_segments: static upper bound on the documents of a row.
+      dropout_key: makes it a call of training.
+      state: what the model carries from batch to batch.
 
     Returns:
       The sum of the loss over the batch's targets, sums for reporting as ``linear_cross_entropy`` gives them, and the
-      memory after the batch.
+      model's output, with the state after the batch and the losses of its layers.
     """
-    applied: Any = model.apply(
-        {"params": params},
-        batch["tokens"],
-        positions=batch.get("positions"),
-        segment_ids=batch.get("segment_ids"),
-        max_segments=max_segments,
-        deterministic=dropout_key is None,
-        head=False,
-        memory=memory,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
-    )
-    hidden_BTD, memory = (applied, None) if memory is None else applied
-    kernel_DV = head_kernel(model.config, params).astype(hidden_BTD.dtype)
+    inputs = Inputs(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), max_segments=max_segments)
+    out = forward(model, params, inputs, state, dropout_key=dropout_key)
     total, sums = linear_cross_entropy(
-        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-        kernel_DV,
+        out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]),
+        head_kernel(model, params),
         next_token_targets(batch).reshape(-1),
         label_smoothing=loss.label_smoothing,
         z_loss=loss.z_loss,
         vocab_size=model.config.vocab_size,
     )
-    return total, sums, memory
+    return total, sums, out
 
 
-def xpos_penalty(config: ByteConfig, params: dict[str, Any]) -> jax.Array:
-    """Mean squared distance of the learned XPos rates to those that they began with."""
-    begin_P = initial_rates(config)
-    rates = [layer["attn"]["xpos_rate"] for layer in params["layers"].values()]
-    return jnp.mean(jnp.stack([jnp.mean(jnp.square(rate_RP - begin_P[None])) for rate_RP in rates]))
+def auxiliary_loss(loss: LossConfig, aux: Aux) -> jax.Array:
+    """The layers' losses by the weights that ``loss`` gives them."""
+    weights = {"xpos_regularization": loss.xpos_regularization}
+    terms = [weights[name] * value for name, value in aux.losses.items() if weights[name]]
+    return sum(terms, jnp.zeros((), jnp.float32))

@@ -60,10 +60,10 @@ def flops_per_token(config: ByteConfig, parameters: int, sequence_length: int) -
     matrices = parameters if config.tie_word_embeddings else parameters - config.vocab_size * config.hidden_size
     width = config.num_attention_heads * config.head_size
     attention = 0.0
-    for kind in config.layer_kinds:
-        keys = sequence_length if kind.window is None else min(2 * kind.window, sequence_length)
-        if kind.sliding:  # the same number of keys for every token of a segment
-            keys = 2 * (kind.sliding + kind.fused)
+    for spec in config.layer_specs:
+        keys = sequence_length if spec.window is None else min(2 * spec.window, sequence_length)
+        if spec.recent:  # the same number of keys for every token of a segment
+            keys = 2 * spec.memory_slots
         attention += 6.0 * keys * width
     return FlopsPerToken(6.0 * matrices + attention, 6.0 * matrices + 2 * attention)
 

@@ -1,13 +1,17 @@
 """Learning-rate schedules and optimizers, from settings to optax."""
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, logical_axes
+from stellarbyte_jax.model.decoder import ByteTransformer, param_uses
+from stellarbyte_jax.model.params import WeightUse
+from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -18,6 +22,10 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
     ``cycles`` times, each peak ``cycle_decay`` times the last one's (Loshchilov and Hutter 2016,
     https://arxiv.org/abs/1608.03983).
     """
+    return _mixing_types(_named_schedule(config))
+
+
+def _named_schedule(config: TrainConfig) -> optax.Schedule:
     s, peak = config.schedule, config.optimizer.learning_rate
     rest = max(1, config.steps - s.warmup_steps)
     if s.name == "constant":
@@ -27,9 +35,9 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
     elif s.name == "linear":
         after = optax.linear_schedule(peak, peak * s.final_ratio, rest)
     elif s.name == "wsd":
-        decay = max(1, s.decay_steps or config.steps // 5)
+        decay = max(1, min(rest, s.decay_steps or config.steps // 5))
         fall = optax.linear_schedule(peak, peak * s.final_ratio, decay)
-        after = optax.join_schedules([optax.constant_schedule(peak), fall], [max(0, rest - decay)])
+        after = optax.join_schedules([optax.constant_schedule(peak), fall], [rest - decay])
     else:
         bounds = [round(rest * cycle / s.cycles) for cycle in range(s.cycles + 1)]
         cycles = [
@@ -43,17 +51,23 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [s.warmup_steps])
 
 
-def make_optimizer(config: TrainConfig, model: ByteTransformer) -> optax.GradientTransformation:
+def make_optimizer(
+    config: TrainConfig, model: ByteTransformer, is_trainable: IsTrainable = all_trainable
+) -> optax.GradientTransformation:
     """Clipping by global norm, then the update rule with decoupled weight decay on matrices only.
 
     AdamW: Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101. Lion: Chen et al. 2023,
-    https://arxiv.org/abs/2302.06675. Muon: matrices inside the layers are orthogonalised and scaled to AdamW's usual
-    update size (Liu et al. 2025, https://arxiv.org/abs/2502.16982), everything else takes AdamW.
+    https://arxiv.org/abs/2302.06675. Muon: matrices inside the layers are orthogonalised, each on its own, and scaled
+    to AdamW's usual update size (Liu et al. 2025, https://arxiv.org/abs/2502.16982), everything else takes AdamW with
+    Nesterov momentum (Dozat 2016), as optax has it.
+
+    What is a matrix, and between which axes, each weight states itself (``model.params.WeightUse``). The optimizer is
+    for the trainable weights alone.
     """
     o = config.optimizer
     schedule = make_schedule(config)
-    axes = logical_axes(model)
-    decayed = jax.tree.map(lambda a: _decays(a, o.decay_embeddings), axes, is_leaf=_is_axes)
+    uses, _ = partition(param_uses(model), is_trainable)
+    decayed = jax.tree.map(lambda use: use.is_matrix or (use.lookup and o.decay_embeddings), uses)
     if o.name == "adamw":
         rule = optax.adamw(schedule, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decayed)
     elif o.name == "lion":
@@ -65,33 +79,28 @@ def make_optimizer(config: TrainConfig, model: ByteTransformer) -> optax.Gradien
             adam_b1=o.b1,
             adam_b2=o.b2,
             consistent_rms=0.2,
-            muon_weight_dimension_numbers=jax.tree.map(_muon_axes, axes, is_leaf=_is_axes),
+            muon_weight_dimension_numbers=jax.tree.map(_muon_dimensions, uses),
         )
         # Its own decay of the AdamW part takes no mask. Updates are negative here, hence the sign.
         rule = optax.chain(muon, optax.add_decayed_weights(-o.weight_decay, decayed), optax.scale_by_schedule(schedule))
-    if o.gradient_clip_norm is None:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(o.gradient_clip_norm), rule)
+    if o.gradient_clip_norm is not None:
+        rule = optax.chain(optax.clip_by_global_norm(o.gradient_clip_norm), rule)
+    return optax.GradientTransformation(rule.init, _mixing_types(rule.update))
 
 
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
+def _mixing_types(update: Callable[..., Any]) -> Callable[..., Any]:
+    """Optax adds floats to integers inside, which strict promotion refuses."""
+
+    @functools.wraps(update)
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return update(*args, **kwargs)
+
+    return mixed
 
 
-def _is_matrix(axes: tuple[str, ...]) -> bool:
-    return "embed" in axes and len(set(axes) - {"layers"}) > 1
-
-
-def _decays(axes: tuple[str, ...], decay_embeddings: bool) -> bool:
-    return _is_matrix(axes) and (decay_embeddings or "vocab" not in axes)
-
-
-def _muon_axes(axes: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-    if not _is_matrix(axes) or "vocab" in axes:
+def _muon_dimensions(use: WeightUse) -> optax.contrib.MuonDimensionNumbers | None:
+    """The axes between which a matrix is orthogonalised; None for what takes AdamW, the head among it."""
+    if not use.is_matrix or "vocab" in use.axes:
         return None
-    width = axes.index("embed")
-    others = tuple(i for i, name in enumerate(axes) if name not in ("embed", "layers", "gate"))
-    reads_stream = width < min(others)
-    return optax.contrib.MuonDimensionNumbers(
-        reduction_axis=(width,) if reads_stream else others, output_axis=others if reads_stream else (width,)
-    )
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=use.contracted, output_axis=use.output)

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import Array
 
 from stellarbyte_jax.config import ByteConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
-from stellarbyte_jax.model.memory import Memory
+from stellarbyte_jax.model.io import State
+from stellarbyte_jax.model.state.memory import Memory
+from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, merge, partition
 
 
 @struct.dataclass
@@ -18,36 +21,59 @@ class TrainState:
 
     Attributes:
       step: optimizer steps done, int32.
-      params: float32 weights.
-      opt_state: state of the optax optimizer.
-      ema: exponential moving average of the weights, or None.
-      memory: segment memory of the batch's rows, or None where the model has none.
+      params: float32 weights that are trained.
+      opt_state: state of the optax optimizer, of these weights alone.
+      ema: exponential moving average of these weights, or None.
+      frozen: weights that are only read, in the dtype that they were loaded in.
+      carried: what the model carries from batch to batch: segment memory where it has any.
     """
 
-    step: jax.Array
-    params: dict[str, Any]
+    step: Array
+    params: Params
     opt_state: Any
-    ema: dict[str, Any] | None
-    memory: Memory | None = None
+    ema: Params | None
+    frozen: Params
+    carried: State
+
+    @property
+    def weights(self) -> Params:
+        """All weights as they are trained."""
+        return merge(self.params, self.frozen)
+
+    @property
+    def averaged(self) -> Params:
+        """All weights as they are validated and exported: the average, where one is kept."""
+        return merge(self.params if self.ema is None else self.ema, self.frozen)
 
 
-def create_state(config: TrainConfig, model: ByteTransformer, optimizer: optax.GradientTransformation) -> TrainState:
+def create_state(
+    config: TrainConfig,
+    model: ByteTransformer,
+    optimizer: optax.GradientTransformation,
+    is_trainable: IsTrainable = all_trainable,
+) -> TrainState:
     """The state before the first step."""
-    params = init_params(model, jax.random.key(config.seed))
+    params, frozen = partition(init_params(model, jax.random.key(config.seed)), is_trainable)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, params),
-        memory=empty_memory(config.model, config.global_batch_size),
+        frozen=frozen,
+        carried=initial_state(config.model, config.global_batch_size),
     )
 
 
-def empty_memory(config: ByteConfig, rows: int) -> Memory | None:
-    """The memory before the first batch, where the model has one."""
-    return Memory.create(config, rows) if config.has_memory else None
+def initial_state(config: ByteConfig, rows: int) -> State:
+    """What the model carries before the first batch."""
+    return State(memory=Memory.create(config, rows) if config.has_memory else None)
 
 
-def state_shapes(config: TrainConfig, model: ByteTransformer, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shapes(
+    config: TrainConfig,
+    model: ByteTransformer,
+    optimizer: optax.GradientTransformation,
+    is_trainable: IsTrainable = all_trainable,
+) -> TrainState:
     """The state as ``jax.ShapeDtypeStruct`` leaves. Computes nothing."""
-    return jax.eval_shape(lambda: create_state(config, model, optimizer))
+    return jax.eval_shape(lambda: create_state(config, model, optimizer, is_trainable))

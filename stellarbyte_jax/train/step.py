@@ -9,8 +9,9 @@ import optax
 
 from stellarbyte_jax.config import LossConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.model.memory import Memory
-from stellarbyte_jax.train.loss import batch_loss, next_token_targets, xpos_penalty
+from stellarbyte_jax.model.io import State
+from stellarbyte_jax.model.trees import Params, merge
+from stellarbyte_jax.train.loss import auxiliary_loss, batch_loss, next_token_targets
 from stellarbyte_jax.train.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -22,7 +23,8 @@ def make_train_step(
     """The function from state and batch to the next state and metrics, to be jitted with the state donated.
 
     The loss is the mean over the targets of the whole batch. With accumulation the batch is cut into equal parts
-    whose sums are added before the division, so the result is that of the large batch.
+    whose sums are added before the division, so the result is that of the large batch; losses and statistics of the
+    layers are means over the parts. Gradients are taken of the trainable weights alone.
     """
     parts = config.gradient_accumulation_steps
     max_segments = config.data.max_documents_per_sequence + 1  # padding counts as one more
@@ -33,36 +35,39 @@ def make_train_step(
         tokens = jnp.maximum(jnp.sum(next_token_targets(batch) >= 0), 1).astype(jnp.float32)
         step_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
-        def gradients(part: Batch, memory: Memory | None, index: jax.Array):
+        def gradients(part: Batch, carried: State, index: jax.Array):
             key = jax.random.fold_in(step_key, index) if has_dropout else None
 
-            def mean_loss(params: dict[str, Any]):
-                total, sums, after = batch_loss(
-                    model, params, part, config.loss, max_segments=max_segments, dropout_key=key, memory=memory
+            def mean_loss(params: Params):
+                total, sums, out = batch_loss(
+                    model,
+                    merge(params, state.frozen),
+                    part,
+                    config.loss,
+                    max_segments=max_segments,
+                    dropout_key=key,
+                    state=carried,
                 )
-                mean = total / tokens
-                if config.loss.xpos_regularization:
-                    mean += config.loss.xpos_regularization / parts * xpos_penalty(m, params)
-                return mean, (sums, after)
+                loss = total / tokens + auxiliary_loss(config.loss, out.aux) / parts
+                return loss, (sums, out.aux, out.state)
 
-            (loss, (sums, after)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-            return (loss, sums, grads), after
+            (loss, (sums, aux, after)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+            return (loss, sums, aux, grads), after
 
         if parts == 1:
-            (loss, sums, grads), memory = gradients(batch, state.memory, jnp.zeros((), jnp.int32))
+            (loss, sums, aux, grads), carried = gradients(batch, state.carried, jnp.zeros((), jnp.int32))
         else:
             cut = {name: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]) for name, x in batch.items()}
-            memories = None if state.memory is None else state.memory.split(parts)
 
             def add(total: Any, part: Any):
                 new, after = gradients(*part)
                 return jax.tree.map(jnp.add, total, new), after
 
-            given = (cut, memories, jnp.arange(parts, dtype=jnp.int32))
+            given = (cut, state.carried.split(parts), jnp.arange(parts, dtype=jnp.int32))
             shapes, _ = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], given))
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (loss, sums, grads), memories = jax.lax.scan(add, zero, given)
-            memory = None if memories is None else memories.joined()
+            (loss, sums, aux, grads), carried = jax.lax.scan(add, zero, given)
+            carried = carried.joined()
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -77,28 +82,27 @@ def make_train_step(
             "target_tokens": sums["tokens"],
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            **{name: value / parts for name, value in {**aux.losses, **aux.statistics}.items()},
         }
-        return TrainState(state.step + 1, params, opt_state, ema, memory), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, state.frozen, carried), metrics
 
     return train_step
 
 
 def make_eval_step(
     config: TrainConfig, model: ByteTransformer, byte_lengths_V: jax.Array
-) -> Callable[[dict[str, Any], Batch, Memory | None], tuple[dict[str, jax.Array], Memory | None]]:
-    """The function from weights, batch and memory to the sums that validation adds up, and the memory after it.
+) -> Callable[[Params, Batch, State], tuple[dict[str, jax.Array], State]]:
+    """The function from weights, batch and state to the sums that validation adds up, and the state after it.
 
     ``byte_lengths_V`` is the number of UTF-8 bytes that each token stands for, int32 [V].
     """
     plain = LossConfig()
     max_segments = config.data.max_documents_per_sequence + 1
 
-    def eval_step(
-        params: dict[str, Any], batch: Batch, memory: Memory | None = None
-    ) -> tuple[dict[str, jax.Array], Memory | None]:
-        _, sums, memory = batch_loss(model, params, batch, plain, max_segments=max_segments, memory=memory)
+    def eval_step(params: Params, batch: Batch, state: State) -> tuple[dict[str, jax.Array], State]:
+        _, sums, out = batch_loss(model, params, batch, plain, max_segments=max_segments, state=state)
         targets = next_token_targets(batch)
         sizes = jnp.where(targets >= 0, jnp.take(byte_lengths_V, jnp.maximum(targets, 0)), 0)
-        return {**sums, "bytes": jnp.sum(sizes).astype(jnp.float32)}, memory
+        return {**sums, "bytes": jnp.sum(sizes).astype(jnp.float32)}, out.state
 
     return eval_step

@@ -84,7 +84,7 @@ def test_an_interrupted_run_is_refused_until_it_is_done_again(tmp_path, source, 
     assert list((tmp_path / "out").glob("tokens-*.npy"))
     with pytest.raises(DataError, match=r"out has no meta\.json: .* interrupted"):
         _batches(tmp_path, tmp_path / "out", tokenizer)
-    with pytest.raises(DataError, match="is not empty; choose another directory or pass --overwrite"):
+    with pytest.raises(DataError, match="is not empty; choose another directory, or ask to overwrite it"):
         _prepare(tmp_path, source, tokenizer)
     _prepare(tmp_path, source, tokenizer, overwrite=True)
     assert len(list((tmp_path / "out").glob("tokens-*.npy"))) == 1
@@ -136,5 +136,5 @@ def test_bad_lines_are_an_error_or_counted(tmp_path, source, tokenizer):
 def test_input_without_text_is_an_error(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n')
-    with pytest.raises(DataError, match="no document of --input holds any text"):
+    with pytest.raises(DataError, match="no document of the inputs holds any text"):
         _prepare(tmp_path, str(path), tokenizer)

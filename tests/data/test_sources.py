@@ -158,5 +158,5 @@ def test_nothing_named_is_an_error(tmp_path):
 def test_an_unwritable_cache_is_named(tmp_path):
     write_records(tmp_path / "a.jsonl", RECORDS)
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(DataError, match=r"cannot write to the cache directory .* by data\.cache_dir or --cache-dir"):
+    with pytest.raises(DataError, match=r"cannot write to the cache directory .* choose another cache_dir"):
         _open(tmp_path, tmp_path / "a.jsonl")

@@ -7,14 +7,14 @@ import jax
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
+from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import ByteConfig, DataConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.directory import FILES
 from stellarbyte_jax.tokenizer.special import stop_ids
-from stellarbyte_jax.train.checkpoint import load_for_export
-from stellarbyte_jax.train.loop import train
+from stellarbyte_jax.train.run import train
 
 
 @pytest.fixture
@@ -56,14 +56,14 @@ def test_a_run_keeps_the_whole_tokenizer(tokenizer, tmp_path):
         schedule=ScheduleConfig(warmup_steps=0),
     )
     with jax.numpy_dtype_promotion("standard"):  # optax mixes float and integer types inside
-        assert train(config) == 0
+        assert train(config).exit_code == 0
     kept = run / "tokenizer"
     assert {p.name: p.read_bytes() for p in kept.iterdir()} == {p.name: p.read_bytes() for p in tokenizer.iterdir()}
     loaded = load_tokenizer(kept)
     assert loaded.chat_template is not None and loaded.chat_template == load_tokenizer(tokenizer).chat_template
     assert stop_ids(kept, loaded.eos_id) == [2, 4]
 
-    stored, params = load_for_export(run)
+    stored, params = load_weights(run)
     save_pretrained(tmp_path / "hf", ByteTransformer(stored.model), params, tokenizer=kept)
     assert {p.name for p in kept.iterdir()} == {p.name for p in (tmp_path / "hf").iterdir()} & set(FILES)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [2, 4]

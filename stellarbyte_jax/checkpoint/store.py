@@ -1,0 +1,204 @@
+"""Checkpoints of a run: ``RUN/checkpoints/STEP``, written by orbax in the background and made visible by a rename.
+
+Items of a step: ``params`` (the trained weights), ``frozen``, ``ema`` and ``memory`` (where there are any),
+``optimizer`` (its state and the step), ``data`` (position of the loader, JSON), ``config`` (the resolved settings,
+JSON) and ``format`` (JSON). A step made from foreign weights has no ``optimizer``.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from stellarbyte_jax.config import CheckpointConfig, ConfigError
+
+# Of the items above and of the parameter tree: a checkpoint of another one is refused.
+_FORMAT = 2
+
+Result = TypeVar("Result")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used with these settings."""
+
+
+class StoredStep:
+    """One complete checkpoint."""
+
+    def __init__(self, manager: ocp.CheckpointManager, directory: Path, step: int) -> None:
+        """Reads nothing yet."""
+        self._manager = manager
+        self.step = step
+        self.path = directory / str(step)
+
+    @classmethod
+    def open(cls, manager: ocp.CheckpointManager, directory: Path, step: int) -> Self:
+        """The step, of which it is known that this version can read it.
+
+        Raises:
+          CheckpointError: the step has another format.
+        """
+        stored = cls(manager, directory, step)
+        found = stored.json("format").get("format") if stored.has("format") else 1
+        if found != _FORMAT:
+            raise CheckpointError(
+                f"{stored.path} is a checkpoint of format {found}, this version reads {_FORMAT}: export it with the "
+                "version that wrote it (scripts/convert.py to-hf) and read that with this one (scripts/convert.py "
+                "from-hf)"
+            )
+        return stored
+
+    def has(self, item: str) -> bool:
+        """Whether the step has this item."""
+        return (self.path / item).exists()
+
+    @property
+    def frozen_paths(self) -> list[str]:
+        """Paths of the weights that are not trained."""
+        return self.json("format")["frozen"]
+
+    def json(self, item: str) -> Any:
+        """A JSON item."""
+        return self._manager.restore(self.step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+
+    def arrays(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Items as trees of arrays with these shapes, dtypes and shardings."""
+        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        found = self._manager.restore(self.step, args=ocp.args.Composite(**wanted))
+        return {name: found[name] for name in shapes}
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run directory."""
+
+    def __init__(self, run_dir: Path, settings: CheckpointConfig) -> None:
+        """Opens ``run_dir/checkpoints``, which is made if it does not exist."""
+        self.directory = run_dir.absolute() / "checkpoints"
+        policies: list[Any] = [checkpoint_managers.LatestN(settings.keep_latest)]
+        if settings.keep_best:
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=_metric, reverse=True, n=settings.keep_best, keep_checkpoints_without_metrics=False
+                )
+            )
+        self._options = ocp.CheckpointManagerOptions(
+            best_fn=_metric,
+            best_mode="min",
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
+        self._open()
+
+    def _open(self) -> None:
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        arrays: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        *,
+        frozen: list[str],
+        validation_loss: float | None = None,
+    ) -> None:
+        """Copies arrays and returns; the files are written in the background.
+
+        Args:
+          step: optimizer steps done.
+          arrays: items that are trees of arrays.
+          facts: items that are JSON values.
+          frozen: paths of the weights that are not trained.
+          validation_loss: at this step, where it was measured.
+
+        Raises:
+          CheckpointError: this save or the one before it failed; earlier checkpoints are untouched.
+        """
+        facts = {**facts, "format": {"format": _FORMAT, "frozen": frozen}}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items |= {name: ocp.args.JsonSave(values) for name, values in facts.items()}
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise self._failure(step, f"it takes {needed / 2**30:.2f} GiB")
+        self._guarded(
+            step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        )
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        self._guarded(None, self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background threads."""
+        self.wait()
+        self._manager.close()
+
+    def _guarded(self, step: int | None, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:
+            # orbax, tensorstore and the file system each have their own exceptions for a failed write.
+            raise self._failure(step, first_line(error)) from error
+
+    def _failure(self, step: int | None, reason: str) -> CheckpointError:
+        free = shutil.disk_usage(self.directory).free / 2**30
+        kept = [s for s in self.steps if s != step]
+        last = f"Step {kept[-1]} is the last complete one" if kept else "There is none yet"
+        return CheckpointError(
+            f"a checkpoint could not be written to {self.directory} ({free:.2f} GiB free there): {reason}. {last}; "
+            "free space or choose another output_dir, then start the run again"
+        )
+
+    def restore(self, read: Callable[[StoredStep], Result], say: Callable[[str], None]) -> Result | None:
+        """What ``read`` makes of the newest readable step, or None where there is no checkpoint.
+
+        An unreadable checkpoint is reported through ``say``, moved to ``RUN/corrupt`` and the one before it is taken.
+
+        Raises:
+          CheckpointError: all checkpoints are unreadable, or ``read`` refuses one.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            try:
+                return read(StoredStep.open(self._manager, self.directory, step))
+            except (CheckpointError, ConfigError):
+                raise
+            except Exception as error:
+                target = self.directory.parent / "corrupt" / str(step)
+                say(f"checkpoint {step} is unreadable ({first_line(error)}); moved to {target}")
+                target.parent.mkdir(exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                shutil.move(self.directory / str(step), target)
+                self._manager.close()
+                self._open()
+        if steps:
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} could be read; they lie in {self.directory.parent / 'corrupt'}. "
+                "Start again to train from the beginning"
+            )
+        return None
+
+
+def _metric(metrics: Any) -> float:
+    return float(metrics["validation_loss"])
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and message of an error, in one line that is not too long."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    # Long ones begin with what was tried and end with what went wrong.
+    return f"{type(error).__name__}: {text if len(text) < 300 else f'{text[:100]} ... {text[-150:]}'}"

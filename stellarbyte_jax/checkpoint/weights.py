@@ -1,0 +1,83 @@
+"""The weights of a run, without the rest of its state."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep, first_line
+from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, ScheduleConfig, TrainConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.trees import Params, merge, partition
+
+
+def run_and_step(source: Path, step: int | None = None) -> tuple[Path, int | None]:
+    """The run directory and the step that a run directory or ``RUN/checkpoints/STEP`` means."""
+    run = source.absolute()
+    if run.parent.name == "checkpoints" and run.name.isdigit():
+        return run.parents[1], int(run.name) if step is None else step
+    return source, step
+
+
+def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainConfig, Params]:
+    """Settings and weights (numpy; the average where one was kept) of a run's newest or named checkpoint.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    run_dir = Path(run_dir)
+    directory = run_dir.absolute() / "checkpoints"
+    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"{run_dir} holds no checkpoint: expected a run directory with checkpoints/STEP inside")
+    chosen = steps[-1] if step is None else step
+    if chosen not in steps:
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}")
+    try:
+        with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+            stored = StoredStep.open(manager, directory, chosen)
+            config = TrainConfig.from_dict(stored.json("config"))
+            return config, jax.tree.map(np.asarray, _read(stored, config.model))
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {directory / str(chosen)} is unreadable: {first_line(error)}. Name another step"
+        ) from error
+
+
+def _read(stored: StoredStep, config: ByteConfig) -> Params:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), param_shapes(ByteTransformer(config))
+    )
+    frozen_paths = stored.frozen_paths
+    trained, frozen = partition(shapes, lambda path: "/".join(path) not in frozen_paths)
+    item = "ema" if stored.has("ema") else "params"
+    found = stored.arrays({item: trained} | ({"frozen": frozen} if frozen else {}))
+    return merge(found[item], found.get("frozen", {}))
+
+
+def save_initial(run_dir: str | Path, config: ByteConfig, params: Params, tokenizer: str | None = None) -> None:
+    """Writes weights as step 0 of a run directory, for training to start from.
+
+    Raises:
+      CheckpointError: the directory already has a checkpoint, or the write failed.
+    """
+    run_dir = Path(run_dir)
+    data = DataConfig(
+        sequence_length=min(1024, config.max_position_embeddings),
+        tokenizer=tokenizer or DataConfig().tokenizer,
+        arrangement="contiguous" if config.has_memory else "packed",
+    )
+    train = TrainConfig(
+        output_dir=str(run_dir), steps=1, model=config, data=data, schedule=ScheduleConfig(warmup_steps=0)
+    )
+    checkpointer = Checkpointer(run_dir, CheckpointConfig())
+    if checkpointer.steps:
+        raise CheckpointError(f"{run_dir} already has checkpoints ({checkpointer.steps}): choose an empty directory")
+    arrays: dict[str, Any] = {"params": jax.tree.map(np.asarray, params)}
+    checkpointer.save(0, arrays, {"config": train.to_dict()}, frozen=[])
+    checkpointer.close()

@@ -1,0 +1,1 @@
+"""Generation: prompts in, new tokens or text out."""

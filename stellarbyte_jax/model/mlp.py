@@ -1,0 +1,67 @@
+"""Feed-forward layers: one function a style.
+
+B batch, T positions, D model, F feed-forward.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.model.initializers import matrix_init
+from stellarbyte_jax.model.norm import RMSNorm
+from stellarbyte_jax.model.params import linear
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+_STELLARBYTE_EPS = 1e-6
+
+
+class MLP(nn.Module):
+    """The feed-forward layer of ``config.mlp_style``."""
+
+    config: ByteConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"], train: bool) -> Float[Array, "B T D"]:
+        """Maps [B, T, D] to [B, T, D]; ``train`` switches dropout on."""
+        out_BTD = MLP_STYLES[self.config.mlp_style](self, x_BTD)
+        return nn.Dropout(self.config.hidden_dropout, deterministic=not train)(out_BTD)
+
+
+def gated(mlp: MLP, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """``down(act(gate(x)) * up(x))``: SwiGLU or GEGLU by the activation. Shazeer 2020, https://arxiv.org/abs/2002.05202."""
+    gate_BTF, up_BTF = _gate_and_up(mlp, x_BTD)
+    return _down(mlp, ACTIVATIONS[mlp.config.hidden_act](gate_BTF) * up_BTF)
+
+
+def stellarbyte(mlp: MLP, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The original's ``down(silu(up(n)) * sigmoid(gate(n))) + x`` with ``n = RMSNorm(x)`` of a fixed eps."""
+    n_BTD = RMSNorm(mlp.config, eps=_STELLARBYTE_EPS, name="norm")(x_BTD)
+    gate_BTF, up_BTF = _gate_and_up(mlp, n_BTD)
+    return _down(mlp, jax.nn.silu(up_BTF) * jax.nn.sigmoid(gate_BTF)) + x_BTD
+
+
+MLP_STYLES: dict[str, Callable[[MLP, jax.Array], jax.Array]] = {"gated": gated, "stellarbyte": stellarbyte}
+
+
+def _gate_and_up(mlp: MLP, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    c = mlp.config
+    D, F = c.hidden_size, c.mlp_size
+    init = matrix_init(c, "mlp_in", D, F)
+    both_BTGF = linear(
+        mlp, "gate_up", "BTD,DGF->BTGF", x_BTD, init, bias=c.mlp_bias, batch=("gate",), embed=D, gate=2, mlp=F
+    )
+    return both_BTGF[:, :, 0], both_BTGF[:, :, 1]
+
+
+def _down(mlp: MLP, h_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+    c = mlp.config
+    D, F = c.hidden_size, c.mlp_size
+    return linear(mlp, "down", "BTF,FD->BTD", h_BTF, matrix_init(c, "mlp_out", F, D), bias=c.mlp_bias, mlp=F, embed=D)

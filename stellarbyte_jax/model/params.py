@@ -1,0 +1,193 @@
+"""A weight and its use: the only place where weights are made, fetched, cast, contracted and sharded.
+
+What a weight is used for is stated where it is made and travels with it: see :class:`WeightUse`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from stellarbyte_jax.model.trees import Params, Uses
+from stellarbyte_jax.sharding import LOGICAL_AXES, constrain
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """What the axes of a weight are, for sharding and for optimizers. Nothing is inferred by exclusion.
+
+    Attributes:
+      axes: logical axis of each dimension, see ``sharding.Rules``.
+      contracted: dimensions that a product sums over. A weight that has any is a matrix (one for each index of the
+        batch dimensions), from these dimensions to the ``output`` ones.
+      batch: dimensions that index independent matrices.
+      lookup: whether the weight is a table whose rows are looked up.
+      float32: whether it is used in float32 whatever the compute dtype.
+    """
+
+    axes: tuple[str, ...]
+    contracted: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    lookup: bool = False
+    float32: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a product contracts it."""
+        return bool(self.contracted)
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Dimensions of a matrix's results."""
+        return tuple(i for i in range(len(self.axes)) if i not in (*self.contracted, *self.batch))
+
+    def stacked(self, axis: str) -> "WeightUse":
+        """The use of several such weights stacked on a new first axis."""
+        contracted, batch = (tuple(i + 1 for i in dims) for dims in (self.contracted, self.batch))
+        return replace(self, axes=(axis, *self.axes), contracted=contracted, batch=(0, *batch))
+
+
+@struct.dataclass
+class Weight(nn.meta.AxisMetadata):
+    """A weight with its use, as it comes out of ``init``."""
+
+    value: Array
+    use: WeightUse = struct.field(pytree_node=False)
+
+    def unbox(self) -> Array:
+        """The array alone."""
+        return self.value
+
+    def replace_boxed(self, val: object) -> Self:
+        """Another value of the same use."""
+        return self.replace(value=val)  # type: ignore[attr-defined]
+
+    def add_axis(self, index: int, params: dict[str, str]) -> Self:
+        """After a scan stacked the weight."""
+        assert index == 0
+        return self.replace(use=self.use.stacked(params[nn.PARTITION_NAME]))  # type: ignore[attr-defined]
+
+    def remove_axis(self, index: int, params: dict[str, str]) -> Self:
+        """Inside of the scan that stacks it."""
+        assert index == 0 and params[nn.PARTITION_NAME] == self.use.axes[0]
+        contracted, batch = (tuple(i - 1 for i in dims if i > 0) for dims in (self.use.contracted, self.use.batch))
+        return self.replace(  # type: ignore[attr-defined]
+            use=replace(self.use, axes=self.use.axes[1:], contracted=contracted, batch=batch)
+        )
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    axes: Mapping[str, int],
+    *,
+    contracted: tuple[str, ...] = (),
+    batch: tuple[str, ...] = (),
+    lookup: bool = False,
+    float32: bool = False,
+) -> Array:
+    """Makes or fetches a weight, as it is stored.
+
+    Args:
+      module: whose weight it is.
+      name: of the weight.
+      init: its initializer.
+      axes: name and size of each axis, in order.
+      contracted: axes that products sum over; see :class:`WeightUse`, as for the next ones.
+      batch: axes that index independent matrices.
+      lookup: whether rows are looked up.
+      float32: whether it is used in float32.
+
+    Raises:
+      ValueError: an axis is no field of ``sharding.Rules``.
+    """
+    unknown = [axis for axis in axes if axis not in LOGICAL_AXES]
+    if unknown:
+        raise ValueError(f"weight {name}: unknown axes {unknown}; known are {', '.join(LOGICAL_AXES)}")
+    names = tuple(axes)
+    use = WeightUse(
+        names, tuple(names.index(a) for a in contracted), tuple(names.index(a) for a in batch), lookup, float32
+    )
+
+    def make(key: Array) -> Weight:
+        return Weight(init(key, tuple(axes.values()), jnp.float32), use)
+
+    return jnp.asarray(module.param(name, make))  # numpy arrays are weights too
+
+
+def kernel(
+    module: nn.Module,
+    name: str,
+    spec: str,
+    dtype: jnp.dtype,
+    init: nn.initializers.Initializer,
+    *,
+    batch: tuple[str, ...] = (),
+    **axes: int,
+) -> Array:
+    """The matrix that :func:`linear` would use, in ``dtype``: for operations that do the product themselves."""
+    letters, output = _letters(name, spec, axes)
+    contracted = tuple(axis for axis, letter in zip(axes, letters, strict=True) if letter not in output)
+    return param(module, name, init, axes, contracted=contracted, batch=batch).astype(dtype)
+
+
+def linear(
+    module: nn.Module,
+    name: str,
+    spec: str,
+    x: Float[Array, "..."],
+    init: nn.initializers.Initializer,
+    *,
+    bias: bool = False,
+    batch: tuple[str, ...] = (),
+    out_dtype: jnp.dtype | None = None,
+    **axes: int,
+) -> Float[Array, "..."]:
+    """The product of activations with a weight, and a bias where asked for.
+
+    ``linear(self, "q", "BTD,DNH->BTNH", x_BTD, init, embed=D, heads=N, head_dim=H)``
+
+    Args:
+      module: whose weight it is.
+      name: of the weight; its bias is ``{name}_bias``.
+      spec: einsum of the activations and the weight. Letters of the weight that the result lacks are contracted.
+      x: activations; the product is in their dtype, summed in float32.
+      init: initializer of the weight. A bias begins with zeros.
+      bias: whether to add one.
+      batch: axes of the weight that index independent matrices.
+      out_dtype: of the result, where it is not that of ``x``.
+      **axes: name and size of each axis of the weight, in order.
+
+    Raises:
+      ValueError: the spec does not fit the axes, or an axis is no field of ``sharding.Rules``.
+    """
+    letters, output = _letters(name, spec, axes)
+    matrix = kernel(module, name, spec, x.dtype, init, batch=batch, **axes)
+    result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype)
+    names = dict(zip(letters, axes, strict=True))
+    if bias:
+        sizes = {names[letter]: axes[names[letter]] for letter in letters if letter in output}
+        offset = param(module, f"{name}_bias", nn.initializers.zeros, sizes).astype(result.dtype)
+        shape = [axes[names[letter]] if letter in names else 1 for letter in output]
+        result += offset.reshape([1] * (result.ndim - len(output)) + shape)
+    return constrain(result, (None,) * (result.ndim - len(output)) + tuple(names.get(letter) for letter in output))
+
+
+def _letters(name: str, spec: str, axes: dict[str, int]) -> tuple[str, str]:
+    """Of an einsum: the letters of the weight and of the result, without the ellipsis."""
+    inputs, _, output = spec.partition("->")
+    letters = inputs.partition(",")[2]
+    if len(letters) != len(axes):
+        raise ValueError(f"weight {name}: {spec!r} gives it {len(letters)} axes, named are {', '.join(axes)}")
+    return letters, output.replace(".", "")
+
+
+def weight_uses(boxed: Params) -> Uses:
+    """The :class:`WeightUse` of each weight, in a tree like the weights', from the result of ``init``."""
+    return jax.tree.map(lambda box: box.use, boxed, is_leaf=lambda x: isinstance(x, Weight))

@@ -1,0 +1,100 @@
+"""The cache of layers that attend to every earlier token, and what it shares with the ring.
+
+R layers of a stack, B batch, T new tokens, S slots, K key/value heads, H head size.
+"""
+
+from typing import Self
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from stellarbyte_jax.model.state.layer_cache import CachedKV, NewTokens
+from stellarbyte_jax.model.state.storage import Storage
+
+
+@struct.dataclass
+class FullCache:
+    """Keys and values of every token; the slot of a token is its position.
+
+    Attributes:
+      storage: keys and values of the stack.
+      positions_BS: position of the token in each slot, int32; -1 for none. The same in every layer.
+      layer: the current layer, int32.
+      new: the tokens of the call, with ``write_indices_BT``, the slot of each (from S on: it is not stored); None
+        between calls.
+      write_indices_BT: see ``new``.
+      fresh: static; True until the first call, whose tokens attend to each other alone, with the fused kernels.
+    """
+
+    storage: Storage
+    positions_BS: Array
+    layer: Array
+    new: NewTokens | None = None
+    write_indices_BT: Array | None = None
+    fresh: bool = struct.field(pytree_node=False, default=True)
+
+    @property
+    def needs_weights(self) -> bool:
+        """False: nothing is evicted."""
+        return False
+
+    def begin(self, new: NewTokens) -> Self:
+        """Finds a slot for each token; raises ValueError where there are more tokens than slots."""
+        T = new.positions_BS.shape[1]
+        if T > self.storage.slots:
+            raise ValueError(f"{T} tokens do not fit into a cache of {self.storage.slots} slots: make a longer cache")
+        return self._write_to(new, new.positions_BS, new.valid_BS)
+
+    def at(self, layer: Int[Array, ""]) -> Self:
+        """The cache with another current layer."""
+        return self.replace(layer=layer)  # type: ignore[attr-defined]
+
+    def append(self, k_BSKH: Float[Array, "B S K H"], v_BSKH: Float[Array, "B S K H"]) -> tuple[Self, CachedKV]:
+        """Stores the tokens; their queries see each other (first call), or all that is stored."""
+        written = self._written(k_BSKH, v_BSKH)
+        if self.fresh:
+            return written, self._among_new(k_BSKH, v_BSKH)
+        keys_BSKH, values_BSKH = written.storage.layer(self.layer).decode(k_BSKH.dtype)
+        return written, CachedKV(keys_BSKH, values_BSKH, self.positions_BS[:, :, None])
+
+    def accumulate(self, weights_BKGTS: Float[Array, "B K G T S"] | None) -> Self:
+        """No-op: only score-based eviction uses the weights."""
+        del weights_BKGTS
+        return self
+
+    def end(self) -> Self:
+        """The cache after the call."""
+        return self.replace(new=None, write_indices_BT=None, fresh=False)  # type: ignore[attr-defined]
+
+    def select(self, rows_B: Int[Array, " B"]) -> Self:
+        """The cache of these rows."""
+        positions_BS = jnp.take(self.positions_BS, rows_B, axis=0)
+        return self.replace(storage=self.storage.select(rows_B), positions_BS=positions_BS)  # type: ignore[attr-defined]
+
+    def reset(self, rows_B: Bool[Array, " B"]) -> Self:
+        """The cache with these rows empty."""
+        return self.replace(positions_BS=jnp.where(rows_B[:, None], -1, self.positions_BS))  # type: ignore[attr-defined]
+
+    def _write_to(self, new: NewTokens, slots_BT: Array, stored_BT: Array) -> Self:
+        """Notes where the call's tokens go, and which positions the slots then hold."""
+        B, T = slots_BT.shape
+        nowhere_T = self.storage.slots + jnp.arange(T, dtype=jnp.int32)
+        slots_BT = jnp.where(stored_BT, slots_BT, nowhere_T[None, :])
+        rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+        after_BS = self.positions_BS.at[rows_B1, slots_BT].set(new.positions_BS, mode="drop", unique_indices=True)
+        return self.replace(positions_BS=after_BS, new=new, write_indices_BT=slots_BT)  # type: ignore[attr-defined]
+
+    def _written(self, k_BSKH: Array, v_BSKH: Array) -> Self:
+        assert self.write_indices_BT is not None
+        new = self.storage.encode(k_BSKH, v_BSKH)
+        storage = self.storage.write(self.layer, self.write_indices_BT, new)
+        return self.replace(storage=storage)  # type: ignore[attr-defined]
+
+    def _among_new(self, k_BSKH: Array, v_BSKH: Array) -> CachedKV:
+        """The new tokens as they are: those of the first call need not be read back."""
+        assert self.new is not None
+        memory = self.new.memory_slots
+        # Padding comes after all tokens that count, so it is hidden by its place; empty memory slots come before.
+        segments_BS = jnp.where(self.new.valid_BS, 1, -1).at[:, memory:].set(1) if memory else None
+        return CachedKV(k_BSKH, v_BSKH, self.new.positions_BS[:, :, None], None, segments_BS, aligned=True)

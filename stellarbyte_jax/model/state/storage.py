@@ -1,0 +1,101 @@
+"""How keys and values are stored: in their own dtype, or in 8 bits with one scale per token and head.
+
+R layers of a stack, B batch, T tokens, S slots, K key/value heads, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+# Integers of the same size hold the narrow floats: XLA on a CPU would widen a whole array to update one token of it.
+_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+
+
+@struct.dataclass
+class Storage:
+    """Keys and values of stacked layers.
+
+    Attributes:
+      keys: [R, B, S, K, H], of ``dtype`` or of the unsigned integers that hold its bits.
+      values: like the keys.
+      key_scales: float32 [R, B, S, K] for 8 bits, else None.
+      value_scales: like the key scales.
+      dtype: static; what the numbers mean.
+    """
+
+    keys: Array
+    values: Array
+    key_scales: Array | None
+    value_scales: Array | None
+    dtype: str = struct.field(pytree_node=False)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: str) -> "Storage":
+        """Slots without content; ``shape`` is [R, B, S, K, H]."""
+        held = _BITS.get(dtype, dtype)
+        scaled = jnp.dtype(dtype).itemsize == 1
+        keys, values = jnp.zeros(shape, held), jnp.zeros(shape, held)
+        scales = (jnp.zeros(shape[:-1]), jnp.zeros(shape[:-1])) if scaled else (None, None)
+        return cls(keys, values, *scales, dtype=dtype)
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return self.keys.shape[2]
+
+    def encode(self, k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]) -> "Storage":
+        """Keys and values of one layer as they are stored here, without the axis of layers."""
+        if self.key_scales is None:
+            return self.replace(keys=self._bits(k_BTKH), values=self._bits(v_BTKH))  # type: ignore[attr-defined]
+        keys, key_scales = quantize(k_BTKH, self.dtype)
+        values, value_scales = quantize(v_BTKH, self.dtype)
+        return Storage(self._bits(keys), self._bits(values), key_scales, value_scales, self.dtype)
+
+    def decode(self, dtype: jnp.dtype) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values of one layer, from what :meth:`layer` or :meth:`encode` gave."""
+        keys, values = self._floats(self.keys), self._floats(self.values)
+        if self.key_scales is None or self.value_scales is None:
+            return keys.astype(dtype), values.astype(dtype)
+        keys = keys.astype(jnp.float32) * self.key_scales[..., None]
+        values = values.astype(jnp.float32) * self.value_scales[..., None]
+        return keys.astype(dtype), values.astype(dtype)
+
+    def layer(self, layer: Int[Array, ""]) -> "Storage":
+        """What one layer holds."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), self)
+
+    def write(self, layer: Int[Array, ""], slots_BT: Int[Array, "B T"], new: "Storage") -> "Storage":
+        """Puts encoded tokens into slots of one layer, in place where the caller gives its storage away.
+
+        No two tokens of a row may have the same slot; those whose slot does not exist are not stored.
+        """
+        rows_B1 = jnp.arange(slots_BT.shape[0], dtype=jnp.int32)[:, None]
+        return jax.tree.map(
+            lambda old, x: old.at[layer, rows_B1, slots_BT].set(x, mode="drop", unique_indices=True), self, new
+        )
+
+    def replace_layer(self, layer: Int[Array, ""], new: "Storage") -> "Storage":
+        """Puts all slots of one layer in."""
+        return jax.tree.map(lambda old, x: jax.lax.dynamic_update_index_in_dim(old, x, layer, axis=0), self, new)
+
+    def select(self, rows_B: Int[Array, " B"]) -> "Storage":
+        """The storage of these rows."""
+        return jax.tree.map(lambda x: jnp.take(x, rows_B, axis=1), self)
+
+    def _bits(self, x: Array) -> Array:
+        x = x.astype(self.dtype)
+        return jax.lax.bitcast_convert_type(x, _BITS[self.dtype]) if self.dtype in _BITS else x
+
+    def _floats(self, x: Array) -> Array:
+        return jax.lax.bitcast_convert_type(x, self.dtype) if self.dtype in _BITS else x
+
+
+def quantize(x: Float[Array, "B T K H"], dtype: str) -> tuple[Array, Float[Array, "B T K"]]:
+    """8-bit codes, and the scale of each token and head that gives its largest number the largest code."""
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    largest = 127.0 if integer else float(jnp.finfo(dtype).max)
+    x32 = x.astype(jnp.float32)
+    scales = jnp.maximum(jnp.max(jnp.abs(x32), axis=-1), 1e-12) / largest
+    codes = x32 / scales[..., None]
+    return (jnp.round(codes) if integer else codes).astype(dtype), scales

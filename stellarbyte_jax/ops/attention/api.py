@@ -1,0 +1,65 @@
+"""The attention operation, and the choice of its implementation.
+
+B batch, T queries, S keys, N query heads, K key/value heads, H head size.
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+from stellarbyte_jax.ops.attention.cudnn import cudnn_attention
+from stellarbyte_jax.ops.attention.mask import Mask
+from stellarbyte_jax.ops.attention.options import AttentionOutput, Dropout, Options
+from stellarbyte_jax.ops.attention.reference import reference_attention
+from stellarbyte_jax.ops.attention.xla import xla_attention
+from stellarbyte_jax.ops.dispatch import dispatch
+
+Implementation = Callable[[Array, Array, Array, Mask, Options], AttentionOutput]
+
+# In the order in which "auto" tries them. Another kernel is another entry.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "cudnn": cudnn_attention,
+    "xla": xla_attention,
+    "reference": reference_attention,
+}
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    softcap: float | None = None,
+    prune_below: float = 0.0,
+    dropout: Dropout | None = None,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    implementation: str = "auto",
+    required: bool = True,
+) -> AttentionOutput:
+    """``softmax(q k^T / sqrt(H)) v`` over the keys that ``mask`` allows, with the softmax in float32.
+
+    Query head n reads key/value head ``n // (N / K)``. A query that sees no key gives finite numbers without meaning.
+
+    Args:
+      q_BTNH: queries, already rotated.
+      k_BSKH: keys; K divides N.
+      v_BSKH: values.
+      mask: what sees what.
+      softcap: replaces scores s by ``softcap * tanh(s / softcap)``.
+      prune_below: weights below this fraction of a query's largest weight are set to zero.
+      dropout: of the weights.
+      return_weights: whether to return the weights.
+      return_lse: whether to return the log-sum-exp of the scores.
+      implementation: ``"auto"`` or a name in ``IMPLEMENTATIONS``.
+      required: False lets another implementation take what the named one refuses, and logs that.
+
+    Raises:
+      NotImplementedError: the implementation named does not support the arguments.
+    """
+    options = Options(softcap, prune_below, dropout, return_weights, return_lse)
+    cached = "" if mask.aligned else " over a cache"
+    return dispatch(
+        f"attention{cached}", implementation, IMPLEMENTATIONS, q_BTNH, k_BSKH, v_BSKH, mask, options, required=required
+    )

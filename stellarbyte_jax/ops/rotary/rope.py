@@ -1,0 +1,154 @@
+"""Rotary position embedding, and the interface of every position scheme.
+
+B batch, T new tokens, S keys, N query heads, K key/value heads, H head size, P = H/2 rotated pairs.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from stellarbyte_jax.ops.rotary.angles import apply_rotary, rotary_angles
+from stellarbyte_jax.ops.rotary.scaling import Scaling, dynamic_frequencies, scaled_frequencies
+
+
+@struct.dataclass
+class Frequencies:
+    """Rotary frequencies of a call, the same in every layer.
+
+    Attributes:
+      values: float32 [P]; with dynamic scaling of each row or token, [B, 1 or T, P].
+      magnitude: static factor of cosines and sines.
+    """
+
+    values: Array
+    magnitude: float = struct.field(pytree_node=False, default=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Scores depend on the distance of query and key, by rotations of channel pairs.
+
+    Su et al. 2021, https://arxiv.org/abs/2104.09864. Subclasses are the other schemes.
+
+    Attributes:
+      head_size: H.
+      theta: base of the frequencies.
+      pairing: ``half`` or ``interleaved``; see :func:`apply_rotary`.
+      scaling: frequencies for longer texts.
+    """
+
+    head_size: int
+    theta: float
+    pairing: str
+    scaling: Scaling
+
+    @property
+    def relative(self) -> bool:
+        """Whether scores depend on distances alone, so that a window frees a text from the trained length."""
+        return True
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions that a text may have where a layer sees all of it; None for any number."""
+        return self.scaling.max_length
+
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens that may be rotated in one call; None for any number."""
+        return None
+
+    @property
+    def rates(self) -> Float[Array, " P"] | None:
+        """Rates of decay by distance, which a layer may learn; None where scores do not decay."""
+        return None
+
+    def frequencies(
+        self,
+        positions_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None,
+        valid_mask_BT: Bool[Array, "B T"],
+        *,
+        cached: bool,
+    ) -> Frequencies:
+        """The frequencies for new tokens; ``cached`` says that earlier tokens of a row are in a cache."""
+        if self.scaling.name != "dynamic":
+            return Frequencies(*scaled_frequencies(self.head_size, self.theta, self.scaling))
+        if cached:
+            lengths = jnp.max(jnp.where(valid_mask_BT, positions_BT, 0), axis=1, keepdims=True) + 1
+        else:
+            lengths = document_lengths(positions_BT, segment_ids_BT, valid_mask_BT)
+        return Frequencies(dynamic_frequencies(lengths, self.head_size, self.theta, self.scaling))
+
+    def rotate(
+        self,
+        frequencies: Frequencies,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BSKH: Float[Array, "B S K H"],
+        positions_BS: Int[Array, "B S"],
+        rows_BS: Int[Array, "#B S"],
+        rates_P: Float[Array, " P"] | None,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
+        """Queries and keys of one row, ready for attention; the T queries belong to the last T of the S tokens.
+
+        Args:
+          frequencies: of these tokens.
+          q_BTNH: queries.
+          k_BSKH: keys.
+          positions_BS: position of each token in its document.
+          rows_BS: place of each token in its row.
+          rates_P: rates of decay, where the scheme has any.
+
+        Raises:
+          ValueError: the scheme cannot rotate so many tokens in one call.
+        """
+        del rows_BS, rates_P
+        angles_BSP = rotary_angles(positions_BS, frequencies.values)
+        q_BTNH = self._apply(frequencies, q_BTNH, angles_BSP[:, k_BSKH.shape[1] - q_BTNH.shape[1] :])
+        return q_BTNH, self._apply(frequencies, k_BSKH, angles_BSP)
+
+    def to_cache(
+        self, frequencies: Frequencies, k_BSKH: Float[Array, "B S K H"], positions_BS: Int[Array, "B S"]
+    ) -> Float[Array, "B S K H"]:
+        """Keys as they are cached: rotated, but with dynamic scaling, where a longer text rotates all keys anew."""
+        if self.scaling.name == "dynamic":
+            return k_BSKH
+        return self._apply(frequencies, k_BSKH, rotary_angles(positions_BS, frequencies.values))
+
+    def from_cache(
+        self,
+        frequencies: Frequencies,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BSKH: Float[Array, "B S K H"],
+        positions_BT: Int[Array, "B T"],
+        key_positions_BSK: Int[Array, "B S #K"],
+        rates_P: Float[Array, " P"] | None,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
+        """Queries of new tokens and cached keys, ready for attention.
+
+        Raises:
+          ValueError: the scheme cannot rotate so many tokens in one call.
+        """
+        del rates_P
+        q_BTNH = self._apply(frequencies, q_BTNH, rotary_angles(positions_BT, frequencies.values))
+        if self.scaling.name == "dynamic":
+            k_BSKH = self._apply(frequencies, k_BSKH, rotary_angles(key_positions_BSK, frequencies.values))
+        return q_BTNH, k_BSKH
+
+    def _apply(self, frequencies: Frequencies, x: Array, angles: Array, scale: Array | None = None) -> Array:
+        return apply_rotary(x, angles, pairing=self.pairing, scale=scale, magnitude=frequencies.magnitude)
+
+
+def document_lengths(
+    positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None, valid_mask_BT: Bool[Array, "B T"]
+) -> Int[Array, "B T"]:
+    """Length of each token's document within this row."""
+    if segment_ids_BT is None:
+        segment_ids_BT = valid_mask_BT.astype(jnp.int32)
+    T = positions_BT.shape[1]
+    index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+    ends_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    end_BT = jax.lax.cummin(jnp.where(ends_BT, index_1T, T), axis=1, reverse=True)
+    return jnp.take_along_axis(positions_BT, end_BT, axis=1) + 1

@@ -1,0 +1,98 @@
+"""From the metrics of finished steps to lines and trackers, with the speed since the last line."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.train.metrics import flops_per_token, memory_metrics, speed_metrics
+
+Metrics = dict[str, jax.Array]
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Meter:
+    """Owns the step that the device is still computing: its numbers are read after the next one was dispatched.
+
+    Attributes:
+      rates: tokens a second, of each line.
+      last: numbers of the last step that was read.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        parameters: int,
+        show: Callable[[int, dict[str, float], bool], None],
+        skipped: Callable[[], int],
+    ) -> None:
+        """Begins to count.
+
+        Args:
+          config: of the run.
+          parameters: number of weights.
+          show: takes each step's number, its metrics, and whether they are due for lines and trackers.
+          skipped: number of unusable lines that were left out so far.
+        """
+        self._steps_in_all, self._interval = config.steps, config.logging.interval
+        self._flops = flops_per_token(config.model, parameters, config.data.sequence_length)
+        self._tokens = config.global_batch_size * config.data.sequence_length
+        self._show, self._skipped = show, skipped
+        self._pending: tuple[int, Metrics] | None = None
+        self.rates: list[float] = []
+        self.last: dict[str, float] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new interval of speed."""
+        self._since, self._steps = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what happens inside out of the speed."""
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
+
+    def push(self, step: int, metrics: Metrics) -> None:
+        """Takes a step that was dispatched, and reads the one before it.
+
+        Raises:
+          DivergedError: the loss of that one is not finite.
+        """
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the step that is not read yet, if there is any.
+
+        Raises:
+          DivergedError: its loss is not finite.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._steps += 1
+        if not np.isfinite(values["loss"]):
+            raise DivergedError(
+                f"the loss is {values['loss']} at step {step}. The checkpoints before it are kept: lower "
+                "optimizer.learning_rate or lengthen schedule.warmup_steps, then start the run again"
+            )
+        speed = {}
+        if self._steps > 1 or self.rates:
+            speed = speed_metrics(self._tokens * self._steps, time.perf_counter() - self._since, self._flops)
+        self.last = {**values, **speed, **memory_metrics()}
+        if self._skipped():
+            self.last["skipped_lines"] = float(self._skipped())
+        due = step % self._interval == 0 or step == self._steps_in_all
+        self._show(step, self.last, due)
+        if due and speed:
+            self.rates.append(speed["tokens_per_second"])
+            self.reset()

@@ -1,0 +1,154 @@
+"""The state of a run to and from checkpoints."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stellarbyte_jax.checkpoint.compatibility import check_resumable
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.model.io import State
+from stellarbyte_jax.model.trees import partition, paths
+from stellarbyte_jax.train.state import TrainState
+
+
+@dataclass
+class Progress:
+    """What a run remembers besides its state, and keeps in every checkpoint.
+
+    Attributes:
+      best_loss: the least validation loss so far.
+      stale: validations since then without a better one.
+    """
+
+    best_loss: float | None = None
+    stale: int = 0
+
+    def improved(self, loss: float) -> bool:
+        """Takes note of a validation loss; whether it is the best so far."""
+        better = self.best_loss is None or loss < self.best_loss
+        self.best_loss, self.stale = (loss, 0) if better else (self.best_loss, self.stale + 1)
+        return better
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+      state: of the last step.
+      progress: of the run.
+      data: place of the loader; None where only foreign weights were found, at step 0.
+    """
+
+    state: TrainState
+    progress: Progress
+    data: dict[str, Any] | None
+
+
+def save(
+    checkpointer: Checkpointer,
+    config: TrainConfig,
+    state: TrainState,
+    step: int,
+    data: dict[str, Any],
+    progress: Progress,
+    validation_loss: float | None = None,
+) -> None:
+    """Writes a checkpoint in the background; ``data`` is the loader's place after this step.
+
+    Raises:
+      CheckpointError: this save or the one before it failed; earlier checkpoints are untouched.
+    """
+    arrays: dict[str, Any] = {
+        "params": state.params,
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+        **_optional(state),
+    }
+    facts = {
+        "config": config.to_dict(),
+        "data": {"loader": data, "best_loss": progress.best_loss, "stale": progress.stale},
+    }
+    checkpointer.save(step, arrays, facts, frozen=paths(state.frozen), validation_loss=validation_loss)
+
+
+def restore(
+    checkpointer: Checkpointer,
+    config: TrainConfig,
+    shapes: TrainState,
+    optimizer: optax.GradientTransformation,
+    say: Callable[[str], None],
+) -> Resumed | None:
+    """The newest readable state, or None where there is no checkpoint.
+
+    From a checkpoint without optimizer state only weights come back, and training begins with them at step 0.
+
+    Raises:
+      CheckpointError: all checkpoints are unreadable, or they belong to other settings.
+    """
+
+    def read(stored: StoredStep) -> Resumed:
+        initial = not stored.has("optimizer")
+        check_resumable(stored.json("config"), config, stored.path, initial, say)
+        return _from_weights(stored, shapes, optimizer) if initial else _whole(stored, shapes)
+
+    return checkpointer.restore(read, say)
+
+
+def _from_weights(stored: StoredStep, shapes: TrainState, optimizer: optax.GradientTransformation) -> Resumed:
+    found = stored.arrays({"params": shapes.weights})
+    trained = set(paths(shapes.params))
+    params, frozen = partition(found["params"], lambda path: "/".join(path) in trained)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=jax.jit(optimizer.init)(params),
+        ema=None if shapes.ema is None else jax.tree.map(jnp.copy, params),
+        frozen=frozen,
+        carried=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.carried),
+    )
+    return Resumed(state, Progress(), None)
+
+
+def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
+    differ = sorted(set(stored.frozen_paths) ^ set(paths(shapes.frozen)))
+    if differ:
+        raise CheckpointError(
+            f"{stored.path} cannot be continued: {', '.join(differ)} is frozen there or here alone. Use the same "
+            "settings, or another output_dir"
+        )
+    optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
+    found = stored.arrays({"params": shapes.params, "optimizer": optimizer, **_optional(shapes)})
+    memory = shapes.carried.memory
+    state = TrainState(
+        step=found["optimizer"]["step"],
+        params=found["params"],
+        opt_state=found["optimizer"]["opt_state"],
+        ema=found.get("ema"),
+        frozen=found.get("frozen", {}),
+        carried=State(memory=None if memory is None else _with_empty_leaves(found["memory"], memory)),
+    )
+    data = stored.json("data")
+    return Resumed(state, Progress(data["best_loss"], data["stale"]), data["loader"])
+
+
+def _optional(state: TrainState) -> dict[str, Any]:
+    """The items that not every run has."""
+    items = {"frozen": state.frozen, "ema": state.ema, "memory": _without_empty_leaves(state.carried.memory)}
+    return {name: tree for name, tree in items.items() if tree}
+
+
+def _without_empty_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by number: zero-size arrays cannot be stored (layers without memory)."""
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree)) if math.prod(leaf.shape)}
+
+
+def _with_empty_leaves(found: dict[str, Any], shapes: Any) -> Any:
+    leaves, tree = jax.tree.flatten(shapes)
+    filled = [found[str(i)] if str(i) in found else jnp.zeros(s.shape, s.dtype) for i, s in enumerate(leaves)]
+    return jax.tree.unflatten(tree, filled)

@@ -1,0 +1,310 @@
+"""The training run, in three chapters: prepare, loop, finish."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stellarbyte_jax.checkpoint.bundle import TOKENIZER
+from stellarbyte_jax.checkpoint.store import Checkpointer
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.data.loader import Loader, make_loader
+from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.io import State
+from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
+from stellarbyte_jax.tokenizer.directory import copy_tokenizer
+from stellarbyte_jax.train import finish, resume
+from stellarbyte_jax.train.console import Reporter, format_metrics
+from stellarbyte_jax.train.meter import Meter
+from stellarbyte_jax.train.metrics import count_parameters, validation_metrics
+from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.train.resume import Progress, Resumed
+from stellarbyte_jax.train.state import TrainState, create_state, initial_state, state_shapes
+from stellarbyte_jax.train.step import make_eval_step, make_train_step
+from stellarbyte_jax.train.trackers import make_trackers
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a run ended.
+
+    Attributes:
+      exit_code: 0, or 130 and 143 after SIGINT and SIGTERM, with a checkpoint written.
+      step: of the last checkpoint.
+      ended_by: all steps done (now or before), a signal, patience, or the end of the data.
+    """
+
+    exit_code: int
+    step: int
+    ended_by: Literal["steps", "signal", "patience", "data"]
+
+
+@dataclass
+class _Run:
+    """Everything that the loop works with."""
+
+    config: TrainConfig
+    report: Reporter
+    began: float
+    cache: CompileCache
+    interrupt: Interrupt
+    checkpointer: Checkpointer
+    model: ByteTransformer
+    parameters: int
+    state: TrainState
+    progress: Progress
+    loader: Loader
+    validation: Loader | None
+    publish: Callable[[int, dict[str, float]], None]
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[..., tuple[dict[str, jax.Array], State]]
+    meter: Meter
+
+
+def train(config: TrainConfig) -> Finished:
+    """Trains, or continues, the run in ``config.output_dir``.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, OSError: something that the user can mend; the message says how.
+      DivergedError: the loss became NaN or infinite; the checkpoints before it are kept.
+    """
+    began = time.perf_counter()
+    run_dir = Path(config.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    quiet_libraries()
+    with Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        prepared = _prepare(config, began, interrupt, report, stack)
+        if isinstance(prepared, Finished):
+            return prepared
+        stack.callback(report.end_bar)
+        start = int(prepared.state.step)
+        report.start_bar("training", config.steps, start)
+        return _finish(prepared, _loop(prepared, start))
+
+
+def _prepare(
+    config: TrainConfig, began: float, interrupt: Interrupt, report: Reporter, stack: contextlib.ExitStack
+) -> _Run | Finished:
+    """Checks all that can be checked before the first step, and opens what the run needs.
+
+    What is opened is closed with ``stack``. A run that is complete already is finished.
+    """
+    run_dir = Path(config.output_dir)
+    cache = CompileCache()
+    report.line(environment())
+    report.config(config)
+    finish.check_exportable(config)
+
+    model = ByteTransformer(config.model)
+    check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
+    schedule = make_schedule(config)
+    optimizer = make_optimizer(config, model)
+    checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
+    shapes = state_shapes(config, model, optimizer)
+    parameters = count_parameters(shapes.weights)
+    found = resume.restore(checkpointer, config, shapes, optimizer, report.line)
+    resumed = found or Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None)
+    start = int(resumed.state.step)
+    if start >= config.steps:
+        report.line(f"the run in {run_dir} is complete: {start} of {config.steps} steps")
+        return Finished(0, start, "steps")
+    loader = stack.enter_context(contextlib.closing(_train_loader(config)))
+    validation = stack.enter_context(contextlib.closing(v)) if (v := _validation_loader(config)) else None
+    if resumed.data is not None:
+        loader.restore(resumed.data)
+        report.line(f"resumed at step {start} from {run_dir}")
+    elif found is not None:
+        report.line(f"starting from the weights in {run_dir}")
+    (run_dir / "train_config.json").write_text(config.to_json(), encoding="utf-8")
+    # The run's checkpoints stay readable when the original moves.
+    copy_tokenizer(config.data.tokenizer, run_dir / TOKENIZER)
+    report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
+    trackers = make_trackers(config, start)
+    for tracker in trackers:
+        stack.callback(tracker.close)
+
+    def publish(step: int, metrics: dict[str, float]) -> None:
+        for tracker in trackers:
+            tracker.log(step, metrics)
+
+    def show(step: int, metrics: dict[str, float], due: bool) -> None:
+        report.step(step, config.steps, metrics, due=due)
+        if due:
+            publish(step, metrics)
+
+    byte_lengths_V = jnp.asarray(token_byte_lengths(config.data.tokenizer))
+    return _Run(
+        config=config,
+        report=report,
+        began=began,
+        cache=cache,
+        interrupt=interrupt,
+        checkpointer=checkpointer,
+        model=model,
+        parameters=parameters,
+        state=resumed.state,
+        progress=resumed.progress,
+        loader=loader,
+        validation=validation,
+        publish=publish,
+        train_step=jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0),
+        eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V)),
+        meter=Meter(config, parameters, show, lambda: loader.skipped),
+    )
+
+
+def _loop(run: _Run, start: int) -> Finished:
+    """Steps, validations and checkpoints, until the run ends for whatever reason."""
+    config, patience = run.config, run.config.evaluation.patience
+    saved = start
+    for step in range(start + 1, config.steps + 1):
+        batch = next(run.loader, None)
+        if batch is None:
+            return _data_ended(run, step - 1, saved)
+        run.state, metrics = run.train_step(run.state, batch)
+        run.meter.push(step, metrics)
+        if step == start + 1:
+            jax.block_until_ready(metrics)
+            run.report.line(_first_step(time.perf_counter() - run.began, run.cache))
+            run.meter.reset()
+
+        last = step == config.steps
+        validated = None
+        if run.validation is not None and (last or step % config.evaluation.interval == 0):
+            validated = _validate(run, step, run.validation)
+        better = validated is not None and run.progress.improved(validated["loss"])
+        stopped = run.interrupt.signal is not None
+        exhausted = patience is not None and run.progress.stale >= patience
+        due = step % config.checkpoint.interval == 0 or (better and config.checkpoint.keep_best)
+        if last or stopped or exhausted or due:
+            _save(run, step, None if validated is None else validated["loss"])
+            saved = step
+        if stopped:
+            return Finished(run.interrupt.exit_code, step, "signal")
+        if exhausted:
+            return Finished(0, step, "patience")
+    return Finished(0, config.steps, "steps")
+
+
+def _finish(run: _Run, ended: Finished) -> Finished:
+    """Waits for the last checkpoint, and makes of a run that came to its end what the settings ask for."""
+    config, report = run.config, run.report
+    report.end_bar()
+    run.checkpointer.wait()
+    if run.interrupt.signal is not None:
+        name = signal.Signals(run.interrupt.signal).name
+        report.line(f"{name}: stopped at step {ended.step} of {config.steps}; the same command goes on from there")
+        return Finished(run.interrupt.exit_code, ended.step, "signal")
+    if ended.ended_by == "patience":
+        report.line(f"stopped early at step {ended.step}: {run.progress.stale} validations without a better loss")
+    weights = run.state.averaged
+    finish.samples(config, run.model, weights, report.line)
+    exported = finish.export(config, run.model, weights)
+    report.table("summary", _summary(run, ended.step, exported))
+    return ended
+
+
+def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float]:
+    run.meter.flush()
+    with run.meter.paused():
+        state = initial_state(run.config.model, run.config.rows_at_once)
+        limit = run.config.evaluation.batches
+        validated = evaluate(run.eval_step, run.state.averaged, batches, limit, run.report, state)
+        run.report.line(f"step {step}/{run.config.steps}  validation  {format_metrics(validated)}")
+        run.publish(step, {f"validation/{name}": value for name, value in validated.items()})
+    return validated
+
+
+def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
+    run.meter.flush()
+    with run.meter.paused():
+        place = run.loader.state()
+        resume.save(run.checkpointer, run.config, run.state, step, place, run.progress, validation_loss)
+
+
+def _data_ended(run: _Run, step: int, saved: int) -> Finished:
+    run.report.line(f"the data ended after {run.config.data.epochs} epochs, at step {step} of {run.config.steps}")
+    run.meter.flush()
+    if saved != step:
+        _save(run, step)
+    return Finished(0, step, "data")
+
+
+def evaluate(
+    run_eval: Callable[..., tuple[dict[str, jax.Array], State]],
+    params: dict[str, Any],
+    batches: Iterable[Any],
+    limit: int | None,
+    report: Reporter,
+    state: State,
+) -> dict[str, float]:
+    """Token-weighted validation metrics over at most ``limit`` batches, from ``state`` on."""
+    totals: list[dict[str, jax.Array]] = []
+    for index, batch in enumerate(batches):
+        if index == limit:
+            break
+        sums, state = run_eval(params, batch, state)
+        totals.append(sums)
+        report.validation(index + 1, limit)
+    sums = jax.device_get(totals)
+    return validation_metrics({name: float(np.sum([np.float64(s[name]) for s in sums])) for name in sums[0]})
+
+
+def _train_loader(config: TrainConfig) -> Loader:
+    return make_loader(
+        config.data,
+        split="train",
+        batch_size=config.global_batch_size,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+        transform=jax.device_put,
+    )
+
+
+def _validation_loader(config: TrainConfig) -> Loader | None:
+    if not config.data.validation:
+        return None
+    return make_loader(
+        config.data,
+        split="validation",
+        batch_size=config.rows_at_once,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+        transform=jax.device_put,
+    )
+
+
+def _first_step(seconds: float, cache: CompileCache) -> str:
+    warmth = f"{cache.misses} programs compiled" if cache.misses else "every program found"
+    temperature = "cold" if cache.misses else "warm"
+    return (
+        f"first step after {seconds:.1f} s, {cache.compile_seconds:.1f} s of them for XLA "
+        f"(compile cache {temperature}: {warmth})"
+    )
+
+
+def _summary(run: _Run, step: int, exported: Path | None) -> dict[str, str]:
+    seconds = time.perf_counter() - run.began
+    rows = {"steps": f"{step:,}", "parameters": f"{run.parameters:,}", "time": f"{seconds:.0f} s"}
+    last = run.meter.last
+    if "loss" in last:
+        rows["training loss"] = f"{last['loss']:.4f}"
+    if run.progress.best_loss is not None:
+        rows["best validation loss"] = f"{run.progress.best_loss:.4f}"
+    if run.meter.rates:
+        rows["speed"] = f"{np.median(run.meter.rates):,.0f} tokens/s (median)"
+    if "peak_memory_gib" in last:
+        rows["peak device memory"] = f"{last['peak_memory_gib']:.1f} GiB"
+    rows["checkpoint"] = str(Path(run.config.output_dir) / "checkpoints" / str(step))
+    if exported is not None:
+        rows["Hugging Face directory"] = str(exported)
+    return rows

@@ -1,0 +1,86 @@
+"""Items of a step: frozen weights and trained ones apart, formats, and what an older version wrote."""
+
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from helpers.training import MODEL, RECORDER, packed_batch, settings, start
+
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
+from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
+from stellarbyte_jax.config import CheckpointConfig
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.train import resume
+from stellarbyte_jax.train.resume import Progress
+from stellarbyte_jax.train.state import state_shapes
+
+
+def not_embedding(path):
+    return path[0] != "embed"
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    made = Checkpointer(tmp_path / "run", CheckpointConfig())
+    yield made
+    made.close()
+
+
+def restore(checkpointer, config, is_trainable):
+    shapes = state_shapes(config, ByteTransformer(config.model), RECORDER, is_trainable)
+    return resume.restore(checkpointer, config, shapes, RECORDER, print)
+
+
+def test_frozen_weights_are_an_item_of_their_own(checkpointer, tmp_path):
+    """Nothing of them is among the trained ones, the average or the optimizer; all weights are exported."""
+    config = settings(ema_decay=0.5)
+    state, step = start(config, RECORDER, not_embedding)
+    state, _ = step(state, packed_batch())
+    resume.save(checkpointer, config, state, 1, {"group": 3}, Progress(2.5, 1))
+    checkpointer.wait()
+    found = restore(checkpointer, config, not_embedding)
+    assert_same(found.state, state)
+    assert found.data == {"group": 3} and found.progress == Progress(2.5, 1)
+    directory = tmp_path / "run" / "checkpoints" / "1"
+    with ocp.StandardCheckpointer() as reader:
+        for item, held in (("params", False), ("ema", False), ("optimizer", False), ("frozen", True)):
+            assert ("embed" in str(reader.metadata(directory / item).item_metadata.tree)) == held, item
+    assert_same(load_weights(tmp_path / "run")[1], jax.device_get(state.averaged))
+    with pytest.raises(CheckpointError, match=r"embed/embedding is frozen there or here alone"):
+        restore(checkpointer, config, lambda path: True)
+
+
+def test_foreign_weights_are_split_into_trained_and_frozen_ones(tmp_path):
+    config = settings(ema_decay=0.5)
+    weights = jax.device_get(start(config, RECORDER)[0].params)
+    save_initial(tmp_path / "run", MODEL, weights)
+    checkpointer = Checkpointer(tmp_path / "run", CheckpointConfig())
+    found = restore(checkpointer, config, not_embedding)
+    checkpointer.close()
+    assert found.data is None and int(found.state.step) == 0
+    assert list(found.state.frozen) == ["embed"] and "embed" not in found.state.params
+    assert_same(found.state.weights, weights)
+    assert_same(found.state.averaged, weights)
+
+
+def test_a_checkpoint_of_an_earlier_format_is_refused_in_one_line(tmp_path):
+    config = settings()
+    weights = jax.device_get(start(config, RECORDER)[0].params)
+    save_initial(tmp_path / "run", MODEL, weights)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "format")
+    message = r"is a checkpoint of format 1, this version reads 2: export it .*convert.py to-hf.*convert.py from-hf"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_weights(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    checkpointer = Checkpointer(tmp_path / "run", CheckpointConfig())
+    with pytest.raises(CheckpointError, match=message):
+        restore(checkpointer, config, lambda path: True)
+    checkpointer.close()
+    assert not (tmp_path / "run" / "corrupt").exists()

@@ -1,0 +1,129 @@
+"""A run is a Python file, and every mistake in it or in an override has one clear message."""
+
+import pytest
+
+from stellarbyte_jax.config import ConfigError, TrainConfig, load, override
+
+
+@pytest.fixture
+def run() -> TrainConfig:
+    return TrainConfig(output_dir="runs/test", steps=1000)
+
+
+def write(path, body: str):
+    path.write_text("from stellarbyte_jax.config import *\n\n\ndef config():\n    " + body + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps=20000", 20000),
+        ("steps=1_000", 1000),
+        ("seed=1234567890123456789", 1234567890123456789),
+        ("output_dir=runs/a=b", "runs/a=b"),
+        ("output_dir=7", "7"),
+        ("model.hidden_size=1536", 1536),
+        ("model.num_key_value_heads=none", None),
+        ("model.num_key_value_heads=4", 4),
+        ("model.tie_word_embeddings=True", True),
+        ("model.tie_word_embeddings=false", False),
+        ("model.rope_theta=500000", 500000.0),
+        ("model.rms_norm_eps=1e-6", 1e-6),
+        ("model.hidden_act=gelu", "gelu"),
+        ("model.attention_logit_softcap=null", None),
+        ("optimizer.learning_rate = 3e-4", 3e-4),
+        ("data.train=a.jsonl", ("a.jsonl",)),
+        ("data.train=a.jsonl, b/*.parquet", ("a.jsonl", "b/*.parquet")),
+        ('data.train=["a, b.jsonl"]', ("a, b.jsonl",)),
+        ("data.train=", ()),
+        ("data.template=Q: {q}", "Q: {q}"),
+        ("data.template=none", None),
+    ],
+)
+def test_override_reads_the_fields_type(run, text, expected):
+    name = text.partition("=")[0].strip()
+    value = override(run, [text])
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_overrides_apply_together_and_the_last_one_wins(run):
+    changed = override(run, ["model.hidden_size=100", "model.num_attention_heads=10", "steps=5", "steps=200"])
+    assert (changed.model.hidden_size, changed.model.num_attention_heads, changed.steps) == (100, 10, 200)
+    assert run.steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps", r"setting 'steps': expected section\.name=value"),
+        ("stps=3", r"no setting 'stps'; did you mean steps"),
+        ("model.hiden_size=3", r"no setting 'model\.hiden_size'; did you mean model\.hidden_size"),
+        ("hidden_size=3", r"no setting 'hidden_size'; did you mean model\.hidden_size"),
+        ("modle.hidden_size=3", r"did you mean model\.hidden_size"),
+        ("schedule=cosine", r"no setting 'schedule'; did you mean schedule\.name or schedule\.warmup_steps"),
+        ("steps.more=3", r"no setting 'steps\.more'"),
+        ("=3", r"no setting ''"),
+        ("steps=many", r"setting steps=many: steps must be int \(positive\)"),
+        ("steps=1.5", r"steps must be int"),
+        ("steps=none", r"steps must be int"),
+        ("steps=true", r"steps must be int"),
+        ("steps=0", r"steps must be int \(positive\)"),
+        ("model.tie_word_embeddings=1", r"tie_word_embeddings must be bool"),
+        ("model.hidden_act=relu", r"hidden_act must be one of 'silu', 'gelu'"),
+        ("model.rope_theta=nan", r"rope_theta must be float \(positive\)"),
+        ("model.rope_theta=inf", r"rope_theta must be float \(positive\)"),
+        ("model.head_dim=wide", r"head_dim must be int \(positive\) or none"),
+        ("data.train=[1, 2", None),  # not JSON: two words
+        ("model.attention_dropout=1", r"attention_dropout must be float \(in \[0, 1\)\)"),
+    ],
+)
+def test_a_wrong_override_says_what_and_why(run, text, message):
+    if message is None:
+        assert override(run, [text]).data.train == ("[1", "2")
+        return
+    with pytest.raises(ConfigError, match=message):
+        override(run, [text])
+
+
+def test_load_runs_the_file_and_applies_overrides(tmp_path):
+    path = write(tmp_path / "a.py", "return TrainConfig(output_dir='runs/a', steps=300)")
+    assert load(path).steps == 300
+    assert load(str(path), ["steps=400", "model.vocab_size=512"]).model.vocab_size == 512
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path):
+    write(tmp_path / "pretrain.py", "return None")
+    with pytest.raises(ConfigError, match=r"pretrian\.py does not exist; did you mean .*pretrain\.py\?"):
+        load(tmp_path / "pretrian.py")
+    with pytest.raises(ConfigError, match=r"nowhere/a\.py does not exist$"):
+        load(tmp_path / "nowhere" / "a.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return None", r"config\(\) must return a TrainConfig, got NoneType"),
+        ("return TrainConfig(output_dir='a', stepz=3)", r"line 5: .*no setting 'stepz'; did you mean steps"),
+        ("return TrainConfig(output_dir='a', steps='3')", r"line 5: TrainConfig\.steps must be int .*got '3'"),
+        ("return TrainConfig(output_dir='a')", r"line 5: TypeError: .*missing .*'steps'"),
+        ("return TrainConfg()", r"line 5: NameError: .*TrainConfg"),
+        ("return TrainConfig(", r"line 5: SyntaxError"),
+    ],
+)
+def test_a_faulty_file_is_named_with_its_line(tmp_path, body, message):
+    path = write(tmp_path / "run.py", body)
+    with pytest.raises(ConfigError, match=rf"run\.py.*{message}"):
+        load(path)
+
+
+def test_a_file_without_config_or_of_another_kind(tmp_path):
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match=r"empty\.py: must define `def config\(\) -> TrainConfig`"):
+        load(tmp_path / "empty.py")
+    (tmp_path / "run.yaml").write_text("steps: 3")
+    with pytest.raises(ConfigError, match=r"run\.yaml must be a Python file"):
+        load(tmp_path / "run.yaml")

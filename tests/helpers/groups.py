@@ -1,0 +1,52 @@
+"""A network whose layers lie in several groups, which no setting asks for yet."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from stellarbyte_jax.config import ByteConfig, LayerGroup
+
+
+@contextlib.contextmanager
+def grouped(*sizes: int) -> Iterator[None]:
+    """Within it every network's layers lie in groups of so many layers; 0 means all that are left."""
+
+    def groups(config: ByteConfig) -> tuple[LayerGroup, ...]:
+        specs, found = config.layer_specs, []
+        for size in sizes:
+            taken = specs[: size or len(specs)]
+            found.append(LayerGroup(taken))
+            specs = specs[len(taken) :]
+        assert not specs
+        return tuple(found)
+
+    with mock.patch.object(ByteConfig, "layer_groups", property(groups)):
+        yield
+
+
+@contextlib.contextmanager
+def one_group_each() -> Iterator[None]:
+    """Within it every layer is a group of its own."""
+    with mock.patch.object(
+        ByteConfig, "layer_groups", property(lambda config: tuple(LayerGroup((spec,)) for spec in config.layer_specs))
+    ):
+        yield
+
+
+def stacked(params):
+    """Weights of several groups as those of one."""
+    groups = [params["layers"][str(number)] for number in range(len(params["layers"]))]
+    return {**params, "layers": {"0": jax.tree.map(lambda *parts: jnp.concatenate(parts), *groups)}}
+
+
+def apart(params, *sizes):
+    """Weights of one group as those of groups of so many layers."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    groups = {
+        str(number): jax.tree.map(lambda x, a=end - size, b=end: x[a:b], params["layers"]["0"])
+        for number, (size, end) in enumerate(zip(sizes, ends, strict=True))
+    }
+    return {**params, "layers": groups}

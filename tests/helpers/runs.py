@@ -1,0 +1,140 @@
+"""A tiny run, and ways to start, bend and read it."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+from stellarbyte_jax.config import *
+
+def config():
+    return TrainConfig(
+        output_dir={run!r},
+        steps=20,
+        global_batch_size=4,
+        ema_decay=0.9,
+        model=ByteConfig(
+            vocab_size=32000, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=64, compute_dtype="float32", hidden_dropout=0.1, tie_word_embeddings=True,
+        ),
+        data=DataConfig(
+            train=({train!r},), validation=({valid!r},), tokenizer={tokenizer!r}, sequence_length=32, workers=0,
+            cache_dir={cache!r},
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        schedule=ScheduleConfig(warmup_steps=3),
+        evaluation=EvaluationConfig(interval=10, batches=2),
+        checkpoint=CheckpointConfig(interval=7, keep_latest=3),
+        logging=LoggingConfig(interval=1),
+    )
+"""
+
+
+def write_config(directory):
+    corpus = str(ROOT / "data" / "tiny_bilingual_valid.jsonl")
+    text = CONFIG.format(
+        run=str(directory / "run"),
+        train=corpus,
+        valid=corpus,
+        tokenizer=str(ROOT / "tokenizer"),
+        cache=str(directory / "cache"),
+    )
+    path = directory / "tiny.py"
+    path.write_text(text)
+    return path
+
+
+def cli(config_file, *settings):
+    """scripts/train.py in this process; returns the exit code."""
+    argv, sys.argv = sys.argv, ["scripts/train.py", "--config", str(config_file)]
+    if settings:
+        sys.argv += ["--set", *settings]
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+    raise AssertionError("scripts/train.py did not call sys.exit")
+
+
+def child(config_file, before="", *settings):
+    """scripts/train.py in a process of its own, after ``before`` has bent something."""
+    code = f"""
+import sys
+sys.argv = ["scripts/train.py", "--config", {str(config_file)!r}, *{["--set", *settings] if settings else []!r}]
+import os, signal
+from stellarbyte_jax.train.console import Reporter
+def at_step(number, act):
+    shown = Reporter.step
+    def step(self, step, *args, **kwargs):
+        shown(self, step, *args, **kwargs)
+        if step == number:
+            act()
+    Reporter.step = step
+def saved(number):
+    import pathlib, time
+    run = pathlib.Path({str(Path(config_file).parent / "run")!r})
+    while not (run / "checkpoints" / str(number)).exists():
+        time.sleep(0.01)
+{before}
+import runpy
+runpy.run_path({str(ROOT / "scripts" / "train.py")!r}, run_name="__main__")
+"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # as in this process: results are compared bit for bit
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+
+
+def log_of(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    training = {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines if "loss" in line}
+    validation = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+    assert len(training) + len(validation) == len(lines)  # no step twice
+    return training, validation
+
+
+def same_weights(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def copy_of(straight, tmp_path):
+    """The run that write_config(tmp_path) continues."""
+    shutil.copytree(straight, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def one_error(capsys, *parts):
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    for part in parts:
+        assert part in lines[0], (part, lines[0])
+    assert "Traceback" not in captured.out
+    return True
+
+
+def data_setting(tmp_path, text):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    return f"data.train={path}"

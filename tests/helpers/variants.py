@@ -1,0 +1,120 @@
+"""Tiny networks that between them use every setting of the decoder, for tests that all must pass."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, forward, forward_step, init_params, logits
+from stellarbyte_jax.model.io import Inputs, State
+
+BASE = ByteConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    compute_dtype="float32",
+)
+VARIANTS = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "xpos, geglu": {"position_embedding": "xpos", "xpos_scale_base": 8.0, "hidden_act": "gelu_pytorch_tanh"},
+    "window": {"sliding_window": 5},
+    "mixed windows, qk norm, bias": {
+        "sliding_window": 5,
+        "layer_types": ("sliding_attention", "full_attention") * 2,
+        "qk_norm": True,
+        "attention_bias": True,
+    },
+    "one key head, cap, clamp, interleaved": {
+        "num_key_value_heads": 1,
+        "attention_logit_softcap": 3.0,
+        "rms_norm_eps_rule": "clamp",
+        "rope_pairing": "interleaved",
+    },
+    "parallel, branch scale, layer scale, biases, yarn": {
+        "parallel_residual": True,
+        "residual_scaling": "branch",
+        "layer_scale_init": 0.5,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "rope_scaling": {"name": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    "deepnorm, learned xpos, padded vocabulary": {
+        "residual_scaling": "deepnorm",
+        "position_embedding": "xpos",
+        "xpos_learnable": True,
+        "rope_pairing": "interleaved",
+        "vocab_size_multiple": 16,
+    },
+    "the original's own": {
+        "position_embedding": "stellarbyte",
+        "xpos_learnable": True,
+        "mlp_style": "stellarbyte",
+        "residual_scaling": "branch",
+        "rms_norm_eps": 0.1,  # not that of the norm in the MLP
+        "initialization": "stellarbyte",
+    },
+    "windows, sinks, pruned weights, cap": {
+        "sliding_window": 4,
+        "sink_tokens": 2,
+        "layer_types": ("sliding_attention", "full_attention") * 2,
+        "attention_prune_below": 0.1,
+        "attention_logit_softcap": 5.0,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@partial(jax.jit, static_argnums=0)
+def call(model, params, inputs, state=None, dropout_key=None):
+    """float32 logits [B, T, V] and the whole output of a call."""
+    out = forward(model, params, inputs, state, dropout_key=dropout_key)
+    return logits(model, params, out.hidden_BTD), out
+
+
+def run(model, params, tokens_BT, *, dropout_key=None, **inputs):
+    """Logits of tokens without earlier ones."""
+    return call(model, params, Inputs(jnp.asarray(tokens_BT), **inputs), None, dropout_key)[0]
+
+
+def run_on(model, params, tokens_BT, *, cache=None, memory=None, **inputs):
+    """Logits of tokens after those in a cache or a memory, and the state after them."""
+    found, out = call(model, params, Inputs(jnp.asarray(tokens_BT), **inputs), State(cache, memory))
+    return found, out.state
+
+
+step = jax.jit(forward_step, static_argnums=0)
+
+
+def make(variant, **more):
+    return make_model(dataclasses.replace(BASE, **{**VARIANTS[variant], **more}))
+
+
+def make_model(config):
+    """The model and weights of which every one matters: biases and norms start as constants."""
+    model = ByteTransformer(config)
+    leaves, tree = jax.tree.flatten(init(model))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(tree, leaves)
+
+
+@partial(jax.jit, static_argnums=0)
+def init(model):
+    return init_params(model, jax.random.key(0))
+
+
+def some_tokens(*shape, seed=2):
+    return jax.random.randint(jax.random.key(seed), shape, 0, BASE.vocab_size, jnp.int32)
+
+
+def mean_nll(params, model, tokens_BT):
+    """Mean negative log-likelihood of each token but the first."""
+    logits_BTV = call(model, params, Inputs(tokens_BT))[0]
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits_BTV[:, :-1]), tokens_BT[:, 1:, None], axis=-1))

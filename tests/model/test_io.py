@@ -1,0 +1,45 @@
+"""States are cut by rows, and what layers tell is added up."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers.variants import BASE, call, make, run_on, some_tokens
+
+from stellarbyte_jax.model.io import Aux, Inputs, State
+from stellarbyte_jax.model.state.memory import Memory
+
+
+def test_a_state_is_cut_into_its_rows_and_joined_again():
+    config = dataclasses.replace(BASE, memory={"length": (3, 0, 7, 4)})
+    memory = Memory.create(config, 4).replace(lengths_B=jnp.arange(4, dtype=jnp.int32))
+    cut = State(memory=memory).split(2)
+    assert cut.memory.lengths_B.tolist() == [[0, 1], [2, 3]]
+    jax.tree.map(np.testing.assert_array_equal, cut.joined(), State(memory=memory))
+    assert State().split(2) == State() == State().joined()
+
+
+def test_what_layers_tell_is_added_by_name():
+    a = Aux({"x": jnp.asarray(1.0)}, {"s": jnp.asarray(3.0)})
+    b = Aux({"x": jnp.asarray(2.0), "y": jnp.asarray(5.0)})
+    assert (a + b).losses == {"x": 3.0, "y": 5.0} and (a + b).statistics == {"s": 3.0}
+    stacked = Aux({"x": jnp.asarray([1.0, 2.0])})
+    assert stacked.mean_over_layers(4).losses == {"x": 0.75}
+
+
+def test_the_loss_of_learned_rates_is_a_mean_over_layers():
+    model, params = make("deepnorm, learned xpos, padded vocabulary")
+    _, out = call(model, params, Inputs(some_tokens(1, 4)))
+    pair = np.arange(0, 8, 2) / 8
+    away = np.asarray(params["layers"]["0"]["attn"]["xpos_rate"]) + np.log((pair + 0.4) / 1.4)
+    np.testing.assert_allclose(out.aux.losses["xpos_regularization"], np.mean(away**2), rtol=1e-5)
+    assert out.aux.statistics == {}
+
+
+def test_every_call_gives_the_same_kind_of_result():
+    model, params = make("llama")
+    _, out = call(model, params, Inputs(some_tokens(1, 4)))
+    assert out.state == State() and out.aux == Aux()
+    _, state = run_on(model, params, some_tokens(1, 4))
+    assert state == State()

@@ -1,0 +1,186 @@
+"""A weight and its use: made once, used by its spec, and described by a table."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.variants import BASE, VARIANTS, make
+
+from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, logical_axes, param_shapes, param_uses
+from stellarbyte_jax.model.params import WeightUse, kernel, linear, param
+
+NORMAL = nn.initializers.normal(1.0)
+
+
+class Linear(nn.Module):
+    """The linear of the arguments that a test gives it."""
+
+    spec: str
+    axes: tuple[tuple[str, int], ...]
+    bias: bool = False
+    batch: tuple[str, ...] = ()
+    out_dtype: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = None if self.out_dtype is None else jnp.dtype(self.out_dtype)
+        more = {"bias": self.bias, "batch": self.batch, "out_dtype": dtype}
+        return linear(self, "w", self.spec, x, NORMAL, **more, **dict(self.axes))
+
+
+def applied(spec, axes, shape, **settings):
+    module = Linear(spec, axes, **settings)
+    x = jax.random.normal(jax.random.key(0), shape)
+    boxed = module.init(jax.random.key(1), x)["params"]
+    weights = {
+        name: x + jax.random.normal(jax.random.key(2), x.shape) for name, x in nn.meta.unbox(boxed).items()
+    }  # biases begin with zeros
+    uses = {name: box.use for name, box in boxed.items()}
+    return module.apply({"params": weights}, x), x, weights, uses
+
+
+@pytest.mark.parametrize(
+    ("spec", "axes", "shape", "bias_shape", "bias_axes"),
+    [
+        (
+            "BTD,DNH->BTNH",
+            (("embed", 6), ("heads", 4), ("head_dim", 2)),
+            (2, 3, 6),
+            (1, 1, 4, 2),
+            ("heads", "head_dim"),
+        ),
+        ("BTNH,NHD->BTD", (("heads", 4), ("head_dim", 2), ("embed", 6)), (2, 3, 4, 2), (1, 1, 6), ("embed",)),
+        ("...D,DF->...F", (("embed", 6), ("mlp", 5)), (2, 3, 6), (5,), ("mlp",)),
+        ("DBT,DF->FBT", (("embed", 6), ("mlp", 5)), (6, 2, 3), (5, 1, 1), ("mlp",)),  # not trailing
+        (
+            "BTD,NDH->BNTH",
+            (("heads", 4), ("embed", 6), ("head_dim", 2)),
+            (2, 3, 6),
+            (1, 4, 1, 2),
+            ("heads", "head_dim"),
+        ),
+    ],
+)
+def test_the_bias_is_added_where_its_axes_stand(spec, axes, shape, bias_shape, bias_axes):
+    found, x, weights, uses = applied(spec, axes, shape, bias=True)
+    product = np.einsum(spec, np.float64(x), np.float64(weights["w"]))
+    np.testing.assert_allclose(found, product + np.reshape(np.asarray(weights["w_bias"]), bias_shape), atol=1e-5)
+    assert uses["w_bias"] == WeightUse(bias_axes)
+    assert uses["w"].axes == tuple(name for name, _ in axes)
+
+
+def test_letters_that_the_result_lacks_are_contracted_and_batch_axes_are_named():
+    axes = (("embed", 6), ("gate", 2), ("mlp", 5))
+    found, x, weights, uses = applied("BTD,DGF->BTGF", axes, (2, 3, 6), batch=("gate",))
+    np.testing.assert_allclose(found, np.einsum("btd,dgf->btgf", x, weights["w"]), atol=1e-5)
+    assert uses["w"] == WeightUse(("embed", "gate", "mlp"), contracted=(0,), batch=(1,))
+    assert uses["w"].output == (2,) and uses["w"].is_matrix
+    # A batch axis that both sides have, as experts would.
+    axes = (("gate", 2), ("embed", 6), ("mlp", 5))
+    found, x, weights, uses = applied("BGD,GDF->BGF", axes, (3, 2, 6), batch=("gate",))
+    np.testing.assert_allclose(found, np.einsum("bgd,gdf->bgf", x, weights["w"]), atol=1e-5)
+    assert uses["w"] == WeightUse(("gate", "embed", "mlp"), contracted=(1,), batch=(0,))
+    assert uses["w"].stacked("layers") == WeightUse(("layers", "gate", "embed", "mlp"), contracted=(2,), batch=(0, 1))
+    assert uses["w"].stacked("layers").output == (3,)
+
+
+def test_the_product_is_in_the_activations_dtype_unless_another_is_asked_for():
+    axes = (("embed", 6), ("mlp", 5))
+    weight = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    x = jnp.ones((2, 6), jnp.bfloat16)
+    narrow = Linear("BD,DF->BF", axes).apply({"params": {"w": weight}}, x)
+    wide = Linear("BD,DF->BF", axes, out_dtype="float32").apply({"params": {"w": weight}}, x)
+    assert (narrow.dtype, wide.dtype) == (jnp.bfloat16, jnp.float32)
+    rounded = np.asarray(jnp.asarray(weight, jnp.bfloat16), np.float32).sum(axis=0)
+    np.testing.assert_allclose(wide[0], rounded, rtol=1e-6)
+
+
+def test_a_spec_that_does_not_fit_and_unknown_axes_are_refused():
+    with pytest.raises(ValueError, match=r"weight w: 'BTD,DNH->BTNH' gives it 3 axes, named are embed, heads\n"):
+        applied("BTD,DNH->BTNH", (("embed", 6), ("heads", 4)), (2, 3, 6))
+    with pytest.raises(ValueError, match=r"weight w: unknown axes \['embedd'\]; known are layers, vocab, embed"):
+        applied("BTD,DF->BTF", (("embedd", 6), ("mlp", 4)), (2, 3, 6))
+
+    class Wrong(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return param(self, "w", nn.initializers.zeros, {"embed": 2, "width": 3})
+
+    with pytest.raises(ValueError, match=r"unknown axes \['width'\]"):
+        Wrong().init(jax.random.key(0))
+
+
+def test_kernel_is_the_matrix_of_linear():
+    class Kernel(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return kernel(self, "w", "BD,DF->BF", jnp.dtype("bfloat16"), NORMAL, embed=6, mlp=5)
+
+    boxed = Kernel().init(jax.random.key(0))["params"]
+    assert boxed["w"].use == WeightUse(("embed", "mlp"), contracted=(0,))
+    assert boxed["w"].value.dtype == jnp.float32
+    assert Kernel().apply({"params": nn.meta.unbox(boxed)}).dtype == jnp.bfloat16
+
+
+L = "layers"
+# Every weight of every variant: axes, contracted, batch, lookup, float32.
+TABLE = {
+    "embed/embedding": (("vocab", "embed"), (), (), True, False),
+    "lm_head/kernel": (("embed", "vocab"), (0,), (), False, False),
+    "final_norm/scale": (("embed",), (), (), False, True),
+    "layers/0/attn_norm/scale": ((L, "embed"), (), (0,), False, True),
+    "layers/0/mlp_norm/scale": ((L, "embed"), (), (0,), False, True),
+    "layers/0/attn_scale": ((L, "embed"), (), (0,), False, False),
+    "layers/0/mlp_scale": ((L, "embed"), (), (0,), False, False),
+    "layers/0/attn/q": ((L, "embed", "heads", "head_dim"), (1,), (0,), False, False),
+    "layers/0/attn/k": ((L, "embed", "kv_heads", "head_dim"), (1,), (0,), False, False),
+    "layers/0/attn/v": ((L, "embed", "kv_heads", "head_dim"), (1,), (0,), False, False),
+    "layers/0/attn/o": ((L, "heads", "head_dim", "embed"), (1, 2), (0,), False, False),
+    "layers/0/attn/q_bias": ((L, "heads", "head_dim"), (), (0,), False, False),
+    "layers/0/attn/k_bias": ((L, "kv_heads", "head_dim"), (), (0,), False, False),
+    "layers/0/attn/v_bias": ((L, "kv_heads", "head_dim"), (), (0,), False, False),
+    "layers/0/attn/o_bias": ((L, "embed"), (), (0,), False, False),
+    "layers/0/attn/q_norm/scale": ((L, "head_dim"), (), (0,), False, True),
+    "layers/0/attn/k_norm/scale": ((L, "head_dim"), (), (0,), False, True),
+    "layers/0/attn/xpos_rate": ((L, "rotary_pairs"), (), (0,), False, True),
+    "layers/0/mlp/gate_up": ((L, "embed", "gate", "mlp"), (1,), (0, 2), False, False),
+    "layers/0/mlp/gate_up_bias": ((L, "gate", "mlp"), (), (0,), False, False),
+    "layers/0/mlp/down": ((L, "mlp", "embed"), (1,), (0,), False, False),
+    "layers/0/mlp/down_bias": ((L, "embed"), (), (0,), False, False),
+    "layers/0/mlp/norm/scale": ((L, "embed"), (), (0,), False, True),
+}
+
+
+def by_path(tree, is_leaf=None):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def uses_of(config: ByteConfig):
+    return by_path(param_uses(ByteTransformer(config)), lambda x: isinstance(x, WeightUse))
+
+
+def test_the_use_of_every_weight_of_every_variant():
+    met = set()
+    for variant in VARIANTS:
+        model, params = make(variant)
+        uses = uses_of(model.config)
+        assert uses.keys() == by_path(params).keys()
+        for path, use in uses.items():
+            assert use == WeightUse(*TABLE[path]), (variant, path)
+        met |= uses.keys()
+    assert met == TABLE.keys()
+
+
+def test_axes_and_shapes_are_trees_like_the_weights():
+    model, params = make("mixed windows, qk norm, bias")
+    axes = by_path(logical_axes(model), lambda x: isinstance(x, tuple))
+    shapes = by_path(param_shapes(model))
+    for path, leaf in by_path(params).items():
+        assert (shapes[path].shape, shapes[path].dtype) == (leaf.shape, leaf.dtype)
+        assert len(axes[path]) == leaf.ndim
+        assert (axes[path][0] == "layers") == path.startswith("layers/")
+    assert axes["layers/0/attn/q"] == ("layers", "embed", "heads", "head_dim")
+    assert shapes["layers/0/attn/q"].shape == (BASE.num_hidden_layers, 32, 4, 8)

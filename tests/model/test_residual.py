@@ -1,0 +1,85 @@
+"""Residual styles: each is its formula, and keeps its scale through depth."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.variants import BASE, call, init, mean_nll, some_tokens
+
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.io import Aux, Inputs
+from stellarbyte_jax.model.residual import Branches, deepnorm, parallel, residual_style, sequential
+
+
+def branches(config, seen):
+    """Pieces that can be told apart: norms add 1 and 2, attention gives 10 x, the feed-forward layer 100 x."""
+
+    def attend(n, memory):
+        seen.append(memory)
+        return 10 * n, (None, Aux())
+
+    return Branches(
+        config=config,
+        attn_norm=lambda x: x + 1,
+        mlp_norm=lambda x: x + 2,
+        attend=attend,
+        mlp=lambda n: 100 * n,
+        scale_attn=lambda h: 3 * h,
+        scale_mlp=lambda h: 5 * h,
+        drop=lambda h: 7 * h,
+    )
+
+
+@pytest.mark.parametrize(
+    ("style", "expected", "memory"),
+    [
+        (sequential, lambda x, a: (y := x + 7 * 3 * 10 * (x + 1)) + 7 * 5 * 100 * (y + 2), 5.0),
+        (parallel, lambda x, a: x + 7 * (3 * 10 * (x + 1) + 5 * 100 * (x + 1)), 5.0),
+        (deepnorm, lambda x, a: (y := a * x + 7 * 3 * 10 * x + 1, a * y + 7 * 5 * 100 * y + 2)[1], 4.0),
+    ],
+)
+def test_each_style_is_its_formula(style, expected, memory):
+    """Memory passes the first norm where the stream does."""
+    seen = []
+    found, carried = style(branches(BASE, seen), jnp.full((1, 2, 3), 2.0), jnp.full((1, 4, 3), 4.0))
+    np.testing.assert_allclose(found, expected(2.0, (2 * BASE.num_hidden_layers) ** 0.25), rtol=1e-6)
+    np.testing.assert_array_equal(seen[0], memory)
+    assert carried == (None, Aux())
+
+
+def test_a_config_chooses_its_style():
+    assert residual_style(BASE) is residual_style(dataclasses.replace(BASE, residual_scaling="branch")) is sequential
+    assert residual_style(dataclasses.replace(BASE, parallel_residual=True)) is parallel
+    assert residual_style(dataclasses.replace(BASE, residual_scaling="deepnorm")) is deepnorm
+
+
+def spread_through_depth(layers=100, **settings):
+    """Standard deviation of the stream after each layer, and of the loss's slope with respect to each layer's o."""
+    config = dataclasses.replace(BASE, num_hidden_layers=layers, hidden_size=64, head_dim=16, **settings)
+    model = ByteTransformer(config)
+    params = init(model)
+    tokens = some_tokens(2, 16)
+
+    slope = jax.jit(jax.grad(mean_nll), static_argnums=1)(params, model, tokens)["layers"]["0"]["attn"]["o"]
+    norms = np.sqrt(np.sum(np.square(slope), axis=(1, 2, 3)))
+    hidden = call(model, params, Inputs(tokens))[1].hidden_BTD
+    return float(jnp.std(hidden)), norms
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"residual_scaling": "branch", "initialization": "normal"},
+        {"residual_scaling": "deepnorm"},
+        {"layer_scale_init": 0.1},
+        {"parallel_residual": True},
+    ],
+    ids=["depth", "branch", "deepnorm", "layer scale", "parallel"],
+)
+def test_scales_stay_through_a_hundred_layers(settings):
+    spread, norms = spread_through_depth(**settings)
+    assert 0.5 < spread < 2
+    assert np.all(norms > 0) and norms.max() / norms.min() < 10

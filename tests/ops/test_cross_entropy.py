@@ -1,0 +1,55 @@
+"""The chunked cross-entropy of a linear head against optax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stellarbyte_jax.ops.cross_entropy import linear_cross_entropy
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("chunk_size", [4, 1000])
+def test_linear_cross_entropy_equals_optax(label_smoothing, z_loss, chunk_size):
+    keys = jax.random.split(jax.random.key(3), 2)
+    x, kernel = jax.random.normal(keys[0], (11, 6)), jax.random.normal(keys[1], (6, 13))
+    targets = jnp.asarray([3, -1, 0, 12, 5, -1, 7, 7, 1, 2, -1], jnp.int32)
+
+    def ours(x, kernel):
+        total, sums = linear_cross_entropy(
+            x, kernel, targets, label_smoothing=label_smoothing, z_loss=z_loss, chunk_size=chunk_size
+        )
+        return 2.5 * total, sums
+
+    def theirs(x, kernel):
+        logits = x @ kernel
+        with jax.numpy_dtype_promotion("standard"):  # it multiplies with integers inside
+            labels = optax.smooth_labels(jax.nn.one_hot(targets, 13), label_smoothing)
+        each = optax.softmax_cross_entropy(logits, labels)
+        each += z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
+        return 2.5 * jnp.sum(jnp.where(targets >= 0, each, 0.0))
+
+    (value, sums), slopes = jax.value_and_grad(ours, (0, 1), has_aux=True)(x, kernel)
+    expected, expected_slopes = jax.value_and_grad(theirs, (0, 1))(x, kernel)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(ours(x, kernel)[0], expected, rtol=1e-5)
+    for a, b in zip(slopes, expected_slopes, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    padded = jnp.pad(kernel, ((0, 0), (0, 3)), constant_values=5.0)
+    total, slope = jax.value_and_grad(
+        lambda kernel: linear_cross_entropy(
+            x, kernel, targets, label_smoothing=label_smoothing, z_loss=z_loss, vocab_size=13, chunk_size=chunk_size
+        )[0]
+    )(padded)
+    np.testing.assert_allclose(2.5 * total, expected, rtol=1e-5)
+    np.testing.assert_allclose(2.5 * slope[:, :13], expected_slopes[1], atol=2e-5)
+    assert np.all(slope[:, 13:] == 0)
+    logits = np.asarray(x @ kernel)
+    real = np.asarray(targets) >= 0
+    assert float(sums["tokens"]) == real.sum()
+    assert float(sums["correct"]) == (logits.argmax(-1) == np.asarray(targets))[real].sum()
+    shifted = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    plain = -np.asarray(shifted)[real, np.asarray(targets)[real]].sum()
+    np.testing.assert_allclose(sums["cross_entropy"], plain, rtol=1e-5)

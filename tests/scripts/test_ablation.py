@@ -1,0 +1,109 @@
+"""The scripts that say what a setting is worth: every variant is a config that loads, and results become a table."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def ablation(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return script("ablation")
+
+
+def test_every_variant_is_a_config_of_its_own(ablation):
+    configs = ablation.check()
+    small = configs[: len(configs) // 2]
+    assert len({repr(c) for c in small}) == len(small)
+    recommended = small[-1].model
+    assert recommended.position_embedding == "xpos" and recommended.hidden_size == 256
+
+
+def test_the_table_shows_what_was_measured(ablation):
+    kept = {
+        "quality": {"results": {"XPos": {"bits_per_byte": 2.5, "lowest": 2.4, "highest": 2.6}}},
+        "speed": {"results": {"baseline": {"tokens_per_second": 1234, "peak_memory_gib": 1.5}}},
+    }
+    lines = ablation.table(kept).splitlines()
+    assert lines[2:] == ["| baseline | - | 1,234 | 1.5 |", "| XPos | 2.500 (2.400 to 2.600) | - | - |"]
+
+
+def test_what_is_measured_is_kept_as_it_comes(ablation, tmp_path, monkeypatch, capsys):
+    """Means over seeds; an error is kept, told by the exit code, and loses nothing of what was there."""
+    output = tmp_path / "ablation.json"
+    output.write_text(json.dumps({"quality": {"results": {"GEGLU": {"bits_per_byte": 9.0}}}}))
+
+    def trained(folder, overrides, jobs, config="configs/quickstart.py"):
+        if "model.parallel_residual=true" in overrides:
+            return {"error": "no room"}
+        seed = next(int(o.partition("=")[2]) for o in overrides if o.startswith("seed="))
+        return {"bits_per_byte": 2.0 + seed, "loss": 1.0, "on": "a machine"}
+
+    monkeypatch.setattr(ablation, "_train", trained)
+    for name, code in (("XPos", 0), ("parallel residual", 1)):
+        monkeypatch.setattr(sys, "argv", ["ablation.py", "quality", "--only", name, "--output", str(output)])
+        assert ablation.main() == code
+    kept = json.loads(output.read_text())["quality"]["results"]
+    assert kept == {
+        "GEGLU": {"bits_per_byte": 9.0},
+        "XPos": {"bits_per_byte": 3.0, "lowest": 2.0, "highest": 4.0, "on": "a machine"},
+        "parallel residual": {"error": "no room"},
+    }
+    assert "| XPos | 3.000 (2.000 to 4.000) | - | - |" in capsys.readouterr().out
+
+
+def test_a_small_run_is_read_back(ablation, tmp_path):
+    """The real thing, once: two steps of a tiny model."""
+    tiny = ["steps=2", "schedule.warmup_steps=1", "model.hidden_size=16", "model.num_attention_heads=2"]
+    tiny += ["model.num_key_value_heads=2", "global_batch_size=2", "data.sequence_length=32", "evaluation.batches=1"]
+    found = ablation._train(tmp_path / "run", ablation.small("XPos", tiny), 1)
+    assert 2 < found["bits_per_byte"] < 9 and found["on"].startswith("jax ")
+    wrong = ablation._train(tmp_path / "wrong", ["steps=0"], 1)
+    assert "steps" in wrong["error"]
+
+
+def test_cost_of_smaller_caches(tmp_path, monkeypatch):
+    """On a tiny random Llama: perplexity near the vocabulary's size, and the bytes that each cache should take."""
+    import jax
+
+    from stellarbyte_jax.config import ByteConfig
+    from stellarbyte_jax.hf.directory import save_pretrained
+    from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+
+    config = ByteConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64
+    )
+    model = ByteTransformer(config)
+    params = init_params(model, jax.random.key(0))
+    save_pretrained(tmp_path / "hf", model, params, tokenizer=ROOT / "tokenizer")
+    quality = script("cache_quality")
+    monkeypatch.setattr(
+        quality, "VARIANTS", {n: quality.VARIANTS[n] for n in ("everything kept", "int8", "an eighth: recent alone")}
+    )
+    output, text = tmp_path / "out.json", ROOT / "data" / "tiny_bilingual_valid.jsonl"
+    command = ["cache_quality.py", "--model", str(tmp_path / "hf"), "--text", str(text), "--length", "16"]
+    monkeypatch.setattr(sys, "argv", [*command, "--texts", "2", "--output", str(output)])
+    assert quality.main() == 0
+    results = json.loads(output.read_text())["results"]
+    assert all(20_000 < r["perplexity"] < 50_000 for r in results.values())
+    full = 2 * 2 * 16 * 32 * 4 / 2**20  # keys and values, texts, tokens, channels, bytes
+    assert results["everything kept"]["cache_mib"] == pytest.approx(full, abs=0.006)
+    assert results["an eighth: recent alone"]["cache_mib"] == pytest.approx(full / 8, abs=0.006)
+    assert quality.resolved({"cache": {"recent": 1 / 8, "dtype": "int8"}, "sink_tokens": 4}, 64) == {
+        "cache": {"recent": 8, "dtype": "int8"},
+        "sink_tokens": 4,
+    }
+    monkeypatch.setattr(sys, "argv", [*command, "--texts", "100000"])
+    assert quality.main() == 2

@@ -1,0 +1,168 @@
+"""scripts/convert.py: checkpoints to Hugging Face and back, what it prints, and its errors."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tokenizers import Tokenizer, models
+
+from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
+from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
+SMALL = ByteConfig(
+    vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8
+)
+NEEDS_TORCH = "--verify compares with transformers on torch: pip install -e '.[torch]'"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def convert(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    def run(*arguments: Any) -> int:
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+        return script.main()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, Any]:
+    numbers = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: numbers.standard_normal(leaf.shape, "f4"), param_shapes(ByteTransformer(SMALL)))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, params: dict[str, Any]) -> Path:
+    tokenizer = tmp_path / "words"
+    tokenizer.mkdir()
+    Tokenizer(models.WordLevel({"a": 0, "<e>": 1}, unk_token="a")).save(str(tokenizer / "tokenizer.json"))
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<e>"}')
+    save_initial(tmp_path / "run", SMALL, params, str(tokenizer))
+    return tmp_path / "run"
+
+
+def assert_same(left: Any, right: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
+
+
+def test_to_hf_and_back(
+    convert: Callable[..., int], run_dir: Path, params: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf, again = run_dir.parent / "hf", run_dir.parent / "again"
+    assert convert("to-hf", run_dir, hf, "--max-shard-size", "4KB") == 0
+    printed = capsys.readouterr().out
+    assert "model.safetensors.index.json" in printed
+    assert f"wrote {hf}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters" in printed
+    assert json.loads((hf / "config.json").read_text())["eos_token_id"] == 1
+    assert (hf / "tokenizer.json").is_file()
+
+    assert convert("from-hf", hf, again) == 0
+    config, back = load_weights(again)
+    assert_same(back, params)
+    assert config.model.to_dict() == SMALL.to_dict() | {"num_key_value_heads": 2, "initializer_range": 0.02}
+    assert config.data.tokenizer == str(again / "tokenizer")
+
+    # The name of one checkpoint will do, and its tokenizer is found beside it.
+    assert convert("to-hf", again / "checkpoints" / "0", run_dir.parent / "hf2", "--dtype", "bfloat16") == 0
+    assert (run_dir.parent / "hf2" / "tokenizer_config.json").is_file()
+    with safe_open(run_dir.parent / "hf2" / "model.safetensors", framework="np") as handle:
+        assert handle.get_tensor("lm_head.weight").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_agrees(
+    dtype: str, convert: Callable[..., int], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch", reason=NEEDS_TORCH)
+    hf = run_dir.parent / "hf"
+    assert convert("to-hf", run_dir, hf, "--dtype", dtype, "--verify") == 0
+    assert "agrees with transformers" in capsys.readouterr().out
+    assert convert("from-hf", hf, run_dir.parent / "again", "--verify") == 0
+    assert "agrees with transformers" in capsys.readouterr().out
+
+
+def test_verify_notices_other_weights(
+    convert: Callable[..., int],
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("torch", reason=NEEDS_TORCH)
+    from stellarbyte_jax.hf import directory
+
+    saved = directory.cast
+    monkeypatch.setattr(directory, "cast", lambda a, d, name: saved(a * 2 if "up_proj" in name else a, d, name))
+    assert convert("to-hf", run_dir, run_dir.parent / "hf", "--verify") == 1
+    assert "DOES NOT AGREE" in capsys.readouterr().out
+
+
+def test_verify_without_torch_says_what_to_install(
+    convert: Callable[..., int],
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert convert("to-hf", run_dir, run_dir.parent / "hf", "--verify") == 1
+    assert "pip install -e '.[torch]'" in capsys.readouterr().err
+
+
+def test_existing_directories(
+    convert: Callable[..., int], run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    hf, again = tmp_path / "hf", tmp_path / "again"
+    assert convert("to-hf", run_dir, hf) == 0
+    assert convert("to-hf", run_dir, hf) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert convert("to-hf", run_dir, hf, "--overwrite") == 0
+    assert convert("from-hf", hf, again) == 0
+    assert convert("from-hf", hf, again) == 1
+    assert "is not empty: give another directory, or --overwrite" in capsys.readouterr().err
+    assert convert("from-hf", hf, again, "--overwrite") == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter").touch()
+    assert convert("from-hf", hf, tmp_path / "other", "--overwrite") == 1
+    assert "is no run" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(
+    convert: Callable[..., int], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [
+        (("to-hf", tmp_path / "nowhere", tmp_path / "hf"), "nowhere holds no checkpoint"),
+        (("to-hf", run_dir, tmp_path / "hf", "--step", 7), "has no checkpoint of step 7; there are 0"),
+        (("to-hf", run_dir, tmp_path / "hf", "--tokenizer", tmp_path), "holds no tokenizer.json"),
+        (("from-hf", tmp_path / "nowhere", tmp_path / "new"), "nowhere is no directory"),
+        (("from-hf", run_dir, tmp_path / "new"), "config.json does not exist"),
+    ]
+    for arguments, message in cases:
+        assert convert(*arguments) == 1
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_sizes(script: ModuleType) -> None:
+    assert [script.size(t) for t in ("5GB", "500MiB", "1.5kb", "12")] == [5 * 10**9, 500 * 2**20, 1500, 12]
+    for text in ("five", "0GB", "5XB", "-1"):
+        with pytest.raises(script.argparse.ArgumentTypeError, match="is no size"):
+            script.size(text)

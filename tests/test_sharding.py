@@ -1,0 +1,68 @@
+"""Activations are split over the mesh that is set, and nothing happens without one. On eight CPU devices."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.variants import BASE, make_model, run, some_tokens
+from jax.sharding import AxisType, PartitionSpec
+
+from stellarbyte_jax.model.params import linear
+from stellarbyte_jax.sharding import LOGICAL_AXES, RULES, constrain
+
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="eight devices")
+
+
+def mesh(**axes):
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+class Queries(nn.Module):
+    @nn.compact
+    def __call__(self, x_BTD):
+        init = nn.initializers.normal(1.0)
+        return linear(self, "q", "BTD,DNH->BTNH", x_BTD, init, embed=8, heads=8, head_dim=4)
+
+
+def test_the_queries_heads_are_split_over_the_tensor_axis():
+    x = jnp.ones((2, 4, 8))
+    params = {"q": np.ones((8, 8, 4), np.float32)}
+    with jax.set_mesh(mesh(tensor=8)):
+        found = jax.jit(lambda p, x: Queries().apply({"params": p}, x))(params, x)
+    assert found.sharding.spec == PartitionSpec(None, None, "tensor")
+    assert {shard.data.shape for shard in found.addressable_shards} == {(2, 4, 1, 4)}
+    assert len({shard.device for shard in found.addressable_shards}) == 8
+
+
+def test_a_mesh_without_the_axis_leaves_the_choice_to_the_compiler():
+    x = jnp.ones((8, 4, 8))
+    with jax.set_mesh(mesh(data=8)):
+        rows = jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), PartitionSpec("data")))
+        found = jax.jit(lambda x: constrain(2 * x, (None, None, "heads")))(rows)
+    assert found.sharding.spec[0] == "data"
+    np.testing.assert_array_equal(found, 2)
+
+
+def test_without_a_mesh_nothing_happens():
+    x = jnp.ones((2, 4))
+    assert constrain(x, (None, "heads")) is x
+    assert "sharding_constraint" not in str(jax.make_jaxpr(lambda x: constrain(x, (None, "heads")))(x))
+
+
+def test_an_axis_without_a_rule_is_an_error():
+    with jax.set_mesh(mesh(tensor=8)), pytest.raises(AttributeError, match="headz"):
+        constrain(jnp.ones((2, 8)), (None, "headz"))
+    assert "heads" in LOGICAL_AXES and RULES.heads == "tensor" and RULES.embed is None
+
+
+def test_a_mesh_does_not_change_the_logits():
+    config = dataclasses.replace(BASE, num_attention_heads=8, num_key_value_heads=8, intermediate_size=64)
+    model, params = make_model(config)
+    tokens = some_tokens(2, 8)
+    expected = run(model, params, tokens)
+    with jax.set_mesh(mesh(data=1, tensor=8)):
+        found = run(model, params, tokens)
+    np.testing.assert_allclose(found, expected, atol=2e-5)

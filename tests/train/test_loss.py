@@ -1,0 +1,84 @@
+"""What is minimised: which token each position predicts, the options of the loss, the layers' own terms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.llama_pair import llama_pair
+from helpers.training import MODEL, packed_batch
+
+from stellarbyte_jax.config import LossConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, forward, init_params, logits
+from stellarbyte_jax.model.io import Aux, Inputs
+from stellarbyte_jax.train.loss import auxiliary_loss, batch_loss, next_token_targets
+
+
+def test_labels_are_shifted_once():
+    batch = {
+        "tokens": jnp.asarray([[5, 6, 7, 8, 9, 0]], jnp.int32),
+        "segment_ids": jnp.asarray([[1, 1, 1, 2, 2, 0]], jnp.int32),
+        "loss_mask": jnp.asarray([[False, True, True, True, True, False]]),
+    }
+    np.testing.assert_array_equal(next_token_targets(batch), [[6, 7, -1, 9, -1, -1]])
+    outside = {"tokens": batch["tokens"], "labels": jnp.asarray([[5, -100, 7, 8, 9, -100]], jnp.int32)}
+    np.testing.assert_array_equal(next_token_targets(outside), [[-1, 7, 8, 9, -1, -1]])
+
+
+def test_padding_predicts_nothing():
+    """Neither from padding to padding nor across it, even where the mask does not say so."""
+    batch = {
+        "tokens": jnp.asarray([[5, 6, 7, 8, 9]], jnp.int32),
+        "segment_ids": jnp.asarray([[1, 1, 0, 0, 0]], jnp.int32),
+    }
+    np.testing.assert_array_equal(next_token_targets(batch), [[6, -1, -1, -1, -1]])
+
+
+def test_loss_equals_transformers_with_the_same_labels():
+    torch = pytest.importorskip("torch", reason="the peer of this test")
+    model, params, peer = llama_pair()
+    tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (3, 16), dtype=np.int32)
+    labels = np.where(np.random.default_rng(2).random((3, 16)) < 0.3, -100, tokens).astype(np.int32)
+    total, sums, _ = batch_loss(
+        model, params, {"tokens": jnp.asarray(tokens), "labels": jnp.asarray(labels)}, LossConfig()
+    )
+    with torch.no_grad():
+        theirs = peer(torch.from_numpy(tokens).long(), labels=torch.from_numpy(labels).long()).loss
+    assert float(total / sums["tokens"]) == pytest.approx(float(theirs), abs=1e-5)
+
+
+def test_options_of_the_loss():
+    """Label smoothing, z-loss and the padding of the vocabulary; what is reported has none of the first two."""
+    model = ByteTransformer(dataclasses.replace(MODEL, vocab_size_multiple=16))
+    params = init_params(model, jax.random.key(0))
+    assert params["lm_head"]["kernel"].shape[1] == 80
+    batch = {name: jnp.asarray(x) for name, x in packed_batch().items()}
+    total, sums, out = batch_loss(model, params, batch, LossConfig(label_smoothing=0.1, z_loss=0.01))
+
+    inputs = Inputs(batch["tokens"], batch["positions"], batch["segment_ids"])
+    scores = np.asarray(logits(model, params, forward(model, params, inputs).hidden_BTD), np.float64)
+    log_z = np.log(np.sum(np.exp(scores), axis=-1))
+    targets = np.asarray(next_token_targets(batch))
+    counts = targets >= 0
+    of_target = np.take_along_axis(scores, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    nll = log_z - of_target
+    smooth = log_z - scores.mean(axis=-1)
+    assert float(total) == pytest.approx(np.sum((0.9 * nll + 0.1 * smooth + 0.01 * log_z**2)[counts]), rel=1e-5)
+    assert float(sums["cross_entropy"]) == pytest.approx(np.sum(nll[counts]), rel=1e-5)
+    assert float(sums["tokens"]) == counts.sum()
+    assert float(sums["correct"]) == np.sum((scores.argmax(axis=-1) == targets)[counts])
+    assert out.state.memory is None and out.aux.losses == {}
+
+
+def test_terms_of_the_layers_are_added_by_their_weights():
+    aux = Aux(losses={"xpos_regularization": jnp.float32(3.0)}, statistics={"something": jnp.float32(7.0)})
+    assert float(auxiliary_loss(LossConfig(xpos_regularization=0.5), aux)) == 1.5
+    assert float(auxiliary_loss(LossConfig(), aux)) == 0.0
+    assert float(auxiliary_loss(LossConfig(), Aux())) == 0.0
+
+
+def test_a_term_of_weight_zero_is_left_out():
+    """Not multiplied: a term that is not finite would make the loss so."""
+    aux = Aux(losses={"xpos_regularization": jnp.float32(np.inf)})
+    assert float(auxiliary_loss(LossConfig(), aux)) == 0.0

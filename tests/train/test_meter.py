@@ -1,0 +1,82 @@
+"""Steps are read one behind the device; pauses are no part of the speed."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.training import settings
+
+from stellarbyte_jax.config import LoggingConfig
+from stellarbyte_jax.train import meter
+from stellarbyte_jax.train.meter import DivergedError, Meter
+
+
+class Clock:
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(meter, "time", clock)
+    return clock
+
+
+def make(skipped=0):
+    shown = []
+    config = settings(steps=50, logging=LoggingConfig(interval=2))
+    made = Meter(config, 1000, lambda step, metrics, due: shown.append((step, metrics, due)), lambda: skipped)
+    return made, shown, config.global_batch_size * config.data.sequence_length
+
+
+def test_a_step_is_read_when_the_next_one_was_pushed(clock):
+    made, shown, _ = make()
+    made.push(1, {"loss": jnp.float32(3)})
+    assert shown == []
+    made.push(2, {"loss": jnp.float32(2)})
+    assert [(step, m["loss"], due) for step, m, due in shown] == [(1, 3.0, False)]
+    clock.now += 1.0
+    made.flush()
+    made.flush()
+    assert [(step, m["loss"], due) for step, m, due in shown[1:]] == [(2, 2.0, True)]
+    assert made.last["loss"] == 2.0
+
+
+def test_speed_counts_the_steps_since_the_last_line_without_pauses(clock):
+    made, shown, tokens = make()
+    for step in (1, 2, 3, 4):
+        clock.now += 1.0
+        made.push(step, {"loss": jnp.float32(3)})
+        made.flush()
+        with made.paused():
+            clock.now += 100.0
+    speeds = {step: m.get("tokens_per_second") for step, m, due in shown if due}
+    np.testing.assert_allclose(list(speeds.values()), [tokens, tokens])
+    assert made.rates == list(speeds.values())
+
+
+def test_the_first_step_alone_has_no_speed(clock):
+    made, shown, _ = make()
+    clock.now += 30.0  # compiling
+    made.push(1, {"loss": jnp.float32(3)})
+    made.flush()
+    assert "tokens_per_second" not in shown[0][1]
+
+
+def test_skipped_lines_are_told_where_there_are_any(clock):
+    for skipped in (0, 7):
+        made, shown, _ = make(skipped)
+        made.push(1, {"loss": jnp.float32(3)})
+        made.flush()
+        assert shown[0][1].get("skipped_lines", 0) == skipped
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_ends_the_run(clock, loss):
+    made, shown, _ = make()
+    made.push(7, {"loss": jnp.float32(loss)})
+    with pytest.raises(DivergedError, match=rf"the loss is {loss} at step 7\. .* lower optimizer.learning_rate"):
+        made.flush()
+    assert shown == []

@@ -1,0 +1,147 @@
+"""Is resuming exact, does a kill at any time lose nothing, which checkpoints are refused?"""
+
+import dataclasses
+import shutil
+
+import pytest
+from helpers.runs import child, cli, copy_of, log_of, one_error, same_weights
+
+from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
+
+INTERRUPTIONS = {
+    # seven steps, a checkpoint, two steps more that are lost
+    "kill -9 between checkpoints": ("at_step(9, lambda: (saved(7), os.kill(os.getpid(), signal.SIGKILL)))", -9, 7),
+    "SIGTERM": ("at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM))", 143, None),
+    "SIGINT": ("at_step(9, lambda: os.kill(os.getpid(), signal.SIGINT))", 130, None),
+    "kill -9 in the middle of a save": (
+        """
+from orbax.checkpoint._src.path import atomicity
+finalize = atomicity.AtomicRenameTemporaryPath.finalize
+async def dies(self, *args, **kwargs):
+    if "/14." in str(self.get()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await finalize(self, *args, **kwargs)
+atomicity.AtomicRenameTemporaryPath.finalize = dies
+""",
+        -9,
+        10,  # the validation of step 10 was the best so far
+    ),
+}
+
+
+@pytest.mark.parametrize("how", INTERRUPTIONS)
+def test_resume_is_exact(how, config_file, straight, tmp_path, capsys):
+    before, code, resumed_at = INTERRUPTIONS[how]
+    stopped = child(config_file, before)
+    assert stopped.returncode == code, stopped.stderr
+    assert "Traceback" not in stopped.stderr + stopped.stdout
+    run = tmp_path / "run"
+    if how.startswith("SIG"):
+        assert stopped.stdout.count(f"{how}: saving a checkpoint") == 1
+        assert "the same command goes on from there" in stopped.stdout
+    if "middle" in how:
+        assert any("tmp" in p.name for p in (run / "checkpoints").iterdir())
+    resumed = child(config_file)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at step " in resumed.stdout
+    if resumed_at is not None:
+        assert f"resumed at step {resumed_at} " in resumed.stdout
+    assert log_of(run) == log_of(straight)
+    (config, params), (_, expected) = load_weights(run), load_weights(straight)
+    assert config.steps == 20 and same_weights(params, expected)
+    assert not any("tmp" in p.name for p in (run / "checkpoints").iterdir())
+
+
+def test_a_second_signal_leaves_at_once(config_file, tmp_path):
+    twice = "at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])"
+    done = child(config_file, twice)
+    assert done.returncode == 130
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    assert "Traceback" not in done.stderr
+
+
+def test_a_corrupt_checkpoint_is_set_aside(straight, config_file, tmp_path, capsys):
+    run = copy_of(straight, tmp_path)
+    for file in (run / "checkpoints" / "20" / "optimizer").rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            file.write_bytes(file.read_bytes()[:100])
+    assert cli(config_file) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint 20 is unreadable" in out and "resumed at step 14" in out
+    assert (run / "corrupt" / "20").is_dir()
+    assert log_of(run) == log_of(straight)
+
+
+def test_all_checkpoints_corrupt(straight, config_file, tmp_path, capsys):
+    run = copy_of(straight, tmp_path)
+    for file in (run / "checkpoints").rglob("*"):
+        if file.is_file() and "params" in str(file):
+            file.write_bytes(b"")
+    assert cli(config_file) == 1
+    assert one_error(capsys, "no checkpoint in", "could be read")
+    with pytest.raises(Exception, match="holds no checkpoint"):
+        load_weights(run)
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("model.hidden_size=32", ["another model", "model.hidden_size is 16 there and 32 here"]),
+        ("data.sequence_length=16", ["cannot be continued", "data.sequence_length was 32 and is 16"]),
+        ("seed=4", ["seed was 0 and is 4"]),
+        ("optimizer.name=lion", ["optimizer.name was 'adamw' and is 'lion'"]),
+        ("ema_decay=none", ["ema_decay was 0.9 and is None"]),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(setting, parts, straight, config_file, tmp_path, capsys):
+    copy_of(straight, tmp_path)
+    assert cli(config_file, setting, "steps=30") == 1
+    assert one_error(capsys, *parts)
+
+
+def test_a_longer_run_goes_on(straight, config_file, tmp_path, capsys):
+    run = copy_of(straight, tmp_path)
+    assert cli(config_file, "steps=22") == 0
+    assert "resumed at step 20" in capsys.readouterr().out
+    assert set(log_of(run)[0]) == set(range(1, 23))
+
+
+def test_a_disk_too_small_for_a_checkpoint(straight, config_file, tmp_path, capsys, monkeypatch):
+    run = copy_of(straight, tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert cli(config_file, "steps=22") == 1
+    assert one_error(
+        capsys, "a checkpoint could not be written", "it takes 0.01 GiB", "Step 20 is the last complete one"
+    )
+    monkeypatch.undo()
+    assert same_weights(load_weights(run)[1], load_weights(straight)[1])
+
+
+def test_a_disk_that_fills_up_while_saving(config_file, tmp_path):
+    """The limit on the size of a file stands in for the disk; the earlier checkpoint stays usable."""
+    fits = child(config_file, "", "steps=7", "evaluation.interval=100")
+    assert fits.returncode == 0, fits.stderr
+    before = load_weights(tmp_path / "run")[1]
+    full = child(
+        config_file,
+        "import resource; at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))",
+        "evaluation.interval=100",
+    )
+    assert full.returncode == 1
+    errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "a checkpoint could not be written" in errors[0], full.stderr
+    assert "Step 7 is the last complete one" in errors[0], errors[0]
+    assert "_SignalingThread" not in full.stderr, full.stderr
+    assert same_weights(before, load_weights(tmp_path / "run")[1])
+
+
+def test_training_starts_from_converted_weights(straight, config_file, tmp_path, capsys):
+    """A converted checkpoint spells out sizes that a config file may leave to be derived."""
+    config, params = load_weights(straight)
+    spelt = dataclasses.replace(config.model, num_key_value_heads=2, head_dim=8)
+    save_initial(tmp_path / "run", spelt, params)
+    assert cli(config_file, "steps=3", "optimizer.learning_rate=1e-9") == 0
+    assert "starting from the weights in" in capsys.readouterr().out
+    first = {run: log_of(run)[0][1][0] for run in (straight, tmp_path / "run")}
+    assert first[tmp_path / "run"] < first[straight] - 0.2

@@ -1,0 +1,93 @@
+"""A whole run: what it leaves and says, and how it ends."""
+
+import json
+import re
+import signal
+
+from helpers.runs import ROOT, cli, data_setting, log_of, same_weights
+
+from stellarbyte_jax.checkpoint.weights import load_weights
+from stellarbyte_jax.config import override
+from stellarbyte_jax.train import finish
+from stellarbyte_jax.train.run import Finished, train
+
+
+def test_what_a_run_leaves_and_says(straight, capsys):
+    names = {p.name for p in straight.iterdir()}
+    assert {"checkpoints", "metrics.jsonl", "train.log", "train_config.json", "tokenizer"} <= names
+    log = (straight / "train.log").read_text(encoding="utf-8")
+    assert "\x1b" not in log and "\r" not in log
+    for part in ("model: vocab_size=32000", "first step after", "step 20/20", "validation", "summary"):
+        assert part in log, part
+    assert "attention: using xla (cudnn refused: the cpu backend)" in log
+    compiling = re.search(r"first step after ([\d.]+) s, ([\d.]+) s of them for XLA", log)
+    assert compiling and 0 < float(compiling[2]) < float(compiling[1])
+    steps = sorted(int(p.name) for p in (straight / "checkpoints").glob("[0-9]*"))
+    training, validation = log_of(straight)
+    best = min(validation, key=lambda step: validation[step])
+    assert steps == sorted({10, 14, 20, best})  # the three latest, and the best
+    assert len(training) == 20 and training[20][0] < training[1][0]
+    stored = json.loads((straight / "train_config.json").read_text())
+    assert stored["model"]["hidden_size"] == 16
+    config, params = load_weights(straight)
+    assert config.optimizer.learning_rate == 1e-2
+    before = {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*")}
+    assert train(override(config, ["checkpoint.keep_latest=3"])) == Finished(0, 20, "steps")
+    assert "is complete: 20 of 20 steps" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*")}
+    assert not same_weights(params, load_weights(straight, 10)[1])
+
+
+def test_skipped_lines_are_counted_in_the_log(config_file, tmp_path, capsys):
+    good = (ROOT / "data" / "tiny_bilingual_valid.jsonl").read_text(encoding="utf-8").splitlines()
+    good.insert(3, "{not json")
+    setting = data_setting(tmp_path, "\n".join(good))
+    assert cli(config_file, setting, "data.on_error=skip", "global_batch_size=16", "data.sequence_length=64") == 0
+    assert "skipped lines" in capsys.readouterr().out
+
+
+def test_early_stopping_and_accumulation(config_file, tmp_path, capsys):
+    code = cli(
+        config_file,
+        "evaluation.patience=2",
+        "evaluation.interval=1",
+        "optimizer.learning_rate=1e-12",
+        "optimizer.weight_decay=0",
+        "ema_decay=none",
+        "model.hidden_dropout=0",
+        "gradient_accumulation_steps=2",
+        "logging.trackers=tensorboard",
+        "sample_prompts=春",
+        "export_at_end=true",
+    )
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert "stopped early at step" in captured.out and "sample: 春|" in captured.out
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+
+
+def test_the_end_of_the_data_ends_the_run(config_file, tmp_path, capsys):
+    lines = (ROOT / "data" / "tiny_bilingual_valid.jsonl").read_text(encoding="utf-8").splitlines()[-4:]
+    settings = [data_setting(tmp_path, "\n".join(lines)), "data.epochs=2", "steps=200", "evaluation.interval=1000"]
+    for _ in range(2):  # the second time there is nothing left to do
+        assert cli(config_file, *settings) == 0
+        assert "the data ended after 2 epochs, at step " in capsys.readouterr().out
+    steps = set(log_of(tmp_path / "run")[0])
+    assert max(steps) < 200 and load_weights(tmp_path / "run", max(steps))
+
+
+def test_samples_begin_as_documents_do(straight, monkeypatch):
+    config, _ = load_weights(straight)
+    asked = []
+    monkeypatch.setattr(finish, "generate_text", lambda *args, **kwargs: asked.append(kwargs["add_bos"]) or ["text"])
+    for add_bos in ("true", "false"):
+        finish.samples(override(config, ["sample_prompts=a", f"data.add_bos={add_bos}"]), None, {}, print)
+    assert asked == [True, False]
+
+
+def test_signals_are_given_back(config_file, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert cli(config_file, "steps=4", "data.validation=[]") == 0
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "validation" not in capsys.readouterr().out.split("first step")[1].split("summary")[0]

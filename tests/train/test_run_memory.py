@@ -1,0 +1,126 @@
+"""Whole runs of models with memory and of the other ideas: exact resume, evaluation that remembers, new positions."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers.runs import cli, log_of, same_weights, write_config
+
+from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
+from stellarbyte_jax.config import ByteConfig, MemoryConfig, RopeScaling
+from stellarbyte_jax.inference.api import generate, remember
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.model.state.memory import Memory
+from stellarbyte_jax.train.run import evaluate
+
+SETTINGS = (
+    "data.arrangement=contiguous",
+    "model.memory.length=[24, 0]",
+    "model.memory.recent_share=0.75",
+    "model.position_embedding=xpos",
+    "model.xpos_learnable=true",
+    "model.parallel_residual=true",
+    "model.layer_scale_init=0.1",
+    "model.drop_path=0.2",
+    "loss.xpos_regularization=0.1",
+    "gradient_accumulation_steps=2",
+    "model.vocab_size_multiple=64",
+    "steps=10",
+    "checkpoint.interval=4",
+    "checkpoint.keep_latest=9",
+    "evaluation.interval=5",
+)
+
+
+def test_resume_with_memory_is_exact(tmp_path, capsys):
+    """10 steps against 4, a lost run, and 6 more: documents go on in the middle, and so does what is remembered."""
+    straight = write_config(tmp_path)
+    assert cli(straight, *SETTINGS) == 0
+    run = tmp_path / "run"
+    wanted, weights = log_of(run), load_weights(run)[1]
+    for step in (run / "checkpoints").iterdir():
+        if step.name != "4":
+            shutil.rmtree(step)
+    assert cli(straight, *SETTINGS, "model.memory.batch_policy=select") == 0  # what may change between runs
+    said = capsys.readouterr().out
+    assert "resumed at step 4" in said
+    assert "scripts/generate.py" in said and "scripts/convert.py" not in said  # no family expresses this model
+    assert log_of(run) == wanted
+    assert same_weights(load_weights(run)[1], weights)
+    rates = weights["layers"]["0"]["attn"]["xpos_rate"]
+    assert rates.shape == (2, 4) and np.all(np.isfinite(rates))
+
+
+def test_memory_needs_rows_that_continue(tmp_path, capsys):
+    assert cli(write_config(tmp_path), "model.memory.length=8") == 2
+    assert "set data.arrangement=contiguous" in capsys.readouterr().err
+
+
+def test_evaluation_remembers_from_batch_to_batch():
+    class Silent:
+        def validation(self, *_):
+            pass
+
+    seen = []
+
+    def run_eval(params, batch, memory):
+        seen.append((batch, memory))
+        return {
+            "tokens": jnp.ones(()),
+            "cross_entropy": jnp.ones(()),
+            "correct": jnp.ones(()),
+            "bytes": jnp.ones(()),
+        }, (f"after {batch}")
+
+    evaluate(run_eval, {}, ["a", "b", "c"], 2, Silent(), "nothing")
+    assert seen == [("a", "nothing"), ("b", "after a")]
+
+
+def test_converted_weights_may_get_other_positions(tmp_path, capsys):
+    """A run that begins with weights of another one stretches them, and says so; another shape it refuses."""
+    config_file = write_config(tmp_path)
+    model = ByteConfig(
+        vocab_size=32000,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    params = init_params(ByteTransformer(model), jax.random.key(0))
+    save_initial(tmp_path / "run", model, params)
+    longer = ("model.max_position_embeddings=256", "model.rope_scaling.name=linear", "model.rope_scaling.factor=4")
+    assert cli(config_file, *longer, "model.parallel_residual=true") == 1
+    assert "holds another model: model.parallel_residual is False there" in capsys.readouterr().err
+    assert cli(config_file, *longer, "steps=4", "schedule.warmup_steps=1") == 0
+    out = capsys.readouterr().out
+    assert "get other positions: model.max_position_embeddings is 64 there and 256 here" in out
+    assert load_weights(tmp_path / "run")[0].model.rope_scaling == RopeScaling(name="linear", factor=4.0)
+    assert cli(config_file, "steps=6", "model.max_position_embeddings=64") == 1
+    assert "max_position_embeddings is 256 there" in capsys.readouterr().err
+
+
+def test_a_model_with_memory_can_begin_a_run_and_generate(tmp_path):
+    model = ByteTransformer(
+        ByteConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            memory=MemoryConfig(length=12),
+            compute_dtype="float32",
+        )
+    )
+    params = init_params(model, jax.random.key(0))
+    save_initial(tmp_path / "run", model.config, params)
+    config, loaded = load_weights(tmp_path / "run")
+    assert config.data.arrangement == "contiguous" and config.model == model.config
+    memory = remember(model, loaded, list(range(1, 40)), segment_length=16)
+    assert isinstance(memory, Memory) and int(memory.lengths_B[0]) == 39
+    made = generate(model, loaded, [[5, 6]], max_new_tokens=6, memory=memory)
+    assert made.tokens.shape == (1, 6)
+    assert dataclasses.replace(model.config, memory=MemoryConfig(length=13)) != model.config

@@ -1,0 +1,65 @@
+"""What validation decides in a run: which weights it sees, when patience ends it, which checkpoints stay."""
+
+import jax
+import pytest
+from helpers.runs import cli, log_of, same_weights
+
+from stellarbyte_jax.checkpoint.weights import load_weights
+from stellarbyte_jax.train import run
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Validations give the losses of a list, one after the other, and note the weights that they were given."""
+
+    def script(losses):
+        losses, seen = iter(losses), []
+
+        def evaluate(eval_step, params, batches, limit, report, state):
+            seen.append(jax.device_get(params))
+            return {"loss": next(losses), "perplexity": 1.0, "accuracy": 0.0}
+
+        monkeypatch.setattr(run, "evaluate", evaluate)
+        return seen
+
+    return script
+
+
+def steps_of(directory):
+    return sorted(int(p.name) for p in (directory / "checkpoints").glob("[0-9]*"))
+
+
+EVERY_STEP = ("evaluation.interval=1", "checkpoint.interval=1")
+
+
+def test_the_average_is_validated(scripted, config_file, tmp_path):
+    seen = scripted([5.0] * 9)
+    assert cli(config_file, "steps=4", *EVERY_STEP, "ema_decay=0.5") == 0
+    assert len(seen) == 4
+    averaged = load_weights(tmp_path / "run", 4)[1]
+    assert same_weights(seen[-1], averaged)
+    assert not same_weights(seen[-1], seen[-2])
+
+
+def test_the_best_checkpoints_stay_besides_the_newest(scripted, config_file, tmp_path):
+    scripted([5.0, 3.0, 4.0, 2.5, 6.0, 7.0])
+    assert cli(config_file, "steps=6", *EVERY_STEP, "checkpoint.keep_latest=1", "checkpoint.keep_best=2") == 0
+    assert steps_of(tmp_path / "run") == [2, 4, 6]
+
+
+def test_patience_counts_validations_without_a_better_loss_also_over_a_resume(scripted, config_file, tmp_path, capsys):
+    settings = (*EVERY_STEP, "evaluation.patience=2")
+    scripted([5.0, 4.0, 4.5])
+    assert cli(config_file, "steps=3", *settings) == 0
+    assert "stopped early" not in capsys.readouterr().out
+    scripted([4.6, 1.0, 1.0])
+    assert cli(config_file, "steps=9", *settings) == 0
+    assert "stopped early at step 4: 2 validations without a better loss" in capsys.readouterr().out
+    assert steps_of(tmp_path / "run")[-1] == 4
+    assert list(log_of(tmp_path / "run")[1].values()) == [5.0, 4.0, 4.5, 4.6]
+
+
+def test_an_equal_loss_is_no_better_one(scripted, config_file, capsys):
+    scripted([4.0, 4.0, 1.0])
+    assert cli(config_file, "steps=9", *EVERY_STEP, "evaluation.patience=1") == 0
+    assert "stopped early at step 2" in capsys.readouterr().out
