@@ -1,5 +1,6 @@
 """The loader: the same batches whatever the number of workers, each document once an epoch, exact resume."""
 
+import contextlib
 import json
 import os
 import signal
@@ -279,7 +280,7 @@ def _alive(pid):
         return False
 
 
-def _until(condition, seconds=20):
+def _until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -300,10 +301,11 @@ def test_close_ends_threads_and_workers(data):
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data.loader import make_loader
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it would be ignored
     config = DataConfig.from_dict({**__import__("json").loads(sys.argv[1]), "workers": 2, "epochs": None})
     loader = make_loader(config, split="train", batch_size=4, seed=0)
     next(loader)
@@ -320,38 +322,62 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["exit", "interrupt", "kill"])
-def test_workers_end_with_the_program_and_leave_signals_to_it(data, tmp_path, how):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+@contextlib.contextmanager
+def running(program, *arguments):
+    """A Python program in a session of its own, of which nothing is left afterwards, whatever happens."""
     process = subprocess.Popen(
-        [sys.executable, str(program), json.dumps(data.to_dict()), how],
+        [sys.executable, str(program), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    children = _children(process.pid) if how != "exit" else []
-    for child in children:
-        status = Path(f"/proc/{child}/status").read_text()
-        blocked = int(status.split("SigBlk:")[1].split()[0], 16)
-        assert blocked & 1 << signal.SIGINT - 1
-        assert blocked & 1 << signal.SIGTERM - 1
-    if how == "interrupt":
-        os.killpg(process.pid, signal.SIGINT)
-    elif how == "kill":
-        process.kill()
-    out, errors = process.communicate(timeout=30)
-    # Python's own resource tracker reports what a killed program could not give back.
-    assert errors == "" or (how == "kill" and "resource_tracker" in errors)
-    if how == "interrupt":
-        assert out == "stopped by the parent\n"
-    assert process.returncode == (-signal.SIGKILL if how == "kill" else 0)
-    assert len(children) == (0 if how == "exit" else 2)
-    _until(lambda: not any(_alive(c) for c in children))
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("how", ["exit", "interrupt", "kill"])
+def test_workers_end_with_the_program_and_leave_signals_to_it(data, tmp_path, how):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with running(program, json.dumps(data.to_dict()), how) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        children = _children(process.pid) if how != "exit" else []
+        for child in children:
+            status = Path(f"/proc/{child}/status").read_text()
+            blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+            assert blocked & 1 << signal.SIGINT - 1
+            assert blocked & 1 << signal.SIGTERM - 1
+        if how == "interrupt":
+            os.killpg(process.pid, signal.SIGINT)
+        elif how == "kill":
+            process.kill()
+        out, errors = process.communicate(timeout=300)
+        # Python's own resource tracker reports what a killed program could not give back.
+        assert errors == "" or (how == "kill" and "resource_tracker" in errors)
+        if how == "interrupt":
+            assert out == "stopped by the parent\n"
+        assert process.returncode == (-signal.SIGKILL if how == "kill" else 0)
+        assert len(children) == (0 if how == "exit" else 2)
+        _until(lambda: not any(_alive(c) for c in children))
+
+
+def test_what_a_test_starts_ends_with_it(data, tmp_path):
+    """Also where it fails or is interrupted in the middle."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    with pytest.raises(KeyboardInterrupt), running(program, json.dumps(data.to_dict()), "go on") as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        started = [process.pid, *_children(process.pid)]
+        raise KeyboardInterrupt
+    assert len(started) == 3
+    _until(lambda: not any(_alive(p) for p in started))
 
 
 def test_measuring_counts_real_tokens(data):
