@@ -57,9 +57,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Keeps the report of a run on a GPU in benchmarks/test-gpu.json."""
+    """Keeps the report of a whole run on a GPU in benchmarks/test-gpu.json."""
     ran = {outcome: terminalreporter.stats.get(outcome, []) for outcome in ("passed", "failed", "error")}
-    if not ON_GPU or not any(ran.values()):
+    narrowed = terminalreporter.config.option.keyword or terminalreporter.config.args_source.name == "ARGS"
+    if not ON_GPU or narrowed or not any(ran.values()):
         return
     gpu = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
     report = {

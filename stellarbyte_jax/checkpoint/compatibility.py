@@ -22,7 +22,14 @@ _RUNTIME_FIELDS = (
     "cache",
 )
 # A run that begins with weights of another one may give them other positions: a longer text, above all.
-_POSITION_FIELDS = ("max_position_embeddings", "rope_theta", "rope_scaling", "sink_tokens")
+_POSITION_FIELDS = (
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "sliding_window",
+    "layer_types",
+    "sink_tokens",
+)
 # With another value the position in the data would point elsewhere.
 _ORDER_FIELDS = (
     "train",

@@ -20,7 +20,7 @@ class Row:
       theirs: name in the checkpoint.
       layout: from one to the other.
       slot: index in the last axis but one, "gate", of ``gate_up``, which is two tensors of theirs.
-      rotary: the last axis of ours is turned in pairs.
+      rotary: the last axis of ours is rotated in pairs.
       vocab: axis of ours that is padded beyond the vocabulary, which theirs is not.
     """
 

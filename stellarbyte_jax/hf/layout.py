@@ -50,7 +50,7 @@ SPLIT_INPUT = Layout(
 def interleaved_to_half(ours: np.ndarray) -> np.ndarray:
     """Reorders the last axis so that rotary pairs (2i, 2i + 1) become (i, i + H/2).
 
-    Applied to queries and keys alike it leaves every score as it was, and the "half" pairing turns the right pairs.
+    Applied to queries and keys alike it leaves every score as it was, and the "half" pairing rotates the right pairs.
     """
     return np.concatenate([ours[..., 0::2], ours[..., 1::2]], axis=-1)
 

@@ -47,7 +47,7 @@ def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tup
             shares[f"{table}.partial_rotary_factor"] = fields.get("partial_rotary_factor")
     for name, share in shares.items():
         if share not in (None, 1):
-            raise ValueError(f"{where}: {name} is {share!r}; only whole heads are turned here, a factor of 1")
+            raise ValueError(f"{where}: {name} is {share!r}; only whole heads are rotated here, a factor of 1")
     given = {name: theta for name, theta in thetas.items() if theta is not None}
     if len(set(given.values())) > 1:
         raise ValueError(f"{where}: contradicting values {given}: keep one of them")

@@ -76,5 +76,5 @@ class Block(nn.Module):
         if c.drop_path == 0 or not train:
             return h_BTD
         keep = 1 - c.drop_path * depth.astype(jnp.float32) / max(1, c.num_hidden_layers - 1)
-        kept_B11 = jax.random.bernoulli(self.make_rng("dropout"), keep, (h_BTD.shape[0], 1, 1))
-        return jnp.where(kept_B11, h_BTD / keep.astype(h_BTD.dtype), 0)
+        keep_mask_B11 = jax.random.bernoulli(self.make_rng("dropout"), keep, (h_BTD.shape[0], 1, 1))
+        return jnp.where(keep_mask_B11, h_BTD / keep.astype(h_BTD.dtype), 0)

@@ -173,7 +173,7 @@ def _loop(run: _Run, start: int) -> Finished:
         run.state, metrics = run.train_step(run.state, batch)
         run.meter.push(step, metrics)
         if step == start + 1:
-            jax.block_until_ready(metrics)
+            run.meter.flush()
             run.report.line(_first_step(time.perf_counter() - run.began, run.cache))
             run.meter.reset()
 

@@ -130,7 +130,7 @@ def test_a_memory_stands_for_the_text_before(chunk):
     memory = remember(model, params, before[0][:16], segment_length=8)
     again = remember(model, params, before[0][16:], segment_length=8, memory=memory)
     for found, expected in zip(jax.tree.leaves(again), jax.tree.leaves(memory_of_first), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_compressed_memory_reaches_further_than_the_window_in_generation():
@@ -143,6 +143,17 @@ def test_compressed_memory_reaches_further_than_the_window_in_generation():
     assert alone.sequences[0] == result.sequences[1]
     in_parts = continue_to(40, model, params, [[9, 2]] * 2, memory=memory, prefill_chunk=1)
     np.testing.assert_allclose(in_parts.log_probs[:, 0], result.log_probs[:, 0], atol=5e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_model_with_compressed_memory_generates_without_one_as_in_a_full_pass(chunk):
+    """Its first tokens are no memory: the window hides them."""
+    model, params = make(memory=MemoryConfig(length=8, recent_share=0.5))
+    result = continue_to(30, model, params, PROMPTS[:2], prefill_chunk=chunk)
+    rows = [prompt + new for prompt, new in zip(PROMPTS, result.sequences, strict=False)]
+    logits = np.asarray(pass_over(model, params, *padded(rows)))
+    pairs = zip(PROMPTS, rows, logits, strict=False)
+    assert_greedy(result, [row_XV[len(prompt) - 1 : len(row) - 1] for prompt, row, row_XV in pairs])
 
 
 @pytest.mark.parametrize(("policy", "rows"), [("select", [0, 1, 0, 1]), ("repeat", [0, 0, 1, 1])])

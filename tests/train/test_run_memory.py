@@ -93,10 +93,12 @@ def test_converted_weights_may_get_other_positions(tmp_path, capsys):
     params = init_params(ByteTransformer(model), jax.random.key(0))
     save_initial(tmp_path / "run", model, params)
     longer = ("model.max_position_embeddings=256", "model.rope_scaling.name=linear", "model.rope_scaling.factor=4")
+    windows = ("model.sliding_window=16", "model.layer_types=sliding_attention,full_attention")
     assert cli(config_file, *longer, "model.parallel_residual=true") == 1
     assert "holds another model: model.parallel_residual is False there" in capsys.readouterr().err
-    assert cli(config_file, *longer, "steps=4", "schedule.warmup_steps=1") == 0
+    assert cli(config_file, *longer, *windows, "steps=4", "schedule.warmup_steps=1") == 0
     out = capsys.readouterr().out
+    assert "get other positions: model.layer_types is " in out
     assert "get other positions: model.max_position_embeddings is 64 there and 256 here" in out
     assert load_weights(tmp_path / "run")[0].model.rope_scaling == RopeScaling(name="linear", factor=4.0)
     assert cli(config_file, "steps=6", "model.max_position_embeddings=64") == 1

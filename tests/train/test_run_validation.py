@@ -1,11 +1,13 @@
 """What validation decides in a run: which weights it sees, when patience ends it, which checkpoints stay."""
 
+import json
+
 import jax
 import pytest
 from helpers.runs import cli, log_of, same_weights
 
 from stellarbyte_jax.checkpoint.weights import load_weights
-from stellarbyte_jax.train import run
+from stellarbyte_jax.train import meter, resume, run
 
 
 @pytest.fixture
@@ -63,3 +65,32 @@ def test_an_equal_loss_is_no_better_one(scripted, config_file, capsys):
     scripted([4.0, 4.0, 1.0])
     assert cli(config_file, "steps=9", *EVERY_STEP, "evaluation.patience=1") == 0
     assert "stopped early at step 2" in capsys.readouterr().out
+
+
+def test_speed_leaves_out_the_first_step_validation_and_saving(monkeypatch, config_file, tmp_path):
+    """A clock by which a step takes a second, whatever else happens a hundred."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+        def taking(self, seconds, act):
+            def slow(*args, **kwargs):
+                self.now += seconds
+                return act(*args, **kwargs)
+
+            return slow
+
+    clock = Clock()
+    monkeypatch.setattr(meter, "time", clock)
+    monkeypatch.setattr(jax, "device_get", clock.taking(1.0, jax.device_get))  # waiting for a step
+    losses = {"loss": 3.0, "perplexity": 1.0, "accuracy": 0.0}
+    monkeypatch.setattr(run, "evaluate", clock.taking(100.0, lambda *_: losses))
+    monkeypatch.setattr(resume, "save", clock.taking(100.0, resume.save))
+    monkeypatch.setattr(run, "_first_step", clock.taking(100.0, run._first_step))
+    settings = ("logging.interval=3", "evaluation.interval=2", "checkpoint.interval=2", "steps=9")
+    assert cli(config_file, *settings) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens_per_second"] for line in lines if "loss" in line] == [4 * 32] * 3

@@ -67,10 +67,13 @@ class RingCache(FullCache):
 
     def _with_visible(self, found: CachedKV) -> CachedKV:
         """Sink tokens and compressed memory are seen from everywhere."""
+        assert self.new is not None
         visible_BSK = None
+        # The keys of a first call are the call's own, which begin with the compressed slots only where it has a memory.
+        compressed = self.compressed if self.new.memory_slots or not found.aligned else 0
         if self.sink_tokens:
             visible_BSK = found.positions_BSK < self.sink_tokens
-        elif self.compressed:
+        elif compressed:
             columns_S = jnp.arange(found.positions_BSK.shape[1])
-            visible_BSK = jnp.broadcast_to(columns_S[None, :, None] < self.compressed, found.positions_BSK.shape)
+            visible_BSK = jnp.broadcast_to(columns_S[None, :, None] < compressed, found.positions_BSK.shape)
         return found._replace(always_visible_BSK=visible_BSK)
