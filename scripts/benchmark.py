@@ -5,7 +5,7 @@
     python scripts/benchmark.py train --no-peer
     python scripts/benchmark.py data                  # batches from JSONL and from prepared shards, no device
     python scripts/benchmark.py generate              # 128 prompt tokens and 256 new ones, 1.10B model, by batch size
-    python scripts/benchmark.py cache                 # decoding over caches of each dtype, 30M model in float32
+    python scripts/benchmark.py cache                 # decoding over caches of each dtype, 25M model in float32
 
 Every figure is a median over repeats in a process of its own. FLOPs of a token are 6 (parameters - embedding)
 + 6 L T D, causal attention counted by the half that is computed.

@@ -46,3 +46,12 @@ def test_public_names_exist_and_are_callable(name):
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Bytes'"):
         stellarbyte_jax.Bytes  # noqa: B018
+
+
+def test_tokens_alone_are_refused_with_what_to_give():
+    told = python(
+        "import jax.numpy as jnp; from stellarbyte_jax import ByteConfig, ByteTransformer\n"
+        "try: ByteTransformer(ByteConfig()).apply({'params': {}}, jnp.zeros((1, 2), jnp.int32))\n"
+        "except TypeError as error: print(error)"
+    )
+    assert told.startswith("the network takes Inputs(tokens_BT), got ")

@@ -13,8 +13,6 @@ from jax.sharding import AxisType, PartitionSpec
 from stellarbyte_jax.model.params import linear
 from stellarbyte_jax.sharding import LOGICAL_AXES, RULES, constrain
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="eight devices")
-
 
 def mesh(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))

@@ -182,9 +182,12 @@ def linear(
 def _letters(name: str, spec: str, axes: dict[str, int]) -> tuple[str, str]:
     """Of an einsum: the letters of the weight and of the result, without the ellipsis."""
     inputs, _, output = spec.partition("->")
-    letters = inputs.partition(",")[2]
+    x, _, letters = inputs.partition(",")
     if len(letters) != len(axes):
         raise ValueError(f"weight {name}: {spec!r} gives it {len(letters)} axes, named are {', '.join(axes)}")
+    alone = [letter for letter in letters if letter not in x + output]
+    if alone:
+        raise ValueError(f"weight {name}: {spec!r} sums over {', '.join(alone)}, which the activations do not have")
     return letters, output.replace(".", "")
 
 

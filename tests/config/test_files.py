@@ -1,5 +1,8 @@
 """A run is a Python file, and every mistake in it or in an override has one clear message."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from stellarbyte_jax.config import ConfigError, TrainConfig, load, override
@@ -127,3 +130,42 @@ def test_a_file_without_config_or_of_another_kind(tmp_path):
     (tmp_path / "run.yaml").write_text("steps: 3")
     with pytest.raises(ConfigError, match=r"run\.yaml must be a Python file"):
         load(tmp_path / "run.yaml")
+
+
+BASE = """
+from stellarbyte_jax.config import TrainConfig, beside
+def config():
+    return TrainConfig(output_dir="a", steps={steps}, seed=7, sample_prompts=(beside(__file__, "../x.txt"),))
+"""
+OTHER = """
+import dataclasses
+from .base import config as base
+def config():
+    return dataclasses.replace(base(), output_dir="b")
+"""
+
+
+def test_a_config_imports_its_neighbour_which_is_read_anew(tmp_path):
+    (tmp_path / "other.v2.py").write_text(OTHER)
+    for steps in (3000, 400):
+        (tmp_path / "base.py").write_text(BASE.format(steps=steps))
+        loaded = load(tmp_path / "other.v2.py")
+        assert (loaded.output_dir, loaded.steps, loaded.seed) == ("b", steps, 7)
+    assert not [name for name in sys.modules if name.startswith("_config_files")]
+
+
+def test_paths_beside_a_config_are_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "x.txt").write_text("here")
+    (tmp_path / "configs" / "base.py").write_text(BASE.format(steps=200))
+    for folder, expected in ((tmp_path, "x.txt"), (tmp_path / "configs", "../x.txt")):
+        monkeypatch.chdir(folder)
+        (found,) = load(tmp_path / "configs" / "base.py").sample_prompts
+        assert found == expected and Path(found).read_text() == "here"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "pretrain", "stellarbyte"])
+def test_the_configs_of_the_repository_work_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load(Path(__file__).parents[2] / "configs" / f"{name}.py").data
+    assert all(Path(p).is_file() for p in (*data.train, *data.validation)) and Path(data.tokenizer).is_dir()

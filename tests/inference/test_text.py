@@ -302,7 +302,10 @@ def test_a_conversation_outgrows_the_positions(script, directories, monkeypatch,
     [
         (["--model", "nowhere", "--prompt", "x"], "neither a Hugging Face directory .* nor a run directory"),
         (["--model", "{run}"], "no prompt: give --prompt, --prompt-file or --chat"),
-        (["--model", "{run}", "--prompt", "x" * 70], "the prompt of 71 tokens is longer than the cache"),
+        (
+            ["--model", "{run}", "--prompt", "x" * 70],
+            "prompt of 71 tokens is longer than the cache.*with --set",
+        ),
         (["--model", "{run}", "--prompt", "x", "--top-p", "0.5", *COMMON], "has no effect at temperature 0"),
         (["--model", "{run}", "--prompt-file", "missing.txt"], "missing.txt"),
         (["--model", "{run}", "--prompt", "x", "--step", "7"], "no checkpoint of step 7"),

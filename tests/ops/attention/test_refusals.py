@@ -75,7 +75,6 @@ def test_cudnn_names_what_it_lacks(mask, shape, options, message, monkeypatch):
         attention(*arrays(**shape), mask, implementation="cudnn", **options)
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="it has one")
 def test_cudnn_refuses_another_backend():
     with pytest.raises(NotImplementedError, match="the cpu backend"):
         attention(*arrays(dtype=jnp.bfloat16), MASK, implementation="cudnn")
