@@ -9,18 +9,21 @@ from jaxtyping import Array
 
 @dataclass(frozen=True)
 class Rules:
-    """Mesh axis of each logical axis; None: not split. Every axis of a weight is one of these fields.
+    """Mesh axes of each logical axis; None: not split. Every axis of a weight or an activation is one of these fields.
 
     Attributes:
       layers: stacked layers of a group.
       vocab: vocabulary.
-      embed: model width.
+      embed: model width, of weights.
       heads: query heads.
       kv_heads: key and value heads.
       head_dim: channels of one head.
       rotary_pairs: pairs of channels that are rotated together.
       gate: gate and up projection, stacked.
       mlp: feed-forward width.
+      batch: rows, of activations.
+      sequence: positions, of activations.
+      act_embed: model width, of activations, which need not be split as weights are.
     """
 
     layers: str | None = None
@@ -32,10 +35,14 @@ class Rules:
     rotary_pairs: str | None = None
     gate: str | None = None
     mlp: str | None = "tensor"
+    batch: str | None = "data"
+    sequence: str | None = None
+    act_embed: str | None = None
 
 
 RULES = Rules()
-LOGICAL_AXES = tuple(field.name for field in fields(Rules))
+ACTIVATION_AXES = ("batch", "sequence", "act_embed")
+WEIGHT_AXES = tuple(field.name for field in fields(Rules) if field.name not in ACTIVATION_AXES)
 
 
 def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:

@@ -105,11 +105,11 @@ def _resize(leaf: Any, axis: int, config: ByteConfig, resized: ByteConfig, seed:
     old = np.asarray(leaf)
     new = np.zeros([resized.padded_vocab_size if i == axis else n for i, n in enumerate(old.shape)], old.dtype)
     old_VD, new_VD = np.moveaxis(old, axis, 0)[: config.vocab_size], np.moveaxis(new, axis, 0)
-    kept = min(config.vocab_size, resized.vocab_size)
-    new_VD[:kept] = old_VD[:kept]
+    copied = min(config.vocab_size, resized.vocab_size)
+    new_VD[:copied] = old_VD[:copied]
     mean_D = old_VD.mean(axis=0, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(old_VD), (resized.vocab_size - kept, _SUMMANDS))
-    for row, numbers in enumerate(drawn, kept):
+    drawn = np.random.default_rng(seed).integers(0, len(old_VD), (resized.vocab_size - copied, _SUMMANDS))
+    for row, numbers in enumerate(drawn, copied):
         away_D = old_VD[numbers].sum(axis=0, dtype=np.float64) - _SUMMANDS * mean_D
         new_VD[row] = (mean_D + _SPREAD / _SUMMANDS**0.5 * away_D).astype(old.dtype)
     return jnp.asarray(new) if isinstance(leaf, jax.Array) else new

@@ -10,8 +10,9 @@ import pytest
 from helpers.variants import BASE, make_model, run, some_tokens
 from jax.sharding import AxisType, PartitionSpec
 
-from stellarbyte_jax.model.params import linear
-from stellarbyte_jax.sharding import LOGICAL_AXES, RULES, constrain
+from stellarbyte_jax import sharding
+from stellarbyte_jax.model.params import linear, param
+from stellarbyte_jax.sharding import ACTIVATION_AXES, RULES, WEIGHT_AXES, constrain
 
 
 def mesh(**axes):
@@ -53,7 +54,47 @@ def test_without_a_mesh_nothing_happens():
 def test_an_axis_without_a_rule_is_an_error():
     with jax.set_mesh(mesh(tensor=8)), pytest.raises(AttributeError, match="headz"):
         constrain(jnp.ones((2, 8)), (None, "headz"))
-    assert "heads" in LOGICAL_AXES and RULES.heads == "tensor" and RULES.embed is None
+    assert "heads" in WEIGHT_AXES and RULES.heads == "tensor" and RULES.embed is None
+
+
+def test_activations_have_axes_that_no_weight_has():
+    assert set(ACTIVATION_AXES).isdisjoint(WEIGHT_AXES)
+    with pytest.raises(ValueError, match=r"weight w: unknown axes \['act_embed'\]"):
+        param_of({"act_embed": 4})
+
+
+def param_of(axes):
+    class Alone(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return param(self, "w", nn.initializers.ones, axes)
+
+    return Alone().init(jax.random.key(0))
+
+
+def test_rows_of_activations_are_split_over_the_data_axis():
+    x = jnp.ones((8, 4, 8))
+    params = {"q": np.ones((8, 8, 4), np.float32)}
+    with jax.set_mesh(mesh(data=4, tensor=2)):
+        found = jax.jit(lambda p, x: Queries().apply({"params": p}, x))(params, x)
+    assert {shard.data.shape for shard in found.addressable_shards} == {(2, 4, 4, 4)}
+
+
+def test_the_width_of_activations_is_not_split_as_that_of_weights(monkeypatch):
+    """Under rules that split weights by their width, the residual stream stays whole."""
+    monkeypatch.setattr(sharding, "RULES", dataclasses.replace(RULES, embed="tensor"))
+
+    class Out(nn.Module):
+        @nn.compact
+        def __call__(self, x_BTF):
+            return linear(self, "down", "BTF,FD->BTD", x_BTF, nn.initializers.ones, mlp=8, embed=8)
+
+    program = jax.make_jaxpr(lambda p, x: Out().apply({"params": p}, x))
+    with jax.set_mesh(mesh(tensor=8)):
+        text = str(program({"down": np.ones((8, 8), np.float32)}, jnp.ones((2, 4, 8))))
+    assert (
+        "sharding_constraint" in text and "tensor" not in text.split("sharding_constraint")[1].split("context_mesh")[0]
+    )
 
 
 def test_a_mesh_does_not_change_the_logits():

@@ -46,9 +46,8 @@ class StoredStep:
         found = stored.json("format").get("format") if stored.has("format") else 1
         if found != _FORMAT:
             raise CheckpointError(
-                f"{stored.path} is a checkpoint of format {found}, this version reads {_FORMAT}: export it with the "
-                "version that wrote it (scripts/convert.py to-hf) and read that with this one (scripts/convert.py "
-                "from-hf)"
+                f"{stored.path} is a checkpoint of format {found}, this version reads {_FORMAT}: convert it to "
+                "the Hugging Face format with the version that wrote it, and that with this one"
             )
         return stored
 
@@ -156,8 +155,8 @@ class Checkpointer:
 
     def _failure(self, step: int | None, reason: str) -> CheckpointError:
         free = shutil.disk_usage(self.directory).free / 2**30
-        kept = [s for s in self.steps if s != step]
-        last = f"Step {kept[-1]} is the last complete one" if kept else "There is none yet"
+        others = [s for s in self.steps if s != step]
+        last = f"Step {others[-1]} is the last complete one" if others else "There is none yet"
         return CheckpointError(
             f"a checkpoint could not be written to {self.directory} ({free:.2f} GiB free there): {reason}. {last}; "
             "free space or choose another output_dir, then start the run again"

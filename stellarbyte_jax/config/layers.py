@@ -28,7 +28,8 @@ class LayerGroup:
     """Consecutive layers with the same weights: one stack ``[L, ...]`` of each, and one scan.
 
     The specs need not be equal. The scan's body holds the layers of one period of them, so what is static in a layer
-    (its window above all) is static in the compiled program too; layer ``i`` is place ``i % period`` of the body.
+    (its window above all) is static in the compiled program too; layer ``i`` is place ``i % period`` of the body. The
+    last period may be cut short: its layers come after the scan.
 
     Attributes:
       specs: one for each layer.
@@ -38,17 +39,23 @@ class LayerGroup:
 
     @property
     def period(self) -> tuple[LayerSpec, ...]:
-        """The shortest run of specs that repeats itself through the whole group."""
-        for size in range(1, len(self.specs) + 1):
-            if len(self.specs) % size == 0 and self.specs[:size] * self.repeats_of(size) == self.specs:
+        """The shortest run of specs that repeats itself to the end of the group; all of them where none comes twice."""
+        for size in range(1, len(self.specs) // 2 + 1):
+            if all(spec == self.specs[i % size] for i, spec in enumerate(self.specs)):
                 return self.specs[:size]
-        raise AssertionError("a group holds at least one layer")
+        return self.specs
 
     @property
     def repeats(self) -> int:
-        """How often the period comes: the length of the scan."""
-        return self.repeats_of(len(self.period))
+        """How often the whole period comes: the length of the scan."""
+        return len(self.specs) // len(self.period)
 
-    def repeats_of(self, size: int) -> int:
-        """How many runs of ``size`` layers the group holds."""
-        return len(self.specs) // size
+    @property
+    def tail(self) -> tuple[LayerSpec, ...]:
+        """The layers after the last whole period."""
+        return self.specs[self.repeats * len(self.period) :]
+
+    @property
+    def layers_of_places(self) -> tuple[int, ...]:
+        """How many layers are at each place of the period."""
+        return tuple(self.repeats + (place < len(self.tail)) for place in range(len(self.period)))

@@ -229,10 +229,7 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
     """
     suffix = suffix_of(path)
     if suffix is None:
-        raise DataError(
-            f"{path}: unknown kind of data file; use {', '.join(SUFFIXES)} or a directory made by "
-            "scripts/prepare_data.py"
-        )
+        raise DataError(f"{path}: unknown kind of data file; use {', '.join(SUFFIXES)} or a directory of prepared data")
     status = path.stat()
     if status.st_size == 0:
         raise DataError(f"{path} is empty")
@@ -361,7 +358,7 @@ def _open_shards(path: Path, fingerprint: str) -> ShardSource:
     meta_path = path / SHARD_META
     if not meta_path.is_file():
         raise DataError(
-            f"{path} has no {SHARD_META}: it was not made by scripts/prepare_data.py, or that run was interrupted; "
+            f"{path} has no {SHARD_META}: it holds no prepared data, or preparing it was interrupted; "
             "to read files in it, name them with a glob"
         )
     try:
@@ -370,7 +367,7 @@ def _open_shards(path: Path, fingerprint: str) -> ShardSource:
         ends = np.cumsum([s["documents"] for s in shards]).tolist()
         files = tuple((str(path / s["token_file"]), str(path / s["offset_file"])) for s in shards)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{meta_path}: damaged ({error!r}); run scripts/prepare_data.py again") from error
+        raise DataError(f"{meta_path}: damaged ({error!r}); prepare the data again") from error
     if version != SHARD_FORMAT:
         raise DataError(f"{meta_path}: format {version}, this version reads {SHARD_FORMAT}; prepare the data again")
     if made_with != fingerprint:

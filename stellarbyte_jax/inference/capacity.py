@@ -77,9 +77,10 @@ class Limits(NamedTuple):
 
     Attributes:
       positions: tokens that a text may have; None where nothing in the model is bound to the length that it was
-        trained with. That is so where every layer has a window (or memory), where the scheme lets attention fade with
-        distance, and where the cache is pruned. Linear and dynamic scaling stretch ``max_position_embeddings``; with
-        YaRN and Llama-3 scaling it is the stretched length already, as in Hugging Face.
+        trained with. That is so where every layer has a window (or memory) within that length, where the scheme lets
+        attention fade with distance, and where the cache is pruned. Linear and dynamic scaling stretch
+        ``max_position_embeddings``; with YaRN and Llama-3 scaling it is the stretched length already, as in Hugging
+        Face.
       at_once: tokens of a prompt that can be read at once; None for any number.
       extensible: whether other settings would allow longer texts. The original's own positions are counted from the
         middle of the trained length, and bound to it whatever the layers see.
@@ -93,9 +94,11 @@ class Limits(NamedTuple):
 def limits_of(config: ByteConfig) -> Limits:
     """The limits of a model."""
     scheme = position_scheme(config)
-    free = scheme.relative and (None not in config.windows or config.cache.recent is not None)
+    trained = scheme.max_length
+    bounded = all(window is not None and (trained is None or window <= trained) for window in config.windows)
+    free = scheme.relative and (bounded or config.cache.recent is not None)
     at_once = None if scheme.longest_row is None else scheme.longest_row - config.memory_slots
-    return Limits(None if free else scheme.max_length, at_once, scheme.relative)
+    return Limits(None if free else trained, at_once, scheme.relative)
 
 
 def cache_slots(config: ByteConfig, limits: Limits, length: int) -> int:
@@ -166,6 +169,11 @@ def check_prefill(config: ByteConfig, limits: Limits, rows: Sequence[np.ndarray]
                 "prefill_chunk out, or take rope_scaling linear or yarn"
             )
     at_once = limits.at_once
+    if at_once is not None and at_once < 1:
+        raise ValueError(
+            f"a memory of {config.memory_slots} slots is longer than the row whose XPos factors floats can hold: a "
+            "model with a larger xpos_scale_base or a shorter memory is needed"
+        )
     if at_once is not None and min(longest, chunk or longest) > at_once:
         raise ValueError(
             f"XPos reads at most {at_once} tokens of a prompt at once, got {min(longest, chunk or longest)}: give a "

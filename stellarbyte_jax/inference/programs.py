@@ -19,7 +19,7 @@ from stellarbyte_jax.inference.request import Request
 from stellarbyte_jax.inference.sampling import Sampler, sample
 from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, forward_step, logits, param_uses
 from stellarbyte_jax.model.io import Inputs, State
-from stellarbyte_jax.model.params import WeightUse
+from stellarbyte_jax.model.params import WeightUse, materialise
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.state.memory import Memory
 
@@ -70,7 +70,7 @@ def cast_for_inference(model: ByteTransformer, params: Params) -> Params:
 @functools.partial(jax.jit, static_argnames="model")
 def _cast(model: ByteTransformer, params: Params) -> Params:
     def cast(use: WeightUse, leaf: jax.Array) -> jax.Array:
-        return leaf if use.float32 else leaf.astype(model.config.compute_dtype)
+        return leaf if use.float32 else materialise(leaf, model.config.compute_dtype)
 
     return jax.tree.map(cast, param_uses(model), params)
 

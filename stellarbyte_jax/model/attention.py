@@ -6,83 +6,17 @@ B batch, T new positions, M memory slots, S = M + T, D model, N query heads, K k
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from stellarbyte_jax.config import ByteConfig, LayerSpec
+from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.initializers import matrix_init
-from stellarbyte_jax.model.io import Aux
+from stellarbyte_jax.model.io import Aux, LayerState
 from stellarbyte_jax.model.norm import RMSNorm
 from stellarbyte_jax.model.params import linear, param
 from stellarbyte_jax.model.positions import position_scheme
-from stellarbyte_jax.model.state.layer_cache import LayerCache
-from stellarbyte_jax.model.state.memory import LayerMemory
-from stellarbyte_jax.ops.attention import Dropout, Mask, attention
-from stellarbyte_jax.ops.rotary import Frequencies
-
-
-@struct.dataclass
-class AttentionContext:
-    """What every layer of a call needs besides the activations.
-
-    Attributes:
-      positions_BT: int32 [B, T], position of each new token in its document or its text.
-      rows_BT: int32 [B or 1, T], place of each new token in its row.
-      segment_ids_BT: int32 [B, T], document of each new token, or None where a row is one document.
-      rope: rotary frequencies of the new tokens.
-      max_segments: static; upper bound on the documents of a row.
-    """
-
-    positions_BT: Array
-    rows_BT: Array
-    segment_ids_BT: Array | None
-    rope: Frequencies
-    max_segments: int | None = struct.field(pytree_node=False, default=None)
-
-    def mask(self, spec: LayerSpec, memory: LayerMemory | None, sink_tokens: int) -> Mask:
-        """What the new tokens see of each other, and of a memory before them."""
-        if memory is not None:
-            return self._mask_with_memory_prefix(spec, memory)
-        visible_BSK = None
-        if sink_tokens and spec.window is not None:
-            visible_BSK = (self.positions_BT < sink_tokens)[..., None]
-        return Mask(
-            self.rows_BT,
-            self.rows_BT[..., None],
-            self.segment_ids_BT,
-            self.segment_ids_BT,
-            visible_BSK,
-            spec.window,
-            self.max_segments,
-            aligned=True,
-        )
-
-    def _mask_with_memory_prefix(self, spec: LayerSpec, memory: LayerMemory) -> Mask:
-        """Valid slots belong to the document that a row begins with, the others to none."""
-        M = memory.valid_BM.shape[1]
-        ids_BT = jnp.ones_like(self.positions_BT) if self.segment_ids_BT is None else self.segment_ids_BT
-        ids_BM = jnp.where(memory.valid_BM, ids_BT[:, :1], -1)
-        rows_BS = self.with_memory_prefix(self.rows_BT, M) + M
-        visible_BSK = None
-        if spec.compressed:
-            columns_S = jnp.arange(rows_BS.shape[1], dtype=jnp.int32)
-            visible_BSK = (columns_S < spec.compressed)[None, :, None]
-        max_segments = 2 if self.segment_ids_BT is None else self.max_segments and self.max_segments + 1
-        return Mask(
-            self.rows_BT + M,
-            rows_BS[..., None],
-            ids_BT,
-            jnp.concatenate([ids_BM, ids_BT], axis=1),
-            visible_BSK,
-            spec.window,
-            max_segments,
-            aligned=True,
-        )
-
-    def with_memory_prefix(self, places_BT: Int[Array, "B T"], M: int) -> Int[Array, "B S"]:
-        """Positions or places of M memory slots and of the new tokens behind them."""
-        before_BM = places_BT[:, :1] - M + jnp.arange(M, dtype=jnp.int32)[None, :]
-        return jnp.concatenate([before_BM, places_BT], axis=1)
+from stellarbyte_jax.model.state.memory import with_memory_prefix
+from stellarbyte_jax.ops.attention import Dropout, attention
 
 
 class Attention(nn.Module):
@@ -93,18 +27,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        ctx: AttentionContext,
-        cache: LayerCache | None,
-        memory: LayerMemory | None,
-        train: bool,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Aux]:
-        """Maps [B, T, D] to [B, T, D], the updated cache and the layer's losses.
+        self, x_BTD: Float[Array, "B T D"], ctx: LayerContext, state: LayerState
+    ) -> tuple[Float[Array, "B T D"], LayerState, Aux]:
+        """Maps [B, T, D] to [B, T, D], the state with the updated cache and the layer's losses.
 
-        ``memory`` holds normalised inputs of earlier tokens. They have keys and values, but no queries.
+        ``state.memory`` holds normalised inputs of earlier tokens. They have keys and values, but no queries.
         """
-        c, spec = self.config, self.spec
+        c, spec, (cache, memory) = self.config, self.spec, state
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.kv_heads, c.head_size
         scheme = position_scheme(c)
         query, value = matrix_init(c, "query", D, N * H), matrix_init(c, "value", D, K * H)
@@ -121,13 +50,13 @@ class Attention(nn.Module):
             k_BSKH = RMSNorm(c, axis="head_dim", name="k_norm")(k_BSKH)
         rates_P, aux = self._rates()
 
-        positions_BS = ctx.with_memory_prefix(ctx.positions_BT, M) if M else ctx.positions_BT
+        positions_BS = with_memory_prefix(ctx.positions_BT, M) if M else ctx.positions_BT
         with jax.named_scope("attend"):
             kv = None
             if cache is not None:
                 cache, kv = cache.append(scheme.to_cache(ctx.rope, k_BSKH, positions_BS), v_BSKH)
             if kv is None or kv.aligned:  # all keys are new
-                rows_BS = ctx.with_memory_prefix(ctx.rows_BT, M) if M else ctx.rows_BT
+                rows_BS = with_memory_prefix(ctx.rows_BT, M) if M else ctx.rows_BT
                 q_BTNH, k_BSKH = scheme.rotate(ctx.rope, q_BTNH, k_BSKH, positions_BS, rows_BS, rates_P)
             else:
                 q_BTNH, k_BSKH = scheme.from_cache(
@@ -136,7 +65,7 @@ class Attention(nn.Module):
                 v_BSKH = kv.values_BSKH
             mask = ctx.mask(spec, memory, c.sink_tokens) if kv is None else kv.mask(ctx.positions_BT, spec.window)
             dropout = None
-            if train and c.attention_dropout > 0:
+            if ctx.train and c.attention_dropout > 0:
                 dropout = Dropout(c.attention_dropout, self.make_rng("dropout"))
             found = attention(
                 q_BTNH,
@@ -164,7 +93,8 @@ class Attention(nn.Module):
             head_dim=H,
             embed=D,
         )
-        return nn.Dropout(c.residual_dropout, deterministic=not train)(out_BTD), cache, aux
+        out_BTD = nn.Dropout(c.residual_dropout, deterministic=not ctx.train)(out_BTD)
+        return out_BTD, state._replace(cache=cache), aux
 
     def _rates(self) -> tuple[Float[Array, " P"] | None, Aux]:
         """Rates of decay of the position scheme, and how far learned ones are from those they began with."""
@@ -173,4 +103,4 @@ class Attention(nn.Module):
             return initial_P, Aux()
         axes = {"rotary_pairs": initial_P.shape[0]}
         rates_P = param(self, "xpos_rate", lambda key, shape, dtype: initial_P, axes, float32=True)
-        return rates_P, Aux(losses={"xpos_regularization": jnp.mean(jnp.square(rates_P - initial_P))})
+        return rates_P, Aux.of(losses={"xpos_regularization": jnp.mean(jnp.square(rates_P - initial_P))})

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.config import ByteConfig, LayerSpec
-from stellarbyte_jax.model.attention import Attention, AttentionContext
-from stellarbyte_jax.model.io import Aux
+from stellarbyte_jax.model.attention import Attention
+from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.io import Aux, LayerState
 from stellarbyte_jax.model.mlp import MLP
 from stellarbyte_jax.model.norm import RMSNorm
-from stellarbyte_jax.model.params import param
-from stellarbyte_jax.model.residual import Branches, Carried, residual_style
-from stellarbyte_jax.model.state.layer_cache import LayerCache
-from stellarbyte_jax.model.state.memory import LayerMemory
+from stellarbyte_jax.model.params import materialise, param
+from stellarbyte_jax.model.residual import Branches, residual_style
 
 
 class Block(nn.Module):
@@ -31,42 +30,29 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        ctx: AttentionContext,
-        cache: LayerCache | None,
-        memory: LayerMemory | None,
-        depth: Int[Array, ""],
-        train: bool,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Aux]:
-        """Maps [B, T, D] to [B, T, D], the updated cache and the layer's losses; ``depth`` counts layers from 0."""
+        self, x_BTD: Float[Array, "B T D"], ctx: LayerContext, state: LayerState, depth: Int[Array, ""]
+    ) -> tuple[Float[Array, "B T D"], LayerState, Aux]:
+        """Maps [B, T, D] to [B, T, D], the updated state and the layer's losses; ``depth`` counts layers from 0."""
         c = self.config
         attn = Attention(c, self.spec, name="attn")
         mlp = MLP(c, name="mlp")
-
-        def attend(n_BTD: jax.Array, past_BMD: jax.Array | None) -> tuple[jax.Array, Carried]:
-            past = None if memory is None or past_BMD is None else LayerMemory(past_BMD, memory.valid_BM)
-            out_BTD, after, aux = attn(n_BTD, ctx, cache, past, train)
-            return out_BTD, (after, aux)
-
         branches = Branches(
             config=c,
             attn_norm=RMSNorm(c, name="attn_norm"),
             mlp_norm=lambda x_BTD: RMSNorm(c, name="mlp_norm")(x_BTD),  # the parallel style has none
-            attend=attend,
-            mlp=lambda n_BTD: mlp(n_BTD, train),
+            attend=lambda n_BTD, state: attn(n_BTD, ctx, state),
+            mlp=lambda n_BTD, state: (mlp(n_BTD, ctx.train), state, Aux()),
             scale_attn=lambda h_BTD: self._scale(h_BTD, "attn"),
             scale_mlp=lambda h_BTD: self._scale(h_BTD, "mlp"),
-            drop=lambda h_BTD: self._drop_path(h_BTD, depth, train),
+            drop=lambda h_BTD: self._drop_path(h_BTD, depth, ctx.train),
         )
-        out_BTD, (after, aux) = residual_style(c)(branches, x_BTD, None if memory is None else memory.states)
-        return out_BTD, after, aux
+        return residual_style(c)(branches, x_BTD, state)
 
     def _scale(self, h_BTD: jax.Array, name: str) -> jax.Array:
         c = self.config
         if c.layer_scale_init is not None:
             init = nn.initializers.constant(c.layer_scale_init)
-            h_BTD *= param(self, f"{name}_scale", init, {"embed": c.hidden_size}).astype(h_BTD.dtype)[None, None]
+            h_BTD *= materialise(param(self, f"{name}_scale", init, {"embed": c.hidden_size}), h_BTD.dtype)[None, None]
         if c.residual_scaling == "branch":
             h_BTD *= (2 * c.num_hidden_layers) ** -0.5
         return h_BTD

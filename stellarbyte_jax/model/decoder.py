@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.model.attention import AttentionContext
-from stellarbyte_jax.model.embedding import Embed, Head, look_up
+from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.embedding import Embed, Head
 from stellarbyte_jax.model.io import Inputs, Output, State
 from stellarbyte_jax.model.layers import Layers
 from stellarbyte_jax.model.norm import RMSNorm
@@ -74,14 +74,11 @@ class ByteTransformer(nn.Module):
         rope = position_scheme(c).frequencies(
             positions_BT, inputs.segment_ids_BT, valid_mask_BT, cached=cache is not None and not cache.fresh
         )
-        ctx = AttentionContext(positions_BT, offsets_1T, inputs.segment_ids_BT, rope, inputs.max_segments)
+        ctx = LayerContext(positions_BT, offsets_1T, inputs.segment_ids_BT, rope, inputs.max_segments, train)
 
-        x_BTD = look_up(c, self.embed(), inputs.tokens_BT)
-        x_BTD = self.embed_dropout(x_BTD, deterministic=not train)
+        x_BTD = self.embed_dropout(self.embed.look_up(inputs.tokens_BT), deterministic=not train)
         caches = None if cache is None else cache.groups
-        x_BTD, caches, layer_inputs, aux = self.layers(
-            x_BTD, ctx, caches, None if memory is None else memory.groups, train
-        )
+        x_BTD, caches, layer_inputs, aux = self.layers(x_BTD, ctx, caches, None if memory is None else memory.groups)
         hidden_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
         if self.is_initializing():
             self.head_kernel()
@@ -93,15 +90,16 @@ class ByteTransformer(nn.Module):
 
     def head_kernel(self) -> Float[Array, "D V"]:
         """The matrix from hidden states to logits, in the compute dtype. Columns from ``vocab_size`` on are padding."""
-        if self.lm_head is not None:
-            return self.lm_head()
-        return self.embed().T.astype(self.config.compute_dtype)
+        return self._head.kernel()
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits of normalised hidden states, without the padding of the vocabulary."""
         with jax.named_scope("head"):
-            out = jnp.einsum("...D,DV->...V", hidden, self.head_kernel(), preferred_element_type=jnp.float32)
-            return out[..., : self.config.vocab_size]
+            return self._head.logits(hidden)[..., : self.config.vocab_size]
+
+    @property
+    def _head(self) -> Embed | Head:
+        return self.embed if self.lm_head is None else self.lm_head
 
 
 def check_call(config: ByteConfig, inputs: Inputs, state: State, train: bool) -> None:

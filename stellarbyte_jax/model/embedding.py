@@ -9,36 +9,55 @@ from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.initializers import matrix_init
-from stellarbyte_jax.model.params import kernel, param
+from stellarbyte_jax.model.params import kernel, linear, materialise, param, product
+
+_LOGITS = "...D,DV->...V"
 
 
 class Embed(nn.Module):
-    """Token embedding."""
+    """Token embedding, and the head that is tied to it."""
 
     config: ByteConfig
 
     @nn.compact
     def __call__(self) -> Float[Array, "V D"]:
-        """The table, float32 as it is stored."""
+        """The table as it is stored."""
         c = self.config
         V, D = c.padded_vocab_size, c.hidden_size
         return param(self, "embedding", matrix_init(c, "embed", V, D), {"vocab": V, "embed": D}, lookup=True)
 
+    def look_up(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embedded tokens in the compute dtype."""
+        return materialise(jnp.take(self(), tokens_BT, axis=0), self.config.compute_dtype)
 
-def look_up(config: ByteConfig, table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Embedded tokens in the compute dtype."""
-    return jnp.take(table_VD, tokens_BT, axis=0).astype(config.compute_dtype)
+    def kernel(self) -> Float[Array, "D V"]:
+        """The matrix of the tied head, in the compute dtype."""
+        return materialise(self(), self.config.compute_dtype).T
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """float32 logits of the tied head."""
+        return product(_LOGITS, hidden, self.kernel(), {"D": "embed", "V": "vocab"}, jnp.dtype(jnp.float32))
 
 
 class Head(nn.Module):
-    """The matrix of an untied head."""
+    """A head with a matrix of its own."""
 
     config: ByteConfig
 
     @nn.compact
-    def __call__(self) -> Float[Array, "D V"]:
-        """In the compute dtype."""
+    def __call__(self, hidden: Float[Array, "*batch D"] | None) -> Float[Array, "*batch V"]:
+        """float32 logits; of None the matrix [D, V] in the compute dtype, for a loss that makes no logits."""
         c = self.config
         D, V = c.hidden_size, c.padded_vocab_size
         init = matrix_init(c, "head", D, V)
-        return kernel(self, "kernel", "...D,DV->...V", jnp.dtype(c.compute_dtype), init, embed=D, vocab=V)
+        if hidden is None:
+            return kernel(self, "kernel", _LOGITS, jnp.dtype(c.compute_dtype), init, embed=D, vocab=V)
+        return linear(self, "kernel", _LOGITS, hidden, init, out_dtype=jnp.dtype(jnp.float32), embed=D, vocab=V)
+
+    def kernel(self) -> Float[Array, "D V"]:
+        """The matrix, in the compute dtype."""
+        return self(None)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """float32 logits."""
+        return self(hidden)

@@ -3,15 +3,19 @@
 B batch, T tokens, D model.
 """
 
-from typing import Self
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array
 
+from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.state.cache import Cache
-from stellarbyte_jax.model.state.memory import Memory
+from stellarbyte_jax.model.state.layer_cache import LayerCache
+from stellarbyte_jax.model.state.memory import LayerMemory, Memory
 
 
 @struct.dataclass
@@ -48,6 +52,15 @@ class State:
     cache: Cache | None = None
     memory: Memory | None = None
 
+    @classmethod
+    def initial(cls, config: ByteConfig, rows: int) -> "State":
+        """What is carried from batch to batch, before the first one."""
+        return cls(memory=Memory.create(config, rows) if config.has_memory else None)
+
+    def parts(self) -> dict[str, Cache | Memory]:
+        """What the state holds, by the names of its fields."""
+        return {field.name: part for field in fields(self) if (part := getattr(self, field.name)) is not None}
+
     def split(self, parts: int) -> "State":
         """The rows of a state between batches cut into equal parts, on a new first axis."""
         assert self.cache is None
@@ -58,28 +71,79 @@ class State:
         return State(memory=None if self.memory is None else self.memory.joined())
 
 
-@struct.dataclass
-class Aux:
-    """What layers tell besides their activations, each under a name.
+class LayerState(NamedTuple):
+    """What one layer has of a :class:`State`.
 
     Attributes:
-      losses: terms that training may add to the loss, float32 scalars without their weights.
-      statistics: numbers to report, float32.
+      cache: keys and values of earlier tokens; updated.
+      memory: states of earlier tokens; read.
     """
 
-    losses: dict[str, Array] = struct.field(default_factory=dict)
-    statistics: dict[str, Array] = struct.field(default_factory=dict)
+    cache: LayerCache | None = None
+    memory: LayerMemory | None = None
+
+
+@struct.dataclass
+class Mean:
+    """A mean that is not divided yet.
+
+    Attributes:
+      total: sum of the values, float32 of any shape.
+      count: number of them, float32 scalar.
+    """
+
+    total: Array
+    count: Array
+
+    def __add__(self, other: "Mean") -> "Mean":
+        """The mean over the values of both."""
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> Array:
+        """The mean."""
+        return self.total / self.count
+
+
+@struct.dataclass
+class Aux:
+    """What layers tell besides their activations, each under a name: means over the layers that tell it.
+
+    Attributes:
+      losses: terms that training may add to the loss, scalars without their weights.
+      statistics: numbers to report, scalars or vectors (of experts, say).
+    """
+
+    losses: dict[str, Mean] = struct.field(default_factory=dict)
+    statistics: dict[str, Mean] = struct.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, losses: Mapping[str, Array] | None = None, statistics: Mapping[str, Array] | None = None) -> "Aux":
+        """What one layer tells."""
+        one = jnp.ones((), jnp.float32)
+        return cls(*({name: Mean(x, one) for name, x in (given or {}).items()} for given in (losses, statistics)))
 
     def __add__(self, other: "Aux") -> "Aux":
-        """The sums of equal names, and the names that one of them has."""
+        """Over the layers, or the parts of a batch, of both."""
         return Aux(_sums(self.losses, other.losses), _sums(self.statistics, other.statistics))
 
-    def mean_over_layers(self, layers: int) -> Self:
-        """Each number as the sum of a stack's layers divided by the number of all layers."""
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0) / layers, self)
+    def over_first_axis(self) -> "Aux":
+        """Of what the repeats of a scan told, the whole."""
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), self)
+
+    def values(self) -> dict[str, Array]:
+        """All means by their names.
+
+        Raises:
+          ValueError: a loss and a statistic have the same name.
+        """
+        twice = self.losses.keys() & self.statistics.keys()
+        if twice:
+            raise ValueError(f"{', '.join(sorted(twice))}: the name of a loss and of a statistic")
+        return {name: mean.value for name, mean in {**self.losses, **self.statistics}.items()}
 
 
-def _sums(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
+def _sums(a: dict[str, Mean], b: dict[str, Mean]) -> dict[str, Mean]:
     return {name: a[name] + b[name] if name in a and name in b else {**a, **b}[name] for name in {**a, **b}}
 
 

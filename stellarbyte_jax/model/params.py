@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.trees import Params, Uses
-from stellarbyte_jax.sharding import LOGICAL_AXES, constrain
+from stellarbyte_jax.sharding import WEIGHT_AXES, constrain
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def param(
     lookup: bool = False,
     float32: bool = False,
 ) -> Array:
-    """Makes or fetches a weight, as it is stored.
+    """Makes or fetches a weight, as it is stored: :func:`materialise` makes an array of a dtype of it.
 
     Args:
       module: whose weight it is.
@@ -105,11 +105,11 @@ def param(
       float32: whether it is used in float32.
 
     Raises:
-      ValueError: an axis is no field of ``sharding.Rules``.
+      ValueError: an axis is none of ``sharding.WEIGHT_AXES``.
     """
-    unknown = [axis for axis in axes if axis not in LOGICAL_AXES]
+    unknown = [axis for axis in axes if axis not in WEIGHT_AXES]
     if unknown:
-        raise ValueError(f"weight {name}: unknown axes {unknown}; known are {', '.join(LOGICAL_AXES)}")
+        raise ValueError(f"weight {name}: unknown axes {unknown}; known are {', '.join(WEIGHT_AXES)}")
     names = tuple(axes)
     use = WeightUse(
         names, tuple(names.index(a) for a in contracted), tuple(names.index(a) for a in batch), lookup, float32
@@ -119,6 +119,11 @@ def param(
         return Weight(init(key, tuple(axes.values()), jnp.float32), use)
 
     return jnp.asarray(module.param(name, make))  # numpy arrays are weights too
+
+
+def materialise(stored: Array, dtype: jnp.dtype | str) -> Array:
+    """A stored weight, or rows of it, in the dtype of a computation. Nothing else knows how weights are stored."""
+    return stored.astype(dtype)
 
 
 def kernel(
@@ -134,7 +139,7 @@ def kernel(
     """The matrix that :func:`linear` would use, in ``dtype``: for operations that do the product themselves."""
     letters, output = _letters(name, spec, axes)
     contracted = tuple(axis for axis, letter in zip(axes, letters, strict=True) if letter not in output)
-    return param(module, name, init, axes, contracted=contracted, batch=batch).astype(dtype)
+    return materialise(param(module, name, init, axes, contracted=contracted, batch=batch), dtype)
 
 
 def linear(
@@ -165,18 +170,41 @@ def linear(
       **axes: name and size of each axis of the weight, in order.
 
     Raises:
-      ValueError: the spec does not fit the axes, or an axis is no field of ``sharding.Rules``.
+      ValueError: the spec does not fit the axes, or an axis is none of ``sharding.WEIGHT_AXES``.
     """
     letters, output = _letters(name, spec, axes)
     matrix = kernel(module, name, spec, x.dtype, init, batch=batch, **axes)
-    result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype)
     names = dict(zip(letters, axes, strict=True))
+    result = product(spec, x, matrix, names, out_dtype)
     if bias:
         sizes = {names[letter]: axes[names[letter]] for letter in letters if letter in output}
-        offset = param(module, f"{name}_bias", nn.initializers.zeros, sizes).astype(result.dtype)
+        offset = materialise(param(module, f"{name}_bias", nn.initializers.zeros, sizes), result.dtype)
         shape = [axes[names[letter]] if letter in names else 1 for letter in output]
         result += offset.reshape([1] * (result.ndim - len(output)) + shape)
-    return constrain(result, (None,) * (result.ndim - len(output)) + tuple(names.get(letter) for letter in output))
+    return result
+
+
+def product(
+    spec: str,
+    x: Float[Array, "..."],
+    matrix: Float[Array, "..."],
+    names: Mapping[str, str],
+    out_dtype: jnp.dtype | None = None,
+) -> Float[Array, "..."]:
+    """An einsum of activations and a weight, split over the mesh by the weight's axes.
+
+    Args:
+      spec: of the einsum. ``B`` is the axis of rows, ``T`` and ``S`` are axes of positions.
+      x: activations.
+      matrix: weight in their dtype.
+      names: axis of each letter of the weight.
+      out_dtype: of the result, where it is not that of ``x``.
+    """
+    result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype)
+    output = spec.partition("->")[2].replace(".", "")
+    named = {"B": "batch", "T": "sequence", "S": "sequence"}
+    named |= {letter: "act_embed" if name == "embed" else name for letter, name in names.items()}
+    return constrain(result, (None,) * (result.ndim - len(output)) + tuple(named.get(letter) for letter in output))
 
 
 def _letters(name: str, spec: str, axes: dict[str, int]) -> tuple[str, str]:

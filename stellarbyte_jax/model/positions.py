@@ -26,6 +26,7 @@ def position_scheme(config: ByteConfig) -> Rope:
             pairing=config.rope_pairing,
             scaling=scaling,
             scale_base=config.xpos_scale_base,
+            learnable=config.xpos_learnable,
         )
     if config.position_embedding == "stellarbyte":
         return StellarByteRope(

@@ -123,8 +123,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer in {tokenizer.path} has {tokenizer.vocab_size} tokens, model.vocab_size is {vocab_size}: "
-            f"set model.vocab_size to at least {tokenizer.vocab_size} before training starts, give trained weights "
-            "more rows with scripts/convert.py resize, or choose another tokenizer"
+            f"set model.vocab_size to at least {tokenizer.vocab_size} before training starts, resize the vocabulary "
+            "of trained weights, or choose another tokenizer"
         )
 
 

@@ -154,7 +154,7 @@ class TokenizerDirectory:
         if not self.has_library:
             raise ValueError(
                 f"{self.path} holds no {LIBRARY}: only tokenizers in that format can be read "
-                "(scripts/train_tokenizer.py writes one, and so does transformers' save_pretrained)"
+                "(trained ones of this project are, and so are those that transformers' save_pretrained writes)"
             )
         return (self.path / LIBRARY).read_bytes()
 

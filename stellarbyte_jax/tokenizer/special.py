@@ -42,7 +42,7 @@ def special_ids(path: str | Path, vocab_size: int) -> dict[str, int | list[int]]
     if size > vocab_size:
         raise ValueError(
             f"{directory.path / LIBRARY} has {size} tokens, the model's vocab_size is {vocab_size}: "
-            "this tokenizer belongs to another model, or the model must be resized: scripts/convert.py resize"
+            "this tokenizer belongs to another model, or the model's vocabulary must be resized"
         )
     return {**named_ids(directory, vocabulary), **directory.generation_ids()}
 

@@ -74,7 +74,7 @@ def batch_loss(
 
 
 def auxiliary_loss(loss: LossConfig, aux: Aux) -> jax.Array:
-    """The layers' losses by the weights that ``loss`` gives them."""
-    weights = {"xpos_regularization": loss.xpos_regularization}
-    terms = [weights[name] * value for name, value in aux.losses.items() if weights[name]]
+    """The layers' losses, each with the weight that the field of ``loss`` of the same name gives it."""
+    weights = {name: getattr(loss, name) for name in aux.losses}
+    terms = [weights[name] * mean.value for name, mean in aux.losses.items() if weights[name]]
     return sum(terms, jnp.zeros((), jnp.float32))

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -78,7 +78,7 @@ class Meter:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = _numbers(jax.device_get(metrics))
         self._steps += 1
         if not np.isfinite(values["loss"]):
             raise DivergedError(
@@ -96,3 +96,14 @@ class Meter:
         if due and speed:
             self.rates.append(speed["tokens_per_second"])
             self.reset()
+
+
+def _numbers(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Scalars under their names, the entries of vectors under ``name/index``."""
+    found = {}
+    for name, value in metrics.items():
+        if np.ndim(value) == 0:
+            found[name] = float(value)
+        else:
+            found |= {f"{name}/{i}": float(x) for i, x in enumerate(np.ravel(value))}
+    return found

@@ -30,7 +30,7 @@ class Progress:
     stale: int = 0
 
     def improved(self, loss: float) -> bool:
-        """Takes note of a validation loss; whether it is the best so far."""
+        """Counts a validation loss; returns whether it is the best so far."""
         better = self.best_loss is None or loss < self.best_loss
         self.best_loss, self.stale = (loss, 0) if better else (self.best_loss, self.stale + 1)
         return better
@@ -95,12 +95,14 @@ def restore(
     def read(stored: StoredStep) -> Resumed:
         initial = not stored.has("optimizer")
         check_resumable(stored.json("config"), config, stored.path, initial, say)
-        return _from_weights(stored, shapes, optimizer) if initial else _whole(stored, shapes)
+        return _from_weights(stored, config, shapes, optimizer) if initial else _whole(stored, shapes)
 
     return checkpointer.restore(read, say)
 
 
-def _from_weights(stored: StoredStep, shapes: TrainState, optimizer: optax.GradientTransformation) -> Resumed:
+def _from_weights(
+    stored: StoredStep, config: TrainConfig, shapes: TrainState, optimizer: optax.GradientTransformation
+) -> Resumed:
     found = stored.arrays({"params": shapes.weights})
     trained = set(paths(shapes.params))
     params, frozen = partition(found["params"], lambda path: "/".join(path) in trained)
@@ -110,7 +112,7 @@ def _from_weights(stored: StoredStep, shapes: TrainState, optimizer: optax.Gradi
         opt_state=jax.jit(optimizer.init)(params),
         ema=None if shapes.ema is None else jax.tree.map(jnp.copy, params),
         frozen=frozen,
-        carried=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.carried),
+        carried=State.initial(config.model, config.global_batch_size),
     )
     return Resumed(state, Progress(), None)
 
@@ -124,14 +126,14 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
         )
     optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
     found = stored.arrays({"params": shapes.params, "optimizer": optimizer, **_optional(shapes)})
-    memory = shapes.carried.memory
+    carried = {name: _with_empty_leaves(found[name], part) for name, part in shapes.carried.parts().items()}
     state = TrainState(
         step=found["optimizer"]["step"],
         params=found["params"],
         opt_state=found["optimizer"]["opt_state"],
         ema=found.get("ema"),
         frozen=found.get("frozen", {}),
-        carried=State(memory=None if memory is None else _with_empty_leaves(found["memory"], memory)),
+        carried=State(**carried),
     )
     data = stored.json("data")
     return Resumed(state, Progress(data["best_loss"], data["stale"]), data["loader"])
@@ -139,7 +141,8 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
 
 def _optional(state: TrainState) -> dict[str, Any]:
     """The items that not every run has."""
-    items = {"frozen": state.frozen, "ema": state.ema, "memory": _without_empty_leaves(state.carried.memory)}
+    items = {"frozen": state.frozen, "ema": state.ema}
+    items |= {name: _without_empty_leaves(part) for name, part in state.carried.parts().items()}
     return {name: tree for name, tree in items.items() if tree}
 
 

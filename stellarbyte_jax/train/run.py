@@ -27,7 +27,7 @@ from stellarbyte_jax.train.meter import Meter
 from stellarbyte_jax.train.metrics import count_parameters, validation_metrics
 from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.train.resume import Progress, Resumed
-from stellarbyte_jax.train.state import TrainState, create_state, initial_state, state_shapes
+from stellarbyte_jax.train.state import TrainState, create_state, state_shapes
 from stellarbyte_jax.train.step import make_eval_step, make_train_step
 from stellarbyte_jax.train.trackers import make_trackers
 
@@ -216,7 +216,7 @@ def _finish(run: _Run, ended: Finished) -> Finished:
 def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float]:
     run.meter.flush()
     with run.meter.paused():
-        state = initial_state(run.config.model, run.config.rows_at_once)
+        state = State.initial(run.config.model, run.config.rows_at_once)
         limit = run.config.evaluation.batches
         validated = evaluate(run.eval_step, run.state.averaged, batches, limit, run.report, state)
         run.report.line(f"step {step}/{run.config.steps}  validation  {format_metrics(validated)}")

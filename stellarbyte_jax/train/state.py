@@ -8,10 +8,9 @@ import optax
 from flax import struct
 from jaxtyping import Array
 
-from stellarbyte_jax.config import ByteConfig, TrainConfig
+from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
 from stellarbyte_jax.model.io import State
-from stellarbyte_jax.model.state.memory import Memory
 from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, merge, partition
 
 
@@ -60,13 +59,8 @@ def create_state(
         opt_state=optimizer.init(params),
         ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, params),
         frozen=frozen,
-        carried=initial_state(config.model, config.global_batch_size),
+        carried=State.initial(config.model, config.global_batch_size),
     )
-
-
-def initial_state(config: ByteConfig, rows: int) -> State:
-    """What the model carries before the first batch."""
-    return State(memory=Memory.create(config, rows) if config.has_memory else None)
 
 
 def state_shapes(

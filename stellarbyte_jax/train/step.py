@@ -82,9 +82,12 @@ def make_train_step(
             "target_tokens": sums["tokens"],
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            **{name: value / parts for name, value in {**aux.losses, **aux.statistics}.items()},
         }
-        return TrainState(state.step + 1, params, opt_state, ema, state.frozen, carried), metrics
+        told = aux.values()
+        taken = metrics.keys() & told.keys()
+        if taken:
+            raise ValueError(f"{', '.join(sorted(taken))}: the name of a metric and of something that layers tell")
+        return TrainState(state.step + 1, params, opt_state, ema, state.frozen, carried), {**metrics, **told}
 
     return train_step
 

@@ -22,16 +22,16 @@ class JsonlTracker:
 
     def __init__(self, path: Path, start_step: int) -> None:
         """Opens the file for the steps after ``start_step``."""
-        kept = []
+        earlier = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     if json.loads(line)["step"] <= start_step:
-                        kept.append(line)
+                        earlier.append(line)
                 except (ValueError, KeyError):
                     continue  # a line cut short by a kill
         self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
+        self._file.writelines(line + "\n" for line in earlier)
         self._file.flush()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

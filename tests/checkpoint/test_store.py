@@ -75,7 +75,7 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_in_one_line(tmp_path):
     weights = jax.device_get(start(config, RECORDER)[0].params)
     save_initial(tmp_path / "run", MODEL, weights)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "format")
-    message = r"is a checkpoint of format 1, this version reads 2: export it .*convert.py to-hf.*convert.py from-hf"
+    message = r"is a checkpoint of format 1, this version reads 2: convert it to the Hugging Face format with"
     with pytest.raises(CheckpointError, match=message) as caught:
         load_weights(tmp_path / "run")
     assert "\n" not in str(caught.value)

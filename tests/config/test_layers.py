@@ -20,16 +20,24 @@ def specs(*windows):
         ((3, 3, None) * 2, (3, 3, None)),
         ((3,) * 6, (3,)),
         ((None,), (None,)),
-        ((3, None, 3), (3, None, 3)),  # two do not divide three
+        ((3, None, 3), (3, None, 3)),  # none comes twice
+        ((3, 3, 3, None) * 2 + (3, 3), (3, 3, 3, None)),
         ((3, None, 3, None, 3, 3), (3, None, 3, None, 3, 3)),
         ((3, 3, None, None, 3, None), (3, 3, None, None, 3, None)),
     ],
 )
-def test_the_period_is_the_shortest_that_repeats_through_the_group(windows, period):
+def test_the_period_is_the_shortest_that_repeats_to_the_end_of_the_group(windows, period):
     group = LayerGroup(specs(*windows))
     assert group.period == specs(*period)
     assert group.repeats == len(windows) // len(period)
-    assert group.period * group.repeats == group.specs
+    assert group.period * group.repeats + group.tail == group.specs
+
+
+def test_the_last_period_may_be_cut_short():
+    """26 layers with a global one after every five."""
+    group = LayerGroup(specs(*((9,) * 5 + (None,)) * 4, 9, 9))
+    assert (group.period, group.repeats) == (specs(9, 9, 9, 9, 9, None), 4)
+    assert (group.tail, group.layers_of_places) == (specs(9, 9), (5, 5, 4, 4, 4, 4))
 
 
 def test_all_layers_of_a_network_are_one_group():

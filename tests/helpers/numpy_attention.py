@@ -24,6 +24,7 @@ def numpy_attention(q, k, v, mask, g, softcap=None, prune_below=0.0) -> Found:
     k_positions = np.broadcast_to(mask.k_positions_BSK, (B, S, K))
     visible = np.zeros((B, S, K), bool) if mask.always_visible_BSK is None else mask.always_visible_BSK
     visible = np.broadcast_to(visible, (B, S, K))
+    valid = np.ones((B, S), bool) if mask.k_valid_BS is None else np.asarray(mask.k_valid_BS)
     out, weights, lse = np.zeros_like(q), np.zeros((B, K, N // K, T, S)), np.zeros((B, T, N))
     dq, dk, dv, sees = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros((B, T, N), bool)
 
@@ -31,7 +32,7 @@ def numpy_attention(q, k, v, mask, g, softcap=None, prune_below=0.0) -> Found:
         at, key = q_positions[b, t], k_positions[b, s, h]
         near = mask.window is None or at - key < mask.window or visible[b, s, h]
         same = q_segments is None or q_segments[b, t] == k_segments[b, s]
-        return 0 <= key <= at and near and same
+        return 0 <= key <= at and near and same and valid[b, s]
 
     for b, t, n in np.ndindex(B, T, N):
         h = n // (N // K)

@@ -187,6 +187,12 @@ def test_long_xpos_prompts_are_read_in_parts():
         ({}, {}, "longer than the cache.*rope_scaling.*sliding_window and sink_tokens.*position_embedding xpos"),
         ({"rope_scaling": RopeScaling(name="linear", factor=1.5)}, {}, "the model has 24 positions in all"),
         ({"position_embedding": "stellarbyte", "sliding_window": 4}, {}, "new tokens, or shorten the prompt$"),
+        ({"sliding_window": 25}, {}, "longer than the cache"),  # wider than the 24 positions of training
+        (
+            {"position_embedding": "xpos", "xpos_scale_base": 0.5, "memory": MemoryConfig(length=80)},
+            {},
+            "a memory of 80 slots is longer than the row .* larger xpos_scale_base",
+        ),
         ({"sliding_window": 4}, {"prefill_chunk": 0}, "prefill_chunk must be an integer of at least 1, got 0"),
         ({"sliding_window": 4}, {"memory": "of another model"}, "this model has no memory: set memory.length"),
         ({"memory": MemoryConfig(length=2)}, {"memory": "of 3 rows"}, "memory has 3 rows, the batch 1.*memory.select"),

@@ -10,7 +10,7 @@ import pytest
 from helpers.variants import BASE, init, make, make_model, some_tokens
 
 from stellarbyte_jax.config import CacheConfig, LayerSpec
-from stellarbyte_jax.model.attention import AttentionContext
+from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.decoder import ByteTransformer, forward
 from stellarbyte_jax.model.io import Inputs, State
 from stellarbyte_jax.model.state.cache import make_cache
@@ -102,7 +102,7 @@ def test_over_a_cache_a_named_kernel_may_step_aside_and_that_is_logged_once(monk
 def context(positions, segments=None, max_segments=None):
     T = positions.shape[1]
     rows = jnp.arange(T, dtype=jnp.int32)[None]
-    return AttentionContext(positions, rows, segments, Frequencies(jnp.ones(4)), max_segments)
+    return LayerContext(positions, rows, segments, Frequencies(jnp.ones(4)), max_segments)
 
 
 def test_the_mask_of_a_row_counts_places_and_shows_the_first_tokens_of_each_document():
@@ -130,7 +130,7 @@ def test_the_mask_behind_a_memory_shows_valid_slots_to_the_first_document_alone(
     mask = context(positions, ids, 2).mask(LayerSpec(3, 2, 2), memory, sink_tokens=0)
     expected = [[0, 1, 0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 1]]
     np.testing.assert_array_equal(mask.allowed()[0, 0], np.asarray(expected, bool))
-    assert mask.max_segments == 3  # empty slots are one more
+    assert mask.max_segments == 2
     alone = context(positions).mask(LayerSpec(3, 2, 2), memory, sink_tokens=0)
     np.testing.assert_array_equal(alone.allowed()[0, 0, :3], np.asarray(expected, bool)[:3])
-    assert alone.max_segments == 2
+    assert alone.max_segments is None and alone.k_segments_BS is None

@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers.variants import BASE, call, make, run_on, some_tokens
 
-from stellarbyte_jax.model.io import Aux, Inputs, State
+from stellarbyte_jax.model.io import Aux, Inputs, Mean, State
 from stellarbyte_jax.model.state.memory import Memory
 
 
@@ -21,11 +22,32 @@ def test_a_state_is_cut_into_its_rows_and_joined_again():
 
 
 def test_what_layers_tell_is_added_by_name():
-    a = Aux({"x": jnp.asarray(1.0)}, {"s": jnp.asarray(3.0)})
-    b = Aux({"x": jnp.asarray(2.0), "y": jnp.asarray(5.0)})
-    assert (a + b).losses == {"x": 3.0, "y": 5.0} and (a + b).statistics == {"s": 3.0}
-    stacked = Aux({"x": jnp.asarray([1.0, 2.0])})
-    assert stacked.mean_over_layers(4).losses == {"x": 0.75}
+    a = Aux.of({"x": jnp.asarray(1.0)}, {"s": jnp.asarray(3.0)})
+    b = Aux.of({"x": jnp.asarray(2.0), "y": jnp.asarray(5.0)})
+    assert (a + b).losses == {"x": Mean(3.0, 2.0), "y": Mean(5.0, 1.0)}
+    assert (a + b).statistics == {"s": Mean(3.0, 1.0)}
+    assert (a + b + a).values() == {"x": pytest.approx(4 / 3), "y": 5.0, "s": 3.0}
+
+
+def test_what_the_repeats_of_a_scan_tell_is_one_mean():
+    """Also of vectors, and of names that only some layers tell."""
+    stacked = Aux({"x": Mean(jnp.asarray([1.0, 2.0]), jnp.asarray([1.0, 3.0]))})
+    assert stacked.over_first_axis().values() == {"x": 0.75}
+    vectors = Aux.of(statistics={"load": jnp.asarray([1.0, 5.0])}) + Aux.of(
+        statistics={"load": jnp.asarray([3.0, 1.0])}
+    )
+    np.testing.assert_array_equal(vectors.values()["load"], [2.0, 3.0])
+
+
+def test_a_name_has_one_meaning():
+    with pytest.raises(ValueError, match="x: the name of a loss and of a statistic"):
+        Aux.of({"x": jnp.asarray(1.0)}, {"x": jnp.asarray(1.0)}).values()
+
+
+def test_a_state_names_what_it_holds():
+    memory = Memory.create(dataclasses.replace(BASE, memory={"length": 3}), 2)
+    assert State().parts() == {} and State(memory=memory).parts() == {"memory": memory}
+    assert State.initial(BASE, 2) == State()
 
 
 def test_the_loss_of_learned_rates_is_a_mean_over_layers():
@@ -33,7 +55,7 @@ def test_the_loss_of_learned_rates_is_a_mean_over_layers():
     _, out = call(model, params, Inputs(some_tokens(1, 4)))
     pair = np.arange(0, 8, 2) / 8
     away = np.asarray(params["layers"]["0"]["attn"]["xpos_rate"]) + np.log((pair + 0.4) / 1.4)
-    np.testing.assert_allclose(out.aux.losses["xpos_regularization"], np.mean(away**2), rtol=1e-5)
+    np.testing.assert_allclose(out.aux.losses["xpos_regularization"].value, np.mean(away**2), rtol=1e-5)
     assert out.aux.statistics == {}
 
 

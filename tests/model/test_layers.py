@@ -11,13 +11,13 @@ from helpers.numpy_decoder import decoder
 from helpers.variants import BASE, call, init, make, make_model, mean_nll, run, run_on, some_tokens
 from jax.extend.core import jaxprs_in_params
 
-from stellarbyte_jax.model.attention import AttentionContext
+from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.decoder import ByteTransformer, forward, param_shapes
 from stellarbyte_jax.model.io import Inputs, State
 from stellarbyte_jax.model.layers import Layers
 from stellarbyte_jax.model.positions import position_scheme
 from stellarbyte_jax.model.state.cache import make_cache
-from stellarbyte_jax.model.state.memory import Memory
+from stellarbyte_jax.model.state.memory import LayerMemory, Memory
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 PATTERNS = {
@@ -104,8 +104,14 @@ def test_several_groups_equal_one(sizes):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_several_groups_carry_the_memory_of_one():
-    model, params = make_model(config_of("a memory of its own in each layer"))
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [((3, 0, 7, 4), (1, 2, 1)), ((3, 0, 7, 3, 0, 7, 3, 0), (1,) * 8)],
+    ids=["one period", "a tail"],
+)
+def test_several_groups_carry_the_memory_of_one(lengths, sizes):
+    memory = {"length": lengths, "recent_share": 0.5}
+    model, params = make_model(dataclasses.replace(BASE, memory=memory, num_hidden_layers=len(lengths)))
     tokens = some_tokens(2, 16)
 
     def in_segments(model, params):
@@ -117,13 +123,52 @@ def test_several_groups_carry_the_memory_of_one():
         return jnp.concatenate(outs, axis=1), state.memory
 
     expected, memory = in_segments(model, params)
-    with grouped(1, 2, 1):
-        found, cut = in_segments(other_program(model, (1, 2, 1)), apart(params, 1, 2, 1))
+    with grouped(*sizes):
+        found, cut = in_segments(other_program(model, sizes), apart(params, *sizes))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert memory.slots == cut.slots == (3, 0, 7, 4)
-    for a, b in zip(memory.groups[0], [place for places in cut.groups for place in places], strict=True):
+    places = len(memory.groups[0])
+    assert memory.slots == lengths[:places]
+    layer_by_layer = [
+        LayerMemory(stack.states[i], stack.valid_BM)
+        for groups in (memory.groups, cut.groups)
+        for group in groups
+        for i in range(len(group[0].states))
+        for stack in group
+        if i < len(stack.states)
+    ]
+    ours, theirs = layer_by_layer[: len(lengths)], layer_by_layer[len(lengths) :]
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a.valid_BM, b.valid_BM)
         np.testing.assert_allclose(a.states, b.states, atol=1e-5)
+
+
+CUT_SHORT = (SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING)
+
+
+def test_layers_after_the_last_whole_period_come_after_the_scan():
+    """Logits against numpy; gradients and cached decoding against layers that each are a group of their own."""
+    settings = {"sliding_window": 4, "sink_tokens": 1, "layer_types": CUT_SHORT, "num_hidden_layers": 7}
+    model, params = make_model(dataclasses.replace(BASE, **settings))
+    tokens = some_tokens(2, 10)
+    program = jax.make_jaxpr(lambda p: forward(model, p, Inputs(tokens)).hidden_BTD)(params).jaxpr
+    assert [eqn.params["length"] for eqn in program.eqns if eqn.primitive.name == "scan"] == [2]
+    found = run(model, params, tokens)
+    for row in range(2):
+        np.testing.assert_allclose(found[row], decoder(model.config, params, tokens[row]), atol=3e-5)
+
+    state, steps = State(make_cache(model.config, 2, 12)), []
+    for first, end in ((0, 6), (6, 7), (7, 10)):
+        step, state = run_on(model, params, tokens[:, first:end], cache=state.cache)
+        steps.append(step)
+    np.testing.assert_allclose(jnp.concatenate(steps, axis=1), found, atol=2e-5)
+
+    slopes = jax.jit(jax.grad(mean_nll), static_argnums=1)(params, model, tokens)
+    with grouped(*[1] * 7):
+        alone = jax.jit(jax.grad(mean_nll), static_argnums=1)(
+            apart(params, *[1] * 7), other_program(model, [1] * 7), tokens
+        )
+    for a, b in zip(jax.tree.leaves(apart(slopes, *[1] * 7)), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_scan_unroll_and_remat_change_nothing():
@@ -164,10 +209,10 @@ def stream_of_biases(config, rows, dropout_key):
     T = 3
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (rows, T))
     rope = position_scheme(config).frequencies(positions, None, positions >= 0, cached=False)
-    ctx = AttentionContext(positions, positions[:1], None, rope)
+    ctx = LayerContext(positions, positions[:1], None, rope, train=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    given = (jnp.zeros((rows, T, D)), ctx, None, None, dropout_key is not None)
-    return np.asarray(Layers(model.config).apply({"params": layers}, *given, rngs=rngs)[0])
+    x = jnp.zeros((rows, T, D))
+    return np.asarray(Layers(model.config).apply({"params": layers}, x, ctx, None, None, rngs=rngs)[0])
 
 
 PLACES = [("full", (0,)), ("period 2", (0,)), ("a period that does not divide", (0,)), ("full", (1, 0))]

@@ -7,8 +7,10 @@ import pytest
 from helpers.peers import PEERS, as_ours, make_peer
 
 from stellarbyte_jax.config import LayerSpec
-from stellarbyte_jax.model.attention import Attention, AttentionContext
+from stellarbyte_jax.model.attention import Attention
 from stellarbyte_jax.model.block import Block
+from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.io import LayerState
 from stellarbyte_jax.model.mlp import MLP
 from stellarbyte_jax.model.norm import RMSNorm
 from stellarbyte_jax.model.positions import position_scheme
@@ -40,7 +42,7 @@ def compare(layer, config, part, theirs, ours):
 def context(config):
     positions = jnp.arange(T, dtype=jnp.int32)[None]
     rope = position_scheme(config).frequencies(positions, None, positions >= 0, cached=False)
-    return AttentionContext(jnp.repeat(positions, 2, axis=0), positions, None, rope)
+    return LayerContext(jnp.repeat(positions, 2, axis=0), positions, None, rope)
 
 
 def their_arguments(rotary):
@@ -60,7 +62,7 @@ def test_attention(name):
         config,
         lambda tree: tree["attn"],
         lambda x: layer.self_attn(hidden_states=x, **given)[0],
-        lambda p, x: module.apply({"params": p}, x, ctx, None, None, False)[0],
+        lambda p, x: module.apply({"params": p}, x, ctx, LayerState())[0],
     )
 
 
@@ -87,5 +89,5 @@ def test_block(name):
         config,
         lambda tree: tree,
         lambda x: layer(x, **given),
-        lambda p, x: module.apply({"params": p}, x, ctx, None, None, depth, False)[0],
+        lambda p, x: module.apply({"params": p}, x, ctx, LayerState(), depth)[0],
     )

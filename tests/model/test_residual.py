@@ -9,23 +9,27 @@ import pytest
 from helpers.variants import BASE, call, init, mean_nll, some_tokens
 
 from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.model.io import Aux, Inputs
+from stellarbyte_jax.model.io import Aux, Inputs, LayerState, Mean
 from stellarbyte_jax.model.residual import Branches, deepnorm, parallel, residual_style, sequential
+from stellarbyte_jax.model.state.memory import LayerMemory
 
 
 def branches(config, seen):
     """Pieces that can be told apart: norms add 1 and 2, attention gives 10 x, the feed-forward layer 100 x."""
 
-    def attend(n, memory):
-        seen.append(memory)
-        return 10 * n, (None, Aux())
+    def attend(n, state):
+        seen.append(state.memory.states)
+        return 10 * n, LayerState(cache="attended"), Aux.of({"x": jnp.asarray(1.0)})
+
+    def mlp(n, state):
+        return 100 * n, state._replace(memory=f"after {state.cache}"), Aux.of({"x": jnp.asarray(2.0)})
 
     return Branches(
         config=config,
         attn_norm=lambda x: x + 1,
         mlp_norm=lambda x: x + 2,
         attend=attend,
-        mlp=lambda n: 100 * n,
+        mlp=mlp,
         scale_attn=lambda h: 3 * h,
         scale_mlp=lambda h: 5 * h,
         drop=lambda h: 7 * h,
@@ -43,10 +47,13 @@ def branches(config, seen):
 def test_each_style_is_its_formula(style, expected, memory):
     """Memory passes the first norm where the stream does."""
     seen = []
-    found, carried = style(branches(BASE, seen), jnp.full((1, 2, 3), 2.0), jnp.full((1, 4, 3), 4.0))
+    memory_of_layer = LayerMemory(jnp.full((1, 4, 3), 4.0), jnp.ones((1, 4), bool))
+    given = LayerState(memory=memory_of_layer)
+    found, state, aux = style(branches(BASE, seen), jnp.full((1, 2, 3), 2.0), given)
     np.testing.assert_allclose(found, expected(2.0, (2 * BASE.num_hidden_layers) ** 0.25), rtol=1e-6)
     np.testing.assert_array_equal(seen[0], memory)
-    assert carried == (None, Aux())
+    assert state == LayerState("attended", "after attended")
+    assert aux == Aux({"x": Mean(3.0, 2.0)})
 
 
 def test_a_config_chooses_its_style():

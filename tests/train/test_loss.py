@@ -72,13 +72,24 @@ def test_options_of_the_loss():
 
 
 def test_terms_of_the_layers_are_added_by_their_weights():
-    aux = Aux(losses={"xpos_regularization": jnp.float32(3.0)}, statistics={"something": jnp.float32(7.0)})
+    aux = Aux.of({"xpos_regularization": jnp.float32(3.0)}, {"something": jnp.float32(7.0)})
     assert float(auxiliary_loss(LossConfig(xpos_regularization=0.5), aux)) == 1.5
     assert float(auxiliary_loss(LossConfig(), aux)) == 0.0
     assert float(auxiliary_loss(LossConfig(), Aux())) == 0.0
 
 
+def test_a_term_is_a_mean_over_the_layers_that_tell_it():
+    layers = [Aux.of({"xpos_regularization": jnp.float32(x)}) for x in (1.0, 5.0)]
+    aux = layers[0] + Aux() + layers[1]
+    assert float(auxiliary_loss(LossConfig(xpos_regularization=0.5), aux)) == 1.5
+
+
+def test_a_term_without_a_setting_for_its_weight_is_an_error():
+    with pytest.raises(AttributeError, match="balance"):
+        auxiliary_loss(LossConfig(), Aux.of({"balance": jnp.float32(1.0)}))
+
+
 def test_a_term_of_weight_zero_is_left_out():
     """Not multiplied: a term that is not finite would make the loss so."""
-    aux = Aux(losses={"xpos_regularization": jnp.float32(np.inf)})
+    aux = Aux.of({"xpos_regularization": jnp.float32(np.inf)})
     assert float(auxiliary_loss(LossConfig(), aux)) == 0.0

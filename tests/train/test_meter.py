@@ -80,3 +80,10 @@ def test_a_loss_that_is_no_number_ends_the_run(clock, loss):
     with pytest.raises(DivergedError, match=rf"the loss is {loss} at step 7\. .* lower optimizer.learning_rate"):
         made.flush()
     assert shown == []
+
+
+def test_a_vector_is_shown_entry_by_entry(clock):
+    made, shown, _ = make()
+    made.push(1, {"loss": jnp.float32(3), "load": jnp.asarray([0.25, 0.75])})
+    made.flush()
+    assert {name: x for name, x in shown[0][1].items() if "/" in name} == {"load/0": 0.25, "load/1": 0.75}

@@ -12,7 +12,7 @@ from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.train.optimizer import make_optimizer
-from stellarbyte_jax.train.state import TrainState, create_state, initial_state, state_shapes
+from stellarbyte_jax.train.state import TrainState, create_state, state_shapes
 
 
 def not_embedding(path):
@@ -99,4 +99,4 @@ def test_memory_begins_empty_for_the_whole_batch():
     memory = create_state(config, network, make_optimizer(config, network)).carried.memory
     assert memory is not None and memory.batch_size == 4 and memory.slots == (0, 6)
     assert not any(np.any(place.valid_BM) for places in memory.groups for place in places)
-    assert initial_state(MODEL, 4) == State()
+    assert State.initial(MODEL, 4) == State()

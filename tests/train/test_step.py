@@ -24,9 +24,13 @@ from helpers.training import (
 
 from stellarbyte_jax.config import DataConfig, LossConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, forward, logits
-from stellarbyte_jax.model.io import Inputs, State
+from stellarbyte_jax.model.io import Aux, Inputs, State
+from stellarbyte_jax.train import step as step_module
+from stellarbyte_jax.train.loss import batch_loss
 from stellarbyte_jax.train.metrics import validation_metrics
-from stellarbyte_jax.train.step import make_eval_step
+from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.train.state import create_state
+from stellarbyte_jax.train.step import make_eval_step, make_train_step
 
 
 def test_fifty_steps_equal_torch():
@@ -138,6 +142,34 @@ def test_learned_rates_are_pulled_to_the_papers(parts):
 def test_a_model_without_learned_rates_reports_none():
     state, step = start(settings())
     assert "xpos_regularization" not in step(state, packed_batch())[1]
+
+
+def with_a_statistic(monkeypatch, name):
+    """A step whose layers tell a number besides: the number of the batch's rows."""
+
+    def told(*args, **kwargs):
+        total, sums, out = batch_loss(*args, **kwargs)
+        rows = jnp.float32(args[2]["tokens"].shape[0])
+        return total, sums, out.replace(aux=out.aux + Aux.of(statistics={name: rows}))
+
+    monkeypatch.setattr(step_module, "batch_loss", told)
+    config = settings(gradient_accumulation_steps=2)
+    model = ByteTransformer(config.model)
+    optimizer = make_optimizer(config, model)
+    step = make_train_step(config, model, optimizer, make_schedule(config))
+    return jax.eval_shape if name == "loss" else jax.jit, step, create_state(config, model, optimizer)
+
+
+def test_what_layers_tell_is_a_mean_over_the_parts_of_a_batch(monkeypatch):
+    run, step, state = with_a_statistic(monkeypatch, "rows")
+    batch = packed_batch()
+    assert float(run(step)(state, batch)[1]["rows"]) == batch["tokens"].shape[0] / 2
+
+
+def test_what_layers_tell_may_not_hide_a_metric(monkeypatch):
+    run, step, state = with_a_statistic(monkeypatch, "loss")
+    with pytest.raises(ValueError, match="loss: the name of a metric and of something that layers tell"):
+        run(step, state, packed_batch())
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout", "residual_dropout", "attention_dropout", "drop_path"])

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 from stellarbyte_jax.config import ByteConfig, LayerSpec
 from stellarbyte_jax.model.state.full import FullCache
 from stellarbyte_jax.model.state.layer_cache import LayerCache, NewTokens
-from stellarbyte_jax.model.state.memory import Memory
+from stellarbyte_jax.model.state.memory import Memory, checked_rows, with_memory_prefix
 from stellarbyte_jax.model.state.pruned import PrunedCache
 from stellarbyte_jax.model.state.ring import RingCache
 from stellarbyte_jax.model.state.storage import Storage
@@ -54,23 +54,17 @@ class Cache:
           ValueError: a layer has no room for the tokens.
         """
         offsets_1T = jnp.arange(valid_mask_BT.shape[1], dtype=jnp.int32)[None, :]
-        first = 0
-        if memory is not None:
-            first = max(memory.slots)
+        first = 0 if memory is None else max(memory.slots)
         positions_BT = self.lengths_B[:, None] + first + offsets_1T
         groups = []
         for number, places in enumerate(self.groups):
             begun = []
             for place, cache in enumerate(places):
-                M = 0
-                positions_BS, valid_BS = positions_BT, valid_mask_BT
+                M, valid_BS = 0, valid_mask_BT
                 if memory is not None:
                     valid_BM = memory.groups[number][place].valid_BM
-                    M = valid_BM.shape[1]
-                    before_BM = jnp.broadcast_to(first - M + jnp.arange(M, dtype=jnp.int32)[None, :], valid_BM.shape)
-                    positions_BS = jnp.concatenate([before_BM, positions_BT], axis=1)
-                    valid_BS = jnp.concatenate([valid_BM, valid_mask_BT], axis=1)
-                begun.append(cache.begin(NewTokens(positions_BS, valid_BS, M)))
+                    M, valid_BS = valid_BM.shape[1], jnp.concatenate([valid_BM, valid_mask_BT], axis=1)
+                begun.append(cache.begin(NewTokens(with_memory_prefix(positions_BT, M), valid_BS, M)))
             groups.append(tuple(begun))
         return self.replace(groups=tuple(groups)), positions_BT  # type: ignore[attr-defined]
 
@@ -83,8 +77,12 @@ class Cache:
         return self.replace(groups=groups, lengths_B=lengths_B, fresh=False)  # type: ignore[attr-defined]
 
     def select(self, rows: Array | Sequence[int]) -> Self:
-        """The cache of these rows, in this order: a smaller batch, another order, or rows several times."""
-        rows_B = jnp.asarray(rows, jnp.int32)
+        """The cache of these rows, in this order: a smaller batch, another order, or rows several times.
+
+        Raises:
+          ValueError: there is no such row.
+        """
+        rows_B = checked_rows(rows, self.batch_size)
         return self._each(lambda cache: cache.select(rows_B), self.lengths_B[rows_B])
 
     def reset(self, rows_B: Bool[Array, " B"] | None = None) -> Self:
@@ -119,7 +117,10 @@ def make_cache(config: ByteConfig, batch_size: int, max_length: int) -> Cache:
     Windowed layers have a ring, the others room for every token; with ``config.cache.recent`` all are pruned.
     """
     groups = tuple(
-        tuple(_layer_cache(config, spec, group.repeats, batch_size, max_length) for spec in group.period)
+        tuple(
+            _layer_cache(config, spec, layers, batch_size, max_length)
+            for spec, layers in zip(group.period, group.layers_of_places, strict=True)
+        )
         for group in config.layer_groups
     )
     # A pruned cache needs the weights of every token, so even the first ones are read through it.
@@ -142,6 +143,7 @@ def _layer_cache(config: ByteConfig, spec: LayerSpec, layers: int, batch_size: i
             jnp.zeros(shape),
             current,
             recent=config.cache.recent,
+            window=spec.window,
             sink_tokens=config.sink_tokens if spec.window is not None else 0,
         )
     S = max_length + config.memory_slots

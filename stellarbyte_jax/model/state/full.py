@@ -95,6 +95,6 @@ class FullCache:
         """The new tokens as they are: those of the first call need not be read back."""
         assert self.new is not None
         memory = self.new.memory_slots
-        # Padding comes after all tokens that count, so it is hidden by its place; empty memory slots come before.
-        segments_BS = jnp.where(self.new.valid_BS, 1, -1).at[:, memory:].set(1) if memory else None
-        return CachedKV(k_BSKH, v_BSKH, self.new.positions_BS[:, :, None], None, segments_BS, aligned=True)
+        # Padding comes after all tokens that count, so causality hides it; empty memory slots come before.
+        valid_BS = self.new.valid_BS.at[:, memory:].set(True) if memory else None
+        return CachedKV(k_BSKH, v_BSKH, self.new.positions_BS[:, :, None], None, valid_BS, aligned=True)

@@ -34,7 +34,7 @@ class CachedKV(NamedTuple):
       values_BSKH: in the compute dtype.
       positions_BSK: position of each key in its text, negative where a slot is empty.
       always_visible_BSK: keys that a window does not hide; None for none.
-      segments_BS: 1 for keys that count, where empty slots cannot be told by their positions alone; else None.
+      valid_BS: False for keys that do not count, where their positions do not tell; None where all count.
       aligned: whether the keys are those of the new tokens alone, in order: query t belongs to key t + S - T.
     """
 
@@ -42,20 +42,17 @@ class CachedKV(NamedTuple):
     values_BSKH: Float[Array, "B S K H"]
     positions_BSK: Int[Array, "B S #K"]
     always_visible_BSK: Bool[Array, "B S #K"] | None = None
-    segments_BS: Int[Array, "B S"] | None = None
+    valid_BS: Bool[Array, "B S"] | None = None
     aligned: bool = False
 
     def mask(self, positions_BT: Int[Array, "B T"], window: int | None) -> Mask:
         """What queries at these positions see of the keys."""
-        segmented = self.segments_BS is not None
         return Mask(
             positions_BT,
             self.positions_BSK,
-            q_segments_BT=self.segments_BS[:, -positions_BT.shape[1] :] if self.segments_BS is not None else None,
-            k_segments_BS=self.segments_BS,
+            k_valid_BS=self.valid_BS,
             always_visible_BSK=self.always_visible_BSK,
             window=window,
-            max_segments=2 if segmented else None,
             aligned=self.aligned,
         )
 
@@ -90,7 +87,7 @@ class LayerCache(Protocol):
         ...
 
     def accumulate(self, weights_BKGTS: Float[Array, "B K G T S"] | None) -> Self:
-        """Takes note of the attention that the current layer's keys got, where eviction depends on it."""
+        """The cache with these weights added to the scores of its keys; a no-op where eviction does not use them."""
         ...
 
     def end(self) -> Self:

@@ -9,6 +9,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from stellarbyte_jax.config import ByteConfig
@@ -53,8 +54,8 @@ class Memory:
         groups = []
         for group in config.layer_groups:
             places = []
-            for spec in group.period:
-                shape = (group.repeats, batch_size, spec.memory_slots, config.hidden_size)
+            for spec, layers in zip(group.period, group.layers_of_places, strict=True):
+                shape = (layers, batch_size, spec.memory_slots, config.hidden_size)
                 places.append(LayerMemory(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape[1:3], bool)))
             groups.append(tuple(places))
         return cls(tuple(groups), jnp.zeros(batch_size, jnp.int32))
@@ -84,7 +85,7 @@ class Memory:
     def update(
         self,
         config: ByteConfig,
-        inputs: Sequence[Sequence[Float[Array, "R B T D"] | None]],
+        inputs: Sequence[Sequence[Float[Array, "_ B T D"] | None]],
         segment_ids_BT: Int[Array, "B T"] | None,
         T: int,
     ) -> Self:
@@ -112,8 +113,12 @@ class Memory:
         return self.replace(groups=tuple(groups), lengths_B=lengths_B)  # type: ignore[attr-defined]
 
     def select(self, rows: Array | Sequence[int]) -> Self:
-        """The memory of these rows, in this order."""
-        rows_B = jnp.asarray(rows, jnp.int32)
+        """The memory of these rows, in this order.
+
+        Raises:
+          ValueError: there is no such row.
+        """
+        rows_B = checked_rows(rows, self.batch_size)
         return self._each(
             lambda place: LayerMemory(jnp.take(place.states, rows_B, axis=1), jnp.take(place.valid_BM, rows_B, axis=0)),
             jnp.take(self.lengths_B, rows_B),
@@ -171,6 +176,21 @@ class Memory:
     def _each(self, change: Callable[[LayerMemory], LayerMemory], lengths_B: Array) -> Self:
         groups = tuple(tuple(change(place) for place in places) for places in self.groups)
         return self.replace(groups=groups, lengths_B=lengths_B)  # type: ignore[attr-defined]
+
+
+def checked_rows(rows: Array | Sequence[int], have: int) -> Int[Array, " B"]:
+    """Numbers of rows as an array; ValueError where their values are known and one is not below ``have``."""
+    if not isinstance(rows, Tracer):
+        wrong = [int(row) for row in rows if not 0 <= row < have]
+        if wrong:
+            raise ValueError(f"there is no row {wrong[0]}: the rows are 0 to {have - 1}")
+    return jnp.asarray(rows, jnp.int32)
+
+
+def with_memory_prefix(indices_BT: Int[Array, "B T"], M: int) -> Int[Array, "B S"]:
+    """Positions, or indices in the row, of M memory slots and of the new tokens behind them."""
+    before_BM = indices_BT[:, :1] - M + jnp.arange(M, dtype=jnp.int32)[None, :]
+    return jnp.concatenate([before_BM, indices_BT], axis=1)
 
 
 def _shifted(

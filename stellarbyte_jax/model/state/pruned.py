@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stellarbyte_jax.model.state.layer_cache import CachedKV, NewTokens
 from stellarbyte_jax.model.state.storage import Storage
+from stellarbyte_jax.ops.attention import always_visible
 
 
 class _Candidates(NamedTuple):
@@ -26,7 +27,8 @@ class PrunedCache:
     """For each head of each layer the newest keys, and those older ones that got most attention.
 
     The score of a key is the sum of the attention weights that it got from all tokens since it was written. When a head
-    has more keys than slots, the newest ``recent`` stay and of the others those with the largest scores.
+    has more keys than slots, the newest ``recent`` stay and of the others those with the largest scores; keys that a
+    window hides from all later tokens leave first.
     Zhang et al. 2023 (H2O), https://arxiv.org/abs/2306.14048.
 
     Attributes:
@@ -37,6 +39,7 @@ class PrunedCache:
       new: the tokens of the call; None between calls.
       candidates: of the current layer, between :meth:`append` and :meth:`accumulate`; else None.
       recent: static; newest tokens, which always stay.
+      window: static; number of keys that a token of the layer sees; None for all.
       sink_tokens: static; first tokens of a text, which a window does not hide while they stay.
     """
 
@@ -47,6 +50,7 @@ class PrunedCache:
     new: NewTokens | None = None
     candidates: _Candidates | None = None
     recent: int = struct.field(pytree_node=False, default=1)
+    window: int | None = struct.field(pytree_node=False, default=None)
     sink_tokens: int = struct.field(pytree_node=False, default=0)
 
     @property
@@ -72,7 +76,7 @@ class PrunedCache:
         old_BSK = jax.lax.dynamic_index_in_dim(self.positions_RBSK, self.layer, keepdims=False)
         positions_BSK = jnp.concatenate([old_BSK, new_BTK], axis=1)
         keys_BSKH, values_BSKH = joined.decode(k_BSKH.dtype)
-        visible_BSK = positions_BSK < self.sink_tokens if self.sink_tokens else None
+        visible_BSK = always_visible(positions_BSK, sink_tokens=self.sink_tokens)
         candidates = _Candidates(joined, positions_BSK)
         return (
             self.replace(candidates=candidates),  # type: ignore[attr-defined]
@@ -91,6 +95,9 @@ class PrunedCache:
         scores_BSK = jnp.swapaxes(got_BKS, 1, 2).at[:, :S].add(old_BSK)
         newest_B11 = jnp.max(positions_BSK, axis=(1, 2), keepdims=True)
         rank_BSK = jnp.where(positions_BSK > newest_B11 - self.recent, jnp.inf, scores_BSK)
+        if self.window is not None:
+            hidden_BSK = (positions_BSK <= newest_B11 + 1 - self.window) & (positions_BSK >= self.sink_tokens)
+            rank_BSK = jnp.where(hidden_BSK, -1.0, rank_BSK)
         rank_BSK = jnp.where(positions_BSK < 0, -1.0, rank_BSK)
         _, order_BKS = jax.lax.top_k(jnp.swapaxes(rank_BSK, 1, 2), S)
         order_BSK = jnp.swapaxes(order_BKS, 1, 2)

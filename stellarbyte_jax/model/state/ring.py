@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.state.full import FullCache
 from stellarbyte_jax.model.state.layer_cache import CachedKV, NewTokens
+from stellarbyte_jax.ops.attention import always_visible
 
 
 @struct.dataclass
@@ -68,12 +69,7 @@ class RingCache(FullCache):
     def _with_visible(self, found: CachedKV) -> CachedKV:
         """Sink tokens and compressed memory are seen from everywhere."""
         assert self.new is not None
-        visible_BSK = None
         # The keys of a first call are the call's own, which begin with the compressed slots only where it has a memory.
         compressed = self.compressed if self.new.memory_slots or not found.aligned else 0
-        if self.sink_tokens:
-            visible_BSK = found.positions_BSK < self.sink_tokens
-        elif compressed:
-            columns_S = jnp.arange(found.positions_BSK.shape[1])
-            visible_BSK = jnp.broadcast_to(columns_S[None, :, None] < compressed, found.positions_BSK.shape)
+        visible_BSK = always_visible(found.positions_BSK, sink_tokens=self.sink_tokens, compressed=compressed)
         return found._replace(always_visible_BSK=visible_BSK)

@@ -5,6 +5,7 @@ B batch, T queries, S keys, N query heads, K key/value heads, H head size.
 
 from collections.abc import Callable
 
+import jax
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.ops.attention.cudnn import cudnn_attention
@@ -59,7 +60,10 @@ def attention(
       NotImplementedError: the implementation named does not support the arguments.
     """
     options = Options(softcap, prune_below, dropout, return_weights, return_lse)
-    cached = "" if mask.aligned else " over a cache"
+    cached, known = "" if mask.aligned else " over a cache", IMPLEMENTATIONS
+    if cached and implementation == "auto" and jax.default_backend() == "cpu":
+        # On a CPU the reference decodes faster (benchmarks/cache.json).
+        known = {name: function for name, function in known.items() if function is not xla_attention}
     return dispatch(
-        f"attention{cached}", implementation, IMPLEMENTATIONS, q_BTNH, k_BSKH, v_BSKH, mask, options, required=required
+        f"attention{cached}", implementation, known, q_BTNH, k_BSKH, v_BSKH, mask, options, required=required
     )

@@ -41,7 +41,8 @@ def cudnn_attention(
     if S % 2:
         raise NotImplementedError(f"{S} positions: its backward pass needs an even number")
     q_BSNH = jnp.pad(q_BTNH, ((0, 0), (S - T, 0), (0, 0), (0, 0)))
-    if mask.k_segments_BS is None:
+    segments_BS, max_segments = _segments(mask)
+    if segments_BS is None:
         # is_causal must stay on with a window: without it this kernel lets tokens see the future.
         found: Any = jax.nn.dot_product_attention(
             q_BSNH,
@@ -56,12 +57,23 @@ def cudnn_attention(
         return AttentionOutput(out_BSNH[:, S - T :], None, None if lse_BSN is None else lse_BSN[:, S - T :])
     if options.return_lse:
         raise NotImplementedError("the log-sum-exp of packed documents")
-    if mask.max_segments is None:
+    if max_segments is None:
         raise NotImplementedError("packed documents without max_segments")
-    return AttentionOutput(_packed(q_BSNH, k_BSKH, v_BSKH, mask.k_segments_BS, mask)[:, S - T :])
+    return AttentionOutput(_packed(q_BSNH, k_BSKH, v_BSKH, segments_BS, max_segments, mask.window)[:, S - T :])
 
 
-def _packed(q_BSNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BS: Array, mask: Mask) -> Array:
+def _segments(mask: Mask) -> tuple[Array | None, int | None]:
+    """The document of each key and the number of them; keys that nobody sees are one more, before the others."""
+    if mask.k_valid_BS is None:
+        return mask.k_segments_BS, mask.max_segments
+    ids_BS = jnp.ones_like(mask.k_valid_BS, jnp.int32) if mask.k_segments_BS is None else mask.k_segments_BS
+    count = 1 if mask.k_segments_BS is None else mask.max_segments
+    return jnp.where(mask.k_valid_BS, ids_BS, -1), None if count is None else count + 1
+
+
+def _packed(
+    q_BSNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BS: Array, max_segments: int, window: int | None
+) -> Array:
     # Not public in jax.nn. A boolean mask would be, but as a [T, T] bias in memory.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
@@ -70,8 +82,7 @@ def _packed(q_BSNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BS: Array, mas
     if K != N:
         # The packed kernel takes the offsets of keys from the number of query heads.
         k_BSKH, v_BSKH = jnp.repeat(k_BSKH, N // K, axis=2), jnp.repeat(v_BSKH, N // K, axis=2)
-    assert mask.max_segments is not None
-    starts_BM, lengths_BM, count_B = segment_bounds(segments_BS, max(2, mask.max_segments))
+    starts_BM, lengths_BM, count_B = segment_bounds(segments_BS, max(2, max_segments))
     offsets = jnp.concatenate([starts_BM, jnp.full((B, 1), -1, jnp.int32)], axis=1)
     out_BSNH: Any = dot_product_attention(
         query=q_BSNH,
@@ -83,7 +94,7 @@ def _packed(q_BSNH: Array, k_BSKH: Array, v_BSKH: Array, segments_BS: Array, mas
         kv_offsets=offsets,
         scale=H**-0.5,
         mask_type=MaskType.PADDING_CAUSAL,
-        sliding_window_length=mask.window,
+        sliding_window_length=window,
     )
     fits_B = count_B <= starts_BM.shape[1]
     return jnp.where(fits_B[:, None, None, None], out_BSNH, jnp.nan)

@@ -42,10 +42,11 @@ def xla_attention(
     if options.return_lse and q_BTNH.dtype != jnp.float32:
         raise NotImplementedError(f"the log-sum-exp of {q_BTNH.dtype} inputs")
     if mask.k_positions_BSK.shape[2] != 1:
-        raise NotImplementedError("keys whose places differ from head to head")
+        raise NotImplementedError("keys whose indices differ from head to head")
     allowed: Array | None = None
     window = mask.window
-    indexed = mask.aligned and q_BTNH.shape[1] == k_BSKH.shape[1] and mask.always_visible_BSK is None
+    plain = mask.always_visible_BSK is None and mask.k_valid_BS is None
+    indexed = mask.aligned and q_BTNH.shape[1] == k_BSKH.shape[1] and plain
     if not indexed:
         allowed, window = mask.allowed(), None
     elif mask.q_segments_BT is not None and mask.k_segments_BS is not None:

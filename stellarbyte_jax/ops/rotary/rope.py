@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from stellarbyte_jax.ops.rotary.angles import apply_rotary, rotary_angles
+from stellarbyte_jax.ops.rotary.angles import apply_rotary, rotary_angles, scale_pairs
 from stellarbyte_jax.ops.rotary.scaling import Scaling, dynamic_frequencies, scaled_frequencies
 
 
@@ -82,6 +82,11 @@ class Rope:
             lengths = document_lengths(positions_BT, segment_ids_BT, valid_mask_BT)
         return Frequencies(dynamic_frequencies(lengths, self.head_size, self.theta, self.scaling))
 
+    @property
+    def caches_rotated(self) -> bool:
+        """Whether keys are cached after rotation. With dynamic scaling a longer text rotates all keys anew."""
+        return self.scaling.name != "dynamic"
+
     def rotate(
         self,
         frequencies: Frequencies,
@@ -98,22 +103,27 @@ class Rope:
           q_BTNH: queries.
           k_BSKH: keys.
           positions_BS: position of each token in its document.
-          rows_BS: place of each token in its row.
+          rows_BS: index of each token in its row. Within a document their distances are those of the positions.
           rates_P: rates of decay, where the scheme has any.
 
         Raises:
           ValueError: the scheme cannot rotate so many tokens in one call.
         """
-        del rows_BS, rates_P
+        S = k_BSKH.shape[1]
+        first = S - q_BTNH.shape[1]
+        self._check_row(S)
         angles_BSP = rotary_angles(positions_BS, frequencies.values)
-        q_BTNH = self._apply(frequencies, q_BTNH, angles_BSP[:, k_BSKH.shape[1] - q_BTNH.shape[1] :])
-        return q_BTNH, self._apply(frequencies, k_BSKH, angles_BSP)
+        indices_BS = rows_BS if self.relative else positions_BS
+        middle_B1 = rows_BS[:, S // 2 : S // 2 + 1]
+        scale_q, scale_k = self._factors(rates_P, indices_BS[:, first:], indices_BS, middle_B1)
+        q_BTNH = self._apply(frequencies, q_BTNH, angles_BSP[:, first:], scale_q)
+        return q_BTNH, self._apply(frequencies, k_BSKH, angles_BSP, scale_k)
 
     def to_cache(
         self, frequencies: Frequencies, k_BSKH: Float[Array, "B S K H"], positions_BS: Int[Array, "B S"]
     ) -> Float[Array, "B S K H"]:
-        """Keys as they are cached: rotated, but with dynamic scaling, where a longer text rotates all keys anew."""
-        if self.scaling.name == "dynamic":
+        """Keys as they are cached: without factors, and rotated where the scheme says so."""
+        if not self.caches_rotated:
             return k_BSKH
         return self._apply(frequencies, k_BSKH, rotary_angles(positions_BS, frequencies.values))
 
@@ -131,11 +141,30 @@ class Rope:
         Raises:
           ValueError: the scheme cannot rotate so many tokens in one call.
         """
-        del rates_P
-        q_BTNH = self._apply(frequencies, q_BTNH, rotary_angles(positions_BT, frequencies.values))
-        if self.scaling.name == "dynamic":
-            k_BSKH = self._apply(frequencies, k_BSKH, rotary_angles(key_positions_BSK, frequencies.values))
+        T = positions_BT.shape[1]
+        self._check_row(T)
+        middle_B1 = positions_BT[:, T // 2 : T // 2 + 1]
+        scale_q, scale_k = self._factors(rates_P, positions_BT, key_positions_BSK, middle_B1)
+        q_BTNH = self._apply(frequencies, q_BTNH, rotary_angles(positions_BT, frequencies.values), scale_q)
+        if not self.caches_rotated:
+            k_BSKH = self._apply(frequencies, k_BSKH, rotary_angles(key_positions_BSK, frequencies.values), scale_k)
+        elif scale_k is not None:
+            k_BSKH = scale_pairs(k_BSKH, scale_k, pairing=self.pairing)
         return q_BTNH, k_BSKH
+
+    def _factors(
+        self, rates_P: Array | None, q_indices_BT: Array, k_indices: Array, middle_B1: Array
+    ) -> tuple[Array | None, Array | None]:
+        """Factors of the pairs of queries and keys; ``middle_B1`` is in the middle of the new tokens."""
+        del rates_P, q_indices_BT, k_indices, middle_B1
+        return None, None
+
+    def _check_row(self, tokens: int) -> None:
+        if self.longest_row is not None and tokens > self.longest_row:
+            raise ValueError(
+                f"{tokens} positions in a row are more than the {self.longest_row} whose XPos factors floats can "
+                "hold: feed the row in parts through a KV cache, or raise xpos_scale_base"
+            )
 
     def _apply(self, frequencies: Frequencies, x: Array, angles: Array, scale: Array | None = None) -> Array:
         return apply_rotary(x, angles, pairing=self.pairing, scale=scale, magnitude=frequencies.magnitude)

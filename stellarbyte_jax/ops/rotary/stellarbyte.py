@@ -6,10 +6,9 @@ B batch, T new tokens, S keys, N query heads, K key/value heads, H head size, P 
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from stellarbyte_jax.ops.rotary.angles import rotary_angles
-from stellarbyte_jax.ops.rotary.rope import Frequencies, Rope
+from stellarbyte_jax.ops.rotary.rope import Rope
 from stellarbyte_jax.ops.rotary.xpos import xpos_factors
 
 
@@ -36,41 +35,18 @@ class StellarByteRope(Rope):
         """The original's rates; negative, so that scores grow with distance."""
         return -jnp.arange(0, self.head_size, 2, dtype=jnp.float32) / self.head_size
 
-    def rotate(
-        self,
-        frequencies: Frequencies,
-        q_BTNH: Float[Array, "B T N H"],
-        k_BSKH: Float[Array, "B S K H"],
-        positions_BS: Int[Array, "B S"],
-        rows_BS: Int[Array, "#B S"],
-        rates_P: Float[Array, " P"] | None,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
-        """As :meth:`Rope.rotate`."""
-        del rows_BS
-        positions_BT = positions_BS[:, k_BSKH.shape[1] - q_BTNH.shape[1] :]
-        return self.from_cache(frequencies, q_BTNH, k_BSKH, positions_BT, positions_BS[..., None], rates_P)
+    @property
+    def caches_rotated(self) -> bool:
+        """False: with this pairing keys cannot be scaled after rotation."""
+        return False
 
-    def to_cache(
-        self, frequencies: Frequencies, k_BSKH: Float[Array, "B S K H"], positions_BS: Int[Array, "B S"]
-    ) -> Float[Array, "B S K H"]:
-        """Keys as they are: with this pairing they cannot be scaled after rotation."""
-        del frequencies, positions_BS
-        return k_BSKH
-
-    def from_cache(
-        self,
-        frequencies: Frequencies,
-        q_BTNH: Float[Array, "B T N H"],
-        k_BSKH: Float[Array, "B S K H"],
-        positions_BT: Int[Array, "B T"],
-        key_positions_BSK: Int[Array, "B S #K"],
-        rates_P: Float[Array, " P"] | None,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
-        """As :meth:`Rope.from_cache`."""
+    def _factors(
+        self, rates_P: Array | None, q_indices_BT: Array, k_indices: Array, middle_B1: Array
+    ) -> tuple[Array, Array]:
+        del middle_B1
         assert rates_P is not None
         center = self.scaling.max_positions // 2
-        scale_q = xpos_factors(positions_BT - center, rates_P, scale_base=self.scale_base)
-        scale_k = xpos_factors(center - key_positions_BSK, rates_P, scale_base=self.scale_base)
-        q_BTNH = self._apply(frequencies, q_BTNH, rotary_angles(positions_BT, frequencies.values), scale_q)
-        angles = rotary_angles(key_positions_BSK, frequencies.values)
-        return q_BTNH, self._apply(frequencies, k_BSKH, angles, scale_k)
+        return (
+            xpos_factors(q_indices_BT - center, rates_P, scale_base=self.scale_base),
+            xpos_factors(center - k_indices, rates_P, scale_base=self.scale_base),
+        )

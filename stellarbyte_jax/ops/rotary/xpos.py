@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from stellarbyte_jax.ops.rotary.angles import rotary_angles, scale_pairs
-from stellarbyte_jax.ops.rotary.rope import Frequencies, Rope
+from stellarbyte_jax.ops.rotary.rope import Rope
 
 # Of the XPos paper: the fastest decaying pair keeps 0.4 / 1.4 of its score every ``scale_base`` positions.
 _XPOS_GAMMA = 0.4
+_FASTEST_LEARNED = 2  # times the paper's fastest rate
 # The logarithm of the largest float32, and of the largest bfloat16, is 88.
 _LARGEST_EXPONENT = 80.0
 
@@ -31,9 +31,12 @@ class XPos(Rope):
 
     Attributes:
       scale_base: distance over which a score decays by ``exp(-rate)``.
+      learnable: whether layers learn their rates. Scores then decay at most twice as fast as the paper's fastest, and
+        a row may be half as long.
     """
 
     scale_base: float
+    learnable: bool = False
 
     @property
     def max_length(self) -> int | None:
@@ -43,63 +46,24 @@ class XPos(Rope):
     @property
     def longest_row(self) -> int | None:
         """Tokens whose factors, with the origin in the middle, floats can hold."""
-        return longest_xpos_row(self.scale_base)
+        return longest_xpos_row(self.scale_base) // (_FASTEST_LEARNED if self.learnable else 1)
 
     @property
     def rates(self) -> Float[Array, " P"]:
         """The paper's rates of decay."""
         return xpos_rates(self.head_size)
 
-    def rotate(
-        self,
-        frequencies: Frequencies,
-        q_BTNH: Float[Array, "B T N H"],
-        k_BSKH: Float[Array, "B S K H"],
-        positions_BS: Int[Array, "B S"],
-        rows_BS: Int[Array, "#B S"],
-        rates_P: Float[Array, " P"] | None,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
-        """As :meth:`Rope.rotate`. Distances are those in the row, which within a document equal those of positions."""
+    def _factors(
+        self, rates_P: Array | None, q_indices_BT: Array, k_indices: Array, middle_B1: Array
+    ) -> tuple[Array, Array]:
         assert rates_P is not None
-        S = k_BSKH.shape[1]
-        first = S - q_BTNH.shape[1]
-        self._check_row(S)
-        distances_BS = rows_BS - rows_BS[:, S // 2 : S // 2 + 1]
-        angles_BSP = rotary_angles(positions_BS, frequencies.values)
-        scale_q = xpos_factors(distances_BS[:, first:], rates_P, scale_base=self.scale_base)
-        scale_k = xpos_factors(-distances_BS, rates_P, scale_base=self.scale_base)
-        q_BTNH = self._apply(frequencies, q_BTNH, angles_BSP[:, first:], scale_q)
-        return q_BTNH, self._apply(frequencies, k_BSKH, angles_BSP, scale_k)
-
-    def from_cache(
-        self,
-        frequencies: Frequencies,
-        q_BTNH: Float[Array, "B T N H"],
-        k_BSKH: Float[Array, "B S K H"],
-        positions_BT: Int[Array, "B T"],
-        key_positions_BSK: Int[Array, "B S #K"],
-        rates_P: Float[Array, " P"] | None,
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]:
-        """As :meth:`Rope.from_cache`."""
-        assert rates_P is not None
-        T = positions_BT.shape[1]
-        self._check_row(T)
-        middle_B1 = positions_BT[:, T // 2 : T // 2 + 1]
-        scale_q = xpos_factors(positions_BT - middle_B1, rates_P, scale_base=self.scale_base)
-        scale_k = xpos_factors(middle_B1[..., None] - key_positions_BSK, rates_P, scale_base=self.scale_base)
-        q_BTNH = self._apply(frequencies, q_BTNH, rotary_angles(positions_BT, frequencies.values), scale_q)
-        if self.scaling.name == "dynamic":
-            angles = rotary_angles(key_positions_BSK, frequencies.values)
-            return q_BTNH, self._apply(frequencies, k_BSKH, angles, scale_k)
-        return q_BTNH, scale_pairs(k_BSKH, scale_k, pairing=self.pairing)
-
-    def _check_row(self, tokens: int) -> None:
-        longest = longest_xpos_row(self.scale_base)
-        if longest < tokens:
-            raise ValueError(
-                f"{tokens} positions in a row are more than the {longest} whose XPos factors floats can hold: feed the "
-                "row in parts through a KV cache, or raise xpos_scale_base"
-            )
+        if self.learnable:
+            rates_P = jnp.minimum(rates_P, _FASTEST_LEARNED * _fastest_rate())
+        middle = middle_B1.reshape(middle_B1.shape + (1,) * (k_indices.ndim - 2))
+        return (
+            xpos_factors(q_indices_BT - middle_B1, rates_P, scale_base=self.scale_base),
+            xpos_factors(middle - k_indices, rates_P, scale_base=self.scale_base),
+        )
 
 
 def xpos_rates(head_size: int) -> Float[Array, " P"]:
@@ -127,5 +91,8 @@ def xpos_factors(
 
 def longest_xpos_row(scale_base: float) -> int:
     """Positions that one row may span, with the paper's rates and the origin in its middle."""
-    fastest = -math.log(_XPOS_GAMMA / (1 + _XPOS_GAMMA))
-    return int(2 * _LARGEST_EXPONENT * scale_base / fastest)
+    return int(2 * _LARGEST_EXPONENT * scale_base / _fastest_rate())
+
+
+def _fastest_rate() -> float:
+    return -math.log(_XPOS_GAMMA / (1 + _XPOS_GAMMA))

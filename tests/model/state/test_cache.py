@@ -14,6 +14,7 @@ from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.state.full import FullCache
 from stellarbyte_jax.model.state.layer_cache import LayerCache
+from stellarbyte_jax.model.state.memory import Memory
 from stellarbyte_jax.model.state.pruned import PrunedCache
 from stellarbyte_jax.model.state.ring import RingCache
 
@@ -92,3 +93,12 @@ def test_a_decode_step_copies_no_cache(dtype):
         # A fusion's own instructions are in the text too.
         assert set(found) <= {"parameter", "get-tuple-element", "bitcast", "fusion", "scatter", "dynamic-update-slice"}
         assert "scatter" in found or "dynamic-update-slice" in found
+
+
+def test_rows_that_are_not_there_cannot_be_selected():
+    config = dataclasses.replace(BASE, memory={"length": 3})
+    for state in (make_cache(BASE, 2, 8), Memory.create(config, 2)):
+        for row in (2, -1):
+            with pytest.raises(ValueError, match=f"there is no row {row}: the rows are 0 to 1"):
+                state.select([0, row])
+        assert jax.jit(lambda state, rows: state.select(rows))(state, jnp.asarray([1])).batch_size == 1

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.variants import BASE
+from helpers.variants import BASE, make_model, run, run_on, some_tokens
 
 from stellarbyte_jax.config import CacheConfig
 from stellarbyte_jax.model.state.cache import make_cache
@@ -63,3 +63,19 @@ def test_padding_gives_no_scores():
     held = np.asarray(pruned.positions_RBSK[0, 0, :, 0]), np.asarray(pruned.scores_RBSK[0, 0, :, 0])
     scores = dict(zip(*(x.tolist() for x in held), strict=True))
     assert (scores[0], scores[1]) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_room_for_the_window_is_all_that_a_windowed_layer_needs(sinks):
+    """Keys that no later token can see leave first, whatever attention they got: nothing that is seen is missing."""
+    changes = {"sliding_window": 6, "sink_tokens": sinks, "num_hidden_layers": 2}
+    changes["cache"] = CacheConfig(heavy_hitters=4 + sinks, recent=2)
+    model, params = make_model(dataclasses.replace(BASE, **changes))
+    tokens = some_tokens(2, 30)
+    expected, found = run(model, params, tokens), []
+    cache = make_cache(model.config, 2, 40)
+    for first, end in ((0, 9), (9, 14), *((t, t + 1) for t in range(14, 30))):
+        step, state = run_on(model, params, tokens[:, first:end], cache=cache)
+        cache = state.cache
+        found.append(step)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, atol=3e-5)

@@ -32,7 +32,9 @@ ROWS = {
     "window, always visible, packed, grouped": {"window": 5, "visible": True, "packed": True, "K": 2},
     "queries for the last keys": {"T": 6, "K": 2},
     "window, queries for the last keys": {"T": 6, "window": 5},
-    "memory slots, some empty": {"T": 12, "packed": True, "window": 9, "K": 2},
+    "memory slots, some empty": {"T": 12, "window": 9, "K": 2, "invalid": slice(0, 3)},
+    "memory slots, packed": {"T": 12, "packed": True, "window": 9, "K": 2, "invalid": slice(0, 3)},
+    "memory slots, every second one": {"T": 12, "window": 9, "visible": True, "invalid": slice(0, 8, 2)},
 }
 # ... or keys lie in slots in any order, some of them empty.
 SLOTS = {
@@ -42,13 +44,14 @@ SLOTS = {
     "slots, window": {"T": 3, "window": 5, "K": 2},
     "slots, window, always visible": {"T": 3, "window": 5, "visible": True},
     "slots, segments": {"T": 3, "packed": True},
+    "slots, some of them invalid": {"T": 3, "invalid": slice(2, 20, 3)},
     "slots that differ by head": {"T": 3, "K": 2, "by_head": True, "window": 9, "visible": True},
 }
 CASES = {**{name: (True, case) for name, case in ROWS.items()}, **{name: (False, case) for name, case in SLOTS.items()}}
 REFUSED = {
-    ("xla", "slots that differ by head"): "places differ from head to head",
+    ("xla", "slots that differ by head"): "indices differ from head to head",
     **{("cudnn", name): "not in the order of the row" for name in SLOTS},
-    **{("cudnn", name): "a window does not hide" for name in ROWS if "always visible" in name},
+    **{("cudnn", name): "a window does not hide" for name in ROWS if "visible" in ROWS[name]},
     **{("cudnn", name): "even number" for name in ROWS if "odd length" in name},
 }
 
@@ -65,7 +68,19 @@ def documents(B, S):
 
 
 def inputs(
-    aligned, S=20, T=None, N=4, K=4, H=8, B=2, window=None, packed=False, visible=False, by_head=False, dtype="float32"
+    aligned,
+    S=20,
+    T=None,
+    N=4,
+    K=4,
+    H=8,
+    B=2,
+    window=None,
+    packed=False,
+    visible=False,
+    by_head=False,
+    invalid=None,
+    dtype="float32",
 ):
     """Arrays with a mask, and a cotangent of the result."""
     T, random = T or S, np.random.default_rng(S + K)
@@ -88,7 +103,11 @@ def inputs(
     if visible and packed:
         first = np.argmax(ids_BS[:, :, None] == ids_BS[:, None, :], axis=2)
         always = (rows_1S - first < 3)[..., None]
-    fields = [None if x is None else jnp.asarray(x) for x in (q_positions, k_positions, q_ids, ids_BS, always)]
+    valid = None
+    if invalid is not None:
+        valid = np.ones((B, S), bool)
+        valid[:, invalid] = False
+    fields = [None if x is None else jnp.asarray(x) for x in (q_positions, k_positions, q_ids, ids_BS, valid, always)]
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     return q, k, v, g, Mask(*fields, window=window, max_segments=6 if packed else None, aligned=aligned)
 

@@ -27,7 +27,8 @@ def packed(max_segments, T=None, S=128):
     q, k, v = (jax.random.normal(key, (2, n, 4, 64), jnp.bfloat16) for key, n in zip(keys, (T, S, S), strict=True))
     rows = jnp.arange(S, dtype=jnp.int32)[None]
     ids = jnp.asarray(ids)
-    return q, k, v, Mask(rows[:, S - T :], rows[..., None], ids[:, S - T :], ids, None, 40, max_segments, aligned=True)
+    documents = {"q_segments_BT": ids[:, S - T :], "k_segments_BS": ids, "max_segments": max_segments}
+    return q, k, v, Mask(rows[:, S - T :], rows[..., None], window=40, aligned=True, **documents)
 
 
 @pytest.mark.gpu

@@ -106,3 +106,17 @@ def test_another_kernel_is_another_entry_which_refuses_loudly_or_steps_aside(mon
         np.testing.assert_allclose(found.out_BTNH, 1)
     assert [m for m in caplog.messages if "small refused: a window" in m] == caplog.messages
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("attention: using xla (small refused: a window")
+
+
+def test_on_a_cpu_auto_reads_a_cache_by_the_reference(monkeypatch, caplog):
+    """Which is faster there; a whole row, a GPU and a kernel chosen by name are another matter."""
+    monkeypatch.setattr(dispatch, "_logged", set())
+    caplog.set_level(logging.INFO)
+    attention(*arrays(), SLOTS)
+    attention(*arrays(), MASK)
+    attention(*arrays(), SLOTS, implementation="xla", required=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention(*arrays(), SLOTS)
+    used = [(m.split(":")[0], m.split("using ")[1].split()[0]) for m in caplog.messages]
+    cached, whole = "attention over a cache", "attention"
+    assert used == [(cached, "reference"), (whole, "xla"), (cached, "xla"), (cached, "xla")]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from stellarbyte_jax.ops.rotary.angles import apply_rotary, rotary_angles, rotary_frequencies, scale_pairs
-from stellarbyte_jax.ops.rotary.xpos import longest_xpos_row, xpos_factors, xpos_rates
+from stellarbyte_jax.ops.rotary.scaling import Scaling
+from stellarbyte_jax.ops.rotary.xpos import XPos, longest_xpos_row, xpos_factors, xpos_rates
 
 
 def rotated_scores(pairing, scale_base=None, T=12, H=8, origin=5, dtype=jnp.float32):
@@ -74,3 +75,27 @@ def test_the_longest_row_of_xpos_is_where_factors_begin_to_be_clipped():
     exponents = np.asarray(jnp.log(xpos_factors(ends, rates, scale_base=512.0)))
     np.testing.assert_allclose(exponents[0, :, 0], [80, -80], rtol=1e-3)
     assert np.isfinite(np.asarray(xpos_factors(100 * ends, rates, scale_base=512.0))).all()
+
+
+def scheme(learnable):
+    scaling = Scaling(max_positions=64)
+    return XPos(head_size=8, theta=100.0, pairing="half", scaling=scaling, scale_base=2.0, learnable=learnable)
+
+
+@pytest.mark.parametrize(("factor", "effective"), [(1.0, 1.0), (1.5, 1.5), (2.0, 2.0), (3.0, 2.0)])
+def test_learned_rates_are_exact_up_to_twice_the_fastest_and_bounded_there(factor, effective):
+    """In the longest row: a score of a pair is its cosine times exp(-rate distance / base), the fastest pair's too."""
+    learned = scheme(learnable=True)
+    S = learned.longest_row
+    assert S == scheme(learnable=False).longest_row // 2
+    rates = factor * learned.rates
+    fastest = effective * float(learned.rates[0])
+    rows = jnp.arange(S, dtype=jnp.int32)[None]
+    x = jnp.asarray([1.0, 0, 0, 0, 0, 0, 0, 0])[None, None, None].repeat(S, axis=1)  # the fastest pair alone
+    frequencies = learned.frequencies(rows, None, rows >= 0, cached=False)
+    q, k = learned.rotate(frequencies, x, x, rows, rows, rates)
+    scores = np.einsum("BTNH,BSNH->TS", np.asarray(q, np.float64), np.asarray(k, np.float64))
+    distance = np.arange(S)[:, None] - np.arange(S)[None]
+    exact = np.exp(-fastest * distance / 2.0) * np.cos(distance.astype(float))
+    near = (distance >= 0) & (distance < 20)
+    np.testing.assert_allclose(scores[near], exact[near], atol=1e-4)
