@@ -191,6 +191,7 @@ def test_written_files_are_read_by_the_library(tmp_path: Path) -> None:
     [
         (60, ["abcd"]),
         (59, ["abc", "d"]),
+        (36, ["ab", "cd"]),
         (24, ["ab", "c", "d"]),
         (23, ["a", "b", "c", "d"]),  # c is larger than that, and has a file of its own
     ],
