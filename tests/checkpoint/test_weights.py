@@ -93,11 +93,10 @@ def test_a_step_that_is_not_there(run: Path) -> None:
         load_weights(run, 7)
 
 
-def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["params/_METADATA", "config/metadata", "format/metadata"])
+def test_a_broken_checkpoint_is_named(file: str, tmp_path: Path) -> None:
     write(tmp_path, {step: {"params": times(step)} for step in (1, 2)})
-    for file in (tmp_path / "checkpoints" / "2" / "params").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
+    (tmp_path / "checkpoints" / "2" / file).write_bytes(b"{")
     with pytest.raises(CheckpointError, match=r"checkpoints/2 is unreadable: \w+: .*\. Name another step$") as caught:
         load_weights(tmp_path)
     assert "\n" not in str(caught.value)
@@ -105,9 +104,8 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_their_own_settings_are_refused(tmp_path: Path) -> None:
-    larger = dataclasses.replace(CONFIG, hidden_size=64).to_dict()
-    write(tmp_path, {1: {"params": WEIGHTS}}, model=larger)
-    with pytest.raises(CheckpointError, match=r"checkpoints/1 is unreadable"):
+    write(tmp_path, {1: {"params": WEIGHTS}}, model=dataclasses.replace(CONFIG, qk_norm=True).to_dict())
+    with pytest.raises(CheckpointError, match=r"checkpoints/1 is unreadable: \w+: .*\. Name another step$"):
         load_weights(tmp_path)
 
 
