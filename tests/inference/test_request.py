@@ -104,7 +104,7 @@ def test_a_request_holds_what_was_asked_for():
     request = Request.make(
         REMEMBERS,
         [[4, 5, 6], [60]],
-        max_length=20,
+        max_length=50,
         pad_token=60,
         log_probs=True,
         memory=memory,
@@ -119,8 +119,8 @@ def test_a_request_holds_what_was_asked_for():
     assert request.prompt_lengths.tolist() == [3, 1] and request.prompt_lengths.dtype == np.int32
     assert (request.pad_token, request.log_probs, request.memory) == (60, True, memory)
     sizes = request.capacity
-    assert sizes.max_new_tokens_B.tolist() == [17, 19]
-    assert (sizes.prompt_width, sizes.prefill_chunk, sizes.block_sizes) == (4, 2, (4,) * 5)
+    assert sizes.max_new_tokens_B.tolist() == [47, 49]
+    assert (sizes.prompt_width, sizes.prefill_chunk, sizes.block_sizes) == (4, 2, (4,) * 13)
     assert (request.sampler.temperature, request.sampler.top_k) == (0.5, 7)
     assert request.sampler.use_temperature and request.sampler.use_top_k and not request.sampler.use_top_p
     assert sorted(request.sampler.stop_tokens_X[request.sampler.stop_tokens_X >= 0]) == [0, 60]

@@ -27,6 +27,18 @@ def log(tmp_path):
 
 
 @pytest.fixture
+def package():
+    """The package's logger with a level of the program's own, and a module of it that tells details."""
+    package = logging.getLogger("stellarbyte_jax")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    NOTES.setLevel(logging.DEBUG)
+    yield package
+    NOTES.setLevel(logging.NOTSET)
+    package.setLevel(level)
+
+
+@pytest.fixture
 def terminal(monkeypatch):
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
@@ -70,26 +82,25 @@ def test_every_line_of_a_text_has_its_time_and_later_runs_append(log, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_notes_of_the_package_are_shown_as_long_as_it_reports(log, capsys):
-    package = logging.getLogger("stellarbyte_jax")
-    before = package.level, list(package.handlers)
+def test_notes_of_the_package_are_shown_as_long_as_it_reports(log, package, capsys):
+    handlers = list(package.handlers)
     NOTES.info("before")
     with Reporter(log):
         NOTES.info("attention: using %s", "xla")
         NOTES.debug("details")
+        logging.getLogger("stellarbyte_jax.elsewhere").info("resumed")
         logging.getLogger("another.package").info("not ours")
     NOTES.info("after")
-    assert capsys.readouterr().out == "attention: using xla\n"
-    assert logged(log) == ["attention: using xla"]
-    assert (package.level, package.handlers) == before
+    assert capsys.readouterr().out == "attention: using xla\nresumed\n"
+    assert logged(log) == ["attention: using xla", "resumed"]
+    assert (package.level, package.handlers) == (logging.ERROR, handlers)
 
 
-def test_the_log_is_closed_and_the_package_left_alone_also_after_an_error(log):
-    package = logging.getLogger("stellarbyte_jax")
-    before = package.level, list(package.handlers)
+def test_the_log_is_closed_and_the_package_left_alone_also_after_an_error(log, package):
+    handlers = list(package.handlers)
     with pytest.raises(RuntimeError), Reporter(log) as report:
         raise RuntimeError
-    assert (package.level, package.handlers) == before
+    assert (package.level, package.handlers) == (logging.ERROR, handlers)
     with pytest.raises(ValueError, match="closed file"):
         report.log("late")
 
