@@ -144,16 +144,6 @@ def test_a_state_of_another_number_of_rows_is_refused():
         iter(_dataset("more rows than documents")).set_state(state)
 
 
-def test_data_without_a_token_is_an_error_not_an_endless_wait():
-    groups = groups_of(_documents([0, 0, 0])).repeat()
-    iterator = iter(
-        ContiguousDocuments(groups, batch_size=2, sequence_length=8, max_documents=4, pad=PAD, epoch_groups=1)
-    )
-    for _ in range(2):
-        with pytest.raises(DataError, match="no document of the data holds any text"):
-            next(iterator)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))

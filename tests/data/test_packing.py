@@ -5,7 +5,6 @@ import pytest
 from helpers.tiny_documents import groups_of
 
 from stellarbyte_jax.data.packing import PackDocuments
-from stellarbyte_jax.data.sources import DataError
 
 PAD = 9
 
@@ -101,11 +100,3 @@ def test_random_documents_lose_no_token():
     tokens = np.concatenate([b["tokens"][b["segment_ids"] > 0] for b in batches])
     np.testing.assert_array_equal(tokens, np.concatenate(documents))
     assert max(b["segment_ids"].max() for b in batches) == 5
-
-
-def test_data_without_a_token_is_an_error_not_an_endless_wait():
-    groups = groups_of(_documents([0, 0, 0])).repeat()
-    iterator = iter(PackDocuments(groups, batch_size=1, sequence_length=8, max_documents=4, pad=PAD, epoch_groups=1))
-    for _ in range(2):
-        with pytest.raises(DataError, match="no document of the data holds any text"):
-            next(iterator)

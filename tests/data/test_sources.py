@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from helpers.record_files import BAD_LINES, FORMATS, RECORDS, lines_of, write_records
+from helpers.record_files import FORMATS, RECORDS, lines_of, write_records
 
 from stellarbyte_jax.data import sources
 from stellarbyte_jax.data.sources import DataError, open_corpus
@@ -82,29 +82,6 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + lines_of(RECORDS[:2]))
     assert _texts(_open(tmp_path, path)) == [r["text"] for r in RECORDS[:2]]
-
-
-def test_template_fills_in_fields():
-    text = TextFormat(template="Question: {q}\nAnswer: {a} {{{q}}}")
-    assert text.columns == ("q", "a")
-    assert text.render({"q": "1+1?", "a": "2", "more": 3}) == "Question: 1+1?\nAnswer: 2 {1+1?}"
-    assert TextFormat(("b", "a")).render({"a": "x", "b": "y"}) == "y\nx"
-
-
-@pytest.mark.parametrize("template", ["no field", "{0}", "{a.b}", "{", "{}"])
-def test_a_template_that_names_no_field_is_refused(template):
-    with pytest.raises(DataError, match=r"data\.template"):
-        _ = TextFormat(template=template).columns
-
-
-@pytest.mark.parametrize("case", BAD_LINES)
-def test_a_bad_line_is_named_with_its_place(tmp_path, case):
-    line, message = BAD_LINES[case]
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
-    corpus = _open(tmp_path, path)
-    with pytest.raises(DataError, match=message + ".*on_error=skip"):
-        _texts(corpus)
 
 
 BAD_FILES = {

@@ -1,32 +1,18 @@
 """Conversion against transformers: the same numbers, in both directions, and nothing lost."""
 
 import dataclasses
-import json
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+from helpers.hf_models import NEEDS_TORCH, SMALL, assert_same_tree, random_model, tensors
 from helpers.variants import run
-from safetensors import safe_open
 
-from stellarbyte_jax.config import ByteConfig, CacheConfig, RopeScaling
+from stellarbyte_jax.config import RopeScaling
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
-from stellarbyte_jax.hf.families import export_family
-from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.decoder import ByteTransformer
 
-NEEDS_TORCH = "the peer is transformers on torch: pip install -e '.[torch]'"
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 PEERS = {
     "llama": ("llama", {}),
     "llama-tied-wide-heads-gelu": (
@@ -114,29 +100,6 @@ def peer_logits(directory: Path) -> np.ndarray:
 
 def logits(model: ByteTransformer, params: dict[str, Any]) -> np.ndarray:
     return np.asarray(run(model, params, TOKENS_BT))
-
-
-def tensors(directory: Path) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, framework="np") as handle:
-            for name in handle.keys():
-                assert name not in found
-                found[name] = handle.get_tensor(name)
-    return found
-
-
-def assert_same_tree(left: Any, right: Any) -> None:
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
-
-
-def random_model(**settings: Any) -> tuple[ByteTransformer, dict[str, Any]]:
-    model = ByteTransformer(ByteConfig(**(SMALL | {"compute_dtype": "float32"} | settings)))
-    numbers = np.random.default_rng(1)
-    return model, jax.tree.map(
-        lambda leaf: np.float32(0.2) * numbers.standard_normal(leaf.shape, "f4") + np.float32(0.1), param_shapes(model)
-    )
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -253,136 +216,3 @@ def test_interleaved_pairs_come_back_as_halves(tmp_path: Path) -> None:
     assert back.config.rope_pairing == "half"
     assert np.abs(np.asarray(back_params["layers"]["0"]["attn"]["q"] - params["layers"]["0"]["attn"]["q"])).max() > 0.1
     np.testing.assert_allclose(logits(back, back_params), logits(model, params), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_padding_of_the_vocabulary_stays_here(tied: bool, tmp_path: Path) -> None:
-    model, params = random_model(vocab_size_multiple=64, tie_word_embeddings=tied)
-    assert params["embed"]["embedding"].shape == (128, 32)
-    save_pretrained(tmp_path / "hf", model, params)
-    written = tensors(tmp_path / "hf")
-    np.testing.assert_array_equal(written["model.embed_tokens.weight"], params["embed"]["embedding"][:96])
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 96
-    trimmed = params | {"embed": {"embedding": params["embed"]["embedding"][:96]}}
-    padded = params | {"embed": {"embedding": np.pad(trimmed["embed"]["embedding"], ((0, 32), (0, 0)))}}
-    if not tied:
-        np.testing.assert_array_equal(written["lm_head.weight"], params["lm_head"]["kernel"][:, :96].T)
-        trimmed["lm_head"] = {"kernel": params["lm_head"]["kernel"][:, :96]}
-        padded["lm_head"] = {"kernel": np.pad(trimmed["lm_head"]["kernel"], ((0, 0), (0, 32)))}
-    assert_same_tree(from_pretrained(tmp_path / "hf")[1], trimmed)
-    back, back_params = from_pretrained(tmp_path / "hf", vocab_size_multiple=64, compute_dtype="float32")
-    assert back.config.padded_vocab_size == 128
-    assert_same_tree(back_params, padded)
-    np.testing.assert_array_equal(logits(back, back_params), logits(model, params))
-
-
-def test_shards_hold_every_tensor_once_and_stay_small(tmp_path: Path) -> None:
-    model, params = random_model()
-    save_pretrained(tmp_path / "hf", model, params, max_shard_bytes=16_000)
-    files = sorted(p.name for p in (tmp_path / "hf").glob("*.safetensors"))
-    assert len(files) > 3
-    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    assert all((tmp_path / "hf" / f).stat().st_size < 16_000 + 4_000 for f in files)
-    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == tensors(tmp_path / "hf").keys()
-    assert index["metadata"]["total_size"] == 4 * sum(x.size for x in jax.tree.leaves(params))
-    save_pretrained(tmp_path / "one", model, params)
-    assert [p.name for p in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtypes_in_memory_and_on_disk(dtype: str, tmp_path: Path) -> None:
-    model, params = random_model()
-    save_pretrained(tmp_path / "hf", model, params, dtype=dtype)
-    assert {str(t.dtype) for t in tensors(tmp_path / "hf").values()} == {dtype}
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == dtype
-    _, read = from_pretrained(tmp_path / "hf", dtype=dtype)
-    assert_same_tree(read, jax.tree.map(lambda x: x.astype(dtype), params))
-
-
-def test_runtime_settings_are_given_when_reading(tmp_path: Path) -> None:
-    save_pretrained(tmp_path / "hf", *random_model(compute_dtype="float32", remat="full"))
-    config = from_pretrained(tmp_path / "hf", remat="dots", scan_unroll=None)[0].config
-    assert (config.compute_dtype, config.remat, config.scan_unroll) == ("bfloat16", "dots", None)
-    with pytest.raises(ValueError, match=r"scan_unrol.*did you mean scan_unroll"):
-        from_pretrained(tmp_path / "hf", scan_unrol=2)
-
-
-def test_sections_are_given_when_reading(tmp_path: Path) -> None:
-    save_pretrained(tmp_path / "hf", *random_model(rope_scaling={"name": "linear", "factor": 3.0}))
-    as_objects = {"rope_scaling": RopeScaling(name="yarn", factor=2.0), "cache": CacheConfig(dtype="int8")}
-    as_mappings = {"rope_scaling": {"name": "yarn", "factor": 2.0}, "cache": {"dtype": "int8"}}
-    configs = [from_pretrained(tmp_path / "hf", **given)[0].config for given in (as_objects, as_mappings)]
-    assert configs[0] == configs[1]
-    assert (configs[0].rope_scaling.name, configs[0].cache.dtype) == ("yarn", "int8")
-    config = from_pretrained(tmp_path / "hf", memory={"length": 6, "recent_share": 0.5})[0].config
-    assert config.memory.length == 6
-    assert config.rope_scaling == RopeScaling(name="linear", factor=3.0)
-    with pytest.raises(ValueError, match=r"RopeScaling: there is no setting 'kind'"):
-        from_pretrained(tmp_path / "hf", rope_scaling={"kind": "yarn"})
-
-
-def test_both_generations_of_config_json_are_written(tmp_path: Path) -> None:
-    save_pretrained(tmp_path / "hf", *random_model(rope_theta=777.0), dtype="bfloat16")
-    written = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 777.0
-    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
-    assert written["architectures"] == ["LlamaForCausalLM"]
-    assert written["bos_token_id"] is None
-    assert "rope_scaling" not in written
-
-    scaling = RopeScaling(name="llama3", factor=2.0)
-    save_pretrained(tmp_path / "longer", *random_model(rope_theta=777.0, rope_scaling=scaling))
-    written = json.loads((tmp_path / "longer" / "config.json").read_text())
-    table = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    table["original_max_position_embeddings"] = 64  # which is what None means
-    assert written["rope_theta"] == 777.0
-    assert written["rope_scaling"] == table
-    assert written["rope_parameters"] == table | {"rope_theta": 777.0}
-
-
-def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
-
-    source = tmp_path / "tokenizer"
-    source.mkdir()
-    words = {"<b>": 0, "<e>": 1, "<p>": 2, "x": 3}
-    Tokenizer(models.WordLevel(words, unk_token="x")).save(str(source / "tokenizer.json"))
-    names = {"bos_token": "<b>", "eos_token": {"content": "<e>"}, "pad_token": "<p>", "unk_token": None}
-    (source / "tokenizer_config.json").write_text(json.dumps(names))
-    model, params = random_model()
-    save_pretrained(tmp_path / "hf", model, params, tokenizer=source)
-    for file in ("config.json", "generation_config.json"):
-        written = json.loads((tmp_path / "hf" / file).read_text())
-        assert [written[f"{t}_token_id"] for t in ("bos", "eos", "pad")] == [0, 1, 2]
-    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
-    save_pretrained(tmp_path / "several", model, params, tokenizer=source)
-    assert json.loads((tmp_path / "several" / "config.json").read_text())["eos_token_id"] == [1, 3]
-
-
-def test_a_model_is_exported_as_the_simplest_family() -> None:
-    def family(**settings: Any) -> str:
-        return export_family(ByteConfig(**(SMALL | settings))).model_type
-
-    assert family() == "llama"
-    assert family(sliding_window=8) == "mistral"
-    assert family(hidden_size=36, num_attention_heads=8, head_dim=6) == "mistral"
-    assert family(layer_types=("full_attention",) * 3, sliding_window=8) == "llama"
-    assert family(attention_bias=True, attention_output_bias=True) == "llama"
-    assert family(rope_scaling={"name": "yarn", "factor": 2.0}, vocab_size_multiple=64) == "llama"
-
-
-def test_memory_holds_the_weights_once(tmp_path: Path) -> None:
-    model, params = random_model(vocab_size=8192, hidden_size=128, num_hidden_layers=8)
-    total = sum(x.nbytes for x in jax.tree.leaves(params))
-    tracemalloc.start()
-    try:
-        save_pretrained(tmp_path / "hf", model, params)
-        assert tracemalloc.get_traced_memory()[1] < 0.8 * total  # the embedding is two fifths
-        tracemalloc.reset_peak()
-        from_pretrained(tmp_path / "hf")
-        assert tracemalloc.get_traced_memory()[1] < 1.5 * total
-    finally:
-        tracemalloc.stop()

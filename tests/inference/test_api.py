@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.full_pass import full_pass
@@ -169,13 +168,11 @@ def test_a_stream_that_returns_true_ends_generation(base):
     assert result.tokens.shape == (3, 20)
 
 
-def test_prompts_as_lists_arrays_and_one_row(base):
+def test_prompts_and_weights_may_be_arrays_of_numpy(base):
     model, params = base
     expected = generate(model, params, [[4, 5, 6]], max_new_tokens=6).sequences
-    for tokens in ([4, 5, 6], np.asarray([4, 5, 6]), np.asarray([[4, 5, 6]], np.int64), jnp.asarray([[4, 5, 6]])):
-        assert generate(model, params, tokens, max_new_tokens=6).sequences == expected
     numpy_params = jax.tree.map(np.asarray, params)
-    assert generate(model, numpy_params, [4, 5, 6], max_new_tokens=6).sequences == expected
+    assert generate(model, numpy_params, np.asarray([4, 5, 6]), max_new_tokens=6).sequences == expected
 
 
 def test_the_whole_cache_can_be_filled(base):
@@ -183,24 +180,6 @@ def test_the_whole_cache_can_be_filled(base):
     new = generate(model, params, [8, 3], max_length=64).sequences[0]
     assert len(new) == 62
     assert new == full_logits(model, params, [8, 3, *new])[1:-1].argmax(axis=1).tolist()
-
-
-def test_casting_weights_changes_no_logit():
-    model, params = make(
-        compute_dtype="bfloat16",
-        attention_implementation="reference",
-        attention_bias=True,
-        qk_norm=True,
-        layer_scale_init=0.3,
-        position_embedding="xpos",
-        xpos_learnable=True,
-        xpos_scale_base=4.0,
-    )
-    cast = programs.cast_for_inference(model, params)
-    assert cast["layers"]["0"]["attn"]["q"].dtype == jnp.bfloat16
-    assert cast["final_norm"]["scale"].dtype == cast["layers"]["0"]["attn"]["q_norm"]["scale"].dtype == jnp.float32
-    tokens = jnp.asarray([[1, 2, 3, 4]], jnp.int32)
-    np.testing.assert_array_equal(*(full_pass(model, p, tokens) for p in (params, cast)))
 
 
 def test_compiled_programs_are_bounded_and_warming_up_makes_them():
@@ -217,54 +196,6 @@ def test_compiled_programs_are_bounded_and_warming_up_makes_them():
             generate(model, params, [list(range(length))], stop_tokens=[length], **settings)
     assert programs.prefill._cache_size() == 1
     assert programs.decode_block._cache_size() == 2
-
-
-PROGRAMS = (programs.prefill, programs.prefill_more, programs.decode_block)
-
-
-def programs_of(model, params, *, lengths, new, **settings):
-    """How many programs of each kind these prompts of two rows compile."""
-    for program in PROGRAMS:
-        program.clear_cache()
-    for length in lengths:
-        for steps in new:
-            prompts = [[1] * length, [2] * max(1, length - 5)]
-            generate(model, params, prompts, max_new_tokens=steps, **settings)
-    return tuple(program._cache_size() for program in PROGRAMS)
-
-
-def test_programs_of_all_lengths_are_bounded():
-    """One prefill for each pair of buckets, which are 32, 40, 48, 56 and 64 here, two decodings for each cache."""
-    model, params = make(hidden_size=8, num_hidden_layers=1)
-    short = dict(stream=lambda new: None)  # one kind of blocks
-
-    def up(length):
-        return next(size for size in (32, 40, 48, 56, 64) if size >= length)
-
-    assert programs_of(model, params, lengths=(1, 7, 20, 30), new=(1, 2), **short) == (1, 0, 1)
-    lengths, new = (29, 31, 33, 34, 38, 40, 45), (1, 3, 10, 19)
-    pairs = {(up(length), up(length + steps)) for length in lengths for steps in new}
-    assert len(pairs) == 11, "28 calls"
-    assert programs_of(model, params, lengths=lengths, new=new, **short) == (11, 0, 5)
-    assert programs_of(model, params, lengths=(3, 9, 17), new=(4, 5, 13, 14), **short) == (1, 0, 1)
-    assert programs_of(model, params, lengths=(3, 10), new=(4, 9, 33, 36, 38, 52)) == (5, 0, 9)
-
-
-def test_programs_of_prompts_in_parts_do_not_depend_on_their_length():
-    model, params = make(hidden_size=8, num_hidden_layers=1)
-    settings = dict(stream=lambda new: None, prefill_chunk=8)
-    assert programs_of(model, params, lengths=(3, 9, 17, 22, 28), new=(1, 4), **settings) == (1, 1, 1)
-    assert programs_of(model, params, lengths=(5, 12, 33, 39), new=(1,), **settings) == (2, 2, 2)
-
-
-def test_programs_of_a_window_do_not_depend_on_the_text():
-    """The cache is as long as the window; prompts of any length have their buckets, or parts."""
-    model, params = make(hidden_size=8, num_hidden_layers=1, sliding_window=6, sink_tokens=2)
-    settings = dict(stream=lambda new: None)
-    assert programs_of(model, params, lengths=(1, 3, 11, 31), new=(1, 9, 99), **settings) == (1, 0, 1)
-    assert programs_of(model, params, lengths=(9, 33, 39, 80, 90), new=(1, 9), **settings) == (4, 0, 1)
-    in_parts = programs_of(model, params, lengths=(9, 33, 39, 80, 130), new=(1, 9), prefill_chunk=8, **settings)
-    assert in_parts == (1, 1, 1)
 
 
 def test_buckets_are_few_and_close():
@@ -284,14 +215,7 @@ def test_prompts_in_parts_are_padded_to_whole_parts():
 @pytest.mark.parametrize(
     ("tokens", "settings", "message"),
     [
-        ([], {}, "holds no prompt"),
-        ([[1], []], {}, "row 1: the prompt is empty.*bos"),
-        (np.zeros((2, 0), np.int32), {}, "row 0: the prompt is empty"),
         ([[1, 61]], {}, "row 0: token id 61 is not in the model's vocabulary of 61"),
-        ([[1, -2]], {}, "token id -2"),
-        ([[1.5, 2.0]], {}, "row 0: a prompt must be a list of token ids"),
-        ("text", {}, "must be a list of token ids"),
-        (np.zeros((1, 2, 3), np.int32), {}, r"got shape \(1, 2, 3\)"),
         ([[1], [1] * 64], {}, "row 1: the prompt of 64 tokens is longer than the cache: the model has 64 positions"),
         ([[1] * 60], {"max_new_tokens": 5}, "row 0: 60 prompt tokens and 5 new .* 64 positions .* at most 4 new"),
         ([[1] * 9], {"max_new_tokens": None, "max_length": 9}, "prompt of 9 tokens leaves no room below max_length=9"),
@@ -300,10 +224,7 @@ def test_prompts_in_parts_are_padded_to_whole_parts():
         ([[1]], {"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
         ([[1]], {"max_new_tokens": None}, "give either max_new_tokens .* or max_length"),
         ([[1]], {"max_length": 9}, "give either max_new_tokens .* or max_length"),
-        ([[1]], {"stop_tokens": [61]}, "stop_tokens 61 is not in the vocabulary of 61"),
-        ([[1]], {"pad_token": 99}, "pad_token 99 is not in the vocabulary"),
         ([[1]], {"top_k": 3}, "top_k=3 has no effect at temperature 0"),
-        ([[1], [2]], {"seed": [1, 2, 3]}, "seed holds 3 numbers for 2 rows"),
     ],
 )
 def test_bad_requests_have_one_clear_error(base, tokens, settings, message):

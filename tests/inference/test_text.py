@@ -236,18 +236,6 @@ def test_settings_that_make_room(overrides, script, directories, capsys):
     assert script([*command, "--set", *overrides]) == 0
 
 
-def test_scaling_counts_from_the_trained_length(tiny):
-    yarn = ["rope_scaling.name=yarn", "rope_scaling.factor=4"]
-    config = reconfigure(tiny[0], yarn).config
-    assert (config.rope_scaling.original_max_position_embeddings, config.max_position_embeddings) == (64, 256)
-    config = reconfigure(tiny[0], [*yarn, "max_position_embeddings=128"]).config
-    assert (config.rope_scaling.original_max_position_embeddings, config.max_position_embeddings) == (64, 128)
-    config = reconfigure(tiny[0], [*yarn, "rope_scaling.original_max_position_embeddings=32"]).config
-    assert (config.rope_scaling.original_max_position_embeddings, config.max_position_embeddings) == (32, 64)
-    assert reconfigure(ByteTransformer(config), ["rope_scaling.factor=2"]).config.max_position_embeddings == 64
-    assert reconfigure(tiny[0], []) is tiny[0]
-
-
 def test_the_script_tells_log_probabilities_and_takes_lengths_seeds_and_stop_tokens(
     script, directories, tiny, letters, capsys
 ):
@@ -322,10 +310,6 @@ def test_a_conversation_outgrows_the_positions(script, directories, monkeypatch,
         (
             ["--model", "{hf}", "--prompt", "x", "--set", "cache.dtype=int8", "hidden_size=32"],
             r"hidden_size=32 asks for other weights than the model has \(embed/embedding: .*\): leave it out",
-        ),
-        (
-            ["--model", "{run}", "--prompt", "x", "--set", "qk_norm=true"],
-            r"qk_norm=true asks for other weights .*attn/k_norm/scale: nothing becomes \[1, 8\]",
         ),
     ],
 )

@@ -8,7 +8,6 @@ from helpers.runs import ROOT, cli, data_setting, log_of, same_weights
 
 from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import override
-from stellarbyte_jax.train import finish
 from stellarbyte_jax.train.run import Finished, train
 
 
@@ -75,15 +74,6 @@ def test_the_end_of_the_data_ends_the_run(config_file, tmp_path, capsys):
         assert "the data ended after 2 epochs, at step " in capsys.readouterr().out
     steps = set(log_of(tmp_path / "run")[0])
     assert max(steps) < 200 and load_weights(tmp_path / "run", max(steps))
-
-
-def test_samples_begin_as_documents_do(straight, monkeypatch):
-    config, _ = load_weights(straight)
-    asked = []
-    monkeypatch.setattr(finish, "generate_text", lambda *args, **kwargs: asked.append(kwargs["add_bos"]) or ["text"])
-    for add_bos in ("true", "false"):
-        finish.samples(override(config, ["sample_prompts=a", f"data.add_bos={add_bos}"]), None, {}, print)
-    assert asked == [True, False]
 
 
 def test_signals_are_given_back(config_file, capsys):

@@ -1,0 +1,126 @@
+"""A model as it is used, from each kind of directory: its weights, its tokenizer, how its texts begin and end."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.hf_models import assert_same_tree, random_model, save_words
+
+from stellarbyte_jax.checkpoint.bundle import TOKENIZER, load_bundle
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
+from stellarbyte_jax.checkpoint.weights import save_initial
+from stellarbyte_jax.config import CheckpointConfig, DataConfig, TrainConfig
+from stellarbyte_jax.hf.directory import save_pretrained
+
+MODEL, WEIGHTS = random_model(num_hidden_layers=1)
+WORDS = ["x", "<b>", "<e>", "y"]
+NAMES = {"bos_token": "<b>", "eos_token": "<e>"}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as ``hf`` and as ``run``, both with the tokenizer ``words``."""
+    base = tmp_path_factory.mktemp("bundles")
+    save_words(base / "words", WORDS, **NAMES)
+    save_pretrained(base / "hf", MODEL, WEIGHTS, tokenizer=base / "words")
+    save_initial(base / "run", MODEL.config, WEIGHTS, str(base / "words"))
+    return base
+
+
+@pytest.fixture
+def copies(directories: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    return shutil.copytree(directories, tmp_path / "copies")
+
+
+@pytest.mark.parametrize("kind", ["hf", "run", "run/checkpoints/0"])
+def test_each_kind_of_directory_gives_the_same_model(kind: str, directories: Path) -> None:
+    bundle = load_bundle(str(directories / kind))
+    assert_same_tree(bundle.params, WEIGHTS)
+    assert (bundle.model.config.vocab_size, bundle.model.config.hidden_size) == (96, 32)
+    assert bundle.tokenizer.encode("y") == [3]
+    assert (bundle.tokenizer.bos_id, bundle.tokenizer.eos_id, bundle.stop_ids) == (1, 2, [2])
+
+
+def test_a_step_is_the_named_one_or_that_of_the_path(tmp_path: Path) -> None:
+    words = save_words(tmp_path / "words", WORDS, **NAMES)
+    config = TrainConfig(
+        output_dir="run",
+        steps=200,
+        model=MODEL.config,
+        data=DataConfig(sequence_length=16, tokenizer=str(words), add_bos=False),
+    )
+    checkpointer = Checkpointer(tmp_path / "run", CheckpointConfig(keep_latest=9))
+    for step in (3, 20):
+        arrays = {"params": WEIGHTS | {"final_norm": {"scale": WEIGHTS["final_norm"]["scale"] * 0 + step}}}
+        checkpointer.save(step, arrays, {"config": config.to_dict()}, frozen=[])
+    checkpointer.close()
+
+    def found(path: Path, step: int | None = None) -> float:
+        bundle = load_bundle(path, step)
+        assert not bundle.add_bos
+        return float(bundle.params["final_norm"]["scale"][0])
+
+    run = tmp_path / "run"
+    assert (found(run), found(run, 3), found(run / "checkpoints" / "3")) == (20, 3, 3)
+    assert found(run / "checkpoints" / "3", 20) == 20
+    with pytest.raises(CheckpointError, match=r"run has no checkpoint of step 7; there are 3, 20$"):
+        load_bundle(run / "checkpoints" / "7")
+
+
+def test_the_runs_own_tokenizer_goes_before_that_of_its_settings(copies: Path) -> None:
+    save_words(copies / "run" / TOKENIZER, ["x", "<e>"], eos_token="<e>")
+    bundle = load_bundle(copies / "run")
+    assert bundle.tokenizer.path == str(copies / "run" / "tokenizer")
+    assert (bundle.tokenizer.vocab_size, bundle.tokenizer.bos_id, bundle.stop_ids) == (2, None, [1])
+
+
+@pytest.mark.parametrize("kind", ["hf", "run"])
+def test_every_end_of_a_text_is_known(kind: str, copies: Path) -> None:
+    directory = copies / ("hf" if kind == "hf" else "words")
+    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 2]}')
+    if kind == "run":
+        shutil.copytree(copies / "words", copies / "run" / TOKENIZER)
+    assert load_bundle(copies / kind).stop_ids == [2, 3]
+
+
+def test_whether_texts_begin_with_bos(copies: Path) -> None:
+    assert load_bundle(copies / "run").add_bos  # the default of training
+    assert not load_bundle(copies / "hf").add_bos
+    save_words(copies / "hf", WORDS, **NAMES, add_bos_token=True)
+    assert load_bundle(copies / "hf").add_bos
+
+
+def test_a_step_of_a_converted_model(directories: Path) -> None:
+    message = rf"^a step belongs to a run directory; {directories / 'hf'} is a Hugging Face directory$"
+    with pytest.raises(ValueError, match=message):
+        load_bundle(directories / "hf", 0)
+
+
+def test_directories_of_neither_kind(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        message = (
+            rf"^{path} is neither a Hugging Face directory \(config\.json\) nor a run directory \(checkpoints/\): "
+            "give the output_dir of a run, or a converted model$"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_bundle(path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["hf", "run"])
+def test_a_model_without_its_tokenizer(kind: str, copies: Path) -> None:
+    (copies / "hf" / "tokenizer.json").unlink()
+    (copies / "run" / TOKENIZER).mkdir()
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
+        load_bundle(copies / kind)
+
+
+@pytest.mark.parametrize("kind", ["hf", "run"])
+def test_a_tokenizer_larger_than_the_model(kind: str, copies: Path) -> None:
+    for directory in (copies / "hf", copies / "run" / TOKENIZER):
+        save_words(directory, [f"w{i}" for i in range(97)])
+    with pytest.raises(ValueError, match=r"has 97 tokens, model\.vocab_size is 96: set model\.vocab_size to at least"):
+        load_bundle(copies / kind)

@@ -1,0 +1,188 @@
+"""Which settings a run may change when it goes on: each one that must not is named, all others pass."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stellarbyte_jax.checkpoint.compatibility import check_resumable
+from stellarbyte_jax.checkpoint.store import CheckpointError
+from stellarbyte_jax.config import TrainConfig
+
+PATH = Path("run/checkpoints/7")
+BASE: dict[str, Any] = {
+    "output_dir": "run",
+    "steps": 20,
+    "global_batch_size": 4,
+    "model": {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "data": {"train": ["a.jsonl"], "sequence_length": 32},
+    "schedule": {"warmup_steps": 2},
+}
+
+
+def settings(**changes: Any) -> TrainConfig:
+    """The base with changes of whole settings, or of a section's."""
+    values = dict(BASE)
+    for name, value in changes.items():
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+    return TrainConfig.from_dict(values)
+
+
+def check(before: TrainConfig | dict[str, Any], now: TrainConfig, initial: bool = False) -> list[str]:
+    """Compares with what the JSON item of a checkpoint holds; returns what was said."""
+    stored = before if isinstance(before, dict) else json.loads(before.to_json())
+    said: list[str] = []
+    check_resumable(stored, now, PATH, initial, said.append)
+    return said
+
+
+def refusal(before: TrainConfig, now: TrainConfig, initial: bool = False) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        check(before, now, initial)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_the_same_settings_go_on(initial: bool) -> None:
+    assert check(settings(), settings(), initial) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 40, "output_dir": "elsewhere", "sample_prompts": ["x"], "gradient_accumulation_steps": 2},
+        {"schedule": {"name": "linear"}, "optimizer": {"learning_rate": 1e-5, "gradient_clip_norm": 2.0}},
+        {"data": {"workers": 3, "prefetch": 5, "cache_dir": "x", "validation": ["b.jsonl"], "epochs": 3}},
+        {"evaluation": {"interval": 7}, "checkpoint": {"interval": 7}, "loss": {"z_loss": 1e-4}},
+        {"model": {"compute_dtype": "float32", "attention_implementation": "xla", "remat": "full", "scan_unroll": 2}},
+        {"model": {"hidden_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.1}},
+        {"model": {"initialization": "normal", "initializer_range": 0.1, "cache": {"dtype": "int8"}}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("initial", [False, True])
+def test_what_neither_weights_nor_order_depend_on_may_change(changes: dict[str, Any], initial: bool) -> None:
+    assert check(settings(), settings(**changes), initial) == []
+    assert check(settings(**changes), settings(), initial) == []
+
+
+def test_sizes_may_be_spelt_out_or_derived() -> None:
+    spelt = {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "layer_types": ["full_attention"] * 2,
+    }
+    assert check(settings(), settings(model=spelt)) == []
+    assert check(settings(model=spelt), settings()) == []
+
+
+def test_settings_that_are_newer_than_the_checkpoint_have_their_defaults() -> None:
+    stored = json.loads(settings().to_json())
+    for name in ("qk_norm", "memory", "rope_scaling"):
+        del stored["model"][name]
+    for name in ("arrangement", "on_error"):
+        del stored["data"][name]
+    del stored["ema_decay"], stored["optimizer"]["gradient_clip_norm"]
+    assert check(stored, settings()) == []
+    with pytest.raises(CheckpointError, match=r"model\.qk_norm is False there and True here"):
+        check(stored, settings(model={"qk_norm": True}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"vocab_size": 41}, "model.vocab_size is 40 there and 41 here"),
+        ({"vocab_size_multiple": 64}, "model.vocab_size_multiple is 1 there and 64 here"),
+        ({"num_key_value_heads": 1}, "model.num_key_value_heads is 2 there and 1 here"),
+        ({"head_dim": 4}, "model.head_dim is 8 there and 4 here"),
+        ({"intermediate_size": 65}, "model.intermediate_size is 64 there and 65 here"),
+        ({"tie_word_embeddings": True}, "model.tie_word_embeddings is False there and True here"),
+        ({"rms_norm_eps": 1e-6}, "model.rms_norm_eps is 1e-05 there and 1e-06 here"),
+        ({"hidden_act": "gelu"}, "model.hidden_act is 'silu' there and 'gelu' here"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("initial", [False, True])
+def test_another_network_is_refused(changes: dict[str, Any], difference: str, initial: bool) -> None:
+    assert refusal(settings(), settings(model=changes), initial) == (
+        f"{PATH} holds another model: {difference}. Use the same settings, or another output_dir"
+    )
+
+
+def test_all_that_differs_is_named() -> None:
+    message = refusal(settings(model={"qk_norm": True}), settings(model={"vocab_size": 41}))
+    assert "model.vocab_size is 40 there and 41 here" in message
+    assert "model.qk_norm is True there and False here" in message
+
+
+def test_memory_is_part_of_the_network_but_its_policy_is_not() -> None:
+    def remembering(**memory: Any) -> TrainConfig:
+        return settings(model={"memory": {"length": 4, **memory}}, data={"arrangement": "contiguous"})
+
+    assert check(remembering(), remembering(batch_policy="repeat")) == []
+    assert "model.memory is {'length': 4, " in refusal(remembering(), remembering(length=6))
+    assert "recent_share" in refusal(remembering(), remembering(recent_share=0.5))
+
+
+POSITIONS: list[tuple[dict[str, Any], str]] = [
+    ({"max_position_embeddings": 4096}, "model.max_position_embeddings is 2048 there and 4096 here"),
+    ({"rope_theta": 500.0}, "model.rope_theta is 10000.0 there and 500.0 here"),
+    ({"rope_scaling": {"name": "linear", "factor": 2.0}}, "model.rope_scaling is "),
+    ({"sliding_window": 8}, "model.sliding_window is None there and 8 here"),
+    ({"sliding_window": 8}, "model.layer_types is (None, None) there and (8, 8) here"),
+    ({"sliding_window": 8, "sink_tokens": 1}, "model.sink_tokens is 0 there and 1 here"),
+]
+
+
+@pytest.mark.parametrize(("changes", "difference"), POSITIONS, ids=str)
+def test_positions_may_change_before_any_training_alone(changes: dict[str, Any], difference: str) -> None:
+    now = settings(model=changes)
+    assert difference in refusal(settings(), now)
+    said = check(settings(), now, initial=True)
+    assert all(text.startswith(f"the weights in {PATH} get other positions: model.") for text in said)
+    assert any(difference in text for text in said)
+
+
+def test_other_positions_do_not_hide_another_network() -> None:
+    message = refusal(settings(), settings(model={"rope_theta": 5.0, "qk_norm": True}), initial=True)
+    assert "qk_norm" in message and "rope_theta" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"data": {"train": ["b.jsonl"]}}, "data.train was ['a.jsonl'] and is ['b.jsonl']"),
+        ({"data": {"tokenizer": "other"}}, "data.tokenizer was 'tokenizer' and is 'other'"),
+        ({"data": {"fields": ["title", "text"]}}, "data.fields was ['text'] and is ['title', 'text']"),
+        ({"data": {"template": "{text}!"}}, "data.template was None and is '{text}!'"),
+        ({"data": {"sequence_length": 16}}, "data.sequence_length was 32 and is 16"),
+        ({"data": {"arrangement": "contiguous"}}, "data.arrangement was 'packed' and is 'contiguous'"),
+        ({"data": {"add_bos": False}}, "data.add_bos was True and is False"),
+        ({"data": {"add_eos": False}}, "data.add_eos was True and is False"),
+        ({"data": {"max_documents_per_sequence": 3}}, "data.max_documents_per_sequence was 16 and is 3"),
+        ({"data": {"shuffle": False}}, "data.shuffle was True and is False"),
+        ({"data": {"on_error": "skip"}}, "data.on_error was 'raise' and is 'skip'"),
+        ({"seed": 4}, "seed was 0 and is 4"),
+        ({"global_batch_size": 8}, "global_batch_size was 4 and is 8"),
+        ({"optimizer": {"name": "lion"}}, "optimizer.name was 'adamw' and is 'lion'"),
+        ({"optimizer": {"gradient_clip_norm": None}}, "optimizer.gradient_clip_norm was 1.0 and is None"),
+        ({"ema_decay": 0.9}, "ema_decay was None and is 0.9"),
+        ({"seed": 4, "data": {"shuffle": False}}, "data.shuffle was True and is False; seed was 0 and is 4"),
+    ],
+    ids=str,
+)
+def test_another_order_or_optimizer_is_refused_after_training(changes: dict[str, Any], difference: str) -> None:
+    now = settings(**changes)
+    assert refusal(settings(), now) == (
+        f"{PATH} cannot be continued with these settings: {difference}. Use the same ones, or another output_dir"
+    )
+    assert check(settings(), now, initial=True) == []
+
+
+def test_the_rate_of_an_average_and_of_clipping_may_change() -> None:
+    before = settings(ema_decay=0.9, optimizer={"gradient_clip_norm": 0.5})
+    assert check(before, settings(ema_decay=0.99, optimizer={"gradient_clip_norm": 2.0})) == []
+    message = refusal(before, settings(optimizer={"gradient_clip_norm": None}))
+    assert "gradient_clip_norm was 0.5 and is None" in message and "ema_decay was 0.9 and is None" in message

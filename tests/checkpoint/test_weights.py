@@ -1,0 +1,152 @@
+"""Weights of a run: which checkpoint and which item of it are taken, and runs that begin with foreign weights."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from helpers.hf_models import assert_same_tree, random_model, small_config
+
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
+from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
+from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, TrainConfig
+from stellarbyte_jax.model.trees import merge, partition
+
+CONFIG = small_config(num_hidden_layers=1)
+WEIGHTS = random_model(num_hidden_layers=1)[1]
+
+
+def times(factor: int, tree: Any = WEIGHTS) -> Any:
+    return {name: times(factor, x) if isinstance(x, dict) else x * np.float32(factor) for name, x in tree.items()}
+
+
+def write(run: Path, steps: dict[int, dict[str, Any]], frozen: list[str] | None = None, **config: Any) -> None:
+    """Checkpoints with these items, as training writes them."""
+    settings = TrainConfig(output_dir=str(run), steps=200, model=CONFIG, data=DataConfig(sequence_length=16))
+    checkpointer = Checkpointer(run, CheckpointConfig(keep_latest=9))
+    for step, arrays in steps.items():
+        checkpointer.save(step, arrays, {"config": settings.to_dict() | config}, frozen=frozen or [])
+    checkpointer.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose weights are the step's number times the same ones."""
+    directory = tmp_path_factory.mktemp("weights") / "run"
+    write(directory, {step: {"params": times(step)} for step in (3, 20, 100)})
+    return directory
+
+
+def test_a_run_and_one_of_its_checkpoints_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    assert run_and_step(run) == (run, None)
+    assert run_and_step(run, 3) == (run, 3)
+    assert run_and_step(run / "checkpoints" / "20") == (run, 20)
+    assert run_and_step(run / "checkpoints" / "20", 0) == (run, 0)
+    assert run_and_step(run / "checkpoints") == (run / "checkpoints", None)
+    assert run_and_step(run / "checkpoints" / "20.tmp") == (run / "checkpoints" / "20.tmp", None)
+    (run / "checkpoints" / "7").mkdir(parents=True)
+    monkeypatch.chdir(run / "checkpoints" / "7")
+    assert run_and_step(Path()) == (run, 7)
+
+
+def test_the_newest_checkpoint_or_the_named_one(run: Path) -> None:
+    config, params = load_weights(run)
+    assert config.model == CONFIG and config.data.sequence_length == 16
+    assert_same_tree(params, times(100))  # the newest by number, not by name
+    assert isinstance(params["final_norm"]["scale"], np.ndarray)
+    assert_same_tree(load_weights(str(run), 3)[1], times(3))
+
+
+def test_a_relative_directory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    assert_same_tree(load_weights("run", 20)[1], times(20))
+
+
+def test_the_average_goes_before_the_weights(tmp_path: Path) -> None:
+    write(tmp_path, {4: {"params": times(4), "ema": times(5)}})
+    assert_same_tree(load_weights(tmp_path)[1], times(5))
+
+
+@pytest.mark.parametrize("item", ["params", "ema"])
+def test_frozen_weights_are_put_back(tmp_path: Path, item: str) -> None:
+    trained, frozen = partition(times(2), lambda path: path[0] != "embed")
+    arrays = {"params": times(3, trained), "frozen": frozen, item: trained}
+    write(tmp_path, {4: arrays}, frozen=["embed/embedding"])
+    assert_same_tree(load_weights(tmp_path)[1], merge(trained, frozen))
+
+
+def test_directories_without_checkpoints(tmp_path: Path) -> None:
+    message = rf"^{tmp_path} holds no checkpoint: expected a run directory with checkpoints/STEP inside$"
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(tmp_path)
+    (tmp_path / "checkpoints" / "7.partial").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(tmp_path)
+
+
+def test_a_step_that_is_not_there(run: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"^{run} has no checkpoint of step 7; there are 3, 20, 100$"):
+        load_weights(run, 7)
+
+
+@pytest.mark.parametrize("file", ["params/_METADATA", "config/metadata", "format/metadata"])
+def test_a_broken_checkpoint_is_named(file: str, tmp_path: Path) -> None:
+    write(tmp_path, {step: {"params": times(step)} for step in (1, 2)})
+    (tmp_path / "checkpoints" / "2" / file).write_bytes(b"{")
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is unreadable: \w+: .*\. Name another step$") as caught:
+        load_weights(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert_same_tree(load_weights(tmp_path, 1)[1], times(1))
+
+
+def test_weights_that_do_not_fit_their_own_settings_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, {1: {"params": WEIGHTS}}, model=dataclasses.replace(CONFIG, qk_norm=True).to_dict())
+    with pytest.raises(CheckpointError, match=r"checkpoints/1 is unreadable: \w+: .*\. Name another step$"):
+        load_weights(tmp_path)
+
+
+def test_a_setting_that_this_version_lacks_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {1: {"params": WEIGHTS}}, dreams=True)
+    with pytest.raises(ConfigError, match="there is no setting 'dreams'"):
+        load_weights(tmp_path)
+
+
+def test_foreign_weights_are_step_0_of_a_run(tmp_path: Path) -> None:
+    save_initial(tmp_path / "run", CONFIG, WEIGHTS, "words")
+    directory = tmp_path / "run" / "checkpoints" / "0"
+    assert {p.name for p in directory.iterdir() if p.is_dir()} == {"params", "config", "format"}
+    with ocp.StandardCheckpointer() as reader:
+        assert_same_tree(reader.restore(directory / "params"), WEIGHTS)
+    config, params = load_weights(tmp_path / "run")
+    assert_same_tree(params, WEIGHTS)
+    assert config.model == CONFIG and config.output_dir == str(tmp_path / "run")
+    assert config.data == DataConfig(sequence_length=64, tokenizer="words")
+
+
+@pytest.mark.parametrize(
+    ("settings", "data"),
+    [
+        ({"max_position_embeddings": 2048}, DataConfig(sequence_length=1024)),
+        ({"memory": {"length": 4}}, DataConfig(sequence_length=64, arrangement="contiguous")),
+    ],
+    ids=str,
+)
+def test_the_rows_that_foreign_weights_are_trained_with(
+    settings: dict[str, Any], data: DataConfig, tmp_path: Path
+) -> None:
+    config = ByteConfig(**(CONFIG.to_dict() | settings))
+    save_initial(tmp_path, config, WEIGHTS)
+    stored, _ = load_weights(tmp_path)
+    assert stored.model == config and stored.data == data
+
+
+def test_a_run_that_has_checkpoints_does_not_begin_again(tmp_path: Path) -> None:
+    save_initial(tmp_path, CONFIG, WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path} already has checkpoints \(\[0\]\): choose an empty dir"):
+        save_initial(tmp_path, CONFIG, times(2))
+    assert os.listdir(tmp_path / "checkpoints") == ["0"]
+    assert_same_tree(load_weights(tmp_path)[1], WEIGHTS)

@@ -1,0 +1,216 @@
+"""Rotary settings of both generations of ``config.json``, against the frequencies that transformers makes of them."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.hf_models import NEEDS_TORCH, small_config
+
+from stellarbyte_jax.config import RopeScaling
+from stellarbyte_jax.hf.rope import parse_rope, rope_json
+from stellarbyte_jax.hf.settings import parse_config
+from stellarbyte_jax.model.positions import position_scheme
+from stellarbyte_jax.ops.rotary.scaling import scaled_frequencies
+
+YARN = {"rope_type": "yarn", "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
+
+
+def parse(**values: Any) -> tuple[float, RopeScaling]:
+    return parse_rope(values, 512, "here/config.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "theta"),
+    [
+        ({}, 10000.0),
+        ({"rope_theta": 5.0}, 5.0),
+        ({"rope_theta": None, "rope_scaling": None}, 10000.0),
+        ({"rope_theta": 5.0, "rope_scaling": None}, 5.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, 5.0),
+        ({"rope_parameters": {"rope_theta": 5.0}}, 5.0),
+        ({"rope_theta": 5.0, "rope_scaling": {"rope_type": "default"}}, 5.0),
+        ({"rope_theta": 5.0, "rope_scaling": {"type": "linear", "factor": 2}}, 5.0),
+        ({"rope_theta": 5, "rope_parameters": {"rope_theta": 5.0}}, 5.0),
+    ],
+    ids=str,
+)
+def test_theta_of_both_generations(values: dict[str, Any], theta: float) -> None:
+    assert parse(**values)[0] == theta
+
+
+def test_scalings_of_both_generations() -> None:
+    def scaling(**values: Any) -> RopeScaling:
+        return parse(**values)[1]
+
+    linear = RopeScaling(name="linear", factor=2.0)
+    assert scaling() == scaling(rope_scaling={}) == scaling(rope_scaling={"type": "default"}) == RopeScaling()
+    assert scaling(rope_scaling={"type": "linear", "factor": 2}) == linear
+    assert scaling(rope_scaling={"type": "linear", "rope_type": "linear", "factor": 2.0}) == linear
+    assert scaling(rope_scaling={"type": "linear", "rope_type": None, "factor": 2.0}) == linear
+    assert scaling(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}) == linear
+    both = {"rope_type": "linear", "factor": 2.0}
+    assert scaling(rope_scaling=both, rope_parameters=both | {"rope_theta": 5.0}) == linear
+    assert scaling(rope_scaling={}, rope_parameters=both) == linear
+    assert scaling(rope_parameters=both | {"partial_rotary_factor": 1.0}, partial_rotary_factor=1) == linear
+    assert scaling(rope_scaling={"type": "dynamic", "factor": 2.0}) == RopeScaling(name="dynamic", factor=2.0)
+
+
+def test_without_an_original_length_the_models_own_is_meant() -> None:
+    expected = RopeScaling(name="yarn", factor=2.0, original_max_position_embeddings=512)
+    assert parse(rope_scaling=YARN | {"truncate": True, "mscale": None})[1] == expected
+    stated = YARN | {"original_max_position_embeddings": 64, "attention_factor": 0.5}
+    assert parse(rope_scaling=stated)[1] == (
+        dataclasses.replace(expected, original_max_position_embeddings=64, attention_factor=0.5)
+    )
+    assert parse(rope_scaling=LLAMA3)[1] == dataclasses.replace(
+        expected, name="llama3", low_freq_factor=2.0, high_freq_factor=3.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"rope_scaling": {"type": "longrope"}},
+            r": rope_scaling\.rope_type is 'longrope'; implemented are default, linear, dynamic, yarn, llama3$",
+        ),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r": rope_scaling\.rope_type is \['yarn'\]; implemented are"),
+        ({"rope_scaling": "linear"}, r": rope_scaling must be an object, got 'linear'$"),
+        ({"rope_scaling": {"type": "linear"}}, r": rope_scaling lacks factor, which rope_type 'linear' needs$"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+            r": rope_parameters lacks low_freq_factor, high_freq_factor, which rope_type 'llama3' needs$",
+        ),
+        (
+            {"rope_scaling": {"factor": 2.0}},
+            r": rope_scaling holds factor: not implemented for rope_type 'default'$",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}},
+            r": rope_parameters holds original_max_position_embeddings: not implemented for rope_type 'dynamic'$",
+        ),
+        (
+            {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            r": rope_parameters holds mscale, mscale_all_dim: not implemented for rope_type 'yarn'$",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {}}},
+            r": rope_parameters holds full_attention: not implemented for rope_type 'default'$",
+        ),
+        (
+            {"rope_parameters": YARN | {"truncate": False}},
+            r": rope_parameters\.truncate is False; only true, the default, is implemented$",
+        ),
+        (
+            {"rope_parameters": LLAMA3 | {"truncate": True}},
+            r": rope_parameters holds truncate: not implemented for rope_type 'llama3'$",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 2.0}},
+            r": rope_scaling says rope_type 'yarn' and type 'linear': keep one of them$",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            r": rope_parameters and rope_scaling contradict each other: keep one of them$",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+            r": rope_parameters: .*factor must be at least 1, got 0\.5$",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            r": rope_parameters\.partial_rotary_factor is 0\.5; only whole heads are rotated here, a factor of 1$",
+        ),
+        ({"partial_rotary_factor": 0.25}, r": partial_rotary_factor is 0\.25; only whole heads are rotated"),
+        (
+            {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
+            r": contradicting values \{'rope_theta': 5\.0, 'rope_parameters\.rope_theta': 6\.0\}: keep one of them$",
+        ),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_what_is_not_implemented_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^here/config\\.json{message}"):
+        parse(**values)
+
+
+FILES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "theta of 4": {"rope_theta": 500.0},
+    "theta of 5": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "linear of 4": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 3.0}},
+    "linear of 5": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 3.0}},
+    "yarn": {"rope_scaling": YARN},
+    "yarn of a shorter model": {"rope_scaling": YARN | {"original_max_position_embeddings": 32}},
+    "yarn of another growth": {"rope_scaling": {**YARN, "factor": 3.0, "original_max_position_embeddings": 16}},
+    "yarn, all of it": {
+        "rope_theta": 500.0,
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0.8, "beta_fast": 4.0, "beta_slow": 0.5},
+    },
+    "llama3": {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}},
+    "llama3 of 5": {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}},
+}
+
+
+def their_frequencies(values: dict[str, Any]) -> tuple[np.ndarray, float]:
+    pytest.importorskip("torch", reason=NEEDS_TORCH)
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(LlamaConfig(**values))
+    return rotary.inv_freq.numpy(), rotary.attention_scaling
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_frequencies_equal_transformers(name: str) -> None:
+    values = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64} | FILES[name]
+    config = parse_config({"model_type": "llama"} | values, "here")[1]
+    ours, magnitude = scaled_frequencies(config.head_size, config.rope_theta, position_scheme(config).scaling)
+    theirs, their_magnitude = their_frequencies(values)
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-6, atol=0)
+    assert magnitude == pytest.approx(their_magnitude)
+
+
+WRITTEN: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 3.0},
+    "yarn": {"factor": 3.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 0.5},
+    "llama3": {"factor": 3.0, "original_max_position_embeddings": 16, "low_freq_factor": 0.5, "high_freq_factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_scalings_are_written_for_both_generations(name: str) -> None:
+    written = rope_json(small_config(rope_theta=777.0, rope_scaling=RopeScaling(name=name, **WRITTEN[name])))
+    table = {"rope_type": name} | WRITTEN[name]
+    assert written == {
+        "rope_theta": 777.0,
+        "rope_scaling": table,
+        "rope_parameters": table | {"rope_theta": 777.0},
+    }
+
+
+def test_what_none_means_is_written() -> None:
+    settings = {"rope_scaling": RopeScaling(name="yarn", factor=2.0), "max_position_embeddings": 48}
+    table = rope_json(small_config(**settings))["rope_scaling"]
+    assert table["original_max_position_embeddings"] == 48
+    assert "attention_factor" not in table
+
+
+def test_without_scaling_no_table_of_the_old_generation_is_written() -> None:
+    assert rope_json(small_config()) == {
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+
+
+@pytest.mark.parametrize("name", ["none", *WRITTEN])
+def test_what_is_written_is_read_again(name: str) -> None:
+    scaling = RopeScaling(name=name, **WRITTEN.get(name, {}))
+    written = rope_json(small_config(rope_theta=777.0, rope_scaling=scaling))
+    assert parse(**written) == (777.0, scaling)
+    del written["rope_parameters"]
+    assert parse(**written) == (777.0, scaling)

@@ -1,0 +1,203 @@
+"""``config.json`` read and written: defaults and activations of transformers, and fields that may not be ignored."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.hf_models import NEEDS_TORCH, small_config
+
+from stellarbyte_jax.config import ByteConfig, RopeScaling
+from stellarbyte_jax.hf.families import LLAMA, MISTRAL
+from stellarbyte_jax.hf.settings import config_json, generation_json, parse_config, read_config
+from stellarbyte_jax.model.mlp import ACTIVATIONS
+
+LLAMA_FILE = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96}
+MISTRAL_FILE = LLAMA_FILE | {"model_type": "mistral", "num_key_value_heads": 2}
+
+
+def config(**values: Any) -> ByteConfig:
+    return parse_config(LLAMA_FILE | values, "here")[1]
+
+
+def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_FILE | {"architectures": ["LlamaForCausalLM"]}))
+    family, found = read_config(tmp_path)
+    assert family is LLAMA
+    assert (found.hidden_size, found.num_attention_heads, found.vocab_size) == (32, 4, 96)
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_FILE | {"sliding_window": 9}))
+    family, found = read_config(tmp_path)
+    assert family is MISTRAL
+    assert (found.sliding_window, found.kv_heads) == (9, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are llama, mistral$"),
+        ({"model_type": None}, "model_type is None; supported are llama, mistral$"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            r"architectures is \['LlamaForSequenceClassification'\]; supported is LlamaForCausalLM$",
+        ),
+        (
+            MISTRAL_FILE | {"architectures": ["LlamaForCausalLM"]},
+            r"architectures is \['LlamaForCausalLM'\]; supported is MistralForCausalLM$",
+        ),
+        (
+            {"hidden_act": "relu"},
+            "hidden_act is 'relu'; supported are silu, swish, gelu, gelu_python, gelu_pytorch_tanh, gelu_new$",
+        ),
+        (MISTRAL_FILE | {"attention_bias": True}, "attention_bias is True; only False is implemented$"),
+        (MISTRAL_FILE | {"mlp_bias": True}, "mlp_bias is True; only False is implemented$"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2; only 1 is implemented$"),
+        ({"rope_interleaved": True}, "rope_interleaved is True; only False is implemented$"),
+        ({"attention_bias": None}, "ByteConfig.attention_bias must be bool, got None$"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config: not implemented for llama, nor known to be without effect. If the model computes the "
+            "same without it, remove it from config.json$",
+        ),
+        ({"sliding_window": 4}, "sliding_window: not implemented for llama"),
+        ({"hidden_sise": 4}, r"hidden_sise \(did you mean hidden_size\?\): not implemented for llama"),
+        ({"qqqq": 0, "zzzz": False, "wwww": None}, "qqqq, zzzz: not implemented for llama"),
+        ({"num_attention_heads": 3}, "hidden_size 32 is not divisible by num_attention_heads 3: change one of them"),
+        ({"vocab_size": "many"}, r"ByteConfig.vocab_size must be int \(positive\), got 'many'$"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'$"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_cannot_be_expressed_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_FILE | changes))
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        read_config(tmp_path)
+
+
+def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
+    harmless = {"use_cache": False, "bos_token_id": 1, "eos_token_id": [2, 3], "torch_dtype": "float16", "dtype": "x"}
+    switched_off = {"quantization_config": None, "sliding_window": None, "architectures": None}
+    fixed = {"pretraining_tp": 1, "rope_interleaved": False, "attention_dropout": None}
+    assert config(**harmless, **switched_off, **fixed) == config()
+
+
+def test_biases_of_llama_are_two_settings_here() -> None:
+    def biases(**values: Any) -> tuple[bool, bool, bool]:
+        found = config(**values)
+        return found.attention_bias, found.attention_output_bias, found.mlp_bias
+
+    assert biases() == (False, False, False)
+    assert biases(attention_bias=True) == (True, True, False)
+    assert biases(mlp_bias=True) == (False, False, True)
+
+
+def test_absent_settings_are_the_familys_defaults() -> None:
+    llama = parse_config({"model_type": "llama"}, "here")[1]
+    found = (llama.intermediate_size, llama.rms_norm_eps, llama.kv_heads, llama.sliding_window)
+    assert found == (11008, 1e-6, 32, None)
+    mistral = parse_config({"model_type": "mistral"}, "here")[1]
+    assert (mistral.intermediate_size, mistral.kv_heads, mistral.sliding_window) == (14336, 8, 4096)
+    assert parse_config({"model_type": "mistral", "sliding_window": None}, "here")[1].sliding_window is None
+
+
+def test_the_defaults_are_those_of_transformers() -> None:
+    pytest.importorskip("torch", reason="transformers' model configs are compared where the peer exists")
+    from transformers import LlamaConfig, MistralConfig
+
+    derived = {"num_key_value_heads": None, "head_dim": None}
+    for theirs, stated in ((LlamaConfig(), {}), (LlamaConfig(**derived), derived), (MistralConfig(), {})):
+        spelt = parse_config(theirs.to_dict(), "here")[1]
+        short = parse_config({"model_type": theirs.model_type} | stated, "here")[1]
+        sizes = {"num_key_value_heads": short.kv_heads, "head_dim": spelt.head_dim and short.head_size}
+        assert short.to_dict() | sizes == spelt.to_dict()
+
+
+@pytest.mark.parametrize("name", ["silu", "swish", "gelu", "gelu_python", "gelu_pytorch_tanh", "gelu_new"])
+def test_activations_are_those_of_transformers(name: str) -> None:
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-6, 6, 101, dtype="f4")
+    ours = ACTIVATIONS[config(hidden_act=name).hidden_act](jnp.asarray(x))
+    np.testing.assert_allclose(np.asarray(ours), ACT2FN[name](torch.from_numpy(x)).numpy(), atol=2e-6)
+
+
+def test_what_is_written_names_every_size() -> None:
+    ours = small_config(num_key_value_heads=None, intermediate_size=None, rms_norm_eps=1e-3, tie_word_embeddings=True)
+    assert config_json(LLAMA, ours, "bfloat16", {"bos_token_id": 1, "eos_token_id": [2, 3]}) == {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 64,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-3,
+        "tie_word_embeddings": True,
+        "attention_dropout": 0.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
+        "use_cache": True,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+        "pad_token_id": None,
+    }
+
+
+def test_a_window_is_written_for_mistral_alone() -> None:
+    written = config_json(MISTRAL, small_config(sliding_window=7, vocab_size_multiple=64), "float32", {})
+    assert (written["model_type"], written["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert (written["sliding_window"], written["vocab_size"]) == (7, 96)
+    alike = small_config(sliding_window=7, layer_types=("sliding_attention",) * 3)
+    assert config_json(MISTRAL, alike, "float32", {})["sliding_window"] == 7
+    full = small_config(sliding_window=7, layer_types=("full_attention",) * 3)
+    assert config_json(MISTRAL, full, "float32", {})["sliding_window"] is None
+    assert config_json(MISTRAL, small_config(), "float32", {})["sliding_window"] is None
+    assert "sliding_window" not in config_json(LLAMA, small_config(), "float32", {})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "head_dim": 16},
+        {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "attention_dropout": 0.1},
+        {"rope_theta": 777.0, "rope_scaling": RopeScaling(name="llama3", factor=2.0)},
+        {"sliding_window": 7, "hidden_act": "gelu", "initializer_range": 0.5, "rms_norm_eps": 1e-3},
+    ],
+    ids=str,
+)
+def test_transformers_reads_what_is_written(tmp_path: Path, settings: dict[str, Any]) -> None:
+    import transformers
+
+    ours = small_config(**settings)
+    family = MISTRAL if ours.sliding_window else LLAMA
+    (tmp_path / "config.json").write_text(json.dumps(config_json(family, ours, "float16", {"pad_token_id": 3})))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (theirs.model_type, theirs.architectures) == (family.model_type, [family.architecture])
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    same += ("hidden_act", "rms_norm_eps", "tie_word_embeddings", "attention_dropout", "initializer_range")
+    assert {name: getattr(theirs, name) for name in same} == {name: getattr(ours, name) for name in same}
+    assert (theirs.num_key_value_heads, theirs.head_dim, theirs.intermediate_size) == (2, ours.head_size, 56)
+    assert getattr(theirs, "attention_bias", False) == ours.attention_bias == ours.attention_output_bias
+    assert getattr(theirs, "mlp_bias", False) == ours.mlp_bias
+    assert getattr(theirs, "sliding_window", None) == ours.sliding_window
+    assert theirs.rope_parameters["rope_theta"] == ours.rope_theta
+    assert theirs.rope_parameters["rope_type"] == ("llama3" if "rope_scaling" in settings else "default")
+    assert str(theirs.dtype).removeprefix("torch.") == "float16"
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (None, None, 3)
+
+
+def test_where_generation_begins_and_ends() -> None:
+    ids = {"eos_token_id": [2, 3], "pad_token_id": 0, "unk_token_id": 4}
+    assert generation_json(ids) == {"bos_token_id": None, "eos_token_id": [2, 3], "pad_token_id": 0}

@@ -1,0 +1,215 @@
+"""What a run prints: plain lines in a file and a pipe, a bar and a table on a terminal."""
+
+import io
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+from helpers.training import settings
+
+from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.train import console
+from stellarbyte_jax.train.console import Reporter, format_metrics
+
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+NOTES = logging.getLogger("stellarbyte_jax.ops.somewhere")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "train.log"
+
+
+@pytest.fixture
+def package():
+    """The package's logger with a level of the program's own, and a module of it that tells details."""
+    package = logging.getLogger("stellarbyte_jax")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    NOTES.setLevel(logging.DEBUG)
+    yield package
+    NOTES.setLevel(logging.NOTSET)
+    package.setLevel(level)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "150")
+    shown = Terminal()
+    monkeypatch.setattr(console, "sys", SimpleNamespace(stdout=shown))
+    return shown
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(console, "time", clock)
+    return clock
+
+
+def logged(log):
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert all(re.match(STAMP, line) for line in lines), lines
+    return [re.sub(STAMP, "", line, count=1) for line in lines]
+
+
+def test_a_line_is_printed_and_logged_as_it_is(log, capsys):
+    long = "word " * 60 + "end"
+    texts = ["plain", "[bold]not markup[/bold] :smile:", long, "春 = {'a': 1}"]
+    with Reporter(log) as report:
+        for text in texts:
+            report.line(text)
+        assert logged(log) == texts, "at once"
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts)
+
+
+def test_every_line_of_a_text_has_its_time_and_later_runs_append(log, capsys):
+    with Reporter(log) as report:
+        report.log("one\ntwo")
+    with Reporter(log) as report:
+        report.log("three")
+    assert logged(log) == ["one", "two", "three"]
+    assert capsys.readouterr().out == ""
+
+
+def test_notes_of_the_package_are_shown_as_long_as_it_reports(log, package, capsys):
+    handlers = list(package.handlers)
+    NOTES.info("before")
+    with Reporter(log):
+        NOTES.info("attention: using %s", "xla")
+        NOTES.debug("details")
+        logging.getLogger("stellarbyte_jax.elsewhere").info("resumed")
+        logging.getLogger("another.package").info("not ours")
+    NOTES.info("after")
+    assert capsys.readouterr().out == "attention: using xla\nresumed\n"
+    assert logged(log) == ["attention: using xla", "resumed"]
+    assert (package.level, package.handlers) == (logging.ERROR, handlers)
+
+
+def test_the_log_is_closed_and_the_package_left_alone_also_after_an_error(log, package):
+    handlers = list(package.handlers)
+    with pytest.raises(RuntimeError), Reporter(log) as report:
+        raise RuntimeError
+    assert (package.level, package.handlers) == (logging.ERROR, handlers)
+    with pytest.raises(ValueError, match="closed file"):
+        report.log("late")
+
+
+def test_every_setting_is_printed_a_paragraph_a_section(log, capsys):
+    config = settings(sample_prompts=("a", "春"), data=DataConfig(train=("x.jsonl", "y.jsonl"), sequence_length=16))
+    with Reporter(log) as report:
+        report.config(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert logged(log) == lines
+    sections = ["run", "model", "data", "optimizer", "schedule", "loss", "evaluation", "checkpoint", "logging"]
+    assert [line.partition(": ")[0] for line in lines] == sections
+    run, model, data = lines[:3]
+    assert run.startswith("run: output_dir=unused steps=50 ") and run.endswith(
+        "ema_decay=None sample_prompts=[a,春] export_at_end=False"
+    )
+    assert "vocab_size=67 " in model and "layer_types=None" in model
+    assert data.startswith("data: train=[x.jsonl,y.jsonl] validation=[] tokenizer=tokenizer fields=[text] ")
+    for line, section in zip(lines[1:], sections[1:], strict=True):
+        assert all(f" {name}=" in line for name in config.to_dict()[section])
+
+
+def test_steps_that_are_due_are_lines_where_there_is_no_terminal(log, capsys):
+    with Reporter(log) as report:
+        report.start_bar("training", 20, 0)
+        report.step(1, 20, {"loss": 3.0}, due=False)
+        report.validation(1, 4)
+        report.step(2, 20, {"loss": 2.0, "accuracy": 0.25}, due=True)
+        report.end_bar()
+    assert capsys.readouterr().out == "step 2/20  loss 2.0000  acc 0.250\n"
+    assert logged(log) == ["step 2/20  loss 2.0000  acc 0.250"]
+
+
+def test_a_summary_is_plain_lines_where_there_is_no_terminal(log, capsys):
+    with Reporter(log) as report:
+        report.table("summary", {"steps": "20", "checkpoint": "run/[20]"})
+    lines = ["summary", "  steps: 20", "  checkpoint: run/[20]"]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert logged(log) == lines
+
+
+def test_a_terminal_has_a_bar_and_the_log_none_of_it(log, terminal, clock):
+    with Reporter(log) as report:
+        report.start_bar("training", 20, 7)
+        task = report._progress.tasks[0]
+        assert (task.description, task.total, task.completed) == ("training", 20, 7)
+        clock.now += 1
+        report.step(8, 20, {"loss": 3.0}, due=False)
+        assert (task.completed, task.fields["numbers"]) == (8, "loss 3.0000")
+        clock.now += 0.1
+        report.step(9, 20, {"loss": 2.0}, due=False)
+        assert task.completed == 8, "it is drawn a few times a second"
+        report.validation(1, None)
+        assert task.fields["numbers"] == "loss 3.0000"
+        report.step(10, 20, {"loss": 1.0}, due=True)
+        assert (task.completed, task.fields["numbers"]) == (10, "loss 1.0000")
+        clock.now += 1
+        report.validation(3, 4)
+        assert (task.completed, task.fields["numbers"]) == (10, "validating 3/4")
+        clock.now += 0.1
+        report.validation(4, 4)
+        assert task.fields["numbers"] == "validating 3/4"
+        clock.now += 1
+        report.validation(5, None)
+        assert task.fields["numbers"] == "validating 5"
+        report.line("above the bar")
+    shown = terminal.getvalue()
+    assert "training" in shown and "above the bar\n" in shown and "\x1b" in shown
+    assert "step 10/20" not in shown
+    assert logged(log) == ["step 10/20  loss 1.0000", "above the bar"]
+    assert report._progress is None, "it ends with the report"
+
+
+def test_a_terminal_has_lines_again_when_the_bar_has_ended(log, terminal, clock):
+    with Reporter(log) as report:
+        report.start_bar("training", 20, 0)
+        report.end_bar()
+        report.end_bar()
+        begin = len(terminal.getvalue())
+        report.step(3, 20, {"loss": 2.0}, due=True)
+        assert terminal.getvalue()[begin:] == "step 3/20  loss 2.0000\n"
+
+
+def test_a_terminal_has_a_table_below_the_bar_that_ended(log, terminal):
+    with Reporter(log) as report:
+        report.start_bar("training", 20, 0)
+        report.table("summary", {"steps": "20", "best": "1.5"})
+        assert report._progress is None
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert re.search(r"summary *\n┌─+┬─+┐\n│ steps │ 20  │\n│ best  │ 1.5 │\n└─+┴─+┘\n", shown)
+    assert logged(log) == ["summary", "  steps: 20", "  best: 1.5"]
+
+
+def test_numbers_have_their_form_and_an_order_of_their_own():
+    numbers = {
+        "skipped_lines": 3.0,
+        "mfu": 0.41234,
+        "tokens_per_second": 1234567.8,
+        "learning_rate": 0.000612,
+        "gradient_norm": 1.239,
+        "accuracy": 0.1238,
+        "bits_per_byte": 1.98768,
+        "perplexity": 12.3456,
+        "loss": 2.345678,
+        "peak_memory_gib": 3.0,
+    }
+    assert format_metrics(numbers) == (
+        "loss 2.3457  ppl 12.35  bits/byte 1.9877  acc 0.124  grad 1.24  lr 6.12e-04  tok/s 1,234,568  mfu 41.2%  "
+        "skipped lines 3"
+    )
+    assert format_metrics({"mfu": 1.0, "loss": float("nan")}) == "loss nan  mfu 100.0%"
+    assert format_metrics({}) == format_metrics({"unknown": 1.0}) == ""

@@ -1,0 +1,145 @@
+"""The end of a run: texts that go on from prompts as documents do, and an export in which every number is the run's."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers.tiny_documents import save_byte_tokenizer
+from helpers.training import MODEL, settings
+from safetensors.numpy import load_file
+
+from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
+from stellarbyte_jax.train import finish
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer):
+    """Settings of a run with a vocabulary of bytes and one layer."""
+
+    def make(positions=32, **changes):
+        model = dataclasses.replace(
+            MODEL,
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=8,
+            num_hidden_layers=1,
+            intermediate_size=8,
+            max_position_embeddings=positions,
+        )
+        data = DataConfig(sequence_length=16, tokenizer=tokenizer.path, add_bos=changes.pop("add_bos", True))
+        return settings(output_dir=str(tmp_path / "run"), model=model, data=data, **changes)
+
+    return make
+
+
+def weights(config, seed=0):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: random.normal(size=leaf.shape).astype(np.float32), param_shapes(ByteTransformer(config.model))
+    )
+
+
+def always_saying(config, token):
+    """Weights by which every next token is this one: all others have no logit at all."""
+    params = jax.tree.map(np.zeros_like, weights(config))
+    params["embed"]["embedding"][:] = 1
+    params["final_norm"]["scale"][:] = 1
+    params["lm_head"]["kernel"][:, token] = 10
+    return params
+
+
+def said_by(config, params):
+    said = []
+    finish.samples(config, ByteTransformer(config.model), params, said.append)
+    return said
+
+
+def test_every_prompt_is_continued(run, tokenizer):
+    """As many tokens as half of the positions; the end of a text ends it before."""
+    config = run(sample_prompts=("春", "Hi [b]there"))
+    (letter,) = tokenizer.encode("a")
+    assert said_by(config, always_saying(config, letter)) == [
+        f"sample: 春|{'a' * 16}",
+        f"sample: Hi [b]there|{'a' * 16}",
+    ]
+    assert said_by(config, always_saying(config, tokenizer.eos_id)) == ["sample: 春|", "sample: Hi [b]there|"]
+
+
+def test_without_prompts_nothing_is_read(run):
+    config = dataclasses.replace(run(), data=DataConfig(sequence_length=16, tokenizer="nowhere"))
+    assert said_by(config, {}) == []
+
+
+@pytest.mark.parametrize(("positions", "longest"), [(17, 8), (32, 16), (129, 64), (4096, 64)])
+def test_how_texts_are_sampled(run, monkeypatch, positions, longest):
+    asked = []
+    monkeypatch.setattr(finish, "generate_text", lambda *args, **kwargs: asked.append((args, kwargs)) or ["x", "y"])
+    for add_bos in (True, False):
+        config = run(positions, sample_prompts=("a", "b"), add_bos=add_bos)
+        model, params, said = ByteTransformer(config.model), {"some": "weights"}, []
+        finish.samples(config, model, params, said.append)
+        assert said == ["sample: a|x", "sample: b|y"]
+        (args, kwargs) = asked.pop()
+        assert args[:2] == (model, params) and args[3] == ["a", "b"]
+        assert kwargs == {"max_new_tokens": longest, "temperature": 0.8, "top_k": 40, "add_bos": add_bos}
+
+
+def test_texts_begin_as_documents_do(run, tokenizer):
+    """A model that repeats the first token of a text alone, by the embedding: of bos, or of the prompt."""
+    for add_bos in (True, False):
+        config = run(sample_prompts=("a",), add_bos=add_bos)
+        (a,), (b,), (c,) = map(tokenizer.encode, "abc")
+        params = always_saying(config, 0)
+        params["embed"]["embedding"][:] = 0
+        params["embed"]["embedding"][[a, c], 0] = 1
+        params["embed"]["embedding"][[tokenizer.bos_id, b], 1] = 1
+        params["layers"]["0"]["attn_norm"]["scale"][:] = 1
+        params["layers"]["0"]["attn"]["v"][0, 1, :, 0] = 1
+        params["layers"]["0"]["attn"]["o"][0, :, 0, 2] = 50
+        params["lm_head"]["kernel"][:] = 0
+        params["lm_head"]["kernel"][0, c] = 20
+        params["lm_head"]["kernel"][2, b] = 100
+        assert said_by(config, params) == [f"sample: a|{('b' if add_bos else 'c') * 16}"]
+
+
+def test_an_export_holds_the_weights_and_the_tokenizer(run, tokenizer, tmp_path):
+    config = run(export_at_end=True)
+    model, target = ByteTransformer(config.model), tmp_path / "run" / "hf"
+    for seed in (0, 1):
+        params = weights(config, seed)
+        assert finish.export(config, model, params) == target
+        tensors = load_file(target / "model.safetensors")
+        np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], params["embed"]["embedding"])
+        np.testing.assert_array_equal(tensors["lm_head.weight"], params["lm_head"]["kernel"].T)
+        np.testing.assert_array_equal(
+            tensors["model.layers.0.mlp.down_proj.weight"], params["layers"]["0"]["mlp"]["down"][0].T
+        )
+    written = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    assert (written["vocab_size"], written["eos_token_id"]) == (tokenizer.vocab_size, tokenizer.eos_id)
+    assert load_tokenizer(target).fingerprint == tokenizer.fingerprint
+    assert [path.name for path in target.parent.iterdir()] == ["hf"]
+
+
+def test_without_the_setting_nothing_is_written(run, tmp_path):
+    config = run()
+    assert finish.export(config, ByteTransformer(config.model), {}) is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_no_family_expresses_is_refused_at_the_start(run):
+    config = run(export_at_end=True)
+    finish.check_exportable(config)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, position_embedding="xpos", qk_norm=True)
+    )
+    with pytest.raises(ValueError, match="position_embedding is 'xpos', only 'rope' exists there; qk_norm is true, "):
+        finish.check_exportable(config)
+    finish.check_exportable(dataclasses.replace(config, export_at_end=False))
