@@ -29,10 +29,11 @@ PATTERNS = {
     "memory": {"memory": {"length": 6}},
     "a memory of its own in each layer": {"memory": {"length": (3, 0, 7, 4), "recent_share": 0.5}},
 }
+CUT_SHORT = {"sliding_window": 5, "num_hidden_layers": 5, "layer_types": (SLIDING, FULL, SLIDING, FULL, SLIDING)}
 
 
 def config_of(pattern, **more):
-    return dataclasses.replace(BASE, **PATTERNS[pattern], **more)
+    return dataclasses.replace(BASE, **(CUT_SHORT if pattern == "cut short" else PATTERNS[pattern]), **more)
 
 
 def test_windows_and_memories_do_not_change_the_tree_or_the_initial_weights():
@@ -142,12 +143,10 @@ def test_several_groups_carry_the_memory_of_one(lengths, sizes):
         np.testing.assert_allclose(a.states, b.states, atol=1e-5)
 
 
-CUT_SHORT = (SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING)
-
-
 def test_layers_after_the_last_whole_period_come_after_the_scan():
     """Logits against numpy; gradients and cached decoding against layers that each are a group of their own."""
-    settings = {"sliding_window": 4, "sink_tokens": 1, "layer_types": CUT_SHORT, "num_hidden_layers": 7}
+    types = (SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING)
+    settings = {"sliding_window": 4, "sink_tokens": 1, "layer_types": types, "num_hidden_layers": 7}
     model, params = make_model(dataclasses.replace(BASE, **settings))
     tokens = some_tokens(2, 10)
     program = jax.make_jaxpr(lambda p: forward(model, p, Inputs(tokens)).hidden_BTD)(params).jaxpr
@@ -215,17 +214,19 @@ def stream_of_biases(config, rows, dropout_key):
     return np.asarray(Layers(model.config).apply({"params": layers}, x, ctx, None, None, rngs=rngs)[0])
 
 
-PLACES = [("full", (0,)), ("period 2", (0,)), ("a period that does not divide", (0,)), ("full", (1, 0))]
+PLACES = [(name, (0,)) for name in ("full", "period 2", "a period that does not divide", "cut short")]
+PLACES += [("full", (1, 0))]
 
 
 @pytest.mark.parametrize(("pattern", "sizes"), PLACES)
 @pytest.mark.parametrize("name", ["hidden_dropout", "residual_dropout"])
 def test_each_layer_has_a_dropout_mask_of_its_own(name, pattern, sizes):
+    config = config_of(pattern, **{name: 0.5})
     with grouped(*sizes):
-        stream = stream_of_biases(config_of(pattern, **{name: 0.5}), 8, jax.random.key(0))
+        stream = stream_of_biases(config, 8, jax.random.key(0))
     numbers = np.round(stream / 2).astype(int)  # kept ones are doubled
     np.testing.assert_allclose(stream, 2 * numbers, atol=1e-4)
-    masks = [numbers // 3**layer % 3 for layer in range(BASE.num_hidden_layers)]
+    masks = [numbers // 3**layer % 3 for layer in range(config.num_hidden_layers)]
     for mask in masks:
         assert set(np.unique(mask)) == {0, 1} and 0.35 < mask.mean() < 0.65
     for a in range(len(masks)):
@@ -236,8 +237,9 @@ def test_each_layer_has_a_dropout_mask_of_its_own(name, pattern, sizes):
 @pytest.mark.parametrize(("pattern", "sizes"), PLACES)
 def test_drop_path_leaves_out_whole_rows_more_often_in_deep_layers(pattern, sizes):
     """The share of rows without layer i's branch is rate * i / (L - 1); kept branches are scaled up."""
-    L, rate, rows = BASE.num_hidden_layers, 0.6, 600
+    rate, rows = 0.6, 600
     config = config_of(pattern, drop_path=rate)
+    L = config.num_hidden_layers
     with grouped(*sizes):
         stream = stream_of_biases(config, rows, jax.random.key(1))
     assert np.ptp(stream, axis=(1, 2)).max() == 0

@@ -32,6 +32,7 @@ ROWS = {
     "window, always visible, packed, grouped": {"window": 5, "visible": True, "packed": True, "K": 2},
     "queries for the last keys": {"T": 6, "K": 2},
     "window, queries for the last keys": {"T": 6, "window": 5},
+    "keys that nobody sees": {"invalid": slice(0, 3)},
     "memory slots, some empty": {"T": 12, "window": 9, "K": 2, "invalid": slice(0, 3)},
     "memory slots, packed": {"T": 12, "packed": True, "window": 9, "K": 2, "invalid": slice(0, 3)},
     "memory slots, every second one": {"T": 12, "window": 9, "visible": True, "invalid": slice(0, 8, 2)},
