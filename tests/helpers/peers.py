@@ -2,10 +2,16 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.positions import position_scheme
+
+T = 9
 
 SMALL = {
     "hidden_size": 32,
@@ -78,3 +84,38 @@ def as_ours(layer: Any, config: ByteConfig, *, gradients: bool = False) -> dict[
     found["attn_norm"]["scale"] = array(layer.input_layernorm.weight)
     found["mlp_norm"]["scale"] = array(layer.post_attention_layernorm.weight)
     return found
+
+
+def compare(layer, config, part, theirs, ours):
+    """Results, and the gradients of their product with some cotangent; ``part`` is ours of the layer's weights."""
+    import torch
+
+    random = np.random.default_rng(0)
+    x, g = (random.normal(size=(2, T, config.hidden_size)).astype(np.float32) for _ in range(2))
+    their_x = torch.from_numpy(x).requires_grad_()
+    expected = theirs(their_x)
+    expected.backward(torch.from_numpy(g))
+    params = jax.tree.map(jnp.asarray, part(as_ours(layer, config)))
+    found, pull = jax.vjp(jax.jit(ours), params, jnp.asarray(x))
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-5)
+    slopes, x_slope = pull(jnp.asarray(g))
+    np.testing.assert_allclose(x_slope, their_x.grad.numpy(), atol=1e-5)
+    their_slopes = part(as_ours(layer, config, gradients=True))
+    assert jax.tree.structure(slopes) == jax.tree.structure(their_slopes)
+    for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(their_slopes), strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
+
+
+def context(config):
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+    rope = position_scheme(config).frequencies(positions, None, positions >= 0, cached=False)
+    return LayerContext(jnp.repeat(positions, 2, axis=0), positions, None, rope)
+
+
+def their_arguments(rotary):
+    import torch
+
+    positions = torch.arange(T)[None]
+    mask = torch.full((T, T), -1e30).triu(1)[None, None]
+    return {"position_embeddings": rotary(torch.zeros(1), positions), "attention_mask": mask}

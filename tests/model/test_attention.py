@@ -1,24 +1,22 @@
-"""One attention for whole rows, prefill and cached decoding: each of them gets the kernel that is chosen."""
+"""Attention is that of transformers; whole rows, prefill and cached decoding all get the kernel that is chosen."""
 
 import dataclasses
 import logging
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from helpers.peers import PEERS, compare, context, make_peer, their_arguments
 from helpers.variants import BASE, init, make, make_model, some_tokens
 
 from stellarbyte_jax.config import CacheConfig, LayerSpec
-from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.attention import Attention
 from stellarbyte_jax.model.decoder import ByteTransformer, forward
-from stellarbyte_jax.model.io import Inputs, State
+from stellarbyte_jax.model.io import Inputs, LayerState, State
 from stellarbyte_jax.model.state.cache import make_cache
-from stellarbyte_jax.model.state.memory import LayerMemory
 from stellarbyte_jax.ops import dispatch
 from stellarbyte_jax.ops.attention import api
 from stellarbyte_jax.ops.attention.reference import reference_attention
-from stellarbyte_jax.ops.rotary import Frequencies
 
 MIXED = {"sliding_window": 5, "layer_types": ("sliding_attention", "full_attention") * 2}
 
@@ -99,38 +97,14 @@ def test_over_a_cache_a_named_kernel_may_step_aside_and_that_is_logged_once(monk
         jax.eval_shape(lambda p, t: forward(capped, p, Inputs(t)), params, some_tokens(1, 4))
 
 
-def context(positions, segments=None, max_segments=None):
-    T = positions.shape[1]
-    rows = jnp.arange(T, dtype=jnp.int32)[None]
-    return LayerContext(positions, rows, segments, Frequencies(jnp.ones(4)), max_segments)
-
-
-def test_the_mask_of_a_row_counts_places_and_shows_the_first_tokens_of_each_document():
-    positions = jnp.asarray([[0, 1, 2, 0, 1, 2]], jnp.int32)
-    ids = jnp.asarray([[1, 1, 1, 2, 2, 2]], jnp.int32)
-    mask = context(positions, ids, 3).mask(LayerSpec(2), None, sink_tokens=1)
-    expected = [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [0, 0, 0, 1, 0, 0],
-        [0, 0, 0, 1, 1, 0],
-        [0, 0, 0, 1, 1, 1],
-    ]
-    np.testing.assert_array_equal(mask.allowed()[0, 0], np.asarray(expected, bool))
-    assert (mask.max_segments, mask.aligned, mask.window) == (3, True, 2)
-    assert context(positions, ids).mask(LayerSpec(None), None, sink_tokens=1).always_visible_BSK is None
-
-
-def test_the_mask_behind_a_memory_shows_valid_slots_to_the_first_document_alone():
-    """Two compressed slots, which every token sees, and two recent ones within the window; one of each is empty."""
-    memory = LayerMemory(jnp.zeros((1, 4, 32)), jnp.asarray([[False, True, False, True]]))
-    positions = jnp.asarray([[7, 8, 9, 0]], jnp.int32)
-    ids = jnp.asarray([[1, 1, 1, 2]], jnp.int32)
-    mask = context(positions, ids, 2).mask(LayerSpec(3, 2, 2), memory, sink_tokens=0)
-    expected = [[0, 1, 0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 1]]
-    np.testing.assert_array_equal(mask.allowed()[0, 0], np.asarray(expected, bool))
-    assert mask.max_segments == 2
-    alone = context(positions).mask(LayerSpec(3, 2, 2), memory, sink_tokens=0)
-    np.testing.assert_array_equal(alone.allowed()[0, 0, :3], np.asarray(expected, bool)[:3])
-    assert alone.max_segments is None and alone.k_segments_BS is None
+@pytest.mark.parametrize("name", PEERS)
+def test_attention(name):
+    layer, rotary, config = make_peer(name)
+    given, ctx, module = their_arguments(rotary), context(config), Attention(config, LayerSpec(None))
+    compare(
+        layer,
+        config,
+        lambda tree: tree["attn"],
+        lambda x: layer.self_attn(hidden_states=x, **given)[0],
+        lambda p, x: module.apply({"params": p}, x, ctx, LayerState())[0],
+    )
