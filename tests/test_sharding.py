@@ -11,6 +11,7 @@ from helpers.variants import BASE, make_model, run, some_tokens
 from jax.sharding import AxisType, PartitionSpec
 
 from stellarbyte_jax import sharding
+from stellarbyte_jax.model.decoder import logits
 from stellarbyte_jax.model.params import linear, param
 from stellarbyte_jax.sharding import ACTIVATION_AXES, RULES, WEIGHT_AXES, constrain
 
@@ -104,3 +105,12 @@ def test_a_mesh_does_not_change_the_logits():
     with jax.set_mesh(mesh(data=1, tensor=8)):
         found = run(model, params, tokens)
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_split_over_the_vocabulary(tied):
+    model, params = make_model(dataclasses.replace(BASE, tie_word_embeddings=tied))
+    with jax.set_mesh(mesh(tensor=8)):
+        eqns = jax.make_jaxpr(lambda p, x: logits(model, p, x))(params, jnp.ones((2, 3, 32))).jaxpr.eqns
+    (spec,) = (eqn.params["sharding"].spec for eqn in eqns if eqn.primitive.name == "sharding_constraint")
+    assert spec[2] == "tensor" and "tensor" not in spec[:2]

@@ -210,3 +210,8 @@ def test_remembering_checks_its_arguments():
     plain, weights = make()
     with pytest.raises(ValueError, match=r"this model has no memory: set memory.length"):
         remember(plain, weights, [1, 2], segment_length=4)
+
+
+@pytest.mark.parametrize(("window", "positions"), [(TRAINED, None), (TRAINED + 1, TRAINED)])
+def test_a_window_frees_texts_from_the_trained_length_that_it_lies_within(window, positions):
+    assert capacity.limits_of(make(sliding_window=window)[0].config).positions == positions

@@ -68,13 +68,14 @@ def test_packed_documents_equal_documents_alone(variant):
     assert np.any(np.asarray(changed[:, 2]) != np.asarray(packed[:, 2]))
 
 
-def test_bfloat16_is_close_to_float32():
+@pytest.mark.parametrize("variant", ["llama", "tied"])
+def test_bfloat16_is_close_to_float32(variant):
     tokens = some_tokens(2, 10)
-    model, params = make("llama")
+    model, params = make(variant)
     exact = run(model, params, tokens)
-    rounded = run(make("llama", compute_dtype="bfloat16")[0], params, tokens)
-    assert rounded.dtype == jnp.float32
-    narrow = make("llama", compute_dtype="bfloat16")[0]
+    narrow = make(variant, compute_dtype="bfloat16")[0]
+    rounded = run(narrow, params, tokens)
+    assert rounded.dtype == jnp.float32 and np.any(rounded != rounded.astype(jnp.bfloat16))
     assert call(narrow, params, Inputs(tokens))[1].hidden_BTD.dtype == jnp.bfloat16
     error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
     assert 1e-4 < error < 3e-2

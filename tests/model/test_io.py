@@ -50,8 +50,11 @@ def test_a_state_names_what_it_holds():
     assert State.initial(BASE, 2) == State()
 
 
-def test_the_loss_of_learned_rates_is_a_mean_over_layers():
-    model, params = make("deepnorm, learned xpos, padded vocabulary")
+@pytest.mark.parametrize("types", [None, ("sliding_attention", "full_attention") * 2 + ("sliding_attention",)])
+def test_the_loss_of_learned_rates_is_a_mean_over_layers(types):
+    """Those after the scan among them, where a pattern of windows is cut short."""
+    windows = {} if types is None else {"layer_types": types, "sliding_window": 3, "num_hidden_layers": 5}
+    model, params = make("deepnorm, learned xpos, padded vocabulary", **windows)
     _, out = call(model, params, Inputs(some_tokens(1, 4)))
     pair = np.arange(0, 8, 2) / 8
     away = np.asarray(params["layers"]["0"]["attn"]["xpos_rate"]) + np.log((pair + 0.4) / 1.4)

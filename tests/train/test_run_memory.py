@@ -1,5 +1,6 @@
 """Whole runs of models with memory and of the other ideas: exact resume, evaluation that remembers, new positions."""
 
+import contextlib
 import dataclasses
 import shutil
 
@@ -7,13 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers.runs import cli, log_of, same_weights, write_config
+from helpers.training import MODEL, settings
 
+from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
-from stellarbyte_jax.config import ByteConfig, MemoryConfig, RopeScaling
+from stellarbyte_jax.config import ByteConfig, DataConfig, MemoryConfig, RopeScaling
 from stellarbyte_jax.inference.api import generate, remember
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.state.memory import Memory
+from stellarbyte_jax.train import resume
+from stellarbyte_jax.train.optimizer import make_optimizer
 from stellarbyte_jax.train.run import evaluate
+from stellarbyte_jax.train.state import state_shapes
 
 SETTINGS = (
     "data.arrangement=contiguous",
@@ -126,3 +133,18 @@ def test_a_model_with_memory_can_begin_a_run_and_generate(tmp_path):
     made = generate(model, loaded, [[5, 6]], max_new_tokens=6, memory=memory)
     assert made.tokens.shape == (1, 6)
     assert dataclasses.replace(model.config, memory=MemoryConfig(length=13)) != model.config
+
+
+def test_a_run_from_weights_begins_with_an_empty_memory(tmp_path):
+    model = dataclasses.replace(MODEL, memory={"length": (0, 6)})
+    config = settings(model=model, data=DataConfig(sequence_length=16, arrangement="contiguous"))
+    network = ByteTransformer(model)
+    optimizer = make_optimizer(config, network)
+    params = jax.device_get(init_params(network, jax.random.key(1)))
+    save_initial(tmp_path / "run", model, params)
+    with contextlib.closing(Checkpointer(tmp_path / "run", config.checkpoint)) as checkpointer:
+        found = resume.restore(checkpointer, config, state_shapes(config, network, optimizer), optimizer, print)
+    assert found is not None and found.data is None
+    jax.tree.map(np.testing.assert_array_equal, found.state.params, params)
+    jax.tree.map(np.testing.assert_array_equal, found.state.carried, State.initial(model, config.global_batch_size))
+    assert found.state.carried.memory.slots == (0, 6)

@@ -99,3 +99,20 @@ def test_learned_rates_are_exact_up_to_twice_the_fastest_and_bounded_there(facto
     exact = np.exp(-fastest * distance / 2.0) * np.cos(distance.astype(float))
     near = (distance >= 0) & (distance < 20)
     np.testing.assert_allclose(scores[near], exact[near], atol=1e-4)
+
+
+def test_decay_is_counted_within_the_row_wherever_its_text_goes_on():
+    """A row of a text that began 100,000 tokens earlier has the scores of the text's first row."""
+    plain = scheme(learnable=False)
+    rows = jnp.arange(40, dtype=jnp.int32)[None]
+    random = np.random.default_rng(0)
+    q, k = (jnp.asarray(random.normal(size=(1, 40, 1, 8)), jnp.float32) for _ in range(2))
+
+    def scores(positions):
+        frequencies = plain.frequencies(positions, None, positions >= 0, cached=False)
+        rotated = plain.rotate(frequencies, q, k, positions, rows, plain.rates)
+        return np.tril(np.einsum("BTNH,BSNH->TS", *map(np.asarray, rotated)))
+
+    later = scores(rows + 100_000)
+    assert np.abs(later).max() > 1
+    np.testing.assert_allclose(later, scores(rows), atol=0.05)
