@@ -75,6 +75,10 @@ class RopeScaling(Section):
                 f"rope_scaling.{', '.join(stray)} belongs to {' and '.join(owners)}, the name is {self.name!r}",
             )
         require(
+            self.name in ("none", "dynamic") or self.factor > 1 or self.attention_factor is not None,
+            f"rope_scaling.name={self.name} with factor 1 changes nothing: give rope_scaling.factor, or leave both out",
+        )
+        require(
             self.beta_fast > self.beta_slow,
             f"rope_scaling.beta_fast {self.beta_fast} must be above beta_slow {self.beta_slow}",
         )
@@ -239,6 +243,10 @@ class ByteConfig(Section):
             require(
                 self.sliding_window is not None or "sliding_attention" not in self.layer_types,
                 "layer_types asks for sliding_attention: give sliding_window",
+            )
+            require(
+                self.sliding_window is None or "sliding_attention" in self.layer_types,
+                "sliding_window is of layers with sliding_attention, and layer_types names none: leave it out",
             )
         require(
             self.sink_tokens == 0 or any(spec.window is not None for spec in self.layer_specs),

@@ -43,11 +43,20 @@ class DataConfig(Section):
     def _check(self) -> None:
         require(self.sequence_length >= 2, "data.sequence_length must be at least 2: one token predicts the next")
         require(len(self.fields) > 0, "data.fields must name at least one field")
+        require(
+            self.template is None or "fields" not in self.given(),
+            "data.template names the fields that it reads itself: leave data.fields out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
-    """The update rule. ``learning_rate`` is the peak of the schedule."""
+    """The update rule. ``learning_rate`` is the peak of the schedule.
+
+    ``b1`` and ``b2`` are decay rates of averages: of gradients and their squares in AdamW; in Lion ``b1`` mixes the
+    update and ``b2`` the momentum; in Muon both are those of the AdamW rule for what is no matrix inside a layer, whose
+    momentum is optax's 0.95 there.
+    """
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
     learning_rate: PositiveFloat = 6e-4
@@ -58,6 +67,16 @@ class OptimizerConfig(Section):
     decay_embeddings: bool = True
     gradient_clip_norm: PositiveFloat | None = 1.0
 
+    def _check(self) -> None:
+        require(
+            self.name != "lion" or "eps" not in self.given(),
+            "optimizer.eps is of adamw and muon: lion takes signs and divides by nothing, leave it out",
+        )
+        require(
+            self.decay_embeddings or self.weight_decay > 0,
+            "optimizer.decay_embeddings=false spares embeddings from weight decay, and weight_decay is 0: leave it out",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Section):
@@ -65,7 +84,7 @@ class ScheduleConfig(Section):
 
     name: Literal["cosine", "cosine_restarts", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 100
-    final_ratio: Share = 0.1  # of the peak, at the last step
+    final_ratio: Share = 0.1  # of the peak, at the last step, even where the warm-up would reach so far
     decay_steps: PositiveInt | None = None  # wsd: length of the last phase; None: a fifth of the run
     cycles: PositiveInt = 1  # cosine_restarts
     cycle_decay: PositiveFloat = 1.0  # cosine_restarts: each cycle's peak is this times the last one's
@@ -78,6 +97,14 @@ class ScheduleConfig(Section):
         require(
             self.name == "wsd" or self.decay_steps is None,
             f"schedule.decay_steps belongs to wsd, the schedule is {self.name}",
+        )
+        require(
+            self.name != "constant" or "final_ratio" not in self.given(),
+            "schedule.final_ratio is where a schedule falls to, and constant never falls: leave it out",
+        )
+        require(
+            self.cycles > 1 or self.cycle_decay == 1.0,
+            "schedule.cycle_decay is from one cycle to the next, and there is one: set schedule.cycles",
         )
 
 
@@ -160,10 +187,20 @@ class TrainConfig(Section):
             f"schedule.warmup_steps {self.schedule.warmup_steps} and decay_steps {self.schedule.decay_steps} "
             f"do not fit into {self.steps} steps",
         )
+        rest = self.steps - self.schedule.warmup_steps
         require(
-            self.evaluation.patience is None or bool(self.data.validation),
-            "evaluation.patience stops by the validation loss: give data.validation, or leave patience out",
+            self.schedule.cycles == 1 or rest >= 2 * self.schedule.cycles,
+            f"schedule.cycles={self.schedule.cycles} do not fit into the {rest} steps after the warm-up: a cycle has a "
+            "first step and a last one",
         )
+        if not self.data.validation:
+            unread = [f"evaluation.{name}" for name in self.evaluation.given()]
+            unread += ["checkpoint.keep_best"] if "keep_best" in self.checkpoint.given() else []
+            require(
+                not unread,
+                f"{', '.join(unread)} would change nothing without data.validation: name validation files, or leave "
+                "these settings at their defaults",
+            )
         require(
             self.data.arrangement == "contiguous" or not self.model.has_memory,
             "model.memory needs rows that continue each other: set data.arrangement=contiguous",

@@ -78,6 +78,8 @@ def _parse_table(fields: Mapping[str, Any], max_positions: Any, where: str) -> R
     settings = {name: fields[name] for name in (*required, *optional) if name in fields}
     if "original_max_position_embeddings" in optional:
         settings.setdefault("original_max_position_embeddings", max_positions)
+    if kind != "dynamic" and settings["factor"] == 1 and settings.get("attention_factor") is None:
+        return RopeScaling()  # it changes nothing
     try:
         return RopeScaling(name=kind, **settings)
     except ConfigError as error:

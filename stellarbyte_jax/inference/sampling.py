@@ -17,6 +17,8 @@ from flax import struct
 
 _STOP_TOKENS_BUCKET = 8
 _INT32 = np.iinfo(np.int32)
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)  # devices take smaller numbers for 0
 _SIGN_BIT = np.uint32(2**31)
 
 
@@ -112,13 +114,17 @@ class Sampler:
         )
 
     def process(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
-        """Float32 logits with -inf for tokens that may not be drawn; ``seen_BV`` marks tokens of prompt and output."""
+        """Float32 logits with -inf for tokens that may not be drawn; ``seen_BV`` marks tokens of prompt and output.
+
+        With a temperature they are counted from the largest of their row.
+        """
         if self.use_repetition_penalty:
             assert seen_BV is not None
             logits_BV = penalise_repetition(logits_BV, seen_BV, self.repetition_penalty)
         if not self.use_temperature:
             return logits_BV
-        logits_BV = logits_BV / self.temperature
+        # The largest becomes 0 first: divided by a small temperature it would be infinite.
+        logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / self.temperature
         if self.use_top_k:
             logits_BV = keep_top_k(logits_BV, self.top_k)
         if self.use_top_p:
@@ -167,7 +173,7 @@ def penalise_repetition(logits_BV: jax.Array, seen_BV: jax.Array, penalty: Any) 
     Keskar et al. 2019, https://arxiv.org/abs/1909.05858.
     """
     penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-    return jnp.where(seen_BV, penalised_BV, logits_BV)
+    return jnp.where(seen_BV, jnp.clip(penalised_BV, -_LARGEST, _LARGEST), logits_BV)
 
 
 def keep_top_k(logits_BV: jax.Array, k: Any) -> jax.Array:
@@ -218,6 +224,11 @@ def _keep_while_less_above(logits_BV: jax.Array, weights_BV: jax.Array, limit: A
 def _number(name: str, value: Any, rule: str, holds: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
         raise ValueError(f"{name} must be a number {rule}; got {value!r}")
+    if value and not _SMALLEST <= abs(value) <= _LARGEST:
+        raise ValueError(
+            f"{name} must be a number {rule} that float32 can hold, from {_SMALLEST:.2e} to {_LARGEST:.2e}; "
+            f"got {value!r}"
+        )
 
 
 def _integer(name: str, value: Any, rule: str, holds: Any) -> int:

@@ -17,6 +17,7 @@ from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
 def make_schedule(config: TrainConfig) -> optax.Schedule:
     """Learning rate by optimizer step: a linear warm-up whose first step is not zero, then the named schedule.
 
+    The last step, of count ``config.steps - 1``, has ``final_ratio`` of its peak (a run of one step has the peak).
     ``cosine`` and ``linear`` fall to ``final_ratio`` of the peak; ``wsd`` stays at the peak and falls linearly over
     ``decay_steps`` (Hu et al. 2024, https://arxiv.org/abs/2404.06395); ``cosine_restarts`` repeats the cosine
     ``cycles`` times, each peak ``cycle_decay`` times the last one's (Loshchilov and Hutter 2016,
@@ -27,7 +28,9 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
 def _named_schedule(config: TrainConfig) -> optax.Schedule:
     s, peak = config.schedule, config.optimizer.learning_rate
-    rest = max(1, config.steps - s.warmup_steps)
+    # A schedule that falls has its peak and its last rate, however long the warm-up is.
+    warmup_steps = s.warmup_steps if s.name == "constant" else min(s.warmup_steps, max(0, config.steps - 2))
+    rest = max(1, config.steps - 1 - warmup_steps)  # steps from the peak to the last step
     if s.name == "constant":
         after = optax.constant_schedule(peak)
     elif s.name == "cosine":
@@ -39,16 +42,16 @@ def _named_schedule(config: TrainConfig) -> optax.Schedule:
         fall = optax.linear_schedule(peak, peak * s.final_ratio, decay)
         after = optax.join_schedules([optax.constant_schedule(peak), fall], [rest - decay])
     else:
-        bounds = [round(rest * cycle / s.cycles) for cycle in range(s.cycles + 1)]
+        bounds = [round((rest + 1) * cycle / s.cycles) for cycle in range(s.cycles + 1)]
         cycles = [
-            optax.cosine_decay_schedule(peak * s.cycle_decay**i, max(1, end - start), alpha=s.final_ratio)
+            optax.cosine_decay_schedule(peak * s.cycle_decay**i, max(1, end - start - 1), alpha=s.final_ratio)
             for i, (start, end) in enumerate(itertools.pairwise(bounds))
         ]
         after = optax.join_schedules(cycles, bounds[1:-1])
-    if s.warmup_steps == 0:
+    if warmup_steps == 0:
         return after
     warmup = optax.linear_schedule(peak / (s.warmup_steps + 1), peak, s.warmup_steps)
-    return optax.join_schedules([warmup, after], [s.warmup_steps])
+    return optax.join_schedules([warmup, after], [warmup_steps])
 
 
 def make_optimizer(

@@ -24,6 +24,16 @@ from stellarbyte_jax.config import (
         (OptimizerConfig, {"b1": 1.0}, r"b1 must be float \(in \[0, 1\)\)"),
         (OptimizerConfig, {"learning_rate": float("nan")}, r"learning_rate must be float \(positive\), got nan"),
         (OptimizerConfig, {"weight_decay": -0.1}, r"weight_decay must be float \(not negative\)"),
+        (
+            DataConfig,
+            {"fields": ["a"], "template": "{text}"},
+            r"data\.template names the fields .* leave data\.fields out",
+        ),
+        (OptimizerConfig, {"name": "lion", "eps": 1e-3}, "eps is of adamw and muon: lion takes signs .* leave it out"),
+        (OptimizerConfig, {"weight_decay": 0.0, "decay_embeddings": False}, "weight_decay is 0: leave it out"),
+        (ScheduleConfig, {"name": "constant", "final_ratio": 0.5}, "constant never falls: leave it out"),
+        (ScheduleConfig, {"name": "cosine_restarts", "cycle_decay": 0.5}, r"there is one: set schedule\.cycles"),
+        (TrainConfig, {"schedule": {"name": "cosine_restarts", "cycles": 451}}, "451 do not fit into the 900 steps"),
         (ScheduleConfig, {"cycles": 2}, "belong to cosine_restarts, the schedule is cosine"),
         (ScheduleConfig, {"decay_steps": 2}, "belongs to wsd, the schedule is cosine"),
         (ScheduleConfig, {"final_ratio": 1.5}, r"final_ratio must be float \(in \[0, 1\]\)"),
@@ -40,8 +50,17 @@ def test_contradictions_are_refused(section, settings, message):
         section(**(required | settings))
 
 
-def test_patience_needs_validation_data():
+@pytest.mark.parametrize(
+    "setting", ["evaluation.patience=3", "evaluation.interval=7", "evaluation.batches=3", "checkpoint.keep_best=5"]
+)
+def test_evaluation_needs_validation_data(setting):
     run = TrainConfig(output_dir="runs/test", steps=1000)
-    with pytest.raises(ConfigError, match=r"evaluation\.patience .* give data\.validation"):
-        override(run, ["evaluation.patience=3"])
-    assert override(run, ["evaluation.patience=3", "data.validation=v.jsonl"]).evaluation.patience == 3
+    name = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{name} would change nothing without data.validation: name validation"):
+        override(run, [setting])
+    assert override(run, [setting, "data.validation=v.jsonl"]) != run
+
+
+def test_every_cycle_has_a_first_step_and_a_last_one():
+    schedule = ScheduleConfig(name="cosine_restarts", cycles=450)
+    assert TrainConfig(output_dir="runs/test", steps=1000, schedule=schedule).schedule.cycles == 450

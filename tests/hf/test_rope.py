@@ -57,6 +57,12 @@ def test_scalings_of_both_generations() -> None:
     assert scaling(rope_scaling={"type": "dynamic", "factor": 2.0}) == RopeScaling(name="dynamic", factor=2.0)
 
 
+@pytest.mark.parametrize("kind", [{"rope_type": "linear"}, YARN, LLAMA3], ids=lambda kind: kind["rope_type"])
+def test_a_factor_of_one_is_no_scaling(kind: dict[str, Any]) -> None:
+    assert parse(rope_scaling={**kind, "factor": 1.0})[1] == RopeScaling()
+    assert parse(rope_scaling={**YARN, "factor": 1.0, "attention_factor": 1.5})[1].attention_factor == 1.5
+
+
 def test_without_an_original_length_the_models_own_is_meant() -> None:
     expected = RopeScaling(name="yarn", factor=2.0, original_max_position_embeddings=512)
     assert parse(rope_scaling=YARN | {"truncate": True, "mscale": None})[1] == expected

@@ -64,7 +64,10 @@ CASES = {
 def test_processors_equal_transformers(case, logits, history):
     settings, processors = CASES[case]
     ours = Sampler.of(SamplingConfig(**settings)).process(jnp.asarray(logits), seen(history))
-    np.testing.assert_allclose(ours, peer(processors, history, logits), rtol=1e-6)
+    theirs = peer(processors, history, logits)
+    if settings.get("temperature"):  # ours are counted from the largest
+        theirs = theirs - theirs.max(axis=1, keepdims=True)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-5)
 
 
 def test_order_matters_in_the_case_above(logits, history):
@@ -85,6 +88,22 @@ def test_temperature_zero_is_argmax(logits):
     tokens_B = sampling.sample(jnp.asarray(logits), keys_B, Sampler.of(SamplingConfig()))
     np.testing.assert_array_equal(tokens_B, logits.argmax(axis=1))
     assert tokens_B.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-37, 1.2e-38])
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}, {"top_p": 1.2e-38}], ids=str)
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature, more):
+    logits = jnp.asarray([[2.0, 5.0, 10.0, -3.0], [40.0, 41.0, -1.0, 41.5]], jnp.float32)
+    sampler = Sampler.of(SamplingConfig(temperature=temperature, **more))
+    assert sampling.sample(logits, sampling.row_keys(0, 2), sampler).tolist() == [2, 3]
+
+
+def test_a_penalty_at_the_end_of_its_range_gives_numbers():
+    logits = jnp.asarray([[40.0, 50.0, -3.0]], jnp.float32)
+    seen_BV = jnp.asarray([[True, True, True]])
+    for penalty in (1.2e-38, 3e38):
+        sampler = Sampler.of(SamplingConfig(temperature=1.0, repetition_penalty=penalty))
+        assert not np.isnan(sampler.process(logits, seen_BV)).any()
 
 
 def test_samples_follow_the_distribution(logits):
@@ -123,6 +142,11 @@ def test_a_number_is_traced_and_a_switch_is_static():
         (dict(temperature=-0.1), "temperature must be a number at least 0"),
         (dict(temperature=float("nan")), "temperature must be a number"),
         (dict(temperature="warm"), "temperature must be a number"),
+        (dict(temperature=1e-38), "temperature must be a number .* float32 can hold, from 1.18e-38 .*; got 1e-38"),
+        (dict(temperature=1e39), "temperature must be a number .* to 3.40e.38; got 1e.39"),
+        (dict(temperature=1.0, top_p=1e-40), "top_p must be a number .* float32 can hold"),
+        (dict(temperature=1.0, min_p=1e-60), "min_p must be a number .* float32 can hold"),
+        (dict(repetition_penalty=1e-46), "repetition_penalty must be a number .* float32 can hold"),
         (dict(temperature=1.0, top_k=0), "top_k must be an integer at least 1; None keeps all"),
         (dict(temperature=1.0, top_k=2.5), "top_k must be an integer"),
         (dict(temperature=1.0, top_p=0.0), r"top_p must be a number in \(0, 1\]"),

@@ -11,7 +11,7 @@ from helpers.training import compiled_step, first_state, packed_batch, rate_at, 
 from stellarbyte_jax.config import ScheduleConfig
 
 COS_45 = 0.70710678  # of an eighth of a turn, a quarter of the way down a cosine
-# In parts of the peak, at steps of a run of 20 of which 4 warm up.
+# In parts of the peak, at steps of a run, counted from 0, of which 4 warm up; the last one is the last of the run.
 AFTER_WARMUP = {
     "constant": ({}, {4: 1.0, 12: 1.0, 20: 1.0}),
     "cosine": (
@@ -22,23 +22,25 @@ AFTER_WARMUP = {
     # Falls over a fifth of the run, which is 4 steps.
     "wsd": ({"final_ratio": 0.1}, {4: 1.0, 15: 1.0, 16: 1.0, 17: 0.775, 18: 0.55, 19: 0.325, 20: 0.1}),
     "wsd, decay_steps": ({"final_ratio": 0.0, "decay_steps": 8}, {4: 1.0, 12: 1.0, 14: 0.75, 16: 0.5, 20: 0.0}),
-    # Two cycles of 8 steps; each falls to the ratio of its own peak.
+    # Two cycles of 9 steps; each falls to the ratio of its own peak.
     "cosine_restarts": (
         {"final_ratio": 0.1, "cycles": 2, "cycle_decay": 0.5},
-        {4: 1.0, 6: 0.55 + 0.45 * COS_45, 8: 0.55, 10: 0.55 - 0.45 * COS_45}
-        | {12: 0.5, 14: 0.275 + 0.225 * COS_45, 16: 0.275, 18: 0.275 - 0.225 * COS_45, 20: 0.05},
+        {4: 1.0, 6: 0.55 + 0.45 * COS_45, 8: 0.55, 10: 0.55 - 0.45 * COS_45, 12: 0.1}
+        | {13: 0.5, 15: 0.275 + 0.225 * COS_45, 17: 0.275, 19: 0.275 - 0.225 * COS_45, 21: 0.05},
     ),
-    # 16 steps in three cycles: 5, 6 and 5. The middle of the second is 3 steps after its peak.
+    # 16 steps in three cycles: 5, 6 and 5.
     "cosine_restarts, uneven": (
         {"final_ratio": 0.0, "cycles": 3, "cycle_decay": 0.8},
-        {4: 1.0, 9: 0.8, 12: 0.4, 15: 0.64, 20: 0.0},
+        {4: 1.0, 6: 0.5, 8: 0.0, 9: 0.8, 14: 0.0, 15: 0.64, 17: 0.32, 19: 0.0},
     ),
 }
 
 
 def config_of(case, **changes):
     options = {"warmup_steps": 4, **AFTER_WARMUP[case][0], **changes}
-    return settings(steps=20, schedule=ScheduleConfig(name=case.partition(",")[0], **options))
+    return settings(
+        steps=max(AFTER_WARMUP[case][1]) + 1, schedule=ScheduleConfig(name=case.partition(",")[0], **options)
+    )
 
 
 def trace(config, steps):
@@ -64,10 +66,32 @@ def test_the_fall_of_wsd_ends_with_the_run():
     assert trace(config, [17, 18, 19, 20]) == pytest.approx([18 / 19, 1.0, 0.55, 0.1], abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "cosine_restarts"])
+@pytest.mark.parametrize(("steps", "warmup"), [(2, 0), (3, 0), (30, 5), (30, 28), (30, 29), (30, 30), (1000, 100)])
+def test_the_last_step_has_the_final_rate_whatever_the_warmup(name, steps, warmup):
+    schedule = ScheduleConfig(name=name, warmup_steps=warmup, final_ratio=0.125)
+    config = settings(steps=steps, schedule=schedule)
+    rates = trace(config, range(steps))
+    assert rates[-1] == pytest.approx(0.125, abs=1e-6)
+    assert max(rates) == pytest.approx(1.0) and rates[0] == pytest.approx(1 / (min(warmup, steps) + 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("decay", [1, 2, 4])
+def test_wsd_falls_over_the_steps_that_are_named(decay):
+    schedule = ScheduleConfig(name="wsd", warmup_steps=5, decay_steps=decay, final_ratio=0.0)
+    rates = trace(settings(steps=50, schedule=schedule), range(50))
+    assert rates[5 : 50 - decay] == pytest.approx([1.0] * (45 - decay))
+    assert rates[50 - decay :] == pytest.approx([1 - (i + 1) / decay for i in range(decay)], abs=1e-6)
+
+
+def test_a_run_of_one_step_has_the_peak():
+    assert trace(settings(steps=1, schedule=ScheduleConfig(warmup_steps=0)), [0]) == pytest.approx([1.0])
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_run_counts_optimizer_steps(parts):
     """Whatever the accumulation: the reported rate, the optimizer's own counts, and how far weights move."""
-    schedule = ScheduleConfig(name="linear", warmup_steps=3, final_ratio=0.0)
+    schedule = ScheduleConfig(name="linear", warmup_steps=3, final_ratio=0.2)
     config = settings(steps=8, schedule=schedule)
     state, step = first_state(config), compiled_step(dataclasses.replace(config, gradient_accumulation_steps=parts))
     found = []
