@@ -63,7 +63,7 @@ def environment() -> str:
 
 
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second one leaves at once."""
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that the loop reads; a second one leaves at once."""
 
     def __init__(self) -> None:
         """Installs nothing yet: use it as a context manager."""
@@ -72,7 +72,7 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """What launchers expect of a process ended by this signal: 130 for SIGINT, 143 for SIGTERM."""
+        """What launchers expect of a process ended by this signal: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
         return 0 if self.signal is None else 128 + self.signal
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -86,7 +86,9 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         """Installs the handlers."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run is to outlive its terminal
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

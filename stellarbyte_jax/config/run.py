@@ -72,6 +72,7 @@ class OptimizerConfig(Section):
             self.name != "lion" or "eps" not in self.given(),
             "optimizer.eps is of adamw and muon: lion takes signs and divides by nothing, leave it out",
         )
+        require(self.eps > 1.2e-38, f"optimizer.eps {self.eps} is 0 in float32: give at least 1e-37")
         require(
             self.decay_embeddings or self.weight_decay > 0,
             "optimizer.decay_embeddings=false spares embeddings from weight decay, and weight_decay is 0: leave it out",

@@ -4,6 +4,7 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -234,7 +235,7 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove_abandoned(target)
     partial.mkdir()
     try:
         yield partial
@@ -249,3 +250,23 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what writers of ``target`` left behind that were killed."""
+    for left in [*target.parent.glob(f".{glob.escape(target.name)}.partial-*")]:
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and not _is_other_process(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_other_process(number: int) -> bool:
+    if number == os.getpid():
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,5 +1,6 @@
-"""What a run does when it is over: samples of text, an exported directory."""
+"""What a run does when it is over: an exported directory, samples of text. What is done is noted and not repeated."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,29 +8,75 @@ from typing import Any
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family
-from stellarbyte_jax.inference.text import generate_text
+from stellarbyte_jax.inference.request import Request
+from stellarbyte_jax.inference.text import encode_prompt, generate_text
 from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
+_EXPORT = "hf"
+_NOTE = "finished.json"  # in the run's directory: the last step, and what was done after it
 
-def check_exportable(config: TrainConfig) -> None:
-    """Raises ValueError at the start of a run whose model could not be exported at its end."""
+
+def check(config: TrainConfig) -> None:
+    """Raises ValueError at the start of a run where its end could not be done."""
     if config.export_at_end:
         export_family(config.model)
+    if config.sample_prompts:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        for prompt in config.sample_prompts:
+            row = encode_prompt(tokenizer, prompt, add_bos=config.data.add_bos)
+            try:
+                Request.make(config.model, [row], max_new_tokens=_sample_tokens(config))
+            except ValueError as error:
+                raise ValueError(f"sample_prompts: {prompt[:40]!r} cannot be continued: {error}") from None
 
 
-def samples(config: TrainConfig, model: ByteTransformer, params: dict[str, Any], say: Callable[[str], None]) -> None:
+def finish(
+    config: TrainConfig, model: ByteTransformer, params: Params, step: int, say: Callable[[str], None]
+) -> Path | None:
+    """Exports and prints samples as the settings ask for, unless that was done after this step already.
+
+    Args:
+      config: of the run.
+      model: its network.
+      params: its weights.
+      step: the last one.
+      say: takes the samples' lines.
+
+    Returns:
+      The exported directory, where one is asked for.
+    """
+    note = Path(config.output_dir) / _NOTE
+    done = _read(note, step)
+    target = Path(config.output_dir) / _EXPORT
+    if config.export_at_end and not (done.get("exported") and target.is_dir()):
+        export(config, model, params)
+        done["exported"] = True
+        _write(note, done)
+    prompts = list(config.sample_prompts)
+    if prompts and done.get("sample_prompts") != prompts:
+        samples(config, model, params, say)
+        done["sample_prompts"] = prompts
+        _write(note, done)
+    return target if config.export_at_end else None
+
+
+def export(config: TrainConfig, model: ByteTransformer, params: Params) -> None:
+    """Writes ``output_dir/hf`` anew."""
+    target = Path(config.output_dir) / _EXPORT
+    save_pretrained(target, model, params, tokenizer=config.data.tokenizer, overwrite=True)
+
+
+def samples(config: TrainConfig, model: ByteTransformer, params: Params, say: Callable[[str], None]) -> None:
     """Continues ``sample_prompts`` and prints the texts."""
-    if not config.sample_prompts:
-        return
     tokenizer = load_tokenizer(config.data.tokenizer)
-    longest = min(64, config.model.max_position_embeddings // 2)
     texts = generate_text(
         model,
         params,
         tokenizer,
         list(config.sample_prompts),
-        max_new_tokens=longest,
+        max_new_tokens=_sample_tokens(config),
         temperature=0.8,
         top_k=40,
         add_bos=config.data.add_bos,
@@ -38,10 +85,20 @@ def samples(config: TrainConfig, model: ByteTransformer, params: dict[str, Any],
         say(f"sample: {prompt}|{text}")
 
 
-def export(config: TrainConfig, model: ByteTransformer, params: dict[str, Any]) -> Path | None:
-    """Writes ``output_dir/hf`` where ``export_at_end`` asks for it."""
-    if not config.export_at_end:
-        return None
-    target = Path(config.output_dir) / "hf"
-    save_pretrained(target, model, params, tokenizer=config.data.tokenizer, overwrite=True)
-    return target
+def _sample_tokens(config: TrainConfig) -> int:
+    return min(64, config.model.max_position_embeddings // 2)
+
+
+def _read(note: Path, step: int) -> dict[str, Any]:
+    """What was done after this step; nothing where the note is of another one, missing or broken."""
+    try:
+        done = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        done = None
+    return done if isinstance(done, dict) and done.get("step") == step else {"step": step}
+
+
+def _write(note: Path, done: dict[str, Any]) -> None:
+    partial = note.with_name(note.name + ".partial")
+    partial.write_text(json.dumps(done, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(note)

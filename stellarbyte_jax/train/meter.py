@@ -14,7 +14,7 @@ Metrics = dict[str, jax.Array]
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss, the gradient or the weights are no longer numbers."""
 
 
 class Meter:
@@ -64,7 +64,7 @@ class Meter:
         """Takes a step that was dispatched, and reads the one before it.
 
         Raises:
-          DivergedError: the loss of that one is not finite.
+          DivergedError: the loss, gradient or update of that one is not finite.
         """
         self.flush()
         self._pending = (step, metrics)
@@ -73,17 +73,20 @@ class Meter:
         """Waits for the step that is not read yet, if there is any.
 
         Raises:
-          DivergedError: its loss is not finite.
+          DivergedError: its loss, gradient or update is not finite.
         """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
         values = _numbers(jax.device_get(metrics))
+        finite = values.pop("finite", True)
         self._steps += 1
-        if not np.isfinite(values["loss"]):
+        what = [name for name in ("loss", "gradient_norm") if not np.isfinite(values.get(name, 0.0))]
+        if what or not finite:
+            found = f"the {what[0].replace('_', ' ')} is {values[what[0]]}" if what else "the update is not finite"
             raise DivergedError(
-                f"the loss is {values['loss']} at step {step}. The checkpoints before it are kept: lower "
-                "optimizer.learning_rate or lengthen schedule.warmup_steps, then start the run again"
+                f"{found} at step {step}. The checkpoints before it are kept: lower optimizer.learning_rate or "
+                "lengthen schedule.warmup_steps, then start the run again"
             )
         speed = {}
         if self._steps > 1 or self.rates:

@@ -15,6 +15,7 @@ from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import partition, paths
 from stellarbyte_jax.train.state import TrainState
+from stellarbyte_jax.train.step import all_finite
 
 
 @dataclass
@@ -31,9 +32,13 @@ class Progress:
 
     def improved(self, loss: float) -> bool:
         """Counts a validation loss; returns whether it is the best so far."""
-        better = self.best_loss is None or loss < self.best_loss
+        better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         self.best_loss, self.stale = (loss, 0) if better else (self.best_loss, self.stale + 1)
         return better
+
+    def exhausted(self, patience: int | None) -> bool:
+        """Whether there were so many validations without a better one that the run is over."""
+        return patience is not None and self.stale >= patience
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def restore(
 ) -> Resumed | None:
     """The newest readable state, or None where there is no checkpoint.
 
-    From a checkpoint without optimizer state only weights come back, and training begins with them at step 0.
+    From a checkpoint without optimizer state only weights come back, and training begins with them at step 0. One that
+    holds numbers that are not finite is taken for unreadable.
 
     Raises:
       CheckpointError: all checkpoints are unreadable, or they belong to other settings.
@@ -103,7 +109,7 @@ def restore(
 def _from_weights(
     stored: StoredStep, config: TrainConfig, shapes: TrainState, optimizer: optax.GradientTransformation
 ) -> Resumed:
-    found = stored.arrays({"params": shapes.weights})
+    found = _finite(stored.arrays({"params": shapes.weights}))
     trained = set(paths(shapes.params))
     params, frozen = partition(found["params"], lambda path: "/".join(path) in trained)
     state = TrainState(
@@ -125,7 +131,7 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
             "settings, or another output_dir"
         )
     optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
-    found = stored.arrays({"params": shapes.params, "optimizer": optimizer, **_optional(shapes)})
+    found = _finite(stored.arrays({"params": shapes.params, "optimizer": optimizer, **_optional(shapes)}))
     carried = {name: _with_empty_leaves(found[name], part) for name, part in shapes.carried.parts().items()}
     state = TrainState(
         step=found["optimizer"]["step"],
@@ -137,6 +143,14 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
     )
     data = stored.json("data")
     return Resumed(state, Progress(data["best_loss"], data["stale"]), data["loader"])
+
+
+def _finite(items: dict[str, Any]) -> dict[str, Any]:
+    """The items; FloatingPointError where one holds a number that is not finite."""
+    poisoned = [name for name, tree in items.items() if not jax.jit(all_finite)(tree)]
+    if poisoned:
+        raise FloatingPointError(f"{', '.join(poisoned)} of it hold numbers that are not finite")
+    return items
 
 
 def _optional(state: TrainState) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The training run, in three chapters: prepare, loop, finish."""
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -102,7 +103,7 @@ def _prepare(
     cache = CompileCache()
     report.line(environment())
     report.config(config)
-    finish.check_exportable(config)
+    finish.check(config)
 
     model = ByteTransformer(config.model)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
@@ -114,9 +115,8 @@ def _prepare(
     found = resume.restore(checkpointer, config, shapes, optimizer, report.line)
     resumed = found or Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None)
     start = int(resumed.state.step)
-    if start >= config.steps:
-        report.line(f"the run in {run_dir} is complete: {start} of {config.steps} steps")
-        return Finished(0, start, "steps")
+    if start >= config.steps or resumed.progress.exhausted(config.evaluation.patience):
+        return _over(config, model, resumed, report)
     loader = stack.enter_context(contextlib.closing(_train_loader(config)))
     validation = stack.enter_context(contextlib.closing(v)) if (v := _validation_loader(config)) else None
     if resumed.data is not None:
@@ -183,7 +183,7 @@ def _loop(run: _Run, start: int) -> Finished:
             validated = _validate(run, step, run.validation)
         better = validated is not None and run.progress.improved(validated["loss"])
         stopped = run.interrupt.signal is not None
-        exhausted = patience is not None and run.progress.stale >= patience
+        exhausted = not last and run.progress.exhausted(patience)
         due = step % config.checkpoint.interval == 0 or (better and config.checkpoint.keep_best)
         if last or stopped or exhausted or due:
             _save(run, step, None if validated is None else validated["loss"])
@@ -202,15 +202,29 @@ def _finish(run: _Run, ended: Finished) -> Finished:
     run.checkpointer.wait()
     if run.interrupt.signal is not None:
         name = signal.Signals(run.interrupt.signal).name
-        report.line(f"{name}: stopped at step {ended.step} of {config.steps}; the same command goes on from there")
+        left = "goes on from there" if ended.step < config.steps else "does what is left to do after it"
+        report.line(f"{name}: stopped at step {ended.step} of {config.steps}; the same command {left}")
         return Finished(run.interrupt.exit_code, ended.step, "signal")
     if ended.ended_by == "patience":
-        report.line(f"stopped early at step {ended.step}: {run.progress.stale} validations without a better loss")
-    weights = run.state.averaged
-    finish.samples(config, run.model, weights, report.line)
-    exported = finish.export(config, run.model, weights)
+        report.line(_early(run.progress, ended.step))
+    exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line)
     report.table("summary", _summary(run, ended.step, exported))
     return ended
+
+
+def _over(config: TrainConfig, model: ByteTransformer, resumed: Resumed, report: Reporter) -> Finished:
+    """A run that has no step left: does what is missing of its end."""
+    step = int(resumed.state.step)
+    if step >= config.steps:
+        report.line(f"the run in {config.output_dir} is complete: {step} of {config.steps} steps")
+    else:
+        report.line(f"{_early(resumed.progress, step)}. A larger evaluation.patience goes on")
+    finish.finish(config, model, resumed.state.averaged, step, report.line)
+    return Finished(0, step, "steps" if step >= config.steps else "patience")
+
+
+def _early(progress: Progress, step: int) -> str:
+    return f"stopped early at step {step}: {progress.stale} validations without a better loss"
 
 
 def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float]:
@@ -226,6 +240,8 @@ def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float]:
 
 def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
     run.meter.flush()
+    if validation_loss is not None and not math.isfinite(validation_loss):
+        validation_loss = None  # no measure of which checkpoints are the best
     with run.meter.paused():
         place = run.loader.state()
         resume.save(run.checkpointer, run.config, run.state, step, place, run.progress, validation_loss)

@@ -25,6 +25,9 @@ def make_train_step(
     The loss is the mean over the targets of the whole batch. With accumulation the batch is cut into equal parts
     whose sums are added before the division, so the result is that of the large batch; losses and statistics of the
     layers are means over the parts. Gradients are taken of the trainable weights alone.
+
+    Where the loss or the gradient is not finite, weights, optimizer and average stay as they are. ``metrics["finite"]``
+    says whether everything in the new state is finite.
     """
     parts = config.gradient_accumulation_steps
     max_segments = config.data.max_documents_per_sequence + 1  # padding counts as one more
@@ -69,18 +72,26 @@ def make_train_step(
             (loss, sums, aux, grads), carried = jax.lax.scan(add, zero, given)
             carried = carried.joined()
 
+        gradient_norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
             ema: Any = state.ema
             if ema is not None and config.ema_decay is not None:
                 ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
+            sound = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+            params, opt_state, ema = jax.tree.map(
+                lambda new, old: jnp.where(sound, new, old),
+                (params, opt_state, ema),
+                (state.params, state.opt_state, state.ema),
+            )
         metrics = {
             "loss": loss,
             "cross_entropy": sums["cross_entropy"] / tokens,
             "accuracy": sums["correct"] / tokens,
             "target_tokens": sums["tokens"],
-            "gradient_norm": optax.tree.norm(grads),
+            "gradient_norm": gradient_norm,
+            "finite": sound & all_finite((params, opt_state)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         told = aux.values()
@@ -90,6 +101,12 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, state.frozen, carried), {**metrics, **told}
 
     return train_step
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all floats of a tree of arrays are finite, bool scalar."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def make_eval_step(

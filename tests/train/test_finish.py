@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -73,11 +74,6 @@ def test_every_prompt_is_continued(run, tokenizer):
     assert said_by(config, always_saying(config, tokenizer.eos_id)) == ["sample: 春|", "sample: Hi [b]there|"]
 
 
-def test_without_prompts_nothing_is_read(run):
-    config = dataclasses.replace(run(), data=DataConfig(sequence_length=16, tokenizer="nowhere"))
-    assert said_by(config, {}) == []
-
-
 @pytest.mark.parametrize(("positions", "longest"), [(17, 8), (32, 16), (129, 64), (4096, 64)])
 def test_how_texts_are_sampled(run, monkeypatch, positions, longest):
     asked = []
@@ -115,7 +111,7 @@ def test_an_export_holds_the_weights_and_the_tokenizer(run, tokenizer, tmp_path)
     model, target = ByteTransformer(config.model), tmp_path / "run" / "hf"
     for seed in (0, 1):
         params = weights(config, seed)
-        assert finish.export(config, model, params) == target
+        finish.export(config, model, params)
         tensors = load_file(target / "model.safetensors")
         np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], params["embed"]["embedding"])
         np.testing.assert_array_equal(tensors["lm_head.weight"], params["lm_head"]["kernel"].T)
@@ -128,18 +124,74 @@ def test_an_export_holds_the_weights_and_the_tokenizer(run, tokenizer, tmp_path)
     assert [path.name for path in target.parent.iterdir()] == ["hf"]
 
 
-def test_without_the_setting_nothing_is_written(run, tmp_path):
-    config = run()
-    assert finish.export(config, ByteTransformer(config.model), {}) is None
+def finished(config, step=5, params=None):
+    """What is said, and what is exported, at the end of a run."""
+    said = []
+    made = finish.finish(config, ByteTransformer(config.model), params or weights(config), step, said.append)
+    return said, made
+
+
+def test_without_the_settings_nothing_is_read_or_written(run, tmp_path):
+    config = dataclasses.replace(run(), data=DataConfig(sequence_length=16, tokenizer="nowhere"))
+    finish.check(config)
+    assert finished(config) == ([], None)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_done_is_not_repeated_for_the_same_step(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = run(export_at_end=True, sample_prompts=("a",))
+    target = tmp_path / "run" / "hf"
+    said, made = finished(config)
+    assert len(said) == 1 and made == target
+    written = (target / "model.safetensors").stat().st_mtime_ns
+    assert finished(config) == ([], target)
+    assert (target / "model.safetensors").stat().st_mtime_ns == written
+    assert len(finished(dataclasses.replace(config, sample_prompts=("a", "b")))[0]) == 2
+    assert len(finished(config, step=6)[0]) == 1
+    assert (target / "model.safetensors").stat().st_mtime_ns > written
+
+
+def test_what_is_missing_is_done_later(run, tmp_path, monkeypatch):
+    """An export that failed or was removed, or that nobody asked for before; samples that came to nothing."""
+    (tmp_path / "run").mkdir()
+    config, target = run(export_at_end=True, sample_prompts=("a",)), tmp_path / "run" / "hf"
+
+    def fail(*_):
+        raise OSError("no space")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(finish, "samples", fail)
+        finished(config)
+    assert target.is_dir()  # samples that fail keep no export from being made
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "export", fail)
+        assert len(finished(config)[0]) == 1
+    shutil.rmtree(target)
+    assert finished(config) == ([], target)
+    assert target.is_dir()
+    (tmp_path / "run" / "finished.json").write_text("[broken")
+    assert len(finished(config)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "add_bos", "message"),
+    [
+        ("x" * 40, True, r"sample_prompts: 'xxx.*' cannot be continued: .*longer than the cache"),
+        ("", False, r"sample_prompts: '' cannot be continued: row 0: the prompt is empty"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused_at_the_start(run, prompt, add_bos, message):
+    with pytest.raises(ValueError, match=message):
+        finish.check(run(sample_prompts=("a", prompt), add_bos=add_bos))
 
 
 def test_a_model_that_no_family_expresses_is_refused_at_the_start(run):
     config = run(export_at_end=True)
-    finish.check_exportable(config)
+    finish.check(config)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, position_embedding="xpos", qk_norm=True)
     )
     with pytest.raises(ValueError, match="position_embedding is 'xpos', only 'rope' exists there; qk_norm is true, "):
-        finish.check_exportable(config)
-    finish.check_exportable(dataclasses.replace(config, export_at_end=False))
+        finish.check(config)
+    finish.check(dataclasses.replace(config, export_at_end=False))

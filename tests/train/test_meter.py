@@ -73,13 +73,29 @@ def test_skipped_lines_are_told_where_there_are_any(clock):
         assert shown[0][1].get("skipped_lines", 0) == skipped
 
 
-@pytest.mark.parametrize("loss", [np.nan, np.inf])
-def test_a_loss_that_is_no_number_ends_the_run(clock, loss):
+@pytest.mark.parametrize(
+    ("numbers", "found"),
+    [
+        ({"loss": np.nan}, "the loss is nan"),
+        ({"loss": np.inf}, "the loss is inf"),
+        ({"loss": 2.0, "gradient_norm": np.nan}, "the gradient norm is nan"),
+        ({"loss": 2.0, "gradient_norm": 1.0, "finite": False}, "the update is not finite"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_ends_the_run(clock, numbers, found):
     made, shown, _ = make()
-    made.push(7, {"loss": jnp.float32(loss)})
-    with pytest.raises(DivergedError, match=rf"the loss is {loss} at step 7\. .* lower optimizer.learning_rate"):
+    made.push(7, {name: jnp.asarray(x) for name, x in numbers.items()})
+    with pytest.raises(DivergedError, match=rf"{found} at step 7\. .* lower optimizer.learning_rate"):
         made.flush()
     assert shown == []
+
+
+def test_that_all_is_finite_is_not_shown(clock):
+    made, shown, _ = make()
+    made.push(1, {"loss": jnp.float32(3), "finite": jnp.asarray(True)})
+    made.flush()
+    assert "finite" not in shown[0][1]
 
 
 def test_a_vector_is_shown_entry_by_entry(clock):

@@ -1,12 +1,21 @@
 """Is resuming exact, does a kill at any time lose nothing, which checkpoints are refused?"""
 
+import contextlib
 import dataclasses
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 from helpers.runs import child, cli, copy_of, log_of, one_error, same_weights
+from helpers.training import settings
 
+from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.train import resume
+from stellarbyte_jax.train.optimizer import make_optimizer
+from stellarbyte_jax.train.state import create_state, state_shapes
 
 INTERRUPTIONS = {
     # seven steps, a checkpoint, two steps more that are lost
@@ -70,6 +79,49 @@ def test_a_corrupt_checkpoint_is_set_aside(straight, config_file, tmp_path, caps
     assert "checkpoint 20 is unreadable" in out and "resumed at step 14" in out
     assert (run / "corrupt" / "20").is_dir()
     assert log_of(run) == log_of(straight)
+
+
+def test_the_end_of_a_run_is_done_later_where_a_signal_kept_it_from_being_done(config_file, tmp_path, capsys):
+    """In its last step; and it is done for a complete run that was not asked for it before."""
+    end, run = ("export_at_end=true", "sample_prompts=a"), tmp_path / "run"
+    stopped = child(config_file, "at_step(20, lambda: os.kill(os.getpid(), signal.SIGTERM))", *end)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "stopped at step 20 of 20; the same command does what is left to do after it" in stopped.stdout
+    assert not (run / "hf").exists()
+    (run / ".hf.partial-99999999").mkdir()  # of an export that was killed
+    assert cli(config_file) == 0
+    assert not (run / "hf").exists() and "is complete" in capsys.readouterr().out
+    assert cli(config_file, *end) == 0
+    assert "sample: a|" in capsys.readouterr().out
+    assert (run / "hf" / "config.json").is_file() and not list(run.glob(".hf*"))
+    assert cli(config_file, *end) == 0
+    assert "sample: a|" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_holds_nan_is_set_aside(tmp_path):
+    config = settings()
+    model = ByteTransformer(config.model)
+    optimizer = make_optimizer(config, model)
+    good = create_state(config, model, optimizer)
+    said = []
+    with contextlib.closing(Checkpointer(tmp_path, config.checkpoint)) as checkpointer:
+        for step, state in ((1, good), (2, poisoned(good))):
+            state = state.replace(step=jnp.asarray(step, jnp.int32))
+            resume.save(checkpointer, config, state, step, {}, resume.Progress())
+            checkpointer.wait()
+        shapes = state_shapes(config, model, optimizer)
+        found = resume.restore(checkpointer, config, shapes, optimizer, said.append)
+    assert int(found.state.step) == 1 and same_weights(found.state.params, good.params)
+    assert len(said) == 1 and "checkpoint 2 is unreadable" in said[0]
+    assert "optimizer of it hold numbers that are not finite" in said[0]
+
+
+def poisoned(state):
+    """One number of the optimizer's state is none."""
+    leaves, tree = jax.tree.flatten(state.opt_state)
+    at = next(i for i, leaf in enumerate(leaves) if leaf.ndim > 1)
+    leaves[at] = leaves[at].at[(0,) * leaves[at].ndim].set(jnp.nan)
+    return state.replace(opt_state=jax.tree.unflatten(tree, leaves))
 
 
 def test_all_checkpoints_corrupt(straight, config_file, tmp_path, capsys):

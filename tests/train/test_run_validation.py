@@ -1,6 +1,7 @@
 """What validation decides in a run: which weights it sees, when patience ends it, which checkpoints stay."""
 
 import json
+import math
 
 import jax
 import pytest
@@ -59,6 +60,38 @@ def test_patience_counts_validations_without_a_better_loss_also_over_a_resume(sc
     assert "stopped early at step 4: 2 validations without a better loss" in capsys.readouterr().out
     assert steps_of(tmp_path / "run")[-1] == 4
     assert list(log_of(tmp_path / "run")[1].values()) == [5.0, 4.0, 4.5, 4.6]
+
+
+def test_a_run_that_patience_ended_stays_ended_until_it_gets_more(scripted, config_file, tmp_path, capsys):
+    settings = (*EVERY_STEP, "steps=9", "checkpoint.keep_latest=2")
+    scripted([5.0, 6.0])
+    assert cli(config_file, *settings, "evaluation.patience=1") == 0
+    left, log = steps_of(tmp_path / "run"), log_of(tmp_path / "run")
+    capsys.readouterr()
+    for _ in range(2):
+        scripted([])
+        assert cli(config_file, *settings, "evaluation.patience=1") == 0
+        out = capsys.readouterr().out
+        assert "stopped early at step 2: 1 validations without a better loss. A larger evaluation.patience" in out
+        assert (steps_of(tmp_path / "run"), log_of(tmp_path / "run")) == (left, log)
+    scripted([4.0] * 7)
+    assert cli(config_file, *settings, "evaluation.patience=3") == 0
+    assert "resumed at step 2" in capsys.readouterr().out
+
+
+def test_patience_that_ends_with_the_last_step_ends_nothing_early(scripted, config_file, capsys):
+    scripted([5.0, 6.0, 7.0])
+    assert cli(config_file, *EVERY_STEP, "steps=3", "evaluation.patience=2", "schedule.warmup_steps=1") == 0
+    assert "stopped early" not in capsys.readouterr().out
+
+
+def test_a_validation_loss_that_is_no_number_is_no_best_one(scripted, config_file, tmp_path, capsys):
+    """It neither blocks better ones nor keeps its checkpoint."""
+    scripted([math.nan, 5.0, math.nan, 6.0])
+    settings = (*EVERY_STEP, "steps=4", "checkpoint.keep_latest=1", "checkpoint.keep_best=1", "schedule.warmup_steps=1")
+    assert cli(config_file, *settings) == 0
+    assert steps_of(tmp_path / "run") == [2, 4]
+    assert "best validation loss" in capsys.readouterr().out
 
 
 def test_an_equal_loss_is_no_better_one(scripted, config_file, capsys):

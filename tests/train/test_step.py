@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers.llama_pair import llama_pair
 from helpers.training import (
@@ -170,6 +171,38 @@ def test_what_layers_tell_may_not_hide_a_metric(monkeypatch):
     run, step, state = with_a_statistic(monkeypatch, "loss")
     with pytest.raises(ValueError, match="loss: the name of a metric and of something that layers tell"):
         run(step, state, packed_batch())
+
+
+def one_step(optimizer=None, **changes):
+    config = settings(ema_decay=0.5, **changes)
+    model = ByteTransformer(config.model)
+    optimizer = optimizer or make_optimizer(config, model)
+    state = create_state(config, model, optimizer)
+    step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config)))
+    return state, *step(state, packed_batch())
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_update_of_a_gradient_that_is_no_number_is_not_applied(monkeypatch, parts):
+    def with_infinite_slope(*args, **kwargs):
+        total, sums, out = batch_loss(*args, **kwargs)
+        return total + jnp.sqrt(0 * jnp.sum(out.hidden_BTD)), sums, out
+
+    monkeypatch.setattr(step_module, "batch_loss", with_infinite_slope)
+    before, after, metrics = one_step(gradient_accumulation_steps=parts)
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"]) and not metrics["finite"]
+    for name in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
+
+
+def test_weights_or_optimizer_states_that_overflow_are_told():
+    huge = optax.chain(optax.scale(1e38), optax.scale(1e38))
+    _, after, metrics = one_step(huge)
+    assert np.isfinite(metrics["gradient_norm"]) and not metrics["finite"]
+    assert not all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
+    _, after, metrics = one_step(optax.chain(optax.scale(1e30), optax.scale_by_rms(), optax.scale(0.0)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params)) and not metrics["finite"]
+    assert one_step()[2]["finite"]
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout", "residual_dropout", "attention_dropout", "drop_path"])
