@@ -125,7 +125,7 @@ class EvaluationConfig(Section):
     """Validation during training."""
 
     interval: PositiveInt = 500  # optimizer steps
-    batches: PositiveInt | None = 50  # None: the whole validation set
+    batches: PositiveInt | None = 50  # of global_batch_size rows; None: the whole validation set
     patience: PositiveInt | None = None  # stop after so many validations without a better loss
 
 
@@ -210,11 +210,6 @@ class TrainConfig(Section):
             self.loss.xpos_regularization == 0 or self.model.xpos_learnable,
             "loss.xpos_regularization pulls learned rates: it needs model.xpos_learnable",
         )
-
-    @property
-    def rows_at_once(self) -> int:
-        """Sequences that are on the device together: a batch's, or one accumulation step's."""
-        return self.global_batch_size // self.gradient_accumulation_steps
 
     def to_json(self) -> str:
         """The resolved config, as stored beside every checkpoint."""

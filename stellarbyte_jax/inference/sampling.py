@@ -224,7 +224,7 @@ def _keep_while_less_above(logits_BV: jax.Array, weights_BV: jax.Array, limit: A
 def _number(name: str, value: Any, rule: str, holds: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
         raise ValueError(f"{name} must be a number {rule}; got {value!r}")
-    if value and not _SMALLEST <= abs(value) <= _LARGEST:
+    if value and not _SMALLEST <= abs(float(value)) <= _LARGEST:
         raise ValueError(
             f"{name} must be a number {rule} that float32 can hold, from {_SMALLEST:.2e} to {_LARGEST:.2e}; "
             f"got {value!r}"

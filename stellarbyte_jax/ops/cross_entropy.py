@@ -92,7 +92,8 @@ def _scan_chunks(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size
             loss_C = (1 - label_smoothing) * nll_C + label_smoothing * (log_z_C - mean_C)
         if z_loss:
             loss_C = loss_C + z_loss * jnp.square(log_z_C)
-        correct_C = (of_target_C >= jnp.max(logits_CV, axis=-1)).astype(jnp.float32)
+        others_C = jnp.max(jnp.where(target_CV, _IMPOSSIBLE, logits_CV), axis=-1)
+        correct_C = (of_target_C > others_C).astype(jnp.float32)  # a tie is no hit
         new = jnp.stack(
             [jnp.sum(loss_C * counts_C), jnp.sum(nll_C * counts_C), jnp.sum(correct_C * counts_C), jnp.sum(counts_C)]
         )

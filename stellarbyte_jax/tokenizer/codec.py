@@ -1,7 +1,8 @@
 """The tokenizer as training and generation use it: any Hugging Face directory, read without transformers."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 
 from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, TokenizerDirectory
 from stellarbyte_jax.tokenizer.special import named_ids
+
+_SPACE = "\u2581"  # SentencePiece's mark
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -128,30 +132,53 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def token_byte_lengths(path: str | Path) -> np.ndarray:
+def token_byte_lengths(path: str | Path) -> np.ndarray | None:
     """UTF-8 bytes of text that each token id stands for, int32 [vocabulary]; special tokens count 0.
+
+    None where that is not known: neither a byte-level vocabulary nor one of SentencePiece's kind, whose tokens spell
+    bytes as ``<0x41>`` and spaces as a mark of their own.
 
     Args:
       path: the tokenizer's directory.
 
     Raises:
-      ValueError: the directory is unreadable, or the tokenizer not byte-level: a token has no fixed number of bytes.
+      ValueError: the directory is unreadable.
     """
     settings = TokenizerDirectory(path).library_settings()
-    decoder = settings.get("decoder") or {}
-    kinds = {decoder.get("type"), *(d.get("type") for d in decoder.get("decoders", []))}
-    if "ByteLevel" not in kinds:
-        raise ValueError(
-            f"{path}: bytes per token need a byte-level tokenizer, the decoder in {LIBRARY} is {decoder.get('type')}"
-        )
+    vocabulary = _vocabulary(settings)
+    count = _byte_counter(settings.get("decoder") or {})
+    if vocabulary is None or count is None:
+        return None
     added = {token["id"]: token for token in settings.get("added_tokens", [])}
-    vocabulary: dict[str, int] = settings["model"]["vocab"]
-    lengths = np.zeros(max([*vocabulary.values(), *added]) + 1, np.int32)
+    lengths = np.zeros(max([*vocabulary.values(), *added], default=-1) + 1, np.int32)
     for token, number in vocabulary.items():
-        lengths[number] = len(token)  # byte-level vocabularies spell each byte as one character
+        lengths[number] = count(token)
     for number, token in added.items():
         lengths[number] = 0 if token["special"] else len(token["content"].encode())
     return lengths
+
+
+def _vocabulary(settings: Mapping[str, Any]) -> dict[str, int] | None:
+    """Token -> id of a model of the tokenizers library; None for a kind without."""
+    tokens = settings["model"].get("vocab")
+    if isinstance(tokens, list):  # Unigram: pairs of token and score
+        return {token: number for number, (token, _) in enumerate(tokens)}
+    return tokens
+
+
+def _byte_counter(decoder: Mapping[str, Any]) -> Callable[[str], int] | None:
+    """How many bytes of text a token of the vocabulary spells, by how tokens are decoded; None where it is unknown."""
+    parts = {part.get("type"): part for part in (decoder, *decoder.get("decoders", []))}
+    if "ByteLevel" in parts:
+        return len  # each byte is one character
+    if "ByteFallback" not in parts and "Metaspace" not in parts:
+        return None
+    space = parts.get("Metaspace", {}).get("replacement", _SPACE)
+
+    def count(token: str) -> int:
+        return 1 if _BYTE.fullmatch(token) else len(token.replace(space, " ").encode())
+
+    return count
 
 
 def _load_unchanged(path: str, fingerprint: str) -> Tokenizer:

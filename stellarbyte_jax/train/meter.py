@@ -51,7 +51,7 @@ class Meter:
 
     def reset(self) -> None:
         """Begins a new interval of speed."""
-        self._since, self._steps = time.perf_counter(), 0
+        self._since, self._steps, self._read_tokens = time.perf_counter(), 0, 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -81,6 +81,7 @@ class Meter:
         values = _numbers(jax.device_get(metrics))
         finite = values.pop("finite", True)
         self._steps += 1
+        self._read_tokens += self._tokens * (1 - values.get("padding", 0.0))
         what = [name for name in ("loss", "gradient_norm") if not np.isfinite(values.get(name, 0.0))]
         if what or not finite:
             found = f"the {what[0].replace('_', ' ')} is {values[what[0]]}" if what else "the update is not finite"
@@ -90,7 +91,7 @@ class Meter:
             )
         speed = {}
         if self._steps > 1 or self.rates:
-            speed = speed_metrics(self._tokens * self._steps, time.perf_counter() - self._since, self._flops)
+            speed = speed_metrics(self._read_tokens, time.perf_counter() - self._since, self._flops)
         self.last = {**values, **speed, **memory_metrics()}
         if self._skipped():
             self.last["skipped_lines"] = float(self._skipped())

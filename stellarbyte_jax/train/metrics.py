@@ -35,7 +35,7 @@ def validation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         raise ValueError("the validation set holds no token to predict: its documents are empty or one token long")
     loss = sums["cross_entropy"] / tokens
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": sums["correct"] / tokens}
-    if sums["bytes"]:
+    if sums.get("bytes"):
         result["bits_per_byte"] = sums["cross_entropy"] / math.log(2) / sums["bytes"]
     return result
 
@@ -56,8 +56,11 @@ class FlopsPerToken:
 
 
 def flops_per_token(config: ByteConfig, parameters: int, sequence_length: int) -> FlopsPerToken:
-    """Counts the operations of a model with so many parameters; a tied table counts once, as the head."""
-    matrices = parameters if config.tie_word_embeddings else parameters - config.vocab_size * config.hidden_size
+    """Counts the operations of a model with so many parameters; a tied table counts once, as the head.
+
+    The head is computed for the padding of the vocabulary too.
+    """
+    matrices = parameters if config.tie_word_embeddings else parameters - config.padded_vocab_size * config.hidden_size
     width = config.num_attention_heads * config.head_size
     attention = 0.0
     for spec in config.layer_specs:
@@ -74,7 +77,7 @@ def peak_flops() -> float | None:
     return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in kind), None)
 
 
-def speed_metrics(tokens: int, seconds: float, flops: FlopsPerToken) -> dict[str, float]:
+def speed_metrics(tokens: float, seconds: float, flops: FlopsPerToken) -> dict[str, float]:
     """Tokens a second and, where the device's peak is known, model FLOP utilisation by both conventions."""
     rate = tokens / seconds
     result = {"tokens_per_second": rate}

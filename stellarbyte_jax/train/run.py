@@ -141,7 +141,8 @@ def _prepare(
         if due:
             publish(step, metrics)
 
-    byte_lengths_V = jnp.asarray(token_byte_lengths(config.data.tokenizer))
+    byte_lengths = token_byte_lengths(config.data.tokenizer)
+    byte_lengths_V = None if byte_lengths is None else jnp.asarray(byte_lengths)
     return _Run(
         config=config,
         report=report,
@@ -230,7 +231,7 @@ def _early(progress: Progress, step: int) -> str:
 def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float]:
     run.meter.flush()
     with run.meter.paused():
-        state = State.initial(run.config.model, run.config.rows_at_once)
+        state = State.initial(run.config.model, run.config.global_batch_size)
         limit = run.config.evaluation.batches
         validated = evaluate(run.eval_step, run.state.averaged, batches, limit, run.report, state)
         run.report.line(f"step {step}/{run.config.steps}  validation  {format_metrics(validated)}")
@@ -292,7 +293,7 @@ def _validation_loader(config: TrainConfig) -> Loader | None:
     return make_loader(
         config.data,
         split="validation",
-        batch_size=config.rows_at_once,
+        batch_size=config.global_batch_size,
         seed=config.seed,
         vocab_size=config.model.vocab_size,
         transform=jax.device_put,

@@ -60,13 +60,12 @@ def make_train_step(
         if parts == 1:
             (loss, sums, aux, grads), carried = gradients(batch, state.carried, jnp.zeros((), jnp.int32))
         else:
-            cut = {name: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]) for name, x in batch.items()}
 
             def add(total: Any, part: Any):
                 new, after = gradients(*part)
                 return jax.tree.map(jnp.add, total, new), after
 
-            given = (cut, state.carried.split(parts), jnp.arange(parts, dtype=jnp.int32))
+            given = (cut_rows(batch, parts), state.carried.split(parts), jnp.arange(parts, dtype=jnp.int32))
             shapes, _ = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], given))
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (loss, sums, aux, grads), carried = jax.lax.scan(add, zero, given)
@@ -90,6 +89,7 @@ def make_train_step(
             "cross_entropy": sums["cross_entropy"] / tokens,
             "accuracy": sums["correct"] / tokens,
             "target_tokens": sums["tokens"],
+            "padding": 1 - text_tokens(batch) / batch["tokens"].size,
             "gradient_norm": gradient_norm,
             "finite": sound & all_finite((params, opt_state)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
@@ -103,6 +103,16 @@ def make_train_step(
     return train_step
 
 
+def cut_rows(batch: Batch, parts: int) -> dict[str, jax.Array]:
+    """The rows of a batch cut into equal parts, on a new first axis."""
+    return {name: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]) for name, x in batch.items()}
+
+
+def text_tokens(batch: Batch) -> jax.Array | int:
+    """Positions of a batch that are no padding."""
+    return jnp.sum(batch["segment_ids"] > 0) if "segment_ids" in batch else batch["tokens"].size
+
+
 def all_finite(tree: Any) -> jax.Array:
     """Whether all floats of a tree of arrays are finite, bool scalar."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -110,17 +120,27 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def make_eval_step(
-    config: TrainConfig, model: ByteTransformer, byte_lengths_V: jax.Array
+    config: TrainConfig, model: ByteTransformer, byte_lengths_V: jax.Array | None
 ) -> Callable[[Params, Batch, State], tuple[dict[str, jax.Array], State]]:
     """The function from weights, batch and state to the sums that validation adds up, and the state after it.
 
-    ``byte_lengths_V`` is the number of UTF-8 bytes that each token stands for, int32 [V].
+    A batch has as many rows as one of training, and is cut into parts as there. ``byte_lengths_V`` is the number of
+    UTF-8 bytes that each token stands for, int32 [V]; None where that is not known.
     """
     plain = LossConfig()
     max_segments = config.data.max_documents_per_sequence + 1
+    parts = config.gradient_accumulation_steps
 
     def eval_step(params: Params, batch: Batch, state: State) -> tuple[dict[str, jax.Array], State]:
+        if parts == 1:
+            return of_part(params, batch, state)
+        found, after = jax.lax.map(lambda xs: of_part(params, *xs), (cut_rows(batch, parts), state.split(parts)))
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), found), after.joined()
+
+    def of_part(params: Params, batch: Batch, state: State) -> tuple[dict[str, jax.Array], State]:
         _, sums, out = batch_loss(model, params, batch, plain, max_segments=max_segments, state=state)
+        if byte_lengths_V is None:
+            return sums, out.state
         targets = next_token_targets(batch)
         sizes = jnp.where(targets >= 0, jnp.take(byte_lengths_V, jnp.maximum(targets, 0)), 0)
         return {**sums, "bytes": jnp.sum(sizes).astype(jnp.float32)}, out.state

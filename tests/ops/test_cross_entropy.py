@@ -53,3 +53,11 @@ def test_linear_cross_entropy_equals_optax(label_smoothing, z_loss, chunk_size):
     shifted = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     plain = -np.asarray(shifted)[real, np.asarray(targets)[real]].sum()
     np.testing.assert_allclose(sums["cross_entropy"], plain, rtol=1e-5)
+
+
+def test_a_tie_is_no_hit():
+    """A kernel whose columns are equal says nothing, and must not seem to be right."""
+    x, targets = jnp.ones((3, 4)), jnp.asarray([0, 1, 2], jnp.int32)
+    assert float(linear_cross_entropy(x, jnp.ones((4, 5)), targets)[1]["correct"]) == 0
+    better = jnp.ones((4, 5)).at[:, 1].set(2.0)
+    assert float(linear_cross_entropy(x, better, targets)[1]["correct"]) == 1

@@ -188,10 +188,43 @@ def test_byte_lengths_add_up_to_the_text(tokenizer, real_texts):
     assert not lengths[: len(SPECIAL_TOKENS)].any()
 
 
-def test_byte_lengths_need_bytes(tmp_path):
+def sentencepiece_like(directory, model):
+    """A tokenizer of Llama 2's or of T5's kind: spaces are marks, and unknown characters bytes or nothing."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    special = ("<unk>", "<s>", "</s>")
+    pieces = [*special, *(f"<0x{b:02X}>" for b in range(256)), "\u2581", *"abcdefghij\u6625", "\u2581a", "he"]
+    if model == "byte fallback":
+        vocabulary = {token: number for number, token in enumerate(pieces)}
+        merges = [("\u2581", "a"), ("h", "e")]
+        library = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+        library.normalizer = normalizers.Replace(" ", "\u2581")
+        library.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        library = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+        library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        library.decoder = decoders.Metaspace(prepend_scheme="never")
+    library.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    directory.mkdir(exist_ok=True)
+    library.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"), [("byte fallback", "a he\u6625 a\u00e9\U0001f600 j"), ("unigram", "a he\u6625 a j")]
+)
+def test_byte_lengths_of_vocabularies_with_marked_spaces(tmp_path, model, text):
+    tokenizer = sentencepiece_like(tmp_path / "t", model)
+    lengths, ids = token_byte_lengths(tmp_path / "t"), tokenizer.encode(text)
+    assert lengths.shape == (tokenizer.vocab_size,) and 0 not in ids
+    assert lengths[ids].sum() == len(text.encode())
+    assert not lengths[:3].any()
+
+
+def test_byte_lengths_of_other_vocabularies_are_not_known(tmp_path):
     path = Path(save_byte_tokenizer(tmp_path), "tokenizer.json")
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     path.write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"need a byte-level tokenizer, the decoder in tokenizer\.json is WordPiece"):
-        token_byte_lengths(tmp_path)
+    assert token_byte_lengths(tmp_path) is None

@@ -103,3 +103,14 @@ def test_a_vector_is_shown_entry_by_entry(clock):
     made.push(1, {"loss": jnp.float32(3), "load": jnp.asarray([0.25, 0.75])})
     made.flush()
     assert {name: x for name, x in shown[0][1].items() if "/" in name} == {"load/0": 0.25, "load/1": 0.75}
+
+
+def test_speed_counts_no_padding(clock):
+    made, shown, tokens = make()
+    for step, padding in ((1, 0.0), (2, 0.0), (3, 0.25), (4, 0.75)):
+        clock.now += 1.0
+        made.push(step, {"loss": jnp.float32(3), "padding": jnp.float32(padding)})
+    clock.now += 1.0
+    made.flush()
+    assert shown[3][1]["tokens_per_second"] == pytest.approx(tokens * (0.75 + 0.25) / 2)
+    assert shown[3][1]["padding"] == 0.75

@@ -56,6 +56,8 @@ def test_weights_are_counted_without_the_look_up():
     assert flops_per_token(MODEL, 10**6, 16).full - attention == 6 * (10**6 - 67 * 32)
     tied = dataclasses.replace(MODEL, tie_word_embeddings=True)
     assert flops_per_token(tied, 10**6, 16).full - attention == 6 * 10**6
+    padded = dataclasses.replace(MODEL, vocab_size_multiple=64)  # the head is computed for the padding too
+    assert flops_per_token(padded, 10**6, 16).full - attention == 6 * (10**6 - 128 * 32)
 
 
 def test_attention_is_counted_by_the_keys_that_tokens_see():

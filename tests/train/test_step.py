@@ -305,3 +305,36 @@ def test_validation_carries_memory():
     assert float(sums["cross_entropy"] / sums["tokens"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
     for x, y in zip(jax.tree.leaves(carried), jax.tree.leaves(trained.carried), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_validation_does_not_depend_on_accumulation():
+    state, _ = start(MEMORY, RECORDER)
+    sizes = jnp.ones(MODEL.vocab_size, jnp.int32)
+    found = []
+    for parts in (1, 2, 4):
+        config = dataclasses.replace(MEMORY, gradient_accumulation_steps=parts)
+        evaluate = jax.jit(make_eval_step(config, ByteTransformer(config.model), sizes))
+        _, carried = evaluate(state.averaged, contiguous_batch(0), state.carried)
+        found.append(evaluate(state.averaged, contiguous_batch(1), carried))
+    for sums, carried in found[1:]:
+        assert {name: float(x) for name, x in sums.items()} == pytest.approx(
+            {name: float(x) for name, x in found[0][0].items()}, rel=1e-5
+        )
+        for x, y in zip(jax.tree.leaves(carried), jax.tree.leaves(found[0][1]), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_validation_without_known_bytes_has_none():
+    state, _ = start(settings(), RECORDER)
+    evaluate = jax.jit(make_eval_step(settings(), ByteTransformer(MODEL), None))
+    sums, _ = evaluate(state.averaged, packed_batch(), State())
+    found = validation_metrics({name: float(x) for name, x in sums.items()})
+    assert "bits_per_byte" not in found and found["loss"] > 0
+
+
+def test_the_share_of_padding_is_told():
+    state, step = start(settings())
+    batch = packed_batch()
+    assert float(step(state, batch)[1]["padding"]) == pytest.approx(np.mean(batch["segment_ids"] == 0))
+    batch["segment_ids"][:, 8:] = 0
+    assert float(step(state, batch)[1]["padding"]) > 0.3
