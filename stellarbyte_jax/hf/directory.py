@@ -49,6 +49,8 @@ def from_pretrained(
     shapes = _shapes(param_shapes(model))
     to = float_dtype(dtype)
     with WeightFiles(directory) as files:
+        if config.tie_word_embeddings and _EMBEDDING not in files.names():
+            files.rename(_HEAD, _EMBEDDING)  # one table, which may be stored under either name
         entries = list(family.entries(config, shapes))
         foreign = sorted(set(shapes) - {entry.path for entry in entries})
         if foreign:

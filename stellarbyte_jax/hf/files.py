@@ -65,7 +65,7 @@ class WeightFiles:
         """
         self.directory = directory
         self._stack = contextlib.ExitStack()
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, tuple[Any, str]] = {}  # of each tensor its file, and its name there
         try:
             self._open()
         except BaseException:
@@ -76,9 +76,17 @@ class WeightFiles:
         from safetensors import SafetensorError, safe_open
 
         index = self.directory / INDEX
-        listed = read_json(index).get("weight_map") if index.is_file() else None
-        if index.is_file() and not (isinstance(listed, dict) and listed):
-            raise ValueError(f"{index} has no weight_map from tensor to file: copy the file again")
+        listed = None
+        if index.is_file() and not (self.directory / SINGLE).is_file():  # beside one file an index is an older model's
+            listed = read_json(index).get("weight_map")
+            if not (isinstance(listed, dict) and listed):
+                raise ValueError(f"{index} has no weight_map from tensor to file: copy the file again")
+            wrong = [name for name, file in listed.items() if not _is_file_name(file)]
+            if wrong:
+                raise ValueError(
+                    f"{index}: {str(wrong[0])[:100]!r} must be in a file of this directory, not in "
+                    f"{str(listed[wrong[0]])[:100]!r}: copy the file again"
+                )
         for file in sorted(set(listed.values())) if listed else [SINGLE]:
             path = self.directory / file
             if not path.is_file():
@@ -90,7 +98,7 @@ class WeightFiles:
             for name in handle.keys():
                 if name in self._handles:
                     raise ValueError(f"{path}: tensor {name} also lies in another file of {self.directory}")
-                self._handles[name] = handle
+                self._handles[name] = (handle, name)
         absent = [name for name in listed or () if name not in self._handles]
         if absent:
             raise ValueError(f"{index} lists {_some(absent)}, which its files do not hold: copy the files again")
@@ -101,7 +109,13 @@ class WeightFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        return tuple(self._handles[name].get_slice(name).get_shape())
+        handle, stored_name = self._handles[name]
+        return tuple(handle.get_slice(stored_name).get_shape())
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives a tensor another name, if there is such a tensor."""
+        if old in self._handles:
+            self._handles[new] = self._handles.pop(old)
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as it is stored.
@@ -109,13 +123,14 @@ class WeightFiles:
         Raises:
           ValueError: its numbers are no plain floats.
         """
-        stored = self._handles[name].get_slice(name).get_dtype()
+        handle, stored_name = self._handles[name]
+        stored = handle.get_slice(stored_name).get_dtype()
         if stored not in _READABLE:
             raise ValueError(
                 f"{self.directory}: tensor {name} is stored as {stored}, readable are {', '.join(_READABLE)}. "
                 "Load the model with transformers, dequantize it and save it as float32 or bfloat16"
             )
-        return self._handles[name].get_tensor(name)
+        return handle.get_tensor(stored_name)
 
     def __enter__(self) -> Self:
         return self
@@ -250,6 +265,11 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_file_name(value: object) -> bool:
+    """Whether it names a file of the directory itself; a path could lead anywhere."""
+    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\\0")
 
 
 def _remove_abandoned(target: Path) -> None:

@@ -1,8 +1,10 @@
 """Conversations: messages to a prompt by the tokenizer's chat template."""
 
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
 
 from stellarbyte_jax.tokenizer.codec import Tokenizer
+from stellarbyte_jax.tokenizer.template import ChatTemplate
 
 
 class Conversation:
@@ -12,26 +14,25 @@ class Conversation:
       messages: dicts with ``role`` and ``content``, oldest first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, system: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, system: str | None = None, parse_contents: bool = False) -> None:
         """Begins with a system message where one is given.
+
+        Args:
+          tokenizer: the model's.
+          system: the system message.
+          parse_contents: whether special tokens that a message spells become control tokens, so that whoever writes
+            messages can end them and speak as another role.
 
         Raises:
           ValueError: the tokenizer has no chat template, or it is not valid.
         """
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"the tokenizer in {tokenizer.path} has no chat_template, so this is no chat model: "
                 "generate without chat"
             )
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            self._template = environment.from_string(tokenizer.chat_template)
-        except TemplateError as error:
-            raise ValueError(f"the chat template of {tokenizer.path} is not valid: {error}") from None
+        self._template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.path)
+        self._parse_contents = parse_contents
         self._tokenizer = tokenizer
         self.messages: list[dict[str, str]] = []
         if system is not None:
@@ -64,24 +65,50 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": text})
 
     def _prompt(self) -> list[int]:
-        from jinja2 import TemplateError
-
-        try:
-            prompt = self._template.render(
-                messages=self.messages,
-                add_generation_prompt=True,
-                bos_token=self._spell(self._tokenizer.bos_id),
-                eos_token=self._spell(self._tokenizer.eos_id),
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template of {self._tokenizer.path} refuses the messages: {error}") from None
-        return self._tokenizer.encode(prompt, parse_special=True)
-
-    def _spell(self, token: int | None) -> str:
-        return "" if token is None else self._tokenizer.decode([token], skip_special_tokens=False)
+        if self._parse_contents:
+            text = self._template.render(self.messages, add_generation_prompt=True)
+            return self._tokenizer.encode(text, parse_special=True)
+        return encode_messages(self._tokenizer, self._template, self.messages)
 
 
-def _refuse(message: str) -> Any:
-    from jinja2 import TemplateError
+def encode_messages(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, str]], *, prompt: bool = True
+) -> list[int]:
+    """Ids of a conversation. Special tokens that the template writes are control tokens, those in contents are text.
 
-    raise TemplateError(message)
+    Args:
+      tokenizer: the model's.
+      template: its chat template.
+      messages: with ``role`` and ``content``.
+      prompt: whether the beginning of a reply follows.
+
+    Raises:
+      ValueError: the template refuses the messages.
+    """
+    spellings = tokenizer.special_spellings
+    # Whatever their case: a template may change that of what it writes.
+    spelled = [s for s in spellings if any(s.lower() in message["content"].lower() for message in messages)]
+    if not spelled:
+        text = template.render(messages, add_generation_prompt=prompt)
+        return tokenizer.encode(text, parse_special=True)
+    break_mark = _unused_mark([message["content"] for message in messages] + [template.source])
+    broken = [{**message, "content": _broken(message["content"], spelled, break_mark)} for message in messages]
+    text = template.render(broken, add_generation_prompt=prompt)
+    ids: list[int] = []
+    for number, part in enumerate(re.split(f"({'|'.join(map(re.escape, spellings))})", text)):
+        if number % 2:
+            ids += tokenizer.encode(part, parse_special=True)
+        elif part:
+            ids += tokenizer.encode(part.replace(break_mark, ""))
+    return ids
+
+
+def _broken(text: str, spellings: Sequence[str], mark: str) -> str:
+    """The text with a mark in every special token that it spells, overlapping ones too."""
+    pattern = "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in spellings if len(s) > 1)
+    return re.sub(pattern, mark, text, flags=re.IGNORECASE) if pattern else text
+
+
+def _unused_mark(texts: Sequence[str]) -> str:
+    """A character that occurs nowhere: of those that Unicode keeps free for such uses."""
+    return next(mark for mark in map(chr, range(0xFDD0, 0xFDF0)) if not any(mark in text for text in texts))

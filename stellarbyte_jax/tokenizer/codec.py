@@ -27,7 +27,8 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     chat_template: str | None
-    fingerprint: str  # sha256 of tokenizer.json
+    special_tokens: Mapping[str, str]  # spellings by name, such as bos_token
+    fingerprint: str  # sha256 of tokenizer.json, and of the tokens that other files add to it
     _plain: Any = field(repr=False, compare=False)  # takes a spelled special token for ordinary text
 
     @cached_property
@@ -35,6 +36,14 @@ class Tokenizer:
         library = type(self._plain).from_str(self._plain.to_str())
         library.encode_special_tokens = False
         return library
+
+    @cached_property
+    def special_spellings(self) -> tuple[str, ...]:
+        """Spellings of all special tokens, the longest first."""
+        added = self._plain.get_added_tokens_decoder().values()
+        return tuple(
+            sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_unchanged, (self.path, self.fingerprint)
@@ -117,6 +126,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         eos_id=ids.get("eos_token_id"),
         pad_id=ids.get("pad_token_id"),
         chat_template=directory.chat_template(),
+        special_tokens=directory.special_tokens(),
         fingerprint=hashlib.sha256(content).hexdigest(),
         _plain=library,
     )

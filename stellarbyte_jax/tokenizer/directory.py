@@ -14,12 +14,14 @@ LIBRARY = "tokenizer.json"  # read by the tokenizers library
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+ADDED_TOKENS = "added_tokens.json"
 GENERATION_CONFIG = "generation_config.json"  # of a model; it names the ids that end a text
+MODEL_CONFIG = "config.json"  # of a model; it may name them too
 FILES = (
     LIBRARY,
     CONFIG,
     SPECIAL_TOKENS_MAP,
-    "added_tokens.json",
+    ADDED_TOKENS,
     CHAT_TEMPLATE,
     "tokenizer.model",
     "vocab.json",
@@ -28,6 +30,7 @@ FILES = (
 )
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
+_NAMED_TOKENS = (*SPECIAL_TOKENS, "unk_token", "sep_token", "cls_token", "mask_token")  # what templates may ask for
 SPECIAL_IDS = tuple(f"{name}_id" for name in SPECIAL_TOKENS)  # their names in a model's settings
 
 
@@ -62,11 +65,35 @@ class TokenizerDirectory:
 
         content = self._library_bytes()
         try:
-            return content, Tokenizer.from_buffer(content)
+            library = Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(
                 f"{self.path / LIBRARY} is not a tokenizer that the tokenizers library can read: {error}"
             ) from None
+        added = self._missing_tokens(library)
+        return content + json.dumps(added).encode() if added else content, library
+
+    def _missing_tokens(self, library: Any) -> list[tuple[int, str, bool]]:
+        """Adds the tokens that only other files name, and lists them."""
+        from tokenizers import AddedToken
+
+        added = []
+        for number, token in sorted(self.added_tokens().items()):
+            content, special = token["content"], bool(token["special"])
+            if library.token_to_id(content) is not None:
+                continue
+            flags = {
+                name: bool(token[name]) for name in ("lstrip", "rstrip", "single_word", "normalized") if name in token
+            }
+            described = AddedToken(content, special=special, **{"normalized": not special, **flags})
+            (library.add_special_tokens if special else library.add_tokens)([described])
+            if library.token_to_id(content) != number:
+                raise ValueError(
+                    f"{self.path}: the added token {content!r} has id {number}, but the next free one of {LIBRARY} is "
+                    f"{library.token_to_id(content)}: the files belong to different tokenizers"
+                )
+            added.append((number, content, special))
+        return added
 
     def library_settings(self) -> dict[str, Any]:
         """``tokenizer.json`` as plain values.
@@ -87,7 +114,7 @@ class TokenizerDirectory:
         return self._read_object(CONFIG)
 
     def special_tokens(self) -> dict[str, str]:
-        """Spelling of each of :data:`SPECIAL_TOKENS` that the files name.
+        """Spelling of each special token that the files name, such as ``{"bos_token": "<s>"}``.
 
         ``tokenizer_config.json`` goes before ``special_tokens_map.json``; a null names nothing.
 
@@ -97,7 +124,7 @@ class TokenizerDirectory:
         spelled: dict[str, str] = {}
         for file in (SPECIAL_TOKENS_MAP, CONFIG):
             values = self._read_object(file)
-            for name in SPECIAL_TOKENS:
+            for name in _NAMED_TOKENS:
                 value = values.get(name)
                 token = value.get("content") if isinstance(value, dict) else value
                 if token is None:
@@ -134,19 +161,52 @@ class TokenizerDirectory:
         return template
 
     def generation_ids(self) -> dict[str, int | list[int]]:
-        """Those of :data:`SPECIAL_IDS` that ``generation_config.json`` gives; a text may have several ends.
+        """Those of :data:`SPECIAL_IDS` that the model's settings give; a text may have several ends.
+
+        ``generation_config.json`` goes before ``config.json``, but ends of a text are those of both.
 
         Raises:
-          ValueError: the file is not a JSON object, or holds something else than ids.
+          ValueError: a file is not a JSON object, or holds something else than ids.
         """
-        values = self._read_object(GENERATION_CONFIG)
-        stated = {name: values[name] for name in SPECIAL_IDS if values.get(name) is not None}
-        for name, value in stated.items():
-            if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
-                raise ValueError(
-                    f"{self.path / GENERATION_CONFIG}: {name} must be an id or a list of ids, got {value!r}"
-                )
+        stated: dict[str, int | list[int]] = {}
+        ends: list[int] = []
+        for file in (GENERATION_CONFIG, MODEL_CONFIG):
+            values = self._read_object(file)
+            for name in SPECIAL_IDS:
+                value = values.get(name)
+                if value is None:
+                    continue
+                ids = value if isinstance(value, list) else [value]
+                if not all(type(i) is int for i in ids):
+                    raise ValueError(f"{self.path / file}: {name} must be an id or a list of ids, got {value!r}")
+                if name == "eos_token_id":
+                    ends += ids
+                stated.setdefault(name, value)
+        ends = list(dict.fromkeys(ends))
+        if len(ends) > 1:
+            stated["eos_token_id"] = ends
         return stated
+
+    def added_tokens(self) -> dict[int, dict[str, Any]]:
+        """Tokens that files beside ``tokenizer.json`` add to it: by id, their ``content`` and whether they are special.
+
+        Raises:
+          ValueError: a file is not a JSON object, or describes tokens otherwise.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        described = self._read_object(CONFIG).get("added_tokens_decoder") or {}
+        for file, entries in ((ADDED_TOKENS, self._read_object(ADDED_TOKENS)), (CONFIG, described)):
+            try:
+                for key, value in entries.items():
+                    number, token = (int(value), {"content": key}) if file == ADDED_TOKENS else (int(key), dict(value))
+                    if not isinstance(token["content"], str) or not token["content"]:
+                        raise ValueError("content must be a spelling")
+                    found[number] = {"special": file == ADDED_TOKENS, **token}
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.path / file}: added tokens must be an id and a spelling each: {error}"
+                ) from None
+        return found
 
     def _library_bytes(self) -> bytes:
         if not self.path.is_dir():
@@ -202,7 +262,7 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
     of them changes nothing.
 
     Returns:
-      The names of the source's files.
+      The names of the files, ``generation_config.json`` among them where the source's ``config.json`` gave its content.
     """
     source, target = Path(source), Path(target)
     present = [name for name in FILES if (source / name).is_file()]
@@ -213,4 +273,10 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
                 shutil.copyfile(source / name, target / name)
             else:
                 (target / name).unlink(missing_ok=True)
+        if GENERATION_CONFIG not in present:
+            # The ends of a text may be named in the model's settings alone, which stay behind.
+            ids = TokenizerDirectory(source).generation_ids()
+            if ids:
+                write_json(target / GENERATION_CONFIG, ids)
+                present.append(GENERATION_CONFIG)
     return present

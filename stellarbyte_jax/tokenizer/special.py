@@ -1,9 +1,12 @@
 """Ids of special tokens: which ones a directory names, which of them end a text, and whether bos begins one."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from stellarbyte_jax.tokenizer.directory import LIBRARY, TokenizerDirectory
+from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, SPECIAL_TOKENS, TokenizerDirectory
+
+_log = logging.getLogger(__name__)
 
 
 def named_ids(directory: TokenizerDirectory, vocabulary: Mapping[str, int]) -> dict[str, int]:
@@ -18,6 +21,8 @@ def named_ids(directory: TokenizerDirectory, vocabulary: Mapping[str, int]) -> d
     """
     ids = {}
     for name, token in directory.special_tokens().items():
+        if name not in SPECIAL_TOKENS:
+            continue
         if token not in vocabulary:
             raise ValueError(f"{directory.path}: {name} is {token!r}, which {LIBRARY} does not hold")
         ids[f"{name}_id"] = vocabulary[token]
@@ -48,7 +53,7 @@ def special_ids(path: str | Path, vocab_size: int) -> dict[str, int | list[int]]
 
 
 def stop_ids(path: str | Path, eos_id: int | None) -> list[int]:
-    """Ids that end a text: the tokenizer's eos, then those of the directory's ``generation_config.json``.
+    """Ids that end a text: the tokenizer's eos, then those of the directory's model settings.
 
     Raises:
       ValueError: that file is not a JSON object, or holds something else than ids.
@@ -59,13 +64,22 @@ def stop_ids(path: str | Path, eos_id: int | None) -> list[int]:
 
 
 def adds_bos(path: str | Path, bos_id: int | None) -> bool:
-    """Whether the directory says that texts begin with bos, as ``transformers`` reads it.
+    """Whether texts begin with bos: whether the post-processor in ``tokenizer.json`` puts it there.
+
+    ``transformers`` 5 does not heed ``add_bos_token`` where there is a ``tokenizer.json``; a difference is logged.
 
     Raises:
       ValueError: a file is missing or broken.
     """
     directory = TokenizerDirectory(path)
+    adds = bos_id is not None and directory.read_library()[1].encode("").ids[:1] == [bos_id]
     stated = directory.add_bos_token()
-    if stated is not None:
-        return stated
-    return directory.read_library()[1].encode("").ids[:1] == [bos_id]
+    if stated is not None and stated != adds:
+        _log.warning(
+            "%s: add_bos_token is %s, but %s %s bos: that decides, as in transformers 5",
+            directory.path / CONFIG,
+            str(stated).lower(),
+            LIBRARY,
+            "adds" if adds else "does not add",
+        )
+    return adds

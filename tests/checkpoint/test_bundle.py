@@ -1,5 +1,6 @@
 """A model as it is used, from each kind of directory: its weights, its tokenizer, how its texts begin and end."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -87,7 +88,16 @@ def test_every_end_of_a_text_is_known(kind: str, copies: Path) -> None:
 def test_whether_texts_begin_with_bos(copies: Path) -> None:
     assert load_bundle(copies / "run").add_bos  # the default of training
     assert not load_bundle(copies / "hf").add_bos
-    save_words(copies / "hf", WORDS, **NAMES, add_bos_token=True)
+    file = copies / "hf" / "tokenizer.json"
+    library = json.loads(file.read_text())
+    bos = load_bundle(copies / "hf").tokenizer
+    library["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<b>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<b>": {"id": "<b>", "ids": [bos.bos_id], "tokens": ["<b>"]}},
+    }
+    file.write_text(json.dumps(library))
     assert load_bundle(copies / "hf").add_bos
 
 

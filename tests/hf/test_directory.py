@@ -205,6 +205,9 @@ def test_a_stored_copy_of_a_tied_head_must_be_equal(directory: Path) -> None:
     edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     _, params = from_pretrained(directory)
     assert "lm_head" not in params
+    # One table, stored under the head's name.
+    edit_tensors(directory, lambda t: t.pop("model.embed_tokens.weight"))
+    assert_same_tree(from_pretrained(directory)[1], params)
 
 
 def test_broken_directories(directory: Path, tmp_path: Path) -> None:

@@ -100,6 +100,49 @@ def test_files_that_the_index_does_not_name_are_left_alone(sharded: Path) -> Non
         np.testing.assert_array_equal(files.read("a"), HELD["a"])
 
 
+@pytest.mark.parametrize("shards", ["there", "gone"])
+def test_one_file_goes_before_the_index_of_an_older_model(sharded: Path, shards: str) -> None:
+    """As in transformers, which leaves the index behind when it saves a model again in one file."""
+    save_file({"a": np.full(3, 7, "f4")}, sharded / SINGLE)
+    if shards == "gone":
+        for name in SHARDS:
+            (sharded / name).unlink()
+    with WeightFiles(sharded) as files:
+        assert files.names() == ["a"]
+        np.testing.assert_array_equal(files.read("a"), np.full(3, 7, "f4"))
+
+
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "..", "", 3, None, ["x"]]
+)
+def test_an_index_names_files_of_its_own_directory(tmp_path: Path, file: Any) -> None:
+    save_file({"a": HELD["a"]}, tmp_path / "secret.safetensors")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(
+        ValueError, match=r"index\.json: 'a' must be in a file of this directory, not in .*copy the file"
+    ):
+        WeightFiles(directory)
+
+
+def test_a_tensor_may_get_another_name(single: Path) -> None:
+    with WeightFiles(single) as files:
+        files.rename("a", "z")
+        files.rename("missing", "y")
+        assert sorted(files.names()) == ["b", "c", "d", "z"]
+        assert files.shape("z") == (2, 3)
+        np.testing.assert_array_equal(files.read("z"), HELD["a"])
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    for left in (".x.partial-99999999", ".x.partial-1", ".y.partial-99999999", ".x.partial-abc"):
+        (tmp_path / left).mkdir()
+    with replacing(tmp_path / "x", overwrite=False) as partial:
+        (partial / "config.json").write_text("{}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.partial-1", ".x.partial-abc", ".y.partial-99999999", "x"]
+
+
 @pytest.mark.parametrize("dtype", ["i4", "u1", "?"])
 def test_a_tensor_of_no_plain_floats_is_named(tmp_path: Path, dtype: str) -> None:
     save_file({"packed": np.zeros((2, 2), dtype)}, tmp_path / SINGLE)

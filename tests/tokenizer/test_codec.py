@@ -13,6 +13,7 @@ import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
+from stellarbyte_jax.tokenizer.special import adds_bos
 from stellarbyte_jax.tokenizer.training import bpe
 from stellarbyte_jax.tokenizer.training.bpe import keeps_characters_whole
 from stellarbyte_jax.tokenizer.training.format import SPECIAL_TOKENS, build, byte_alphabet
@@ -228,3 +229,27 @@ def test_byte_lengths_of_other_vocabularies_are_not_known(tmp_path):
     settings["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     path.write_text(json.dumps(settings), encoding="utf-8")
     assert token_byte_lengths(tmp_path) is None
+
+
+@pytest.mark.parametrize("baked", [False, True])
+@pytest.mark.parametrize(
+    "flags", [{}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": True}], ids=str
+)
+def test_a_prompt_begins_as_that_of_transformers(tmp_path, baked, flags):
+    import transformers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ("<pad>", "<s>", "</s>")
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    library = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if baked:
+        library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **flags}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)("hi").input_ids
+    ours = load_tokenizer(tmp_path)
+    begin = [ours.bos_id] if adds_bos(tmp_path, ours.bos_id) else []
+    assert begin + ours.encode("hi") == expected

@@ -1,6 +1,7 @@
 """Files of a tokenizer directory: what is read, what is copied, and one line for each fault."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -98,3 +99,56 @@ def test_a_directory_is_the_copy_of_itself(tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert set(copy_tokenizer(tmp_path, tmp_path / ".." / tmp_path.name)) == set(before)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_copy_knows_the_ends_of_a_text_that_the_models_settings_name(tmp_path):
+    """Which stay behind; a generation config of the source's own is copied as it is."""
+    source = Path(save_byte_tokenizer(tmp_path / "source"))
+    (source / "config.json").write_text(json.dumps({"eos_token_id": [2, 7], "bos_token_id": 1, "hidden_size": 8}))
+    copied = copy_tokenizer(source, tmp_path / "copy")
+    assert "generation_config.json" in copied and not (tmp_path / "copy" / "config.json").exists()
+    assert TokenizerDirectory(tmp_path / "copy").generation_ids() == {"eos_token_id": [2, 7], "bos_token_id": 1}
+    (source / "generation_config.json").write_text('{"eos_token_id": 9, "top_k": 3}')
+    copy_tokenizer(source, tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == {"eos_token_id": 9, "top_k": 3}
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_other_files_add_are_those_of_transformers(tmp_path, file):
+    import transformers
+
+    directory = Path(save_byte_tokenizer(tmp_path / "t"))
+    size = load_tokenizer(directory).vocab_size
+    before = load_tokenizer(directory).fingerprint
+    if file == "added_tokens.json":
+        (directory / file).write_text(json.dumps({"<|a|>": size, "<|b|>": size + 1}))
+    else:
+        config = json.loads((directory / file).read_text())
+        config["added_tokens_decoder"] = {
+            str(size): {"content": "<|a|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False},
+            str(size + 1): {"content": "<|b|>", "special": False, "rstrip": False, "normalized": False},
+        }
+        (directory / file).write_text(json.dumps(config))
+    ours, peer = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    assert ours.vocab_size == len(peer) == size + 2
+    text = "x<|a|>y <|b|>"
+    assert ours.encode(text, parse_special=True) == peer(text, add_special_tokens=False).input_ids
+    assert size not in ours.encode("<|a|>")  # a document spells it as text
+    assert ours.fingerprint != before
+    assert pickle.loads(pickle.dumps(ours)).encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"<|a|>": 7}, "the added token '<|a|>' has id 7, but the next free one of tokenizer.json is "),
+        ({"<|a|>": "x"}, r"added_tokens\.json: added tokens must be an id and a spelling each"),
+        ({"": 300}, r"added_tokens\.json: added tokens must be an id and a spelling each"),
+    ],
+    ids=str,
+)
+def test_added_tokens_that_do_not_fit_are_named(tmp_path, added, message):
+    directory = Path(save_byte_tokenizer(tmp_path / "t"))
+    (directory / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        load_tokenizer(directory)

@@ -33,6 +33,11 @@ def test_ids_that_end_a_text(words):
     assert stop_ids(words, None) == [9, 2]
     _write(file, {"eos_token_id": 8})
     assert stop_ids(words, 2) == [2, 8]
+    _write(words / "config.json", {"eos_token_id": [7, 8], "pad_token_id": 5})
+    assert stop_ids(words, 2) == [2, 8, 7]
+    assert special_ids(words, 4)["eos_token_id"] == [8, 7] and special_ids(words, 4)["pad_token_id"] == 5
+    file.unlink()
+    assert stop_ids(words, 2) == [2, 7, 8]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, true]}'])
@@ -72,7 +77,8 @@ def test_a_tokenizer_of_another_model_is_refused(words):
         special_ids(words, 10)
 
 
-def test_bos_comes_from_the_configuration_or_else_from_the_library(words):
+def test_bos_comes_from_the_post_processor_and_a_configuration_that_differs_is_told(words, caplog):
+    """As in transformers 5, whose tokens tests/tokenizer/test_codec.py compares."""
     assert not adds_bos(words, None)
     assert not adds_bos(words, 1)
     library = Tokenizer(models.WordLevel(WORDS, unk_token="a"))
@@ -80,10 +86,14 @@ def test_bos_comes_from_the_configuration_or_else_from_the_library(words):
     library.save(str(words / "tokenizer.json"))
     assert adds_bos(words, 1)
     assert not adds_bos(words, 2)
-    _write(words / "tokenizer_config.json", {"add_bos_token": False})
-    assert not adds_bos(words, 1)
     _write(words / "tokenizer_config.json", {"add_bos_token": True})
-    assert adds_bos(words, None)
+    assert adds_bos(words, 1)
+    assert not caplog.messages
+    _write(words / "tokenizer_config.json", {"add_bos_token": False})
+    assert adds_bos(words, 1)
+    (message,) = caplog.messages
+    assert "add_bos_token is false, but tokenizer.json adds bos: that decides" in message
+    assert not adds_bos(words, None)
 
 
 def test_the_project_s_own_format(tmp_path):
