@@ -195,12 +195,14 @@ class TrainConfig(Section):
             "first step and a last one",
         )
         if not self.data.validation:
-            unread = [f"evaluation.{name}" for name in self.evaluation.given()]
-            unread += ["checkpoint.keep_best"] if "keep_best" in self.checkpoint.given() else []
+            unread = {f"evaluation.{n}": getattr(EvaluationConfig(), n) for n in self.evaluation.given()}
+            if "keep_best" in self.checkpoint.given():
+                unread["checkpoint.keep_best"] = CheckpointConfig().keep_best
+            defaults = " ".join(f"{name}={str(value).lower()}" for name, value in unread.items())
             require(
                 not unread,
-                f"{', '.join(unread)} would change nothing without data.validation: name validation files, or leave "
-                "these settings at their defaults",
+                f"{', '.join(unread)} would change nothing without data.validation: name validation files, or set "
+                f"{defaults}, the default",
             )
         require(
             self.data.arrangement == "contiguous" or not self.model.has_memory,

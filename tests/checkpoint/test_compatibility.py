@@ -54,7 +54,7 @@ def test_the_same_settings_go_on(initial: bool) -> None:
         {"steps": 40, "output_dir": "elsewhere", "sample_prompts": ["x"], "gradient_accumulation_steps": 2},
         {"schedule": {"name": "linear"}, "optimizer": {"learning_rate": 1e-5, "gradient_clip_norm": 2.0}},
         {"data": {"workers": 3, "prefetch": 5, "cache_dir": "x", "validation": ["b.jsonl"], "epochs": 3}},
-        {"evaluation": {"interval": 7}, "checkpoint": {"interval": 7}, "loss": {"z_loss": 1e-4}},
+        {"logging": {"interval": 7}, "checkpoint": {"interval": 7}, "loss": {"z_loss": 1e-4}},
         {"model": {"compute_dtype": "float32", "attention_implementation": "xla", "remat": "full", "scan_unroll": 2}},
         {"model": {"hidden_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.1}},
         {"model": {"initialization": "normal", "initializer_range": 0.1, "cache": {"dtype": "int8"}}},

@@ -137,7 +137,7 @@ def test_a_model_is_exported_as_the_simplest_family() -> None:
     assert family() == "llama"
     assert family(sliding_window=8) == "mistral"
     assert family(hidden_size=36, num_attention_heads=8, head_dim=6) == "mistral"
-    assert family(layer_types=("full_attention",) * 3, sliding_window=8) == "llama"
+    assert family(layer_types=("full_attention",) * 3) == "llama"
     assert family(layer_types=("sliding_attention",) * 3, sliding_window=8) == "mistral"
     assert family(attention_bias=True, attention_output_bias=True) == "llama"
     assert family(rope_scaling={"name": "yarn", "factor": 2.0}, vocab_size_multiple=64) == "llama"

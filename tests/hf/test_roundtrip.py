@@ -166,7 +166,7 @@ def test_the_exported_config_means_the_same(name: str, tmp_path: Path) -> None:
         {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
         {"sliding_window": 7},
         {"layer_types": ("sliding_attention",) * 3, "sliding_window": 7},
-        {"layer_types": ("full_attention",) * 3, "sliding_window": 7},
+        {"layer_types": ("full_attention",) * 3},
         {"hidden_size": 36, "num_attention_heads": 8, "head_dim": 6},  # heads do not divide the hidden size
         {"num_key_value_heads": None, "intermediate_size": None, "head_dim": None},
         {"rope_pairing": "interleaved"},

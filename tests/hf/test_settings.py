@@ -161,7 +161,7 @@ def test_a_window_is_written_for_mistral_alone() -> None:
     assert (written["sliding_window"], written["vocab_size"]) == (7, 96)
     alike = small_config(sliding_window=7, layer_types=("sliding_attention",) * 3)
     assert config_json(MISTRAL, alike, "float32", {})["sliding_window"] == 7
-    full = small_config(sliding_window=7, layer_types=("full_attention",) * 3)
+    full = small_config(layer_types=("full_attention",) * 3)
     assert config_json(MISTRAL, full, "float32", {})["sliding_window"] is None
     assert config_json(MISTRAL, small_config(), "float32", {})["sliding_window"] is None
     assert "sliding_window" not in config_json(LLAMA, small_config(), "float32", {})

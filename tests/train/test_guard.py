@@ -18,7 +18,7 @@ MISTAKES = {
     ),
     "loss that diverges": (
         lambda t: ["optimizer.learning_rate=1e30", "optimizer.gradient_clip_norm=none", "schedule.warmup_steps=0"],
-        ["the loss is nan at step", "learning_rate"],
+        ["the gradient norm is nan at step", "learning_rate"],
     ),
     "unwritable output": (lambda t: ["output_dir=/dev/null/run"], ["/dev/null/run"]),
 }

@@ -114,7 +114,7 @@ def test_adamw(tied, decay_embeddings):
 @pytest.mark.parametrize(("tied", "decay_embeddings"), [(False, True), (True, False)])
 def test_lion(tied, decay_embeddings):
     rule = Lion(0.8, 0.6, 0.25, decayed_of(tied, decay_embeddings))
-    config = run_config(name="lion", decay_embeddings=decay_embeddings)
+    config = run_config(name="lion", eps=OptimizerConfig().eps, decay_embeddings=decay_embeddings)
     check(*two_steps(config, rule, tie_word_embeddings=tied), rtol=1e-5, atol=1e-6)
 
 

@@ -78,6 +78,6 @@ def test_the_end_of_the_data_ends_the_run(config_file, tmp_path, capsys):
 
 def test_signals_are_given_back(config_file, capsys):
     before = signal.getsignal(signal.SIGINT)
-    assert cli(config_file, "steps=4", "data.validation=[]") == 0
+    assert cli(config_file, "steps=4", "data.validation=[]", "evaluation.interval=500", "evaluation.batches=50") == 0
     assert signal.getsignal(signal.SIGINT) is before
     assert "validation" not in capsys.readouterr().out.split("first step")[1].split("summary")[0]
