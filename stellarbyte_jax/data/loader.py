@@ -84,6 +84,13 @@ class Loader:
             raise DataError(f"data state of format {state.get('format')}, this version reads {_STATE_FORMAT}")
         saved = state["stream"]
         for name, now in self._stream.items():
+            if name == "content" and name not in saved:
+                continue  # written before contents were noted
+            if name == "content" and saved[name] != now:
+                raise DataError(
+                    "cannot continue the data where it stopped: the files have other content than before (their sizes, "
+                    "beginnings or ends differ); put them back as they were, or start a new run"
+                )
             if saved.get(name) != now:
                 raise DataError(
                     f"cannot continue the data where it stopped: {name} was {saved.get(name)} and is now {now}; "
@@ -198,6 +205,7 @@ def make_loader(
         "arrangement": data.arrangement,
         "documents": len(corpus),
         "files": hashlib.sha256(json.dumps(corpus.listing).encode()).hexdigest()[:16],
+        "content": corpus.content,
         "shuffle_seed": seed if shuffle else None,
         "tokenizer": tokenizer.fingerprint,
         "fields": list(text.columns),

@@ -5,22 +5,22 @@ exact resume cost the same for every format.
 """
 
 import bisect
+import codecs
 import functools
 import glob
 import hashlib
 import json
 import logging
 import mmap
-import os
-import shutil
-import tempfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
+from stellarbyte_jax.data.files import ArrayFile, ByteFile, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -29,12 +29,9 @@ SHARD_META = "meta.json"
 SHARD_FORMAT = 1
 _SCAN_BYTES = 1 << 26
 _NEWLINE = 10
+_IDENTITY_BYTES = 1 << 16
 # Each open file holds a descriptor, and 1,024 is a common limit.
 _OPEN_FILES = 128
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the rule and the likely fix."""
 
 
 class BadRecordError(ValueError):
@@ -52,18 +49,13 @@ def cache_path(cache_dir: str | Path | None) -> Path:
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
-def _open_lines(path: str, index: str) -> tuple[mmap.mmap, np.ndarray]:
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.load(index, allow_pickle=False)
+def _open_lines(path: str, index: str) -> tuple[ByteFile, np.ndarray]:
+    return ByteFile(path), np.load(index, allow_pickle=False)
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
-def _open_shard(tokens: str, offsets: str) -> tuple[np.ndarray, np.ndarray]:
-    # A plain ndarray over the map: slicing np.memmap itself costs several microseconds a document.
-    return (
-        np.asarray(np.load(tokens, mmap_mode="r", allow_pickle=False)),
-        np.asarray(np.load(offsets, mmap_mode="r", allow_pickle=False)),
-    )
+def _open_shard(tokens: str, offsets: str) -> tuple[ArrayFile, ArrayFile]:
+    return ArrayFile(tokens), ArrayFile(offsets)
 
 
 @dataclass(frozen=True)
@@ -80,11 +72,12 @@ class LineSource:
 
         Raises:
           BadRecordError: the line is not UTF-8 or not one JSON object.
+          DataError: the file became shorter.
         """
         lines, starts = _open_lines(self.path, self.index)
         start = int(starts[row])
-        end = lines.find(b"\n", start)
-        line = lines[start : end if end >= 0 else len(lines)]
+        end = int(starts[row + 1]) if row + 1 < len(starts) else lines.size
+        line = lines.read(start, end - start).rstrip()  # blank lines may follow
         try:
             value = json.loads(line.decode("utf-8-sig" if start == 0 else "utf-8"))
         except json.JSONDecodeError as error:
@@ -95,6 +88,8 @@ class LineSource:
             raise BadRecordError("not valid UTF-8; save the file as UTF-8", error.start + 1) from error
         except RecursionError as error:
             raise BadRecordError("JSON nested too deeply") from error
+        except ValueError as error:  # Python reads no integer of more than 4,300 digits
+            raise BadRecordError(f"not readable JSON ({error})") from error
         if not isinstance(value, dict):
             raise BadRecordError(f"a line must hold a JSON object with the fields, not a {type(value).__name__}")
         return value
@@ -104,7 +99,7 @@ class LineSource:
         lines, starts = _open_lines(self.path, self.index)
         before, line = int(starts[row]), 1
         for begin in range(0, before, _SCAN_BYTES):
-            line += lines[begin : min(begin + _SCAN_BYTES, before)].count(b"\n")
+            line += lines.read(begin, min(_SCAN_BYTES, before - begin)).count(b"\n")
         if self.name.endswith(".parquet"):
             return f"{self.name} row {line}"
         return f"{self.name}:{line}" + (f":{column}" if column is not None else "")
@@ -128,7 +123,8 @@ class ShardSource:
         shard = bisect.bisect_right(self.ends, row)
         row -= self.ends[shard - 1] if shard else 0
         tokens, offsets = _open_shard(*self.shards[shard])
-        return tokens[offsets[row] : offsets[row + 1]]
+        begin, end = offsets.part(row, row + 2).tolist()
+        return tokens.part(begin, end)
 
 
 class Corpus:
@@ -147,6 +143,20 @@ class Corpus:
     def listing(self) -> list[tuple[str, int]]:
         """The name of each file, without its folder, and its documents: what a place in the data depends on."""
         return [(Path(s.name).name, s.documents) for s in self.sources]
+
+    @property
+    def content(self) -> str:
+        """A hash of the sizes, beginnings and ends of all files: whether they hold what they held."""
+        found = hashlib.sha256()
+        for source in self.sources:
+            for path in (
+                [source.name] if isinstance(source, LineSource) else [f for pair in source.shards for f in pair]
+            ):
+                file = ByteFile(path)
+                found.update(str(file.size).encode())
+                found.update(file.read(0, min(file.size, _IDENTITY_BYTES)))
+                found.update(file.read(max(0, file.size - _IDENTITY_BYTES), min(file.size, _IDENTITY_BYTES)))
+        return found.hexdigest()[:16]
 
     @property
     def has_text(self) -> bool:
@@ -243,12 +253,11 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
         plain = cache / f"{stem}-{key}.jsonl"
         if not plain.exists():
             _log.info("converting %s to random access, once, into %s", path, plain)
-            convert = {".jsonl.gz": _from_gzip, ".jsonl.zst": _from_zstd, ".parquet": _from_parquet}[suffix]
-            _write_atomically(plain, lambda out: convert(path, out, columns))
+            write_atomically(plain, lambda out: CONVERTERS[suffix](path, out, columns))
     index = cache / f"{stem}-{key}.lines.npy"
     if not index.exists():
         starts = line_starts(plain)
-        _write_atomically(index, lambda out: np.save(out, starts, allow_pickle=False))
+        write_atomically(index, lambda out: np.save(out, starts, allow_pickle=False))
     documents = len(np.load(index, mmap_mode="r", allow_pickle=False))
     if documents == 0:
         raise DataError(f"{path} holds no documents, only blank lines")
@@ -271,7 +280,8 @@ def line_starts(path: Path) -> np.ndarray:
         keep = np.ones(len(starts), bool)
         for i in np.flatnonzero(_bytes_at(lines, starts) != ord("{")):
             end = lines.find(b"\n", int(starts[i]))
-            keep[i] = bool(lines[int(starts[i]) : end if end >= 0 else size].strip())
+            line = lines[int(starts[i]) : end if end >= 0 else size]
+            keep[i] = bool((line.removeprefix(codecs.BOM_UTF8) if i == 0 else line).strip())
     return starts[keep]
 
 
@@ -280,78 +290,6 @@ def _bytes_at(lines: mmap.mmap, offsets: np.ndarray) -> np.ndarray:
     values = view[offsets]
     del view  # the map cannot be closed while a view of it is alive
     return values
-
-
-def _write_atomically(target: Path, write: Callable[[BinaryIO], Any]) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-", suffix=target.suffix)
-    except OSError as error:
-        raise DataError(
-            f"cannot write to the cache directory {target.parent}: {error.strerror}; choose another cache_dir"
-        ) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.replace(name, target)
-    except OSError as error:
-        raise DataError(f"cannot write {target}: {error}; choose a cache_dir on a disk with room") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _from_gzip(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
-    import gzip
-
-    try:
-        with gzip.open(path, "rb") as file:
-            shutil.copyfileobj(file, out, 1 << 20)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged or not gzip ({error}); fetch the file again") from error
-
-
-def _from_zstd(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DataError(f"{path}: reading .zst needs zstandard; pip install zstandard") from error
-    complete = zstandard.ZstdDecompressor().decompressobj()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                while block:
-                    if complete.eof:
-                        complete = zstandard.ZstdDecompressor().decompressobj()
-                    out.write(complete.decompress(block))
-                    block = complete.unused_data if complete.eof else b""
-    except zstandard.ZstdError as error:
-        raise DataError(f"{path}: damaged or not zstd ({error}); fetch the file again") from error
-    if not complete.eof:
-        raise DataError(f"{path}: the zstd stream is cut off; fetch the file again")
-
-
-def _from_parquet(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from error
-    try:
-        with pq.ParquetFile(path) as file:
-            present = file.schema_arrow.names
-            missing = [c for c in columns if c not in present]
-            if missing:
-                raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(present)}; name one of these")
-            for column in columns:
-                kind = file.schema_arrow.field(column).type
-                kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                    raise DataError(f"{path}: column {column!r} must hold strings, it holds {kind}; name another one")
-            for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
-                for record in batch.to_pylist():
-                    out.write(json.dumps(record).encode() + b"\n")
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error})") from error
 
 
 def _open_shards(path: Path, fingerprint: str) -> ShardSource:

@@ -167,6 +167,14 @@ def test_restoring_other_data_is_refused(data, tmp_path):
         loader.restore(state)
     with _loader(data) as loader, pytest.raises(DataError, match="format 99"):
         loader.restore({**state, "format": 99})
+    before = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(before.replace("x", "y"))
+    with _loader(data) as loader, pytest.raises(DataError, match=r"other content than before .* put them back"):
+        loader.restore(state)
+    (tmp_path / "a.jsonl").write_text(before)
+    with _loader(data) as loader:
+        earlier = {name: value for name, value in state["stream"].items() if name != "content"}
+        loader.restore({**state, "stream": earlier})  # from before contents were noted
 
 
 def test_epochs_none_goes_on_for_ever(data):

@@ -84,6 +84,61 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
     assert _texts(_open(tmp_path, path)) == [r["text"] for r in RECORDS[:2]]
 
 
+def test_a_byte_order_mark_before_a_blank_line_is_no_record(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\r\n" + lines_of(RECORDS[:2]))
+    assert _texts(_open(tmp_path, path)) == [r["text"] for r in RECORDS[:2]]
+
+
+def test_a_parquet_value_that_is_not_utf8_is_one_bad_record(tmp_path):
+    """Arrow's writers do not check; the rows beside it are as good as ever."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    offsets = pa.py_buffer(np.asarray([0, 1, 3, 4], np.int32).tobytes())
+    column = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xe9\xffc")])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    corpus = _open(tmp_path, tmp_path / "a.parquet")
+    assert [read_text(*corpus.locate(i), TextFormat()) for i in (0, 2)] == ["a", "c"]
+    with pytest.raises(DataError, match=r"a\.parquet row 2: not valid UTF-8"):
+        read_text(*corpus.locate(1), TextFormat())
+
+
+@pytest.mark.parametrize("log", [27, 28, 30])
+def test_a_zstd_stream_may_have_a_long_window(tmp_path, log):
+    import zstandard
+
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=log, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(compressor.compress(lines_of(RECORDS)) + compressor.flush())
+    assert _texts(_open(tmp_path, path)) == [r["text"] for r in RECORDS]
+
+
+def test_a_file_that_becomes_shorter_is_one_error_that_names_it(tmp_path):
+    """Not a signal that ends the process."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of(RECORDS))
+    corpus = _open(tmp_path, path)
+    assert len(_texts(corpus)) == len(RECORDS)
+    os.truncate(path, 100)
+    with pytest.raises(DataError, match=r"a\.jsonl became shorter while it was read: .* the checkpoints are kept"):
+        _texts(corpus)
+
+
+def test_the_content_of_files_is_their_size_beginning_and_end(tmp_path):
+    def content(text, name="a.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(text)
+        return _open(tmp_path, path).content
+
+    lines = [b'{"text": "%07d"}\n' % i for i in range(20_000)]
+    found = content(b"".join(lines))
+    assert content(b"".join(lines), "b.jsonl") == found
+    for changed in (lines[:-1], [lines[1], *lines[1:]], [*lines[:-1], lines[0]]):
+        assert content(b"".join(changed)) != found
+
+
 BAD_FILES = {
     "missing": ("none.jsonl", None, r"none\.jsonl does not exist"),
     "glob": ("none*.jsonl", None, r"no file matches '.*none\*\.jsonl'"),

@@ -1,0 +1,113 @@
+"""Compressed and columnar files as plain JSONL, which can be read at random."""
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stellarbyte_jax.data.files import DataError
+
+_NOT_UTF8 = b"\xff\n"  # stands for a record that is not
+
+
+def write_atomically(target: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Makes a file of the cache; it appears whole or not at all.
+
+    Raises:
+      DataError: the directory cannot be written, or is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-", suffix=target.suffix)
+    except OSError as error:
+        raise DataError(
+            f"cannot write to the cache directory {target.parent}: {error.strerror}; choose another cache_dir"
+        ) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.replace(name, target)
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error}; choose a cache_dir on a disk with room") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _from_gzip(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
+    import gzip
+
+    try:
+        with gzip.open(path, "rb") as file:
+            shutil.copyfileobj(file, out, 1 << 20)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or not gzip ({error}); fetch the file again") from error
+
+
+def _from_zstd(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(f"{path}: reading .zst needs zstandard; pip install zstandard") from error
+    # The largest window that the format allows: large dumps are often written with long ones.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << zstandard.WINDOWLOG_MAX)
+    complete = decompressor.decompressobj()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                while block:
+                    if complete.eof:
+                        complete = decompressor.decompressobj()
+                    out.write(complete.decompress(block))
+                    block = complete.unused_data if complete.eof else b""
+    except zstandard.ZstdError as error:
+        raise DataError(f"{path}: damaged or not zstd ({error}); fetch the file again") from error
+    if not complete.eof:
+        raise DataError(f"{path}: the zstd stream is cut off; fetch the file again")
+
+
+def _from_parquet(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from error
+    try:
+        with pq.ParquetFile(path) as file:
+            present = file.schema_arrow.names
+            missing = [c for c in columns if c not in present]
+            if missing:
+                raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(present)}; name one of these")
+            for column in columns:
+                kind = file.schema_arrow.field(column).type
+                kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+                    raise DataError(f"{path}: column {column!r} must hold strings, it holds {kind}; name another one")
+            for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
+                for record in _records(batch):
+                    out.write(_NOT_UTF8 if record is None else json.dumps(record).encode() + b"\n")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({error})") from error
+
+
+def _records(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a Parquet batch; None for one whose text is not UTF-8, which other writers do not check."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                (record,) = batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError:
+                record = None
+            yield record
+
+
+CONVERTERS: dict[str, Callable[[Path, BinaryIO, Sequence[str]], None]] = {
+    ".jsonl.gz": _from_gzip,
+    ".jsonl.zst": _from_zstd,
+    ".parquet": _from_parquet,
+}
