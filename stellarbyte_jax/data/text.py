@@ -26,17 +26,25 @@ class TextFormat:
         if self.template is None:
             return self.fields
         try:
-            names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+            parsed = list(string.Formatter().parse(self.template))
         except ValueError as error:
             raise DataError(
                 f"data.template {self.template!r}: {error}; write {{{{ and }}}} for literal braces"
             ) from error
+        names = [name for _, name, _, _ in parsed if name is not None]
         wrong = [name for name in names if not name.isidentifier()]
         if wrong or not names:
             raise DataError(
                 f"data.template {self.template!r} must name fields as {{field}}"
                 + (f", {{{wrong[0]}}} is not a field name; write {{{{ and }}}} for literal braces" if wrong else "")
             )
+        try:
+            self.template.format_map(dict.fromkeys(names, "x"))
+        except (ValueError, KeyError) as error:
+            raise DataError(
+                f"data.template {self.template!r} cannot be filled in with texts ({error}): name fields as {{field}} "
+                "alone"
+            ) from error
         return tuple(dict.fromkeys(names))
 
     def render(self, record: Mapping[str, Any]) -> str:

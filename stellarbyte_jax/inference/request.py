@@ -58,6 +58,8 @@ class Request:
           ValueError: as ``generate``.
         """
         prompts = checked_prompts(tokens, config.vocab_size)
+        if isinstance(pad_token, bool) or not isinstance(pad_token, int | np.integer):
+            raise ValueError(f"pad_token must be a token id, got {pad_token!r}")
         settings = SamplingConfig(**sampling)
         for name, ids in (("pad_token", (pad_token,)), ("stop_tokens", settings.stop_tokens)):
             wrong = [i for i in ids if not 0 <= i < config.vocab_size]
@@ -97,7 +99,9 @@ def checked_prompts(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
         if tokens.ndim not in (1, 2):
             raise ValueError(f"tokens must be an array [B, T] or [T], got shape {tokens.shape}")
         rows: list[Any] = [tokens] if tokens.ndim == 1 else list(np.asarray(tokens))
-    elif len(tokens) and np.ndim(tokens[0]) == 0:
+    elif not isinstance(tokens, Sequence) or isinstance(tokens, str):
+        raise ValueError(f"tokens must be a list of token ids, or one such list for each row; got {tokens!r}")
+    elif len(tokens) and not isinstance(tokens[0], Sequence | np.ndarray | jax.Array):
         rows = [tokens]
     else:
         rows = list(tokens)
@@ -105,8 +109,11 @@ def checked_prompts(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
         raise ValueError("tokens holds no prompt: give at least one")
     checked = []
     for number, row in enumerate(rows):
-        prompt = np.asarray(row)
-        if prompt.size == 0:
+        try:
+            prompt = np.asarray(row)
+        except ValueError:  # of lists that are no rectangle
+            prompt = np.asarray(None)
+        if prompt.size == 0 and prompt.ndim == 1:
             raise ValueError(f"row {number}: the prompt is empty; start it with the tokenizer's bos token")
         if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
             raise ValueError(f"row {number}: a prompt must be a list of token ids, got {row!r}")

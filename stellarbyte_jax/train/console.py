@@ -15,6 +15,7 @@ from rich.table import Table
 from stellarbyte_jax.config import TrainConfig
 
 _REDRAW_SECONDS = 0.2
+_SPELLED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _package = logging.getLogger("stellarbyte_jax")
 
 
@@ -62,7 +63,8 @@ class Reporter:
         self._log.flush()
 
     def line(self, text: str) -> None:
-        """Prints a line above the bar, and logs it."""
+        """Prints a line above the bar, and logs it; control characters, as samples may hold, are spelled out."""
+        text = text.translate(_SPELLED)
         self._console.print(text)
         self.log(text)
 

@@ -28,11 +28,12 @@ class JsonlTracker:
                 try:
                     if json.loads(line)["step"] <= start_step:
                         earlier.append(line)
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     continue  # a line cut short by a kill
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in earlier)
-        self._file.flush()
+        partial = path.with_name(path.name + ".partial")  # a kill in the middle of it loses nothing
+        partial.write_text("".join(line + "\n" for line in earlier), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a line."""

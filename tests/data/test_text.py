@@ -107,3 +107,11 @@ def test_a_template_at_fault_is_not_blamed_on_the_line(tmp_path):
     with pytest.raises(DataError, match=r"^data\.template '\{0\}'") as caught:
         read_text(open_file(path, tmp_path / "cache"), 0, TextFormat(template="{0}"))
     assert "on_error" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["{a:d}", "{a!x}", "{a:{b}}", "{a:q}"])
+def test_a_template_that_texts_cannot_fill_in_is_refused(template):
+    with pytest.raises(
+        DataError, match=r"data\.template .* cannot be filled in with texts .* name fields as \{field\}"
+    ):
+        _ = TextFormat(template=template).columns

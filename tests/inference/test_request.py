@@ -65,7 +65,7 @@ def test_prompts_of_every_form_become_vectors(tokens, rows):
         ([[1.5, 2.0]], r"row 0: a prompt must be a list of token ids, got \[1\.5, 2\.0\]"),
         ([[1], [True]], "row 1: a prompt must be a list of token ids"),
         ([[[1, 2]]], r"row 0: a prompt must be a list of token ids, got \[\[1, 2\]\]"),
-        ("text", "row 0: a prompt must be a list of token ids, got 'text'"),
+        ("text", "tokens must be a list of token ids, or one such list for each row; got 'text'"),
         (["one", "two"], "row 0: a prompt must be a list of token ids"),
         (np.zeros((1, 2, 3), np.int32), r"tokens must be an array \[B, T\] or \[T\], got shape \(1, 2, 3\)"),
         (np.asarray(3), r"tokens must be an array \[B, T\] or \[T\], got shape \(\)"),
@@ -156,3 +156,25 @@ def test_other_numbers_of_rows_follow_the_policy():
     check_memory(repeat, of_rows(2), 6)
     with pytest.raises(ValueError, match="memory of 2 rows cannot be repeated for 5: that is no multiple"):
         check_memory(repeat, of_rows(2), 5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (5, "tokens must be a list of token ids, or one such list for each row; got 5"),
+        ("abc", "tokens must be a list of token ids"),
+        ([1, [2, 3]], "row 0: a prompt must be a list of token ids"),
+        ([[1], [[2], [3, 4]]], "row 1: a prompt must be a list of token ids"),
+        ([[[]]], "row 0: a prompt must be a list of token ids"),
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt_is_named(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        checked_prompts(tokens, 61)
+
+
+@pytest.mark.parametrize("pad", [1.5, True, "x", None])
+def test_a_pad_token_is_an_id(pad):
+    with pytest.raises(ValueError, match="pad_token must be a token id, got"):
+        Request.make(BASE, [1], max_new_tokens=1, pad_token=pad)

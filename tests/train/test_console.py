@@ -213,3 +213,11 @@ def test_numbers_have_their_form_and_an_order_of_their_own():
     )
     assert format_metrics({"mfu": 1.0, "loss": float("nan")}) == "loss nan  mfu 100.0%"
     assert format_metrics({}) == format_metrics({"unknown": 1.0}) == ""
+
+
+def test_control_characters_are_spelled_out(tmp_path, capsys):
+    with Reporter(tmp_path / "train.log") as report:
+        report.line("a\x1b[31mred\x07\x00|\ttab\x9b")
+    for text in (capsys.readouterr().out, (tmp_path / "train.log").read_text(encoding="utf-8")):
+        assert "a\\x1b[31mred\\x07\\x00|" in text and "tab\\x9b" in text
+        assert not {"\x1b", "\x07", "\x00", "\x9b"} & set(text)

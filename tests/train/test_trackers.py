@@ -187,3 +187,13 @@ def test_tensorboard_event_files_hold_the_numbers(tmp_path):
     file.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert events.name.startswith("events") and b"loss" in events.read_bytes()
+
+
+def test_lines_that_are_no_metrics_are_dropped_and_the_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n3\n[4]\n{"loss": 1}\n{"step": "x"}\n{"step": 2, "lo')
+    tracker = JsonlTracker(path, 5)
+    tracker.log(6, {"loss": 1.0})
+    tracker.close()
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 6, "loss": 1.0}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
