@@ -1,5 +1,6 @@
 """Starting up: the compile cache, a line about the environment, and signals."""
 
+import fcntl
 import logging
 import os
 import platform
@@ -96,3 +97,37 @@ class Interrupt:
         """Puts the earlier handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+class RunLock:
+    """Keeps two processes from training in one directory; released when the process ends, however it does."""
+
+    def __init__(self, directory: Path) -> None:
+        """Names the directory: use it as a context manager."""
+        self._path = directory / "run.lock"
+
+    def __enter__(self) -> Self:
+        """Takes the lock.
+
+        Raises:
+          OSError: another process has it.
+        """
+        self._file = self._path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise OSError(
+                f"{self._path.parent} is in use by {owner}: wait until it ends, stop it, or choose another output_dir"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._file.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives it back."""
+        self._file.truncate(0)
+        self._file.close()

@@ -17,7 +17,7 @@ from stellarbyte_jax.checkpoint.bundle import TOKENIZER
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
-from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
+from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> Finished:
     run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
-    with Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
+    with RunLock(run_dir), Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         prepared = _prepare(config, began, interrupt, report, stack)
         if isinstance(prepared, Finished):

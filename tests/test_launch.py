@@ -1,0 +1,65 @@
+"""What belongs to a process: its lock on a run, and what signals do to it."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from stellarbyte_jax.launch import Interrupt, RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from stellarbyte_jax.launch import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_has_one_process(tmp_path):
+    with RunLock(tmp_path):
+        message = (
+            rf"{tmp_path} is in use by process {os.getpid()} on {platform.node()}: wait until it ends, stop it, or"
+        )
+        with pytest.raises(OSError, match=message), RunLock(tmp_path):
+            pass
+    with RunLock(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(OSError, match=f"in use by process {holder.pid} on"), RunLock(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with RunLock(tmp_path):
+        assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_is_a_flag(number, capfd):
+    before = signal.getsignal(number)
+    with Interrupt() as interrupt:
+        assert interrupt.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert (interrupt.signal, interrupt.exit_code) == (number, 128 + number)
+    assert signal.getsignal(number) is before
+    assert f"{signal.Signals(number).name}: saving a checkpoint after this step" in capfd.readouterr().out
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
