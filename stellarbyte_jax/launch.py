@@ -5,9 +5,10 @@ import logging
 import os
 import platform
 import signal
+import sys
 import threading
 from pathlib import Path
-from types import FrameType
+from types import CoroutineType, FrameType
 from typing import Self
 
 import jax
@@ -44,13 +45,21 @@ def quiet_libraries() -> None:
     What goes wrong in them reaches the program as an exception; they would print it, with its traceback, once more
     for each array of a checkpoint.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = _without_orbax
+    sys.unraisablehook = _without_abandoned_reads
 
 
 def _without_orbax(failure: threading.ExceptHookArgs) -> None:
     if not type(failure.thread).__module__.startswith("orbax."):
         threading.__excepthook__(failure)
+
+
+def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:
+    """Where one array of a checkpoint cannot be read, orbax leaves the reads of others to the garbage collector."""
+    if not isinstance(failure.object, CoroutineType) or "orbax" not in failure.object.cr_code.co_filename:
+        sys.__unraisablehook__(failure)
 
 
 def environment() -> str:

@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
@@ -29,21 +30,33 @@ class CheckpointError(RuntimeError):
 class StoredStep:
     """One complete checkpoint."""
 
-    def __init__(self, manager: ocp.CheckpointManager, directory: Path, step: int) -> None:
-        """Reads nothing yet."""
+    def __init__(self, manager: ocp.CheckpointManager, directory: Path, step: int, verify: bool = True) -> None:
+        """Reads nothing yet; ``verify`` says whether arrays are compared with their checksums."""
         self._manager = manager
+        self._verify = verify
+        self._facts: dict[str, Any] = {}
         self.step = step
         self.path = directory / str(step)
 
     @classmethod
-    def open(cls, manager: ocp.CheckpointManager, directory: Path, step: int) -> Self:
-        """The step, of which it is known that this version can read it.
+    def open(cls, manager: ocp.CheckpointManager, directory: Path, step: int, verify: bool = True) -> Self:
+        """The step, of which it is known that this version can read it and that every item is there.
 
         Raises:
           CheckpointError: the step has another format.
+          OSError: it is damaged.
         """
-        stored = cls(manager, directory, step)
-        found = stored.json("format").get("format") if stored.has("format") else 1
+        stored = cls(manager, directory, step, verify)
+        facts = stored._read("format") if stored.has("format") else {}
+        if "checksum" in facts:
+            checksum = facts.pop("checksum")
+            if json_checksum(facts) != checksum:
+                raise OSError("format differs from its checksum")
+            missing = [item for item in facts["items"] if not stored.has(item)]
+            if missing:
+                raise FileNotFoundError(f"{', '.join(missing)} of it is missing")
+        stored._facts = facts
+        found = facts.get("format", 1)
         if found != _FORMAT:
             raise CheckpointError(
                 f"{stored.path} is a checkpoint of format {found}, this version reads {_FORMAT}: convert it to "
@@ -58,16 +71,35 @@ class StoredStep:
     @property
     def frozen_paths(self) -> list[str]:
         """Paths of the weights that are not trained."""
-        return self.json("format")["frozen"]
+        return self._facts["frozen"]
 
     def json(self, item: str) -> Any:
-        """A JSON item."""
+        """A JSON item.
+
+        Raises:
+          OSError: it is not what was written.
+        """
+        value = self._read(item)
+        if json_checksum(value) != self._facts.get("json", {}).get(item, json_checksum(value)):
+            raise OSError(f"{item} differs from its checksum")
+        return value
+
+    def _read(self, item: str) -> Any:
         return self._manager.restore(self.step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
 
     def arrays(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
-        """Items as trees of arrays with these shapes, dtypes and shardings."""
+        """Items as trees of arrays with these shapes, dtypes and shardings.
+
+        Raises:
+          OSError: an array is not what was written.
+        """
         wanted = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         found = self._manager.restore(self.step, args=ocp.args.Composite(**wanted))
+        for name, checksums in self._facts.get("arrays", {}).items():
+            if self._verify and name in shapes:
+                wrong = differing(found[name], checksums)
+                if wrong:
+                    raise OSError(f"{name}/{wrong[0]} differs from its checksum")
         return {name: found[name] for name in shapes}
 
 
@@ -77,6 +109,7 @@ class Checkpointer:
     def __init__(self, run_dir: Path, settings: CheckpointConfig) -> None:
         """Opens ``run_dir/checkpoints``, which is made if it does not exist."""
         self.directory = run_dir.absolute() / "checkpoints"
+        self._verify = settings.verify
         policies: list[Any] = [checkpoint_managers.LatestN(settings.keep_latest)]
         if settings.keep_best:
             policies.append(
@@ -121,7 +154,14 @@ class Checkpointer:
         Raises:
           CheckpointError: this save or the one before it failed; earlier checkpoints are untouched.
         """
-        facts = {**facts, "format": {"format": _FORMAT, "frozen": frozen}}
+        about = {
+            "format": _FORMAT,
+            "frozen": frozen,
+            "items": sorted([*arrays, *facts]),
+            "json": {name: json_checksum(values) for name, values in facts.items()},
+            "arrays": {name: array_checksums(tree) for name, tree in arrays.items()},
+        }
+        facts = {**facts, "format": {**about, "checksum": json_checksum(about)}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(values) for name, values in facts.items()}
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
@@ -173,7 +213,7 @@ class Checkpointer:
         steps = self.steps
         for step in reversed(steps):
             try:
-                return read(StoredStep.open(self._manager, self.directory, step))
+                return read(StoredStep.open(self._manager, self.directory, step, self._verify))
             except (CheckpointError, ConfigError):
                 raise
             except Exception as error:

@@ -136,6 +136,7 @@ class CheckpointConfig(Section):
     interval: PositiveInt = 500  # optimizer steps
     keep_latest: PositiveInt = 2
     keep_best: NonNegativeInt = 1  # by validation loss
+    verify: bool = True  # compares arrays with their checksums when a checkpoint is read
 
 
 @dataclass(frozen=True, kw_only=True)
