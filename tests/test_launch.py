@@ -5,10 +5,11 @@ import platform
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
-from stellarbyte_jax.launch import Interrupt, RunLock
+from stellarbyte_jax.launch import Interrupt, RunLock, _without_abandoned_reads
 
 HOLD = """
 import sys, time
@@ -63,3 +64,18 @@ def test_a_run_under_nohup_outlives_its_terminal():
             assert interrupt.signal is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_only_reads_that_orbax_abandoned_fail_without_a_word(monkeypatch):
+    """A coroutine of its files; another one, or anything else, is told as ever."""
+    told, made = [], []
+    monkeypatch.setattr(sys, "__unraisablehook__", told.append)
+    for file in ("/x/orbax/checkpoint/read.py", "/x/ours.py"):
+        scope = {}
+        exec(compile("async def read(): pass", file, "exec"), scope)
+        made.append(scope["read"]())
+    for thing in (*made, "a string"):
+        _without_abandoned_reads(types.SimpleNamespace(object=thing))
+    assert [failure.object for failure in told] == [made[1], "a string"]
+    for coroutine in made:
+        coroutine.close()

@@ -95,20 +95,27 @@ def encode_messages(
     broken = [{**message, "content": _broken(message["content"], spelled, break_mark)} for message in messages]
     text = template.render(broken, add_generation_prompt=prompt)
     ids: list[int] = []
+    plain = ""
     for number, part in enumerate(re.split(f"({'|'.join(map(re.escape, spellings))})", text)):
-        if number % 2:
-            ids += tokenizer.encode(part, parse_special=True)
-        elif part:
-            ids += tokenizer.encode(part.replace(break_mark, ""))
-    return ids
+        if number % 2 and not (len(part) == 1 and plain.endswith(break_mark)):
+            ids += tokenizer.encode(plain.replace(break_mark, "")) + tokenizer.encode(part, parse_special=True)
+            plain = ""
+        else:
+            plain += part
+    return ids + tokenizer.encode(plain.replace(break_mark, ""))
 
 
 def _broken(text: str, spellings: Sequence[str], mark: str) -> str:
-    """The text with a mark in every special token that it spells, overlapping ones too."""
-    pattern = "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in spellings if len(s) > 1)
-    return re.sub(pattern, mark, text, flags=re.IGNORECASE) if pattern else text
+    """The text with a mark in every special token that it spells, overlapping ones too; before one of one character."""
+    parts = [
+        f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" if len(s) > 1 else f"(?={re.escape(s)})" for s in spellings
+    ]
+    return re.sub("|".join(parts), mark, text, flags=re.IGNORECASE)
 
 
 def _unused_mark(texts: Sequence[str]) -> str:
     """A character that occurs nowhere: of those that Unicode keeps free for such uses."""
-    return next(mark for mark in map(chr, range(0xFDD0, 0xFDF0)) if not any(mark in text for text in texts))
+    for mark in map(chr, range(0xFDD0, 0xFDF0)):
+        if not any(mark in text for text in texts):
+            return mark
+    raise ValueError("the messages hold every noncharacter from U+FDD0 to U+FDEF, which no text has: leave them out")

@@ -13,6 +13,7 @@ from stellarbyte_jax.inference.text import encode_prompt, generate_text
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
+from stellarbyte_jax.tokenizer.directory import write_json
 
 _EXPORT = "hf"
 _NOTE = "finished.json"  # in the run's directory: the last step, and what was done after it
@@ -53,12 +54,12 @@ def finish(
     if config.export_at_end and not (done.get("exported") and target.is_dir()):
         export(config, model, params)
         done["exported"] = True
-        _write(note, done)
+        write_json(note, done)
     prompts = list(config.sample_prompts)
     if prompts and done.get("sample_prompts") != prompts:
         samples(config, model, params, say)
         done["sample_prompts"] = prompts
-        _write(note, done)
+        write_json(note, done)
     return target if config.export_at_end else None
 
 
@@ -96,9 +97,3 @@ def _read(note: Path, step: int) -> dict[str, Any]:
     except (OSError, ValueError):
         done = None
     return done if isinstance(done, dict) and done.get("step") == step else {"step": step}
-
-
-def _write(note: Path, done: dict[str, Any]) -> None:
-    partial = note.with_name(note.name + ".partial")
-    partial.write_text(json.dumps(done, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(note)

@@ -11,6 +11,7 @@ import pytest
 from helpers.runs import same_weights
 from helpers.training import settings
 
+from stellarbyte_jax.checkpoint import store
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import CheckpointConfig
@@ -108,3 +109,15 @@ def test_a_checkpoint_that_lost_an_item_is_set_aside(run, tmp_path, item):
     shutil.rmtree(lost)
     found, said = read(tmp_path / "copy")
     assert int(found.state.step) == 1 and f"FileNotFoundError: {item} of it is missing" in said[0]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_arrays_are_compared_unless_that_is_switched_off(run, tmp_path, monkeypatch, verify):
+    directory, _, read = run
+    shutil.copytree(directory, tmp_path / "copy")
+    differs = store.differing
+    second_step_alone = iter([True])
+    monkeypatch.setattr(store, "differing", lambda *a: ["x"] if next(second_step_alone, False) else differs(*a))
+    found, said = read(tmp_path / "copy", verify)
+    assert int(found.state.step) == (1 if verify else 2)
+    assert [("differs from its checksum" in line) for line in said] == [True] * verify

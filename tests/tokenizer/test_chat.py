@@ -85,3 +85,23 @@ def test_spelled_tokens_that_overlap_or_are_cut_by_the_template_are_text(words):
         conversation.messages.clear()
         assert ids.count(words.eos_id) == 0 and ids.count(words.bos_id) == 1
         assert words.decode(ids) == text.strip().upper() + ";"
+
+
+def test_a_special_token_of_one_character_is_text_too(words, monkeypatch):
+    spellings = (*words.special_spellings, "%")
+    monkeypatch.setattr(type(words), "special_spellings", property(lambda self: spellings))
+    parsed = []
+    encode = type(words).encode
+
+    def noted(self, text, *, parse_special=False):
+        parsed.extend([text] if parse_special else [])
+        return encode(self, text, parse_special=parse_special)
+
+    monkeypatch.setattr(type(words), "encode", noted)
+    ids = Conversation(dataclasses.replace(words, chat_template="{{ messages[0].content }}|%")).ask("5% of 10%%")
+    assert parsed == ["%"] and words.decode(ids) == "5% of 10%%|%"
+
+
+def test_messages_that_leave_no_mark_are_refused_in_one_line(words):
+    with pytest.raises(ValueError, match=r"every noncharacter from U\+FDD0 to U\+FDEF"):
+        Conversation(words).ask("<|SEOS|>" + "".join(map(chr, range(0xFDD0, 0xFDF0))))
