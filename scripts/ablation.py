@@ -22,6 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.command import command
 from stellarbyte_jax.config import TrainConfig, load
 
 OUTPUT = Path("benchmarks/ablation.json")
@@ -119,6 +120,7 @@ _SIZES = (
 )
 
 
+@command
 def main() -> int:
     """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -26,11 +26,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.command import command
 from stellarbyte_jax.config import ByteConfig, CacheConfig, TrainConfig, load
 
 REPEATS = 5
 
 
+@command
 def main() -> int:
     """Parses the command line; each measurement runs this file again with ``--worker``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

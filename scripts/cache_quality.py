@@ -15,6 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.command import command
+
 # Changes of the model's settings; {n} is a quarter of the text's length.
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything kept": {},
@@ -33,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@command
 def main() -> int:
     """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

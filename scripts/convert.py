@@ -13,6 +13,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.command import command, imports
+
+with imports():
+    import jax
+
+    from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
+    from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
+    from stellarbyte_jax.hf.verify import compare_with_transformers
+    from stellarbyte_jax.launch import quiet_libraries
+    from stellarbyte_jax.model.decoder import ByteTransformer
+    from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
+    from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer
+    from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
+
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -45,21 +59,15 @@ def parse() -> argparse.Namespace:
     resize.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer from now on")
     resize.add_argument("--vocab-size", type=int, help="default: the model's, or the tokenizer's where that is larger")
     resize.add_argument("--multiple", type=int, help="rows are padded to a multiple of this; default: as before")
-    for command in (to_hf, from_hf):
-        command.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
-    for command in (to_hf, from_hf, resize):
-        command.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
+    for each in (to_hf, from_hf):
+        each.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
+    for each in (to_hf, from_hf, resize):
+        each.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
     return parser.parse_args()
 
 
 def to_hf(arguments: argparse.Namespace) -> Any:
     """Writes a Hugging Face directory; returns how well it agrees with transformers, where asked for."""
-    from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step
-    from stellarbyte_jax.hf.directory import round_params, save_pretrained
-    from stellarbyte_jax.hf.verify import compare_with_transformers
-    from stellarbyte_jax.model.decoder import ByteTransformer
-    from stellarbyte_jax.tokenizer.directory import TokenizerDirectory
-
     run, step = run_and_step(arguments.source, arguments.step)
     config, params = load_weights(run, step)
     model = ByteTransformer(config.model)
@@ -86,10 +94,6 @@ def to_hf(arguments: argparse.Namespace) -> Any:
 
 def from_hf(arguments: argparse.Namespace) -> Any:
     """Writes a run directory; returns how well it agrees with transformers, where asked for."""
-    from stellarbyte_jax.checkpoint.weights import load_weights
-    from stellarbyte_jax.hf.directory import from_pretrained
-    from stellarbyte_jax.hf.verify import compare_with_transformers
-
     run = arguments.target
     check_target(run, arguments.overwrite)
     model, params = from_pretrained(arguments.source)
@@ -102,11 +106,6 @@ def from_hf(arguments: argparse.Namespace) -> Any:
 
 def resize(arguments: argparse.Namespace) -> None:
     """Writes a run directory whose model has a row for each token of the given tokenizer."""
-    from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step
-    from stellarbyte_jax.hf.directory import from_pretrained
-    from stellarbyte_jax.tokenizer.codec import load_tokenizer
-    from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
-
     source, run = arguments.source, arguments.target
     for path in (source, arguments.tokenizer):
         if path.resolve().is_relative_to(run.resolve()):
@@ -149,9 +148,6 @@ def check_target(run: Path, overwrite: bool) -> None:
 
 def check_tokenizer(directory: Path | None, vocab_size: int) -> None:
     """Raises ValueError where a directory holds a tokenizer that is larger than the model's vocabulary."""
-    from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
-    from stellarbyte_jax.tokenizer.directory import TokenizerDirectory
-
     # Weights may be converted with half a tokenizer or none: only what reads texts needs a whole one.
     if directory and TokenizerDirectory(directory).is_complete:
         check_vocabulary(load_tokenizer(directory), vocab_size)
@@ -159,9 +155,6 @@ def check_tokenizer(directory: Path | None, vocab_size: int) -> None:
 
 def write_run(run: Path, config: Any, params: Any, tokenizer: Path) -> None:
     """Writes weights as step 0 of a run directory, with the tokenizer that a directory holds."""
-    from stellarbyte_jax.checkpoint.weights import save_initial
-    from stellarbyte_jax.tokenizer.directory import copy_tokenizer
-
     for part in ("checkpoints", "tokenizer"):
         shutil.rmtree(run / part, ignore_errors=True)
     copied = copy_tokenizer(tokenizer, run / "tokenizer")
@@ -171,30 +164,20 @@ def write_run(run: Path, config: Any, params: Any, tokenizer: Path) -> None:
 
 def report(target: Path, params: dict[str, Any]) -> None:
     """Prints what was written, and the number of parameters."""
-    import jax
-
     for part in sorted(target.iterdir()):
         files = [part] if part.is_file() else [p for p in part.rglob("*") if p.is_file()]
         print(f"{sum(p.stat().st_size for p in files):>16,} bytes  {part}{'' if part.is_file() else '/'}")
     print(f"wrote {target}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
 
 
+@command
 def main() -> int:
     """Parses and converts."""
     arguments = parse()
 
-    import jax
-
-    from stellarbyte_jax.checkpoint.store import CheckpointError
-    from stellarbyte_jax.launch import quiet_libraries
-
     quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
-    try:
-        agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[arguments.command](arguments)
-    except (ValueError, OSError, ImportError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[arguments.command](arguments)
     if agreement is not None:
         print(f"verify: {agreement}: {'agrees with transformers' if agreement.ok else 'DOES NOT AGREE'}")
     return 0 if agreement is None or agreement.ok else 1

@@ -11,16 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.checkpoint.bundle import load_bundle
-from stellarbyte_jax.checkpoint.store import CheckpointError
-from stellarbyte_jax.inference.api import Generated, remember, warm_up
-from stellarbyte_jax.inference.capacity import TooLongError, limits_of
-from stellarbyte_jax.inference.reconfigure import reconfigure
-from stellarbyte_jax.inference.text import continue_text, encode_prompt
-from stellarbyte_jax.launch import CompileCache, quiet_libraries
-from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.tokenizer.chat import Conversation
-from stellarbyte_jax.tokenizer.codec import Tokenizer
+from stellarbyte_jax.command import command, imports
+
+with imports():
+    from stellarbyte_jax.checkpoint.bundle import load_bundle
+    from stellarbyte_jax.inference.api import Generated, remember, warm_up
+    from stellarbyte_jax.inference.capacity import TooLongError, limits_of
+    from stellarbyte_jax.inference.reconfigure import reconfigure
+    from stellarbyte_jax.inference.text import continue_text, encode_prompt
+    from stellarbyte_jax.launch import CompileCache, quiet_libraries
+    from stellarbyte_jax.model.decoder import ByteTransformer
+    from stellarbyte_jax.tokenizer.chat import Conversation
+    from stellarbyte_jax.tokenizer.codec import Tokenizer
 
 _SETTINGS = (
     "max_new_tokens",
@@ -35,6 +37,7 @@ _SETTINGS = (
 )
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line, generates and returns the exit code."""
     parser = argparse.ArgumentParser(description="Continue prompts with a trained or converted model.")
@@ -46,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--chat", action="store_true", help="prompts are messages; without any, read from the terminal")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    parser.add_argument(
+        "--parse-contents", action="store_true", help="with --chat: special tokens in messages count as such"
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 100")
     parser.add_argument("--max-length", type=int, metavar="N", help="instead: the length of each text with its prompt")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default: %(default)s, greedy")
@@ -81,64 +87,65 @@ def main(arguments: list[str] | None = None) -> int:
     if options.max_new_tokens is None and options.max_length is None:
         settings["max_new_tokens"] = 100
     CompileCache()
+    quiet_libraries()
     try:
-        prompts = options.prompt + [_read(file) for file in options.prompt_file]
-        if not prompts and not options.chat:
-            raise ValueError("no prompt: give --prompt, --prompt-file or --chat")
-        if options.system is not None and not options.chat:
-            raise ValueError("--system belongs to --chat")
-        if options.segment_length is not None and options.remember is None:
-            raise ValueError("--segment-length belongs to --remember")
-        overrides = options.set + ([f"compute_dtype={options.compute_dtype}"] if options.compute_dtype else [])
-        quiet_libraries()
-        bundle = load_bundle(options.model, options.step)
-        model, params, tokenizer = reconfigure(bundle.model, overrides), bundle.params, bundle.tokenizer
-        bos = bundle.add_bos if options.bos is None else options.bos
-        settings["stop_tokens"] = bundle.stop_ids + options.stop_token
-        if options.remember is not None:
-            text = encode_prompt(tokenizer, _read(options.remember), add_bos=bos)
-            length = options.segment_length
-            length = model.config.max_position_embeddings if length is None else length
-            settings["memory"] = remember(model, params, [text] * max(1, len(prompts)), segment_length=length)
-            bos = bool(options.bos)  # prompts go on with the text
-        texts = {**settings, "stop_texts": options.stop}
-        if options.chat and not prompts:
-            return _converse(model, params, tokenizer, options.system, texts)
-        if options.chat:
-            rows = [Conversation(tokenizer, system=options.system).ask(prompt) for prompt in prompts]
-        else:
-            rows = [encode_prompt(tokenizer, prompt, add_bos=bos) for prompt in prompts]
-        stream = len(rows) == 1 or bool(options.stop)
-        compiled = warm_up(model, params, rows, stream=stream, **settings)
-        shown = ["" if options.chat else prompt for prompt in prompts]
-        if len(rows) == 1:
-            print(shown[0], end="", flush=True)
-            done = continue_text(model, params, tokenizer, rows, on_text=_show, **texts)
-            print()
-        else:
-            done = continue_text(model, params, tokenizer, rows, **texts)
-            print("\n---\n".join(before + after for before, after in zip(shown, done.texts, strict=True)))
-        if options.log_probs:
-            print(_likelihoods(done.generated), file=sys.stderr)
-        print(_speed(done.generated, sum(map(len, rows)), compiled), file=sys.stderr)
+        return _generate(options, settings)
     except TooLongError as error:
-        print(f"generate: {error} (such settings are given with --set)", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ngenerate: interrupted", file=sys.stderr)
-        return 130
+        raise ValueError(f"{error} (such settings are given with --set)") from error
+
+
+def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:
+    prompts = options.prompt + [_read(file) for file in options.prompt_file]
+    if not prompts and not options.chat:
+        raise ValueError("no prompt: give --prompt, --prompt-file or --chat")
+    for name, needs in (("system", "chat"), ("parse_contents", "chat"), ("segment_length", "remember")):
+        if getattr(options, name) not in (None, False) and not getattr(options, needs):
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --{needs}")
+    overrides = options.set + ([f"compute_dtype={options.compute_dtype}"] if options.compute_dtype else [])
+    bundle = load_bundle(options.model, options.step)
+    model, params, tokenizer = reconfigure(bundle.model, overrides), bundle.params, bundle.tokenizer
+    bos = bundle.add_bos if options.bos is None else options.bos
+    settings["stop_tokens"] = bundle.stop_ids + options.stop_token
+    if options.remember is not None:
+        text = encode_prompt(tokenizer, _read(options.remember), add_bos=bos)
+        length = options.segment_length
+        length = model.config.max_position_embeddings if length is None else length
+        settings["memory"] = remember(model, params, [text] * max(1, len(prompts)), segment_length=length)
+        bos = bool(options.bos)  # prompts go on with the text
+    texts = {**settings, "stop_texts": options.stop}
+
+    def conversation() -> Conversation:
+        return Conversation(tokenizer, system=options.system, parse_contents=options.parse_contents)
+
+    if options.chat and not prompts:
+        return _converse(model, params, tokenizer, conversation(), texts)
+    if options.chat:
+        rows = [conversation().ask(prompt) for prompt in prompts]
+    else:
+        rows = [encode_prompt(tokenizer, prompt, add_bos=bos) for prompt in prompts]
+    stream = len(rows) == 1 or bool(options.stop)
+    compiled = warm_up(model, params, rows, stream=stream, **settings)
+    shown = ["" if options.chat else prompt for prompt in prompts]
+    if len(rows) == 1:
+        print(shown[0], end="", flush=True)
+        done = continue_text(model, params, tokenizer, rows, on_text=_show, **texts)
+        print()
+    else:
+        done = continue_text(model, params, tokenizer, rows, **texts)
+        print("\n---\n".join(before + after for before, after in zip(shown, done.texts, strict=True)))
+    if options.log_probs:
+        print(_likelihoods(done.generated), file=sys.stderr)
+    print(_speed(done.generated, sum(map(len, rows)), compiled), file=sys.stderr)
     return 0
 
 
-def _converse(model: ByteTransformer, params: Any, tokenizer: Tokenizer, system: str | None, texts: Any) -> int:
+def _converse(
+    model: ByteTransformer, params: Any, tokenizer: Tokenizer, conversation: Conversation, texts: dict[str, Any]
+) -> int:
     if texts["max_length"] is not None:
         raise ValueError("--max-length cannot be used in a conversation, whose prompts grow: give --max-new-tokens")
     positions = limits_of(model.config).positions
     limit = None if positions is None else max(0, positions - texts["max_new_tokens"])
-    conversation = Conversation(tokenizer, system=system)
     print("An empty line or Ctrl-D ends the conversation.", file=sys.stderr)
     while text := _ask():
         before = len(conversation.messages)

@@ -7,12 +7,16 @@ python scripts/train.py --config configs/quickstart.py --set data.train=prepared
 import argparse
 import sys
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from stellarbyte_jax.command import command, imports
 
-from stellarbyte_jax.data.shards import prepare
-from stellarbyte_jax.data.text import TextFormat
+with imports():
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from stellarbyte_jax.data.shards import prepare
+    from stellarbyte_jax.data.text import TextFormat
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line, prepares the data and returns the exit code."""
     parser = argparse.ArgumentParser(description="Tokenise text files once, into shards for data.train.")
@@ -46,11 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
                     task, completed=read, total=total, description=f"{tokens:,} tokens"
                 ),
             )
-    except ValueError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"prepare_data: interrupted; {options.output} is incomplete, run again with --overwrite", file=sys.stderr)
+        print(f"interrupted: {options.output} is incomplete, run again with --overwrite", file=sys.stderr)
         return 130
     skipped = f", {prepared.skipped:,} lines skipped" if prepared.skipped else ""
     print(f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {len(prepared.shards)} shards{skipped}")

@@ -7,9 +7,11 @@ import argparse
 import contextlib
 import sys
 
-from stellarbyte_jax.config import ConfigError, TrainConfig, load
+from stellarbyte_jax.command import command, imports
+from stellarbyte_jax.config import TrainConfig, load
 
 
+@command
 def main() -> int:
     """Parses the command line, runs the training and says what can be done next."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -18,14 +20,10 @@ def main() -> int:
         "--set", nargs="+", action="extend", default=[], metavar="section.name=value", help="settings to change"
     )
     arguments = parser.parse_args()
-    try:
-        config = load(arguments.config, arguments.set)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-    from stellarbyte_jax.train.guard import run_guarded
-    from stellarbyte_jax.train.run import train
+    config = load(arguments.config, arguments.set)
+    with imports():
+        from stellarbyte_jax.train.guard import run_guarded
+        from stellarbyte_jax.train.run import train
 
     def run() -> int:
         finished = train(config)

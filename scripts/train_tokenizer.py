@@ -34,15 +34,19 @@ describes them::
 
 import argparse
 import functools
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from stellarbyte_jax.data.tokenizer_corpus import TokenizerCorpus, draw
-from stellarbyte_jax.tokenizer.directory import write_json
-from stellarbyte_jax.tokenizer.training.evaluation import evaluate, pieces_of
-from stellarbyte_jax.tokenizer.training.format import build, save
-from stellarbyte_jax.tokenizer.training.stages import Stage, check_stages, train
+from stellarbyte_jax.command import command, imports
+
+with imports():
+    from stellarbyte_jax.data.tokenizer_corpus import TokenizerCorpus, draw
+    from stellarbyte_jax.tokenizer.directory import write_json
+    from stellarbyte_jax.tokenizer.training.evaluation import evaluate, pieces_of
+    from stellarbyte_jax.tokenizer.training.format import build, save
+    from stellarbyte_jax.tokenizer.training.stages import Stage, check_stages, train
 
 
 def parse_corpora(
@@ -80,7 +84,8 @@ def parse_stage(argument: str) -> Stage:
         raise ValueError(f"--stage {argument}: write SIZE:NAME=SHARE,NAME=SHARE such as 20000:en=3,zh=2") from None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, trains, evaluates on held-out documents and writes the directory."""
     started = time.monotonic()
     summary, _, examples = (__doc__ or "").partition("\n")
@@ -102,28 +107,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--baselines", action="store_true", help="also train GPT-2-like and lossy tokenizers to compare with")
     options = parser.parse_args(arguments)
 
-    try:
-        corpora = parse_corpora(options.corpus, options.only, options.text_field, options.cache_dir)
-        stages = [parse_stage(s) for s in options.stage]
-        check_stages(stages, corpora)
-        sizes = int(options.sample_megabytes * 1e6), int(options.held_out_megabytes * 1e6)
+    corpora = parse_corpora(options.corpus, options.only, options.text_field, options.cache_dir)
+    stages = [parse_stage(s) for s in options.stage]
+    check_stages(stages, corpora)
+    sizes = int(options.sample_megabytes * 1e6), int(options.held_out_megabytes * 1e6)
 
-        def sample(cut):
-            return {name: draw(corpus, cut, *sizes) for name, corpus in corpora.items()}
+    def sample(cut):
+        return {name: draw(corpus, cut, *sizes) for name, corpus in corpora.items()}
 
-        samples = sample(pieces_of())
-        for name, drawn in samples.items():
-            print(f"{name}: {drawn.training_bytes / 1e6:.1f} MB, {len(drawn.pieces)} distinct pieces", flush=True)
-        merges = train(samples, stages, options.max_token_length, functools.partial(print, flush=True))
-        save(build(merges), options.output, options.model_max_length)
-        print(f"wrote {options.output} after {time.monotonic() - started:.0f} s", flush=True)
-        report = evaluate(merges, samples, stages, sample if options.baselines else None)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    samples = sample(pieces_of())
+    for name, drawn in samples.items():
+        print(f"{name}: {drawn.training_bytes / 1e6:.1f} MB, {len(drawn.pieces)} distinct pieces", flush=True)
+    merges = train(samples, stages, options.max_token_length, functools.partial(print, flush=True))
+    save(build(merges), options.output, options.model_max_length)
+    print(f"wrote {options.output} after {time.monotonic() - started:.0f} s", flush=True)
+    report = evaluate(merges, samples, stages, sample if options.baselines else None)
     write_json(options.output / "report.json", report)
     for name, figures in report["tokenizer"].items():
         print(f"{name}: {figures['bytes_per_token']:.3f} bytes a token, round trip {figures['round_trip']:.2%}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

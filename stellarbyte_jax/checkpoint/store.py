@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
+from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
@@ -23,7 +24,7 @@ _FORMAT = 2
 Result = TypeVar("Result")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(MendableError):
     """A checkpoint that cannot be written, read or used with these settings."""
 
 

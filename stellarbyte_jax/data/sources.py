@@ -5,13 +5,11 @@ exact resume cost the same for every format.
 """
 
 import bisect
-import codecs
 import functools
 import glob
 import hashlib
 import json
 import logging
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,13 @@ import numpy as np
 
 from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
 from stellarbyte_jax.data.files import ArrayFile, ByteFile, DataError
+from stellarbyte_jax.data.line_index import Lines, index_lines
 
 _log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 SHARD_META = "meta.json"
 SHARD_FORMAT = 1
-_SCAN_BYTES = 1 << 26
-_NEWLINE = 10
 _IDENTITY_BYTES = 1 << 16
 # Each open file holds a descriptor, and 1,024 is a common limit.
 _OPEN_FILES = 128
@@ -48,9 +45,7 @@ def cache_path(cache_dir: str | Path | None) -> Path:
     return Path.home() / ".cache" / "stellarbyte_jax" if cache_dir is None else Path(cache_dir).expanduser()
 
 
-@functools.lru_cache(maxsize=_OPEN_FILES)
-def _open_lines(path: str, index: str) -> tuple[ByteFile, np.ndarray]:
-    return ByteFile(path), np.load(index, allow_pickle=False)
+_open_lines = functools.lru_cache(maxsize=_OPEN_FILES)(Lines)
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
@@ -74,12 +69,9 @@ class LineSource:
           BadRecordError: the line is not UTF-8 or not one JSON object.
           DataError: the file became shorter.
         """
-        lines, starts = _open_lines(self.path, self.index)
-        start = int(starts[row])
-        end = int(starts[row + 1]) if row + 1 < len(starts) else lines.size
-        line = lines.read(start, end - start).rstrip()  # blank lines may follow
+        line = _open_lines(self.path, self.index).read(row).rstrip()  # blank lines may follow
         try:
-            value = json.loads(line.decode("utf-8-sig" if start == 0 else "utf-8"))
+            value = json.loads(line.decode())
         except json.JSONDecodeError as error:
             raise BadRecordError(
                 f"not valid JSON ({error.msg}); a line must hold one whole JSON object", error.colno
@@ -96,10 +88,7 @@ class LineSource:
 
     def location(self, row: int, column: int | None = None) -> str:
         """``file:line`` or ``file:line:column`` of a row, for messages."""
-        lines, starts = _open_lines(self.path, self.index)
-        before, line = int(starts[row]), 1
-        for begin in range(0, before, _SCAN_BYTES):
-            line += lines.read(begin, min(_SCAN_BYTES, before - begin)).count(b"\n")
+        line = _open_lines(self.path, self.index).number(row)
         if self.name.endswith(".parquet"):
             return f"{self.name} row {line}"
         return f"{self.name}:{line}" + (f":{column}" if column is not None else "")
@@ -254,42 +243,17 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
         if not plain.exists():
             _log.info("converting %s to random access, once, into %s", path, plain)
             write_atomically(plain, lambda out: CONVERTERS[suffix](path, out, columns))
-    index = cache / f"{stem}-{key}.lines.npy"
+    index = cache / f"{stem}-{key}.index.npy"
     if not index.exists():
-        starts = line_starts(plain)
-        write_atomically(index, lambda out: np.save(out, starts, allow_pickle=False))
-    documents = len(np.load(index, mmap_mode="r", allow_pickle=False))
+        lines = index_lines(plain)
+        write_atomically(index, lambda out: np.save(out, lines, allow_pickle=False))
+    try:
+        documents = Lines(str(plain), str(index)).count
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{index} is damaged ({error}); delete it, it is made again") from error
     if documents == 0:
         raise DataError(f"{path} holds no documents, only blank lines")
     return LineSource(str(path), str(plain), str(index), documents)
-
-
-def line_starts(path: Path) -> np.ndarray:
-    """Byte offsets of the lines of a file that are not blank, int64 [lines]."""
-    size = path.stat().st_size
-    if size == 0:
-        return np.zeros(0, np.int64)
-    parts = [np.zeros(1, np.int64)]
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
-        for begin in range(0, size, _SCAN_BYTES):
-            block = np.frombuffer(lines[begin : begin + _SCAN_BYTES], np.uint8)
-            parts.append(np.flatnonzero(block == _NEWLINE) + (begin + 1))
-        starts = np.concatenate(parts)
-        starts = starts[starts < size]
-        # Nearly every line begins with "{"; only the others can be blank and are looked at one by one.
-        keep = np.ones(len(starts), bool)
-        for i in np.flatnonzero(_bytes_at(lines, starts) != ord("{")):
-            end = lines.find(b"\n", int(starts[i]))
-            line = lines[int(starts[i]) : end if end >= 0 else size]
-            keep[i] = bool((line.removeprefix(codecs.BOM_UTF8) if i == 0 else line).strip())
-    return starts[keep]
-
-
-def _bytes_at(lines: mmap.mmap, offsets: np.ndarray) -> np.ndarray:
-    view = np.frombuffer(lines, np.uint8)
-    values = view[offsets]
-    del view  # the map cannot be closed while a view of it is alive
-    return values
 
 
 def _open_shards(path: Path, fingerprint: str) -> ShardSource:

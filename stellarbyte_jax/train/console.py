@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from stellarbyte_jax.command import drop_output, spelled
 from stellarbyte_jax.config import TrainConfig
 
 _REDRAW_SECONDS = 0.2
-_SPELLED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _package = logging.getLogger("stellarbyte_jax")
 
 
@@ -30,12 +30,22 @@ class _Notes(logging.Handler):
         self._say(record.getMessage())
 
 
+class _Console(Console):
+    """Standard output, which may be closed before the run ends: ``python scripts/train.py ... | head``."""
+
+    def on_broken_pipe(self) -> None:
+        """The run goes on, and says so."""
+        self.quiet = True
+        drop_output()
+        print("standard output is closed; the run goes on and writes to its train.log", file=sys.stderr)
+
+
 class Reporter:
     """Prints to standard output and appends to a log file, which never sees a control character."""
 
     def __init__(self, log_path: Path) -> None:
         """Opens the log file for appending."""
-        self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._console = _Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._log = log_path.open("a", encoding="utf-8")
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -64,7 +74,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Prints a line above the bar, and logs it; control characters, as samples may hold, are spelled out."""
-        text = text.translate(_SPELLED)
+        text = spelled(text)
         self._console.print(text)
         self.log(text)
 

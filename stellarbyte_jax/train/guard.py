@@ -1,14 +1,11 @@
-"""One clear line on standard error for what a user can mend; the traceback goes to the log."""
+"""The traceback of what a user can mend goes to the log, one clear line to standard error."""
 
-import sys
+import contextlib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from stellarbyte_jax.checkpoint.store import CheckpointError
-from stellarbyte_jax.train.meter import DivergedError
-
-MENDABLE = (ValueError, OSError, NotImplementedError, ModuleNotFoundError, CheckpointError, DivergedError)
+from stellarbyte_jax.command import MENDABLE, print_error
 
 
 def run_guarded(act: Callable[[], int], output_dir: str) -> int:
@@ -16,12 +13,9 @@ def run_guarded(act: Callable[[], int], output_dir: str) -> int:
     try:
         return act()
     except MENDABLE as error:
-        log = Path(output_dir) / "train.log"
-        try:
-            with log.open("a", encoding="utf-8") as file:
-                file.write(traceback.format_exc())
+        log, where = Path(output_dir) / "train.log", ""
+        with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
             where = f" (details: {log})"
-        except OSError:
-            where = ""
-        print(f"error: {error}{where}", file=sys.stderr)
+        print_error(error, where)
         return 1

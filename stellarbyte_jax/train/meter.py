@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 
+from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.train.metrics import flops_per_token, memory_metrics, speed_metrics
 
 Metrics = dict[str, jax.Array]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(MendableError):
     """The loss, the gradient or the weights are no longer numbers."""
 
 

@@ -67,15 +67,15 @@ def test_globs_and_many_files_join_in_order(tmp_path):
     assert _texts(corpus) == [r["text"] for r in RECORDS[:30]]
 
 
-@pytest.mark.parametrize("block", [1 << 26, 5])
-def test_line_starts_leave_blank_lines_out(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(sources, "_SCAN_BYTES", block)
-    content = b'\n \t \n{"text": "a"}\r\n\n  {"text": "b"}\n\r\n{"text": "c"}'
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content)
-    starts = sources.line_starts(path)
-    assert [content[s:].split(b"\n")[0].strip()[:9] for s in starts] == [b'{"text": '] * 3
-    assert _texts(_open(tmp_path, path)) == ["a", "b", "c"]
+def test_a_damaged_index_is_named(tmp_path):
+    write_records(tmp_path / "a.jsonl", RECORDS)
+    _open(tmp_path, tmp_path / "a.jsonl")
+    (index,) = (tmp_path / "cache").iterdir()
+    for content in (b"", index.read_bytes()[:-8], b"something else"):
+        index.write_bytes(content)
+        sources._open_lines.cache_clear()
+        with pytest.raises(DataError, match=r"\.index\.npy is damaged \(.+\); delete it, it is made again"):
+            _open(tmp_path, tmp_path / "a.jsonl")
 
 
 def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):

@@ -29,7 +29,7 @@ def test_the_script_prepares_and_reports(script, tmp_path, capsys):
     arguments += ["--cache-dir", str(tmp_path / "cache"), "--template", "{title}: {text}"]
     assert script.main(arguments) == 0
     assert "100 documents," in capsys.readouterr().out
-    assert script.main(arguments) == 2
+    assert script.main(arguments) == 1
     assert "is not empty" in capsys.readouterr().err
     first = np.load(tmp_path / "out" / "tokens-00000.npy")
     assert len(first) == sum(len(f"T: {t}".encode()) for t in TEXTS)

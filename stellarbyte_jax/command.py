@@ -1,0 +1,88 @@
+"""What all command line programs do: import quietly, end quietly, and say in one line what a user can mend."""
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import ParamSpec
+
+from stellarbyte_jax.config import ConfigError
+
+Arguments = ParamSpec("Arguments")
+
+_SPELLED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_LONGEST = 2000
+
+
+class MendableError(Exception):
+    """Something that the user can mend; the message says how."""
+
+
+MENDABLE = (MendableError, ValueError, OSError, NotImplementedError, ImportError)
+
+
+@contextlib.contextmanager
+def imports() -> Iterator[None]:
+    """Ctrl-C inside ends the program without a word: imports take seconds, and would show where they were.
+
+    Does nothing where Ctrl-C is ignored or handled already.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """Makes of a program's ``main`` one that returns an exit status in every case that a user can cause.
+
+    2 for settings that cannot be, 1 for other errors that the user can mend, after one line on standard error; 130
+    after Ctrl-C; 141 where what reads the output has ended, as programs do that a broken pipe kills.
+    """
+
+    @functools.wraps(main)
+    def guarded(*positional: Arguments.args, **named: Arguments.kwargs) -> int:
+        try:
+            code = main(*positional, **named)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        except BrokenPipeError:
+            drop_output()
+            return 128 + signal.SIGPIPE
+        except MENDABLE as error:
+            print_error(error)
+            return 2 if isinstance(error, ConfigError) else 1
+
+    return guarded
+
+
+def print_error(error: BaseException, more: str = "") -> None:
+    """Prints the message of an error, in one line, on standard error."""
+    print(f"error: {one_line(str(error) or type(error).__name__)}{more}", file=sys.stderr)
+
+
+def drop_output() -> None:
+    """What is still printed goes nowhere: nobody reads standard output any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks and control characters, its middle left out where it is very long."""
+    text = spelled(" ".join(text.split("\n")))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 3 :]}"
+
+
+def spelled(text: str) -> str:
+    """A text whose control characters, line breaks and tabs apart, are written as escapes."""
+    return text.translate(_SPELLED)

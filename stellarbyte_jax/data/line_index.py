@@ -1,0 +1,78 @@
+"""Where the lines of a file begin, so that any of them can be read without those before it."""
+
+import codecs
+from pathlib import Path
+
+import numpy as np
+
+from stellarbyte_jax.data.files import ArrayFile, ByteFile
+
+_SCAN_BYTES = 1 << 26
+_GLANCE_BYTES = 1 << 10
+_NEWLINE = 10
+
+
+def index_lines(path: Path) -> np.ndarray:
+    """The lines of a file that are not blank: int64 [2 * lines], of each its first byte and its number, from 1."""
+    file = ByteFile(str(path))
+    parts = [np.zeros(0, np.int64)]
+    lines = 0  # that begin before the block
+    starts_line = True  # whether the block's first byte does
+    for begin in range(0, file.size, _SCAN_BYTES):
+        block = np.frombuffer(file.read(begin, min(_SCAN_BYTES, file.size - begin)), np.uint8)
+        starts = np.flatnonzero(block == _NEWLINE) + 1
+        if starts_line:
+            starts = np.concatenate([np.zeros(1, np.int64), starts])
+        starts_line = len(starts) > 0 and starts[-1] == len(block)
+        if starts_line:
+            starts = starts[:-1]
+        numbers = np.arange(lines + 1, lines + 1 + len(starts))
+        lines += len(starts)
+        # Nearly every line begins with "{"; only the others can be blank and are looked at one by one.
+        keep = np.ones(len(starts), bool)
+        for i in np.flatnonzero(block[starts] != ord("{")):
+            keep[i] = not _is_blank(file, begin + int(starts[i]))
+        parts.append(np.stack([starts + begin, numbers], axis=1)[keep].reshape(-1))
+    return np.concatenate(parts)
+
+
+def _is_blank(file: ByteFile, start: int) -> bool:
+    """Whether the line that begins there holds nothing but white space and, at the file's beginning, a mark."""
+    at = start
+    while at < file.size:
+        part = file.read(at, min(_GLANCE_BYTES, file.size - at))
+        line, newline, _ = part.partition(b"\n")
+        if (line.removeprefix(codecs.BOM_UTF8) if at == 0 else line).strip():
+            return False
+        if newline:
+            return True
+        at += len(part)
+    return True
+
+
+class Lines:
+    """The lines that :func:`index_lines` found, read by position.
+
+    Attributes:
+      count: how many there are.
+    """
+
+    def __init__(self, path: str, index: str) -> None:
+        """Opens the file and its index, which is not held in memory."""
+        self._file, self._index = ByteFile(path), ArrayFile(index)
+        self.count = len(self._index) // 2
+
+    def read(self, row: int) -> bytes:
+        """A line, with what follows it up to the next one that is not blank; without the byte order mark.
+
+        Raises:
+          DataError: the file became shorter.
+        """
+        start, _, *after = self._index.part(2 * row, min(2 * row + 3, 2 * self.count)).tolist()
+        end = after[0] if after else self._file.size
+        line = self._file.read(start, end - start)
+        return line.removeprefix(codecs.BOM_UTF8) if start == 0 else line
+
+    def number(self, row: int) -> int:
+        """The number of a line in the file, from 1."""
+        return int(self._index.part(2 * row + 1, 2 * row + 2)[0])

@@ -1,0 +1,106 @@
+"""Does a program end as its users expect: by Ctrl-C, where nobody reads, and with one line about what is wrong?"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stellarbyte_jax.command import MendableError, command, imports, one_line, spelled
+from stellarbyte_jax.config import ConfigError
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def _program(code: str, **more) -> subprocess.Popen:
+    head = "import os, signal, sys, time\nfrom stellarbyte_jax.command import command, imports\n"
+    signals = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job may ignore it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", head + signals + code], text=True, **{**pipes, **more})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("a: rule; fix"), 1, "error: a: rule; fix\n"),
+        (MendableError("a"), 1, "error: a\n"),
+        (ConfigError("a"), 2, "error: a\n"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "error: [Errno 2] No such file: 'x'\n"),
+        (ModuleNotFoundError("no x: pip install x"), 1, "error: no x: pip install x\n"),
+        (ValueError("a\nb\x1b[2Jc"), 1, "error: a b\\x1b[2Jc\n"),
+        (ValueError(), 1, "error: ValueError\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_a_status(error, code, line, capsys):
+    @command
+    def main() -> int:
+        raise error
+
+    assert main() == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    @command
+    def main() -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_a_program_without_reader_ends_as_others_do():
+    process = _program("@command\ndef main():\n  while True: print('x' * 1000)\nsys.exit(main())")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_output_that_waits_in_the_buffer_has_no_reader_either():
+    """Without a flush inside, Python would find out at its end and print two lines about it."""
+    read, write = os.pipe()
+    os.close(read)
+    process = _program("@command\ndef main():\n  print('x')\n  return 0\nsys.exit(main())", stdout=write)
+    os.close(write)
+    assert (process.communicate()[1], process.returncode) == ("", 128 + signal.SIGPIPE)
+
+
+def test_an_interrupted_import_is_silent():
+    process = _program("with imports():\n  print('in', flush=True); time.sleep(60)")
+    assert process.stdout is not None and process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=60), process.returncode) == (("", ""), -signal.SIGINT)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler, lambda *_: None])
+def test_imports_leave_ctrl_c_as_it_was(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with imports():
+            inside = signal.getsignal(signal.SIGINT)
+        assert inside is (signal.SIG_DFL if handler is signal.default_int_handler else handler)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_long_message_keeps_both_ends():
+    text = one_line("begin" + "x" * 200_000 + "end")
+    assert len(text) < 2000 and text.startswith("begin") and text.endswith("end") and " ... " in text
+    assert one_line("x" * 2000) == "x" * 2000
+
+
+def test_control_characters_are_spelled_out():
+    assert spelled("a\tb\nc\x00\x1b\x7f\x9b中") == "a\tb\nc\\x00\\x1b\\x7f\\x9b中"
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in SCRIPTS.glob("*.py")))
+def test_every_script_is_such_a_program(script):
+    text = (SCRIPTS / script).read_text()
+    assert "@command\ndef main(" in text and "sys.exit(main())" in text
