@@ -19,12 +19,14 @@ with imports():
     import jax
 
     from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
+    from stellarbyte_jax.config import DataConfig
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
     from stellarbyte_jax.hf.verify import compare_with_transformers
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.model.decoder import ByteTransformer
     from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
     from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer
+    from stellarbyte_jax.tokenizer.special import adds_bos
     from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -98,7 +100,7 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     check_target(run, arguments.overwrite)
     model, params = from_pretrained(arguments.source)
     check_tokenizer(arguments.source, model.config.vocab_size)
-    write_run(run, model.config, params, arguments.source)
+    write_run(run, model.config, params, arguments.source, begins_with_bos(arguments.source))
     if not arguments.verify:
         return None
     return compare_with_transformers(arguments.source, model, load_weights(run)[1])
@@ -116,10 +118,10 @@ def resize(arguments: argparse.Namespace) -> None:
         if arguments.step is not None:
             raise ValueError(f"--step belongs to a run directory; {source} is a Hugging Face directory")
         model, params = from_pretrained(source)
-        config = model.config
+        config, add_bos = model.config, begins_with_bos(arguments.tokenizer)
     else:
         stored, params = load_weights(*run_and_step(source, arguments.step))
-        config = stored.model
+        config, add_bos = stored.model, stored.data.add_bos
     wanted, multiple = arguments.vocab_size, arguments.multiple
     if wanted is None:
         resized, params = fit_tokenizer(config, params, tokenizer, vocab_size_multiple=multiple)
@@ -130,7 +132,7 @@ def resize(arguments: argparse.Namespace) -> None:
         )
     else:
         resized, params = resize_vocabulary(config, params, wanted, vocab_size_multiple=multiple)
-    write_run(run, resized, params, arguments.tokenizer)
+    write_run(run, resized, params, arguments.tokenizer, add_bos)
     print(
         f"vocabulary: {config.vocab_size:,} tokens in {config.padded_vocab_size:,} rows before, "
         f"{resized.vocab_size:,} in {resized.padded_vocab_size:,} now; the tokenizer has {tokenizer.vocab_size:,}"
@@ -153,12 +155,19 @@ def check_tokenizer(directory: Path | None, vocab_size: int) -> None:
         check_vocabulary(load_tokenizer(directory), vocab_size)
 
 
-def write_run(run: Path, config: Any, params: Any, tokenizer: Path) -> None:
+def begins_with_bos(tokenizer: Path) -> bool:
+    """Whether the tokenizer of a Hugging Face directory begins texts with bos; without a whole one, as in training."""
+    if not TokenizerDirectory(tokenizer).is_complete:
+        return DataConfig().add_bos
+    return adds_bos(tokenizer, load_tokenizer(tokenizer).bos_id)
+
+
+def write_run(run: Path, config: Any, params: Any, tokenizer: Path, add_bos: bool) -> None:
     """Writes weights as step 0 of a run directory, with the tokenizer that a directory holds."""
     for part in ("checkpoints", "tokenizer"):
         shutil.rmtree(run / part, ignore_errors=True)
     copied = copy_tokenizer(tokenizer, run / "tokenizer")
-    save_initial(run, config, params, str(run / "tokenizer") if copied else None)
+    save_initial(run, config, params, str(run / "tokenizer") if copied else None, add_bos=add_bos)
     report(run, params)
 
 

@@ -1,5 +1,6 @@
 """The weights of a run, without the rest of its state."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,17 @@ def _read(stored: StoredStep, config: ByteConfig) -> Params:
     return merge(found[item], found.get("frozen", {}))
 
 
-def save_initial(run_dir: str | Path, config: ByteConfig, params: Params, tokenizer: str | None = None) -> None:
+def save_initial(
+    run_dir: str | Path, config: ByteConfig, params: Params, tokenizer: str | None = None, *, add_bos: bool = True
+) -> None:
     """Writes weights as step 0 of a run directory, for training to start from.
+
+    Args:
+      run_dir: the directory, with no checkpoint in it.
+      config: of the model.
+      params: its weights.
+      tokenizer: the directory of the model's tokenizer; None for the default of training.
+      add_bos: whether texts begin with bos.
 
     Raises:
       CheckpointError: the directory already has a checkpoint, or the write failed.
@@ -71,13 +81,15 @@ def save_initial(run_dir: str | Path, config: ByteConfig, params: Params, tokeni
         sequence_length=min(1024, config.max_position_embeddings),
         tokenizer=tokenizer or DataConfig().tokenizer,
         arrangement="contiguous" if config.has_memory else "packed",
+        add_bos=add_bos,
     )
     train = TrainConfig(
         output_dir=str(run_dir), steps=1, model=config, data=data, schedule=ScheduleConfig(warmup_steps=0)
     )
-    checkpointer = Checkpointer(run_dir, CheckpointConfig())
-    if checkpointer.steps:
-        raise CheckpointError(f"{run_dir} already has checkpoints ({checkpointer.steps}): choose an empty directory")
-    arrays: dict[str, Any] = {"params": jax.tree.map(np.asarray, params)}
-    checkpointer.save(0, arrays, {"config": train.to_dict()}, frozen=[])
-    checkpointer.close()
+    with contextlib.closing(Checkpointer(run_dir, CheckpointConfig())) as checkpointer:
+        if checkpointer.steps:
+            raise CheckpointError(
+                f"{run_dir} already has checkpoints ({checkpointer.steps}): choose an empty directory"
+            )
+        arrays: dict[str, Any] = {"params": jax.tree.map(np.asarray, params)}
+        checkpointer.save(0, arrays, {"config": train.to_dict()}, frozen=[])

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
+from transformers import GenerationConfig
 
+from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
@@ -85,6 +87,23 @@ def test_to_hf_and_back(
     assert (run_dir.parent / "hf2" / "tokenizer_config.json").is_file()
     with safe_open(run_dir.parent / "hf2" / "model.safetensors", framework="np") as handle:
         assert handle.get_tensor("lm_head.weight").dtype == "bfloat16"
+
+
+def test_ends_and_beginnings_of_texts_go_both_ways(convert: Callable[..., int], run_dir: Path) -> None:
+    """Ends are named by the tokenizer and by the settings: each of them ends a text after either conversion."""
+    hf, run, again = (run_dir.parent / name for name in ("hf", "again", "hf2"))
+    assert convert("to-hf", run_dir, hf) == 0
+    for file, ends in (("config.json", [4, 3]), ("generation_config.json", [3, 4])):
+        values = json.loads((hf / file).read_text())
+        (hf / file).write_text(json.dumps(values | {"eos_token_id": ends}))
+    expected = load_bundle(hf)
+    assert expected.stop_ids[0] == 1 and set(expected.stop_ids) >= {1, 3, 4} and not expected.add_bos
+    assert convert("from-hf", hf, run) == 0
+    assert convert("to-hf", run, again) == 0
+    for directory in (run, again):
+        bundle = load_bundle(directory)
+        assert (bundle.stop_ids, bundle.add_bos) == (expected.stop_ids, expected.add_bos)
+    assert GenerationConfig.from_pretrained(again).eos_token_id == GenerationConfig.from_pretrained(hf).eos_token_id
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
