@@ -15,7 +15,7 @@ from stellarbyte_jax.config import ByteConfig, ConfigError
         ({"num_attention_heads": 12, "num_key_value_heads": 5}, "12 is not divisible by .* 5"),
         ({"num_attention_heads": 12, "num_key_value_heads": 24}, "12 is not divisible by .* 24"),
         ({"hidden_size": 36, "num_attention_heads": 12}, "head size must be even .* got 3"),
-        ({"hidden_size": 0}, r"ByteConfig\.hidden_size must be int \(positive\), got 0"),
+        ({"hidden_size": 0}, r"ByteConfig\.hidden_size must be int \(positive, below 2.(31|63)\), got 0"),
         ({"hidden_size": 768.0}, r"ByteConfig\.hidden_size must be int"),
         ({"hidden_size": True}, r"ByteConfig\.hidden_size must be int"),
         ({"hidden_sizes": 3}, "no setting 'hidden_sizes'; did you mean hidden_size"),
