@@ -27,7 +27,7 @@ def shown(value: Any) -> str:
     try:
         return clipped(repr(value))
     except (ValueError, RecursionError):  # Python spells no integer of more than 4,300 digits, nor any depth
-        return f"a {type(value).__name__} that is too large to show"
+        return f"a value of type {type(value).__name__} that is too large to show"
 
 
 def listed(names: Iterable[Any]) -> str:

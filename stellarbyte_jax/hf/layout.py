@@ -76,7 +76,7 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
             raise ValueError(
                 f"{name} holds {float(array[lost][0]):g}, which {dtype.name} cannot represent: "
                 + (
-                    "float32 cannot either, so scale or clip the weights where they are made"
+                    "scale or clip the weights, float32 cannot either"
                     if beyond
                     else f"use float32{'' if bfloat16_too else ' or bfloat16'}"
                 )

@@ -205,7 +205,9 @@ class TokenizerDirectory:
         for file, entries in ((ADDED_TOKENS, self._read_object(ADDED_TOKENS)), (CONFIG, described)):
             try:
                 for key, value in entries.items():
-                    number, token = (int(value), {"content": key}) if file == ADDED_TOKENS else (int(key), dict(value))
+                    number, token = (value, {"content": key}) if file == ADDED_TOKENS else (int(key), dict(value))
+                    if type(number) is not int:
+                        raise ValueError(f"the id is {shown(number)}")
                     if not isinstance(token["content"], str) or not token["content"]:
                         raise ValueError("content must be a spelling")
                     token["content"].encode()  # half of a surrogate pair is no text

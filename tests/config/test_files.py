@@ -72,6 +72,8 @@ def test_overrides_apply_together_and_the_last_one_wins(run):
         ("=3", r"no setting ''"),
         ("steps=many", r"setting steps=many: steps must be int \(positive, below 2.(31|63)\)"),
         ("steps=1.5", r"steps must be int"),
+        ("steps=" + "[" * 20_000, r"setting steps=\[+ \.\.\. \[+: steps must be int"),
+        (f"steps={2**63}", r"steps must be int \(positive, below 2\^63\)"),
         ("steps=none", r"steps must be int"),
         ("steps=true", r"steps must be int"),
         ("steps=0", r"steps must be int \(positive, below 2.(31|63)\)"),

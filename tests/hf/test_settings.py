@@ -54,6 +54,11 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
         (MISTRAL_FILE | {"mlp_bias": True}, "mlp_bias is True; only False is implemented$"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2; only 1 is implemented$"),
         ({"rope_interleaved": True}, "rope_interleaved is True; only False is implemented$"),
+        ({"intermediate_size": None}, "intermediate_size is null: give a number, or remove the field for the default$"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; supported are llama, mistral$"),
+        ({"architectures": 3}, "architectures must be a list of names, got 3$"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, got 'LlamaForCausalLM'$"),
+        ({"attention_dropout": []}, r"ByteConfig.attention_dropout must be float \(in \[0, 1\)\), got \(\)$"),
         ({"attention_bias": None}, "ByteConfig.attention_bias must be bool, got None$"),
         (
             {"quantization_config": {"bits": 4}},
@@ -81,6 +86,8 @@ def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
     switched_off = {"quantization_config": None, "sliding_window": None, "architectures": None}
     fixed = {"pretraining_tp": 1, "rope_interleaved": False, "attention_dropout": None}
     assert config(**harmless, **switched_off, **fixed) == config()
+    biases = {"attention_bias": None, "mlp_bias": None}  # MistralConfig has no such fields
+    assert parse_config(MISTRAL_FILE | biases, "here") == parse_config(MISTRAL_FILE, "here")
 
 
 def test_biases_of_llama_are_two_settings_here() -> None:
