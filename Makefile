@@ -1,6 +1,7 @@
 # make quickstart   train, sample and export a small model on the embedded corpus
 # make test         the test suite on the CPU           make test-gpu   the tests that need a GPU
 # make check        format, lint, types, imports        make bench      throughput on this machine
+# make fuzz         hostile files and settings, thousands of each kind, other ones every time
 #
 # VENV=dir        another environment than .venv        PYTHON=path     the interpreter that makes it
 # CUDA=cuda13|cuda12|cpu   instead of what the driver says
@@ -8,7 +9,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu check bench
+.PHONY: help quickstart test test-gpu fuzz check bench
 
 VENV ?= .venv
 ARGS ?=
@@ -41,6 +42,9 @@ test: $(VENV)/.installed-$(CUDA)-test
 
 test-gpu: $(VENV)/.installed-$(CUDA)-test
 	STELLARBYTE_TEST_GPU=1 "$(VENV)/bin/python" -m pytest -n 4 --dist worksteal -m gpu $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed-$(CUDA)-test
+	HYPOTHESIS_PROFILE=long "$(VENV)/bin/python" -m pytest tests/fuzz $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-$(CUDA)-test-dev
 	"$(VENV)/bin/ruff" format --check .

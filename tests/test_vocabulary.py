@@ -123,9 +123,9 @@ def test_the_arrays_keep_their_kind_and_the_given_ones_are_not_changed():
 
 def test_sizes_and_weights_that_do_not_fit_are_refused():
     params = _params(SMALL)
-    with pytest.raises(ValueError, match=r"vocab_size must be int \(positive\), got 0"):
+    with pytest.raises(ValueError, match=r"vocab_size must be int \(positive, below 2.(31|63)\), got 0"):
         resize_vocabulary(SMALL, params, 0)
-    with pytest.raises(ValueError, match=r"vocab_size_multiple must be int \(positive\), got 0"):
+    with pytest.raises(ValueError, match=r"vocab_size_multiple must be int \(positive, below 2.(31|63)\), got 0"):
         resize_vocabulary(SMALL, params, 50, vocab_size_multiple=0)
     other = dataclasses.replace(SMALL, vocab_size=41)
     with pytest.raises(ValueError, match=r"embed/embedding has shape \(40, 16\), vocab_size 41, .* for \(41, 16\)"):
@@ -225,7 +225,10 @@ def test_resize_says_what_is_wrong(convert, directories, capsys):
     (run / "tokenizer").mkdir()
     cases = [
         ((run, new, "--tokenizer", t50, "--vocab-size", 45), "--vocab-size 45 is less than the 50 tokens of"),
-        ((run, new, "--tokenizer", t50, "--multiple", 0), "vocab_size_multiple must be int (positive), got 0"),
+        (
+            (run, new, "--tokenizer", t50, "--multiple", 0),
+            "vocab_size_multiple must be int (positive, below 2^31), got 0",
+        ),
         ((run, new, "--tokenizer", directories), "holds no tokenizer.json"),
         ((directories, new, "--tokenizer", t50), "holds no checkpoint"),
         ((directories / "hf", new, "--tokenizer", t50, "--step", 0), "--step belongs to a run directory"),

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stellarbyte_jax.config.foreign import clipped, shown
 from stellarbyte_jax.config.run import TrainConfig
 from stellarbyte_jax.config.section import ConfigError, Section, fits, hints, is_section, require, spell, unknown_name
 
@@ -89,10 +90,10 @@ def override(config: AnySection, overrides: Sequence[str]) -> AnySection:
     settings = _settings(type(config))
     for text in overrides:
         name, equals, raw = (part.strip() for part in text.partition("="))
-        require(bool(equals), f"setting {text!r}: expected section.name=value")
-        require(name in settings, unknown_name(name, settings, f"setting {text!r}"))
+        require(bool(equals), f"setting {shown(text)}: expected section.name=value")
+        require(name in settings, unknown_name(name, settings, f"setting {shown(text)}"))
         readings = [value for value in _readings(raw) if fits(value, settings[name])]
-        require(len(readings) > 0, f"setting {name}={raw}: {name} must be {spell(settings[name])}")
+        require(len(readings) > 0, f"setting {name}={clipped(raw)}: {name} must be {spell(settings[name])}")
         *sections, leaf = name.split(".")
         target = values
         for section in sections:
@@ -117,7 +118,7 @@ def _readings(raw: str) -> Iterator[Any]:
     for number in (int, float):
         with contextlib.suppress(ValueError):
             yield number(raw)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):  # RecursionError: of brackets in brackets
         parsed = json.loads(raw)
         if isinstance(parsed, list):
             yield tuple(parsed)

@@ -2,19 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.config.layers import LayerGroup, LayerSpec
 from stellarbyte_jax.config.section import (
     Fraction,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Rule,
     Section,
     Share,
+    Size,
+    SizeOrZero,
     require,
 )
 
+# Everything that is said of layers is said of each, so their number is time and memory before any weight is made.
+LayerCount = Annotated[int, Rule("positive, at most 4096", lambda v: 0 < v <= 4096)]
 AttentionImplementation = Literal["auto", "reference", "xla", "cudnn"]
 
 # The original StellarByte's names for the same settings, accepted by ByteConfig.from_dict.
@@ -54,7 +59,7 @@ class RopeScaling(Section):
     # other frequencies, so a cache agrees with a full pass in the first layer alone.
     name: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
     factor: PositiveFloat = 1.0  # how many times longer
-    original_max_position_embeddings: PositiveInt | None = None  # yarn, llama3; None: max_position_embeddings
+    original_max_position_embeddings: Size | None = None  # yarn, llama3; None: max_position_embeddings
     low_freq_factor: PositiveFloat = 1.0  # llama3: waves longer than original / this are stretched
     high_freq_factor: PositiveFloat = 4.0  # llama3: waves shorter than original / this stay
     beta_fast: PositiveFloat = 32.0  # yarn: pairs with more rotations over the original length are left as they are
@@ -97,7 +102,7 @@ class MemoryConfig(Section):
     """
 
     # Tokens before a token that each layer remembers and attends to; a list gives each layer its own. 0: none.
-    length: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
+    length: SizeOrZero | tuple[SizeOrZero, ...] = 0
     recent_share: Share = 1.0  # of the slots, for the newest states; the others hold compressed older ones
     compression_weight: Share = 0.7  # of a compressed slot's old content when older states are added to it
     batch_policy: Literal["strict", "select", "repeat"] = (
@@ -110,8 +115,8 @@ class CacheConfig(Section):
     """The key/value cache of generation."""
 
     dtype: Literal["compute", "float32", "bfloat16", "int8", "float8_e4m3fn"] = "compute"  # 8 bits: half the memory
-    heavy_hitters: NonNegativeInt | None = None  # keep so many keys that got most attention, drop other old ones
-    recent: PositiveInt | None = None  # with heavy_hitters: the newest keys, which always stay
+    heavy_hitters: SizeOrZero | None = None  # keep so many keys that got most attention, drop other old ones
+    recent: Size | None = None  # with heavy_hitters: the newest keys, which always stay
 
     def _check(self) -> None:
         require(
@@ -129,18 +134,18 @@ class ByteConfig(Section):
 
     _aliases = _ALIASES
 
-    vocab_size: PositiveInt = 32000
-    vocab_size_multiple: PositiveInt = 1  # embedding and head get rows up to a multiple, which no token ever uses
-    hidden_size: PositiveInt = 768
-    num_hidden_layers: PositiveInt = 12
-    num_attention_heads: PositiveInt = 12
-    num_key_value_heads: PositiveInt | None = None  # fewer than the heads: grouped-query attention, a smaller KV cache
-    head_dim: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None
+    vocab_size: Size = 32000
+    vocab_size_multiple: Size = 1  # embedding and head get rows up to a multiple, which no token ever uses
+    hidden_size: Size = 768
+    num_hidden_layers: LayerCount = 12
+    num_attention_heads: Size = 12
+    num_key_value_heads: Size | None = None  # fewer than the heads: grouped-query attention, a smaller KV cache
+    head_dim: Size | None = None
+    intermediate_size: Size | None = None
     hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"  # silu: SwiGLU; gelu: GEGLU
     # stellarbyte: the original's own, silu(up) * sigmoid(gate) between an inner norm and an inner residual.
     mlp_style: Literal["gated", "stellarbyte"] = "gated"
-    max_position_embeddings: PositiveInt = 2048
+    max_position_embeddings: Size = 2048
     tie_word_embeddings: bool = False
 
     # xpos: attention decays with distance. stellarbyte: the original's mixed pairing, for its checkpoints only.
@@ -157,9 +162,9 @@ class ByteConfig(Section):
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k: tames growing attention logits
-    sliding_window: PositiveInt | None = None
+    sliding_window: Size | None = None
     layer_types: tuple[str, ...] | None = None  # "full_attention" | "sliding_attention" for each layer
-    sink_tokens: NonNegativeInt = 0  # first tokens of a document, which a window never hides; refuses cudnn
+    sink_tokens: SizeOrZero = 0  # first tokens of a document, which a window never hides; refuses cudnn
     attention_logit_softcap: PositiveFloat | None = None  # refuses the fused kernels
     attention_prune_below: Fraction = (
         0.0  # weights below this fraction of the largest are masked; refuses the fused kernels
@@ -235,7 +240,7 @@ class ByteConfig(Section):
         if self.layer_types is not None:
             known = ("full_attention", "sliding_attention")
             unknown = sorted(set(self.layer_types) - set(known))
-            require(not unknown, f"layer_types may hold {known}, got {unknown}")
+            require(not unknown, f"layer_types may hold {known}, got {shown(unknown)}")
             require(
                 len(self.layer_types) == self.num_hidden_layers,
                 f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}",
@@ -255,7 +260,7 @@ class ByteConfig(Section):
         if self.has_memory:
             require(
                 isinstance(self.memory.length, int) or len(self.memory.length) == self.num_hidden_layers,
-                f"memory.length names {self.memory.length}, num_hidden_layers is {self.num_hidden_layers}",
+                f"memory.length names {shown(self.memory.length)}, num_hidden_layers is {self.num_hidden_layers}",
             )
             require(
                 self.sliding_window is None and self.layer_types is None,

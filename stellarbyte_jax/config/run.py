@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.config.model import ByteConfig
 from stellarbyte_jax.config.section import (
     Fraction,
@@ -149,7 +150,7 @@ class LoggingConfig(Section):
     def _check(self) -> None:
         known = ("tensorboard", "wandb", "swanlab")
         unknown = [t for t in self.trackers if t not in known]
-        require(not unknown, f"logging.trackers may hold {known}, got {unknown}")
+        require(not unknown, f"logging.trackers may hold {known}, got {shown(unknown)}")
 
 
 @dataclass(frozen=True, kw_only=True)

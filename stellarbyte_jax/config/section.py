@@ -3,11 +3,14 @@
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
+
+from stellarbyte_jax.config.foreign import shown
 
 
 class ConfigError(ValueError):
@@ -28,12 +31,13 @@ class Rule:
     holds: Callable[[float], bool]
 
 
-_POSITIVE = Rule("positive", lambda v: 0 < v < math.inf)
-_NOT_NEGATIVE = Rule("not negative", lambda v: 0 <= v < math.inf)
-PositiveInt = Annotated[int, _POSITIVE]
-PositiveFloat = Annotated[float, _POSITIVE]
-NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
-NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
+# Integers become numbers of arrays, and sizes their dimensions, which are counted in 32 bits.
+PositiveInt = Annotated[int, Rule("positive, below 2^63", lambda v: 0 < v < 2**63)]
+NonNegativeInt = Annotated[int, Rule("not negative, below 2^63", lambda v: 0 <= v < 2**63)]
+Size = Annotated[int, Rule("positive, below 2^31", lambda v: 0 < v < 2**31)]
+SizeOrZero = Annotated[int, Rule("not negative, below 2^31", lambda v: 0 <= v < 2**31)]
+PositiveFloat = Annotated[float, Rule("positive, finite", lambda v: 0 < v < math.inf)]
+NonNegativeFloat = Annotated[float, Rule("not negative, finite", lambda v: 0 <= v < math.inf)]
 Fraction = Annotated[float, Rule("in [0, 1)", lambda v: 0 <= v < 1)]
 Share = Annotated[float, Rule("in [0, 1]", lambda v: 0 <= v <= 1)]
 
@@ -57,10 +61,10 @@ class Section:
                 value = tuple(value)
             elif isinstance(value, Mapping) and is_section(hint):
                 value = hint.from_dict(value)
-            elif type(value) is int and fits(0.5, hint):
+            elif type(value) is int and fits(0.5, hint) and fits(value, hint):
                 value = float(value)
             object.__setattr__(self, name, value)
-            require(fits(value, hint), f"{type(self).__name__}.{name} must be {spell(hint)}, got {value!r}")
+            require(fits(value, hint), f"{type(self).__name__}.{name} must be {spell(hint)}, got {shown(value)}")
         self._check()
 
     def _check(self) -> None:
@@ -82,14 +86,25 @@ class Section:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`. Raises ConfigError on a name that does not exist."""
-        require(isinstance(values, Mapping), f"{cls.__name__} must be an object with named settings, got {values!r}")
+        require(
+            isinstance(values, Mapping), f"{cls.__name__} must be an object with named settings, got {shown(values)}"
+        )
         known_hints = hints(cls)
         settings: dict[str, Any] = {}
         for name, value in values.items():
             known = cls._aliases.get(name, name)
-            require(known not in settings, f"{cls.__name__}.{known} is given twice: once as {name!r}; give it once")
+            require(
+                known not in settings, f"{cls.__name__}.{known} is given twice: once as {shown(name)}; give it once"
+            )
             settings[known] = known_hints[known].from_dict(value) if is_section(known_hints.get(known)) else value
+        missing = [name for name in _required(cls) if name not in settings]
+        require(not missing, f"{cls.__name__} lacks {', '.join(missing)}: give it")
         return cls(**settings)
+
+
+def _required(cls: type[Section]) -> list[str]:
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
 
 
 def hints(cls: type) -> dict[str, Any]:
@@ -103,11 +118,13 @@ def is_section(hint: Any) -> bool:
 
 
 def unknown_name(name: str, known: Mapping[str, Any], where: str) -> str:
-    """The message for a setting that does not exist, with guesses and the list of those that do."""
+    """The message for a setting that does not exist, with guesses and the list of those beside it."""
+    section = name.rpartition(".")[0]
+    beside = [k for k in known if k.rpartition(".")[0] == section] or dict.fromkeys(k.partition(".")[0] for k in known)
     guess = [k for k in known if k.startswith(f"{name}.") or k.rpartition(".")[2] == name.rpartition(".")[2]]
     guess += difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     hint = f"; did you mean {' or '.join(dict.fromkeys(guess))}?" if guess else ""
-    return f"{where}: there is no setting {name!r}{hint} (settings: {', '.join(known)})"
+    return f"{where}: there is no setting {shown(name)}{hint} (settings: {', '.join(beside)})"
 
 
 def options(hint: Any) -> tuple[Any, ...]:
@@ -127,6 +144,8 @@ def fits(value: Any, hint: Any) -> bool:
             fitting = isinstance(value, tuple) and all(fits(v, arguments[0]) for v in value)
         elif option in (int, float):
             fitting = isinstance(value, int | option) and not isinstance(value, bool)
+            # An integer may be above every float.
+            fitting = fitting and (option is int or type(value) is float or abs(value) <= sys.float_info.max)
         else:
             fitting = isinstance(value, option)
         if fitting:

@@ -1,5 +1,6 @@
 """Hugging Face directories: :func:`from_pretrained` and :func:`save_pretrained`."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.hf.families import Entry, Family, export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
@@ -173,7 +175,7 @@ def _check_params(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
 def _raise(problems: list[str], summary: str) -> None:
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{summary}: {'; '.join(problems[:8])}{more}")
+        raise ValueError(f"{summary}: {'; '.join(clipped(problem) for problem in problems[:8])}{more}")
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -181,7 +183,7 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
     Zeros, because the padding of the vocabulary stays as it is.
     """
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     room = np.zeros(nbytes + 64, np.uint8)
     start = -room.ctypes.data % 64
     return room[start : start + nbytes].view(dtype).reshape(shape)

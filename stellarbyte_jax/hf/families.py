@@ -159,7 +159,7 @@ MISTRAL = Family(
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
-    fixed={**_FIXED, "attention_bias": (False,), "mlp_bias": (False,)},
+    fixed={**_FIXED, "attention_bias": (False, None), "mlp_bias": (False, None)},
 )
 FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL)}
 

@@ -6,6 +6,7 @@ Format: https://github.com/huggingface/safetensors#format
 import contextlib
 import glob
 import json
+import math
 import os
 import shutil
 import struct
@@ -18,10 +19,13 @@ from typing import Any, Self
 import numpy as np
 from ml_dtypes import bfloat16
 
+from stellarbyte_jax.config.foreign import clipped, json_object, listed, shown
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(bfloat16): "BF16"}
+_LONGEST_FILE_NAME = 255  # bytes; the operating system refuses to look for a longer one
 _READABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -45,13 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {path.parent} is not a complete Hugging Face directory")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}. Copy the file again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
+    return json_object(path.read_bytes(), str(path))
 
 
 class WeightFiles:
@@ -76,32 +74,34 @@ class WeightFiles:
         from safetensors import SafetensorError, safe_open
 
         index = self.directory / INDEX
-        listed = None
+        named = None
         if index.is_file() and not (self.directory / SINGLE).is_file():  # beside one file an index is an older model's
-            listed = read_json(index).get("weight_map")
-            if not (isinstance(listed, dict) and listed):
+            named = read_json(index).get("weight_map")
+            if not (isinstance(named, dict) and named):
                 raise ValueError(f"{index} has no weight_map from tensor to file: copy the file again")
-            wrong = [name for name, file in listed.items() if not _is_file_name(file)]
+            wrong = [name for name, file in named.items() if not _is_file_name(file)]
             if wrong:
                 raise ValueError(
-                    f"{index}: {str(wrong[0])[:100]!r} must be in a file of this directory, not in "
-                    f"{str(listed[wrong[0]])[:100]!r}: copy the file again"
+                    f"{index}: {shown(wrong[0])} must be in a file of this directory, not in "
+                    f"{shown(named[wrong[0]])}: copy the file again"
                 )
-        for file in sorted(set(listed.values())) if listed else [SINGLE]:
+        for file in sorted(set(named.values())) if named else [SINGLE]:
             path = self.directory / file
             if not path.is_file():
-                raise ValueError(_missing(self.directory, path, named_by=index if listed else None))
+                raise ValueError(_missing(self.directory, path, named_by=index if named else None))
             try:
                 handle = self._stack.enter_context(safe_open(path, framework="np"))
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is not a readable safetensors file ({error}): copy the file again") from error
+                raise ValueError(
+                    f"{path} is not a readable safetensors file ({clipped(str(error))}): copy the file again"
+                ) from error
             for name in handle.keys():
                 if name in self._handles:
-                    raise ValueError(f"{path}: tensor {name} also lies in another file of {self.directory}")
+                    raise ValueError(f"{path}: tensor {clipped(name)} also lies in another file of {self.directory}")
                 self._handles[name] = (handle, name)
-        absent = [name for name in listed or () if name not in self._handles]
+        absent = [name for name in named or () if name not in self._handles]
         if absent:
-            raise ValueError(f"{index} lists {_some(absent)}, which its files do not hold: copy the files again")
+            raise ValueError(f"{index} lists {listed(absent)}, which its files do not hold: copy the files again")
 
     def names(self) -> list[str]:
         """Every tensor."""
@@ -127,7 +127,7 @@ class WeightFiles:
         stored = handle.get_slice(stored_name).get_dtype()
         if stored not in _READABLE:
             raise ValueError(
-                f"{self.directory}: tensor {name} is stored as {stored}, readable are {', '.join(_READABLE)}. "
+                f"{self.directory}: tensor {clipped(name)} is stored as {stored}, readable are {', '.join(_READABLE)}. "
                 "Load the model with transformers, dequantize it and save it as float32 or bfloat16"
             )
         return handle.get_tensor(stored_name)
@@ -146,15 +146,12 @@ def _missing(directory: Path, path: Path, named_by: Path | None) -> str:
         return f"{path} does not exist, but {named_by.name} names it: copy the missing file"
     pickled = sorted(p.name for p in directory.glob("*.bin"))
     if pickled:
+        names = listed(pickled)
         return (
-            f"{directory} holds weights only as {_some(pickled)}, a pickle, which is not read because it can run code. "
+            f"{directory} holds weights only as {names}, a pickle, which is not read because it can run code. "
             "Convert it once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     return f"{directory} holds neither {SINGLE} nor {INDEX}: it is not a complete Hugging Face directory"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -269,7 +266,9 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
 
 def _is_file_name(value: object) -> bool:
     """Whether it names a file of the directory itself; a path could lead anywhere."""
-    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\\0")
+    if not isinstance(value, str) or not value.isprintable():
+        return False
+    return value not in ("", ".", "..") and not set(value) & set("/\\") and len(value.encode()) <= _LONGEST_FILE_NAME
 
 
 def _remove_abandoned(target: Path) -> None:

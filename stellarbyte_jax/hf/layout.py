@@ -3,10 +3,12 @@
 A torch linear layer stores [out, in]; here the inputs come first, and either side may be split into several axes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Layout:
 
 
 def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)
 
 
 SAME = Layout(
@@ -68,7 +70,15 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     if dtype.itemsize < array.dtype.itemsize or dtype == np.float16:
         lost = np.isinf(rounded) & np.isfinite(array)
         if lost.any():
+            with np.errstate(over="ignore"):
+                beyond = np.isinf(array[lost].astype(np.float32)).any()
+                bfloat16_too = np.isinf(array[lost].astype(bfloat16)).any()
             raise ValueError(
-                f"{name} holds {float(array[lost][0]):g}, which {dtype.name} cannot represent: use float32 or bfloat16"
+                f"{name} holds {float(array[lost][0]):g}, which {dtype.name} cannot represent: "
+                + (
+                    "scale or clip the weights, float32 cannot either"
+                    if beyond
+                    else f"use float32{'' if bfloat16_too else ' or bfloat16'}"
+                )
             )
     return rounded

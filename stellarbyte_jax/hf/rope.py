@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stellarbyte_jax.config import ByteConfig, ConfigError, RopeScaling
+from stellarbyte_jax.config.foreign import listed, shown
+from stellarbyte_jax.config.section import PositiveFloat, fits, spell
 
 ROPE_NAMES = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 _TABLES = ROPE_NAMES[:2]
@@ -39,18 +41,22 @@ def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tup
         if stated is None:
             continue
         if not isinstance(stated, Mapping):
-            raise ValueError(f"{where}: {table} must be an object, got {stated!r}")
-        fields = {name: value for name, value in stated.items() if value is not None}
+            raise ValueError(f"{where}: {table} must be an object, got {shown(stated)}")
+        # A null means the default, but of truncate, which transformers then takes for false.
+        fields = {name: value for name, value in stated.items() if value is not None or name == "truncate"}
         if fields:  # transformers takes an empty table for none
             scalings[table] = _parse_table(fields, max_positions, f"{where}: {table}")
             thetas[f"{table}.rope_theta"] = fields.get("rope_theta")
             shares[f"{table}.partial_rotary_factor"] = fields.get("partial_rotary_factor")
     for name, share in shares.items():
         if share not in (None, 1):
-            raise ValueError(f"{where}: {name} is {share!r}; only whole heads are rotated here, a factor of 1")
+            raise ValueError(f"{where}: {name} is {shown(share)}; only whole heads are rotated here, a factor of 1")
     given = {name: theta for name, theta in thetas.items() if theta is not None}
+    for name, theta in given.items():
+        if not fits(theta, PositiveFloat):
+            raise ValueError(f"{where}: {name} must be {spell(PositiveFloat)}, got {shown(theta)}")
     if len(set(given.values())) > 1:
-        raise ValueError(f"{where}: contradicting values {given}: keep one of them")
+        raise ValueError(f"{where}: contradicting values {shown(given)}: keep one of them")
     if len(set(scalings.values())) > 1:
         raise ValueError(f"{where}: {' and '.join(scalings)} contradict each other: keep one of them")
     return next(iter(given.values()), _DEFAULT_THETA), next(iter(scalings.values()), RopeScaling())
@@ -60,16 +66,16 @@ def _parse_table(fields: Mapping[str, Any], max_positions: Any, where: str) -> R
     kinds = [fields[name] for name in ("rope_type", "type") if name in fields]
     kind = kinds[0] if kinds else "default"
     if kind not in tuple(_KINDS):
-        raise ValueError(f"{where}.rope_type is {kind!r}; implemented are {', '.join(_KINDS)}")
+        raise ValueError(f"{where}.rope_type is {shown(kind)}; implemented are {', '.join(_KINDS)}")
     if len(kinds) == 2 and kinds[0] != kinds[1]:
-        raise ValueError(f"{where} says rope_type {kinds[0]!r} and type {kinds[1]!r}: keep one of them")
+        raise ValueError(f"{where} says rope_type {shown(kinds[0])} and type {shown(kinds[1])}: keep one of them")
     required, optional = _KINDS[kind]
     harmless = ("truncate",) if kind == "yarn" and fields.get("truncate") is True else ()
     unknown = [name for name in fields if name not in (*_COMMON, *required, *optional, *harmless)]
     if kind == "yarn" and "truncate" in unknown:
-        raise ValueError(f"{where}.truncate is {fields['truncate']!r}; only true, the default, is implemented")
+        raise ValueError(f"{where}.truncate is {shown(fields['truncate'])}; only true, the default, is implemented")
     if unknown:
-        raise ValueError(f"{where} holds {', '.join(unknown)}: not implemented for rope_type {kind!r}")
+        raise ValueError(f"{where} holds {listed(unknown)}: not implemented for rope_type {kind!r}")
     missing = [name for name in required if name not in fields]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}, which rope_type {kind!r} needs")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.config import ByteConfig, ConfigError
+from stellarbyte_jax.config.foreign import listed, shown
 from stellarbyte_jax.hf.families import FAMILIES, Family
 from stellarbyte_jax.hf.files import read_json
 from stellarbyte_jax.hf.rope import ROPE_NAMES, parse_rope, rope_json
@@ -63,27 +64,32 @@ def read_config(directory: Path) -> tuple[Family, ByteConfig]:
 def parse_config(values: Mapping[str, Any], where: str) -> tuple[Family, ByteConfig]:
     """As :func:`read_config`, of the file's content; ``where`` names it in messages."""
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{where}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
+    if not (isinstance(model_type, str) and model_type in FAMILIES):
+        raise ValueError(f"{where}: model_type is {shown(model_type)}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     architectures = values.get("architectures")
+    if not isinstance(architectures, list | None):
+        raise ValueError(f"{where}: architectures must be a list of names, got {shown(architectures)}")
     if architectures and family.architecture not in architectures:
-        raise ValueError(f"{where}: architectures is {architectures}; supported is {family.architecture}")
+        raise ValueError(f"{where}: architectures is {shown(architectures)}; supported is {family.architecture}")
     for name, allowed in family.fixed.items():
         if name in values and values[name] not in allowed:
-            raise ValueError(f"{where}: {name} is {values[name]!r}; only {allowed[0]!r} is implemented")
-    # A field that is null is switched off, whatever it means.
+            raise ValueError(f"{where}: {name} is {shown(values[name])}; only {allowed[0]!r} is implemented")
+    # A field of another family that is null asks for nothing; what null means for one of ours, its type says.
     known = {*family.settings, *family.fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
     unknown = [name for name, value in values.items() if name not in known and value is not None]
     if unknown:
         guess = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {guess[0]}?)" if guess else ""
         raise ValueError(
-            f"{where}: {', '.join(unknown)}{hint}: not implemented for {model_type}, nor known to be without effect. "
+            f"{where}: {listed(unknown)}{hint}: not implemented for {model_type}, nor known to be without effect. "
             "If the model computes the same without it, remove it from config.json"
         )
     settings = {name: values.get(name, default) for name, default in family.settings.items()}
-    settings["attention_dropout"] = settings["attention_dropout"] or 0.0
+    if settings["intermediate_size"] is None:  # ByteConfig would derive it, and transformers refuses it
+        raise ValueError(f"{where}: intermediate_size is null: give a number, or remove the field for the default")
+    if settings["attention_dropout"] is None:
+        settings["attention_dropout"] = 0.0
     settings["hidden_act"] = _activation(settings["hidden_act"], where)
     settings["attention_output_bias"] = settings.get("attention_bias", False)  # one setting of theirs, two of ours
     theta, scaling = parse_rope(values, settings["max_position_embeddings"], where)
@@ -99,7 +105,7 @@ def _activation(name: Any, where: str) -> str:
         if name in theirs:
             return ours
     supported = [name for theirs in _ACTIVATIONS.values() for name in theirs]
-    raise ValueError(f"{where}: hidden_act is {name!r}; supported are {', '.join(supported)}")
+    raise ValueError(f"{where}: hidden_act is {shown(name)}; supported are {', '.join(supported)}")
 
 
 def config_json(family: Family, config: ByteConfig, dtype: str, special_ids: Mapping[str, Any]) -> dict[str, Any]:

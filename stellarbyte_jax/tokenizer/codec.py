@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, TokenizerDirectory
 from stellarbyte_jax.tokenizer.special import named_ids
 
 _SPACE = "\u2581"  # SentencePiece's mark
+_LARGEST_VOCABULARY = 2**24  # one id of a broken file could ask for all memory
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -155,12 +157,25 @@ def token_byte_lengths(path: str | Path) -> np.ndarray | None:
       ValueError: the directory is unreadable.
     """
     settings = TokenizerDirectory(path).library_settings()
+    try:
+        return _byte_lengths(settings)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # an object where a list belongs, and the like
+        raise ValueError(
+            f"{Path(path) / LIBRARY} is not a tokenizer whose tokens can be read "
+            f"({type(error).__name__}: {clipped(str(error))}): copy the file again"
+        ) from None
+
+
+def _byte_lengths(settings: Mapping[str, Any]) -> np.ndarray | None:
     vocabulary = _vocabulary(settings)
     count = _byte_counter(settings.get("decoder") or {})
     if vocabulary is None or count is None:
         return None
     added = {token["id"]: token for token in settings.get("added_tokens", [])}
-    lengths = np.zeros(max([*vocabulary.values(), *added], default=-1) + 1, np.int32)
+    ids = [*vocabulary.values(), *added]
+    if not all(type(i) is int and 0 <= i < _LARGEST_VOCABULARY for i in ids):
+        raise ValueError(f"ids must be integers from 0 to {_LARGEST_VOCABULARY - 1}")
+    lengths = np.zeros(max(ids, default=-1) + 1, np.int32)
     for token, number in vocabulary.items():
         lengths[number] = count(token)
     for number, token in added.items():

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.config.foreign import clipped, json_object, shown
+
 LIBRARY = "tokenizer.json"  # read by the tokenizers library
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -68,7 +70,7 @@ class TokenizerDirectory:
             library = Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(
-                f"{self.path / LIBRARY} is not a tokenizer that the tokenizers library can read: {error}"
+                f"{self.path / LIBRARY} is not a tokenizer that the tokenizers library can read: {clipped(str(error))}"
             ) from None
         added = self._missing_tokens(library)
         return content + json.dumps(added).encode() if added else content, library
@@ -89,8 +91,8 @@ class TokenizerDirectory:
             (library.add_special_tokens if special else library.add_tokens)([described])
             if library.token_to_id(content) != number:
                 raise ValueError(
-                    f"{self.path}: the added token {content!r} has id {number}, but the next free one of {LIBRARY} is "
-                    f"{library.token_to_id(content)}: the files belong to different tokenizers"
+                    f"{self.path}: the added token {shown(content)} has id {number}, but the next free one of "
+                    f"{LIBRARY} is {library.token_to_id(content)}: the files belong to different tokenizers"
                 )
             added.append((number, content, special))
         return added
@@ -101,7 +103,7 @@ class TokenizerDirectory:
         Raises:
           ValueError: the directory or the file is missing, or is not a JSON object.
         """
-        return _parse_object(self.path / LIBRARY, self._library_bytes())
+        return json_object(self._library_bytes(), str(self.path / LIBRARY))
 
     def config(self) -> dict[str, Any]:
         """``tokenizer_config.json``.
@@ -130,7 +132,7 @@ class TokenizerDirectory:
                 if token is None:
                     continue
                 if not isinstance(token, str):
-                    raise ValueError(f"{self.path / file}: {name} must be a token's spelling, got {value!r}")
+                    raise ValueError(f"{self.path / file}: {name} must be a token's spelling, got {shown(value)}")
                 spelled[name] = token
         return spelled
 
@@ -156,8 +158,13 @@ class TokenizerDirectory:
                 return separate.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{separate} is not UTF-8 text ({error}): copy the file again") from None
-        if isinstance(template, list):  # several named ones
-            return next((t["template"] for t in template if t["name"] == "default"), None)
+        if isinstance(template, list) and all(isinstance(t, dict) for t in template):  # several named ones
+            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        if not isinstance(template, str | None):
+            raise ValueError(
+                f"{self.path / CONFIG}: chat_template must be a text, or a list of templates with names, "
+                f"got {shown(template)}"
+            )
         return template
 
     def generation_ids(self) -> dict[str, int | list[int]]:
@@ -178,7 +185,7 @@ class TokenizerDirectory:
                     continue
                 ids = value if isinstance(value, list) else [value]
                 if not all(type(i) is int for i in ids):
-                    raise ValueError(f"{self.path / file}: {name} must be an id or a list of ids, got {value!r}")
+                    raise ValueError(f"{self.path / file}: {name} must be an id or a list of ids, got {shown(value)}")
                 if name == "eos_token_id":
                     ends += ids
                 stated.setdefault(name, value)
@@ -198,13 +205,16 @@ class TokenizerDirectory:
         for file, entries in ((ADDED_TOKENS, self._read_object(ADDED_TOKENS)), (CONFIG, described)):
             try:
                 for key, value in entries.items():
-                    number, token = (int(value), {"content": key}) if file == ADDED_TOKENS else (int(key), dict(value))
+                    number, token = (value, {"content": key}) if file == ADDED_TOKENS else (int(key), dict(value))
+                    if type(number) is not int:
+                        raise ValueError(f"the id is {shown(number)}")
                     if not isinstance(token["content"], str) or not token["content"]:
                         raise ValueError("content must be a spelling")
+                    token["content"].encode()  # half of a surrogate pair is no text
                     found[number] = {"special": file == ADDED_TOKENS, **token}
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{self.path / file}: added tokens must be an id and a spelling each: {error}"
+                    f"{self.path / file}: added tokens must be an id and a spelling each: {clipped(str(error))}"
                 ) from None
         return found
 
@@ -221,17 +231,7 @@ class TokenizerDirectory:
     def _read_object(self, name: str) -> dict[str, Any]:
         """The JSON object in a file; empty where there is no such file."""
         file = self.path / name
-        return _parse_object(file, file.read_bytes()) if file.is_file() else {}
-
-
-def _parse_object(file: Path, content: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(content.decode())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(values).__name__}")
-    return values
+        return json_object(file.read_bytes(), str(file)) if file.is_file() else {}
 
 
 def write_tokenizer(

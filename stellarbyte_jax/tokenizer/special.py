@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, SPECIAL_TOKENS, TokenizerDirectory
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def named_ids(directory: TokenizerDirectory, vocabulary: Mapping[str, int]) -> d
         if name not in SPECIAL_TOKENS:
             continue
         if token not in vocabulary:
-            raise ValueError(f"{directory.path}: {name} is {token!r}, which {LIBRARY} does not hold")
+            raise ValueError(f"{directory.path}: {name} is {shown(token)}, which {LIBRARY} does not hold")
         ids[f"{name}_id"] = vocabulary[token]
     return ids
 

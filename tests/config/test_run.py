@@ -19,11 +19,15 @@ from stellarbyte_jax.config import (
     [
         (DataConfig, {"sequence_length": 1}, "sequence_length must be at least 2"),
         (DataConfig, {"fields": []}, "fields must name at least one field"),
-        (DataConfig, {"workers": -1}, r"workers must be int \(not negative\), got -1"),
+        (DataConfig, {"workers": -1}, r"workers must be int \(not negative, below 2.63\), got -1"),
         (DataConfig, {"train": "a.jsonl"}, "train must be a list of str, got 'a.jsonl'"),
         (OptimizerConfig, {"b1": 1.0}, r"b1 must be float \(in \[0, 1\)\)"),
-        (OptimizerConfig, {"learning_rate": float("nan")}, r"learning_rate must be float \(positive\), got nan"),
-        (OptimizerConfig, {"weight_decay": -0.1}, r"weight_decay must be float \(not negative\)"),
+        (
+            OptimizerConfig,
+            {"learning_rate": float("nan")},
+            r"learning_rate must be float \(positive, finite\), got nan",
+        ),
+        (OptimizerConfig, {"weight_decay": -0.1}, r"weight_decay must be float \(not negative, finite\)"),
         (
             DataConfig,
             {"fields": ["a"], "template": "{text}"},

@@ -38,6 +38,8 @@ def test_an_int_given_for_a_float_is_stored_as_one():
 def test_from_dict_wants_objects_and_known_names(run):
     with pytest.raises(ConfigError, match="ByteConfig must be an object with named settings, got 3"):
         TrainConfig.from_dict(run.to_dict() | {"model": 3})
+    with pytest.raises(ConfigError, match="TrainConfig lacks output_dir, steps: give it"):
+        TrainConfig.from_dict({})
     with pytest.raises(ConfigError, match="DataConfig: there is no setting 'trains'; did you mean train"):
         TrainConfig.from_dict(run.to_dict() | {"data": {"trains": ["a"]}})
 

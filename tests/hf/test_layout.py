@@ -112,7 +112,18 @@ def test_what_is_not_finite_stays(dtype: np.dtype) -> None:
         (np.float32([1, -65520]), F16, r"^a\.b holds -65520, which float16 cannot represent: use float32 or bfloat16$"),
         (np.asarray([1e5], bfloat16), F16, r"^a\.b holds 99840, which float16 cannot represent"),
         (np.float32([np.inf, 3.4e38]), BF16, r"^a\.b holds 3\.4e\+38, which bfloat16 cannot represent"),
-        (np.float64([1e300]), F32, r"^a\.b holds 1e\+300, which float32 cannot represent"),
+        (np.float64([1e300]), F32, r"^a\.b holds 1e\+300, which float32 cannot represent: scale"),
+        (np.float64([3.4e38]), BF16, r"^a\.b holds 3\.4e\+38, which bfloat16 cannot represent: use float32$"),
+        (
+            np.float64([1e300]),
+            BF16,
+            r"which bfloat16 cannot represent: scale or clip the weights, float32 cannot either$",
+        ),
+        (
+            np.float64([1e300]),
+            F16,
+            r"which float16 cannot represent: scale or clip the weights, float32 cannot either$",
+        ),
     ],
 )
 def test_a_number_that_would_become_infinite_is_named(array: np.ndarray, dtype: np.dtype, message: str) -> None:

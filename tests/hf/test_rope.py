@@ -110,6 +110,12 @@ def test_without_an_original_length_the_models_own_is_meant() -> None:
             r": rope_parameters\.truncate is False; only true, the default, is implemented$",
         ),
         (
+            {"rope_parameters": YARN | {"truncate": None}},  # transformers takes it for false
+            r": rope_parameters\.truncate is None; only true, the default, is implemented$",
+        ),
+        ({"rope_theta": [1]}, r": rope_theta must be float \(positive, finite\), got \[1\]$"),
+        ({"rope_theta": 10**400}, r": rope_theta must be float \(positive, finite\), got 1000"),
+        (
             {"rope_parameters": LLAMA3 | {"truncate": True}},
             r": rope_parameters holds truncate: not implemented for rope_type 'llama3'$",
         ),

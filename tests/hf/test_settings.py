@@ -54,6 +54,11 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
         (MISTRAL_FILE | {"mlp_bias": True}, "mlp_bias is True; only False is implemented$"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2; only 1 is implemented$"),
         ({"rope_interleaved": True}, "rope_interleaved is True; only False is implemented$"),
+        ({"intermediate_size": None}, "intermediate_size is null: give a number, or remove the field for the default$"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; supported are llama, mistral$"),
+        ({"architectures": 3}, "architectures must be a list of names, got 3$"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, got 'LlamaForCausalLM'$"),
+        ({"attention_dropout": []}, r"ByteConfig.attention_dropout must be float \(in \[0, 1\)\), got \(\)$"),
         ({"attention_bias": None}, "ByteConfig.attention_bias must be bool, got None$"),
         (
             {"quantization_config": {"bits": 4}},
@@ -64,7 +69,7 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
         ({"hidden_sise": 4}, r"hidden_sise \(did you mean hidden_size\?\): not implemented for llama"),
         ({"qqqq": 0, "zzzz": False, "wwww": None}, "qqqq, zzzz: not implemented for llama"),
         ({"num_attention_heads": 3}, "hidden_size 32 is not divisible by num_attention_heads 3: change one of them"),
-        ({"vocab_size": "many"}, r"ByteConfig.vocab_size must be int \(positive\), got 'many'$"),
+        ({"vocab_size": "many"}, r"ByteConfig.vocab_size must be int \(positive, below 2.(31|63)\), got 'many'$"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'$"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -81,6 +86,8 @@ def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
     switched_off = {"quantization_config": None, "sliding_window": None, "architectures": None}
     fixed = {"pretraining_tp": 1, "rope_interleaved": False, "attention_dropout": None}
     assert config(**harmless, **switched_off, **fixed) == config()
+    biases = {"attention_bias": None, "mlp_bias": None}  # MistralConfig has no such fields
+    assert parse_config(MISTRAL_FILE | biases, "here") == parse_config(MISTRAL_FILE, "here")
 
 
 def test_biases_of_llama_are_two_settings_here() -> None:

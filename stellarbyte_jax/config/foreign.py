@@ -1,0 +1,54 @@
+"""Values that files of others hold: JSON that is read, and what a message says of them.
+
+Such a file may be hostile. A message that shows its content stays one short line, whatever the content is.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+_LONGEST = 200
+_MOST_NAMES = 5
+
+
+def clipped(text: str, longest: int = _LONGEST) -> str:
+    """The text as part of a line: control characters escaped, the middle of a long one cut out."""
+    short = _without_middle(text, longest)  # first, since escaping megabytes takes time
+    return _without_middle("".join(c if c.isprintable() else repr(c)[1:-1] for c in short), longest)
+
+
+def _without_middle(text: str, longest: int) -> str:
+    head, tail = longest * 2 // 3, longest // 4
+    return text if len(text) <= longest else f"{text[:head]} ... {text[-tail:]}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message: its ``repr``, clipped."""
+    try:
+        return clipped(repr(value))
+    except (ValueError, RecursionError):  # Python spells no integer of more than 4,300 digits, nor any depth
+        return f"a value of type {type(value).__name__} that is too large to show"
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names in a message: the first few, each clipped, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(clipped(str(name), 100) for name in names[:_MOST_NAMES]) + more
+
+
+def json_object(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that a file holds; ``where`` names the file.
+
+    Raises:
+      ValueError: it is not UTF-8, no JSON, no object, nested too deeply, or holds a number that Python does not read.
+    """
+    try:
+        values = json.loads(content.decode())
+    except RecursionError:
+        raise ValueError(f"{where} is not valid JSON: it is nested too deeply. Copy the file again") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {clipped(str(error))}. Copy the file again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must hold a JSON object, got {type(values).__name__}")
+    return values

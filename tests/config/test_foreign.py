@@ -1,0 +1,46 @@
+"""What a message says of values that files of others hold: one short line."""
+
+import pytest
+
+from stellarbyte_jax.config.foreign import clipped, json_object, listed, shown
+
+
+def test_values_are_shown_as_they_are_spelled() -> None:
+    assert [shown(value) for value in ("a", ["a", 1], None)] == ["'a'", "['a', 1]", "None"]
+    assert clipped("a 词") == "a 词"
+    assert listed("abcde") == "a, b, c, d, e" and listed("abcdefg") == "a, b, c, d, e and 2 more"
+
+
+def test_the_middle_of_what_is_long_is_cut_out() -> None:
+    long = shown("b" + "x" * 10**6 + "e")
+    assert len(long) < 220 and long.startswith("'bx") and " ... " in long and long.endswith("xe'")
+    assert len(listed(["x" * 10**6] * 10**3)) < 700
+    assert len(clipped("\x1b" * 10**6)) < 220
+
+
+def test_control_characters_are_escaped() -> None:
+    assert clipped("a\n\x1b[2J\u2028\ud800") == "a\\n\\x1b[2J\\u2028\\ud800"
+    assert listed(["a\r"]) == "a\\r" and shown("\n") == "'\\n'"
+
+
+def test_what_python_cannot_spell_is_named() -> None:
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown(10**5000) == "a value of type int that is too large to show"
+    assert shown(deep) == "a value of type list that is too large to show"
+    while deep:  # or the garbage collector goes down as far
+        deep = deep[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, r"^x\.json is not valid JSON: it is nested too deeply\. Copy the file again$"),
+        (b'{"a": ' + b"9" * 5000 + b"}", r"^x\.json is not valid JSON: Exceeds the limit .*\. Copy the file again$"),
+        (b"[1]", r"^x\.json must hold a JSON object, got list$"),
+    ],
+)
+def test_json_that_python_does_not_read(content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        json_object(content, "x.json")

@@ -1,0 +1,190 @@
+"""Files of a model's directory: safetensors, their index, tokenizer files, templates and records."""
+
+import contextlib
+import functools
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.hostile import JSON_VALUES, RAW, TEXTS, accepts, damaged, files_like, json_bytes, mutated
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.numpy import save, save_file
+
+from stellarbyte_jax.data.files import DataError
+from stellarbyte_jax.data.sources import _open_lines, open_lines
+from stellarbyte_jax.data.text import TextFormat, read_text
+from stellarbyte_jax.hf.files import INDEX, SINGLE, WeightFiles
+from stellarbyte_jax.tokenizer.codec import load_tokenizer, token_byte_lengths
+from stellarbyte_jax.tokenizer.directory import (
+    ADDED_TOKENS,
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    LIBRARY,
+    MODEL_CONFIG,
+    SPECIAL_TOKENS_MAP,
+)
+from stellarbyte_jax.tokenizer.special import adds_bos, special_ids, stop_ids
+from stellarbyte_jax.tokenizer.template import ChatTemplate
+
+STORED = save({"a": np.arange(6, dtype="f4").reshape(2, 3), "b": np.float16([1.5])})
+LENGTH = struct.unpack("<Q", STORED[:8])[0]
+HEADER = json.loads(STORED[8 : 8 + LENGTH])
+DATA = STORED[8 + LENGTH :]
+
+
+def with_header(header: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + DATA
+
+
+TENSORS = st.one_of(
+    mutated(HEADER).map(lambda header: with_header(json_bytes(header))),
+    st.integers(0, 2**64 - 1).map(lambda length: with_header(json_bytes(HEADER), length)),
+    damaged(STORED),
+    RAW.map(with_header),
+    RAW,
+)
+
+
+def changed(name: str, **fields: Any) -> bytes:
+    return with_header(json_bytes(HEADER | {name: HEADER["a"] | fields}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return functools.cache(tmp_path_factory.mktemp)
+
+
+def read_all(directory: Path) -> None:
+    with WeightFiles(directory) as files:
+        for name in files.names():
+            files.shape(name)
+            files.read(name)
+
+
+@given(TENSORS)
+@example(changed("a", dtype="Q99"))
+@example(changed("a", shape=[2**63, 2**63]))
+@example(changed("a", data_offsets=[0, 2**63]))
+@example(changed("x" * 200_000 + "\n\x1b[2J", data_offsets=[0, 24]))
+@example(with_header(b'{"a":1,"a":2}'))
+def test_safetensors(folder: Callable[[str], Path], content: bytes) -> None:
+    directory = folder("tensors")
+    (directory / SINGLE).write_bytes(content)
+    accepts(lambda: read_all(directory))
+
+
+MAP = {"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+
+
+@given(files_like(MAP) | st.dictionaries(TEXTS, JSON_VALUES).map(lambda found: json_bytes({"weight_map": found})))
+@example(json_bytes({"weight_map": {"a": "x" * 256}}))
+@example(json_bytes({"weight_map": {"a": "one.safetensors\n"}}))
+@example(json_bytes({"weight_map": {"\n" * 200_000: "one.safetensors"}}))
+def test_indexes(folder: Callable[[str], Path], content: bytes) -> None:
+    directory = folder("index")
+    if not (directory / "two.safetensors").exists():
+        save_file({"a": np.zeros(3, "f4")}, directory / "one.safetensors")
+        save_file({"b": np.zeros(3, "f4")}, directory / "two.safetensors")
+    (directory / INDEX).write_bytes(content)
+    accepts(lambda: read_all(directory))
+
+
+LIBRARY_FILE: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [{"id": 0, "content": "<s>", "special": True}],
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    "model": {"type": "WordLevel", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "unk_token": "<s>"},
+}
+for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+    LIBRARY_FILE["added_tokens"][0][flag] = False
+FILES: dict[str, Any] = {
+    LIBRARY: LIBRARY_FILE,
+    CONFIG: {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "special": True},
+        "add_bos_token": True,
+        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+        "added_tokens_decoder": {"3": {"content": "<x>", "special": True}},
+    },
+    SPECIAL_TOKENS_MAP: {"pad_token": "a", "unk_token": "<s>"},
+    ADDED_TOKENS: {"<y>": 4},
+    GENERATION_CONFIG: {"eos_token_id": [1, 2], "bos_token_id": 0},
+    MODEL_CONFIG: {"eos_token_id": 1},
+}
+
+
+def load_all(directory: Path) -> None:
+    """Each reader by itself: one that refuses must not hide the others."""
+    readers = [
+        lambda: load_tokenizer(directory),
+        lambda: special_ids(directory, 100),
+        lambda: stop_ids(directory, 1),
+        lambda: adds_bos(directory, 0),
+        lambda: token_byte_lengths(directory),
+    ]
+    for reader in readers:
+        accepts(reader)
+
+
+@given(st.sampled_from(sorted(FILES)).flatmap(lambda name: st.tuples(st.just(name), files_like(FILES[name]))))
+@example((CONFIG, json_bytes(FILES[CONFIG] | {"chat_template": 3})))
+@example((CONFIG, json_bytes(FILES[CONFIG] | {"chat_template": [{"template": "a"}]})))
+@example((CONFIG, json_bytes(FILES[CONFIG] | {"chat_template": [3]})))
+@example((CONFIG, json_bytes(FILES[CONFIG] | {"added_tokens_decoder": {"3": {"content": "\ud800", "special": 1}}})))
+@example((CONFIG, json_bytes(FILES[CONFIG] | {"bos_token": "x" * 200_000})))
+@example((GENERATION_CONFIG, json_bytes({"eos_token_id": [2**70]})))
+@example((GENERATION_CONFIG, json_bytes({"eos_token_id": ["\n" * 200_000]})))
+@example((CHAT_TEMPLATE, b"\xff"))
+@example((ADDED_TOKENS, b'{"a": 1e999}'))
+@example((LIBRARY, json_bytes(LIBRARY_FILE | {"model": "x"})))
+@example((LIBRARY, json_bytes(LIBRARY_FILE | {"model": LIBRARY_FILE["model"] | {"vocab": {"<s>": 2**32 - 1}}})))
+@example((LIBRARY, json_bytes(LIBRARY_FILE | {"decoder": "x"})))
+def test_tokenizer_directories(folder: Callable[[str], Path], changed: tuple[str, bytes]) -> None:
+    directory = folder("tokenizer")
+    shutil.rmtree(directory)
+    directory.mkdir()
+    for name, values in FILES.items():
+        (directory / name).write_bytes(json_bytes(values))
+    (directory / changed[0]).write_bytes(changed[1])
+    load_all(directory)
+
+
+WORDS = """ {{_ _}} {%_ _%} {#_ _#} messages [0] ['content'] .content for_m_in_messages endfor if_ endif else ( ) [ ] |
+ tojson join length 'a' 999999999 * ** % ~ range(99999999) set_x_=_ x .format .__class__ .__mro__ strftime_now - 1 //
+ raise_exception('a\\nb') macro_f() endmacro f() cycler lipsum(n=9) namespace() loop |center(9) |indent |sort |round
+ |map('upper') |batch(2) |slice(9) |wordwrap(1) |attr('__class__') """
+PIECES = st.sampled_from([word.replace("_", " ") if "__" not in word else word for word in WORDS.split()])
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@given(st.lists(PIECES, max_size=14).map("".join) | TEXTS)
+@example("{{ " + "(" * 20_000)
+@example("{% if " * 3000)
+@example("{{ '\n' ~ raise_exception('x' * 200000) }}")
+@example("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+def test_templates(source: str) -> None:
+    accepts(lambda: ChatTemplate(source, {"bos_token": "<s>"}, "here").render(MESSAGES, add_generation_prompt=True))
+
+
+RECORD = {"text": "学而时习之", "title": "t", "number": 1}
+
+
+@given(st.lists(files_like(RECORD, ("text",)), min_size=1, max_size=3), st.sampled_from(["text", "title", "none"]))
+def test_records(folder: Callable[[str], Path], lines: list[bytes], field: str) -> None:
+    """A DataError is raised with on_error=raise and counted with on_error=skip; another error would end the run."""
+    path = folder("records") / "a.jsonl"
+    content = b"\n".join([*lines, json_bytes(RECORD)])
+    path.write_bytes(content)
+    shutil.rmtree(path.parent / "cache", ignore_errors=True)
+    source = open_lines(path, path.parent / "cache", ("text",))
+    _open_lines.cache_clear()  # the file is another one under the same name
+    for row in range(source.documents):
+        with contextlib.suppress(DataError):
+            read_text(source, row, TextFormat((field,)))
