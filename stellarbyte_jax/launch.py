@@ -72,6 +72,37 @@ def environment() -> str:
     )
 
 
+_REMEDIES = {
+    "File too large": "a limit on the size of a file is in force (ulimit -f): raise it",
+    "Too many open files": "a limit on open files is in force (ulimit -n): raise it",
+    "No space left": "the disk is full: free space or choose another output_dir",
+    "Disk quota": "your quota of the disk is used up: free space or choose another output_dir",
+    "No such file": "the directory was moved or removed during the run: put it back or choose another output_dir",
+    "Permission denied": "make it writable or choose another output_dir",
+    "Read-only": "make it writable or choose another output_dir",
+}
+
+
+def remedy(error: BaseException | None) -> str | None:
+    """What to do about a failed write, from what the system said of it; None where it said nothing that is known.
+
+    Libraries wrap the system's words in exceptions of their own, with or without a cause.
+    """
+    while error is not None:
+        for words, advice in _REMEDIES.items():
+            if words in str(error):
+                return advice
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def write_failure(path: Path, error: OSError) -> OSError:
+    """The error of a write, with the file's name and what to do."""
+    return OSError(
+        f"{path} could not be written: {error.strerror or error}; {remedy(error) or 'mend that'}, start again"
+    )
+
+
 class Interrupt:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that the loop reads; a second one leaves at once."""
 

@@ -109,7 +109,7 @@ def test_a_lost_worker_is_one_error_also_in_the_middle_of_a_message(started, num
 
 
 def test_a_worker_that_leaves_by_itself_is_told(started):
-    with pytest.raises(DataError, match="ended with status 7: start again; data.workers=0 reads the data without"):
+    with pytest.raises(DataError, match=r"ended with status 7: start again; data\.workers=0 reads the data without"):
         list(started(Squares(20, lambda: os._exit(7)), 1))
 
 
