@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from types import CoroutineType, FrameType
+from types import CoroutineType, FrameType, TracebackType
 from typing import Self
 
 import jax
@@ -48,12 +48,19 @@ def quiet_libraries() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = _without_orbax
+    sys.excepthook = _without_closed_loops
     sys.unraisablehook = _without_abandoned_reads
 
 
 def _without_orbax(failure: threading.ExceptHookArgs) -> None:
     if not type(failure.thread).__module__.startswith("orbax."):
         threading.__excepthook__(failure)
+
+
+def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Where one array cannot be read or written, tensorstore tells of the others to a loop that orbax has closed."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:

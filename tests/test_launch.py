@@ -1,5 +1,6 @@
 """What belongs to a process: its lock on a run, and what signals do to it."""
 
+import errno
 import os
 import platform
 import signal
@@ -9,7 +10,14 @@ import types
 
 import pytest
 
-from stellarbyte_jax.launch import Interrupt, RunLock, _without_abandoned_reads
+from stellarbyte_jax.launch import (
+    Interrupt,
+    RunLock,
+    _without_abandoned_reads,
+    _without_closed_loops,
+    remedy,
+    write_failure,
+)
 
 HOLD = """
 import sys, time
@@ -79,3 +87,36 @@ def test_only_reads_that_orbax_abandoned_fail_without_a_word(monkeypatch):
     assert [failure.object for failure in told] == [made[1], "a string"]
     for coroutine in made:
         coroutine.close()
+
+
+def test_only_reports_to_a_closed_loop_fail_without_a_word(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "__excepthook__", lambda *failure: told.append(failure[1]))
+    errors = [RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")]
+    for error in errors:
+        _without_closed_loops(type(error), error, None)
+    assert told == errors[1:]
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "quota"),
+        (errno.ENOENT, "moved or removed"),
+        (errno.EACCES, "make it writable"),
+        (errno.EROFS, "make it writable"),
+    ],
+)
+def test_a_failed_write_is_told_with_what_helps(number, advice, tmp_path):
+    """Whether the system's error comes itself, as a cause, or as words in a library's error."""
+    error = OSError(number, os.strerror(number))
+    wrapped = ValueError("a library failed")
+    wrapped.__cause__ = error
+    for form in (error, wrapped, ValueError(f"INTERNAL: [{os.strerror(number)}]")):
+        assert advice in (remedy(form) or "")
+    message = str(write_failure(tmp_path / "train.log", error))
+    assert advice in message and "train.log" in message and os.strerror(number) in message
+    assert remedy(ValueError("something else")) is None

@@ -205,7 +205,8 @@ class Checkpointer:
         others = [s for s in self.steps if s != step]
         last = f"Step {others[-1]} is the last complete one" if others else "There is none yet"
         return CheckpointError(
-            f"a checkpoint could not be written to {self.directory}: {reason}. {last}; {advice}, then start the run again"
+            f"a checkpoint could not be written to {self.directory}: {reason}. {last}; {advice}, "
+            "then start the run again"
         )
 
     def restore(self, read: Callable[[StoredStep], Result], say: Callable[[str], None]) -> Result | None:

@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection
-from multiprocessing.pool import RemoteTraceback
 from multiprocessing.process import BaseProcess
 from typing import Any, Self
 
@@ -26,6 +25,10 @@ from stellarbyte_jax.data.files import DataError
 _AHEAD = 4  # elements that a worker has ready besides those in its pipe
 _SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 _spawn = multiprocessing.get_context("spawn")
+
+
+class _Remote(Exception):  # noqa: N818 (no error of its own)
+    """Where in its process a worker raised an error, as text: a traceback cannot travel."""
 
 
 class Workers:
@@ -72,7 +75,7 @@ class Workers:
         except (EOFError, OSError):  # the latter in the middle of a message
             raise DataError(self._loss(index)) from None
         if error is not None:
-            raise error from RemoteTraceback(trace)
+            raise error from _Remote(trace)
         self._next += 1
         return value
 

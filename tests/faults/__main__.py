@@ -15,8 +15,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from .kinds import KINDS, NOT_HERE  # noqa: E402 (jax reads the variable when it is imported)
-from .rounds import plain_signals, reference, run_round  # noqa: E402
+from .kinds import KINDS, NOT_HERE
+from .rounds import plain_signals, reference, run_round
 
 
 def main():
