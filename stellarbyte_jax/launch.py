@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from types import CoroutineType, FrameType, TracebackType
+from types import CoroutineType, FrameType
 from typing import Self
 
 import jax
@@ -48,7 +48,6 @@ def quiet_libraries() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = _without_orbax
-    sys.excepthook = _without_closed_loops
     sys.unraisablehook = _without_abandoned_reads
 
 
@@ -57,15 +56,13 @@ def _without_orbax(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Where one array cannot be read or written, tensorstore tells of the others to a loop that orbax has closed."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
-
-
 def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:
-    """Where one array of a checkpoint cannot be read, orbax leaves the reads of others to the garbage collector."""
-    if not isinstance(failure.object, CoroutineType) or "orbax" not in failure.object.cr_code.co_filename:
+    """Where one array of a checkpoint cannot be read or written, orbax leaves the others to themselves.
+
+    Their reads go to the garbage collector, and tensorstore tells of them to an event loop that is closed.
+    """
+    abandoned = isinstance(failure.object, CoroutineType) and "orbax" in failure.object.cr_code.co_filename
+    if not abandoned and str(failure.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(failure)
 
 
@@ -85,6 +82,7 @@ _REMEDIES = {
     "No space left": "the disk is full: free space or choose another output_dir",
     "Disk quota": "your quota of the disk is used up: free space or choose another output_dir",
     "No such file": "the directory was moved or removed during the run: put it back or choose another output_dir",
+    "NOT_FOUND": "the directory was moved or removed during the run: put it back or choose another output_dir",
     "Permission denied": "make it writable or choose another output_dir",
     "Read-only": "make it writable or choose another output_dir",
 }

@@ -62,6 +62,14 @@ class Reporter:
         with contextlib.suppress(OSError):  # of a line that could not be written, which was told
             self._log.close()
 
+    def _print(self, shown: str | Table) -> None:
+        try:
+            self._console.print(shown)
+        except BrokenPipeError:
+            raise  # nobody reads any more, which is for the script to judge
+        except OSError as error:
+            raise write_failure(Path("standard output"), error) from error
+
     def log(self, text: str) -> None:
         """Appends time and text to the log file only."""
         stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
@@ -74,7 +82,7 @@ class Reporter:
     def line(self, text: str) -> None:
         """Prints a line above the bar, and logs it; control characters, as samples may hold, are spelled out."""
         text = text.translate(_SPELLED)
-        self._console.print(text)
+        self._print(text)
         self.log(text)
 
     def config(self, config: TrainConfig) -> None:
@@ -117,7 +125,7 @@ class Reporter:
         if due:
             line = f"step {step}/{total}  {text}"
             if self._progress is None:
-                self._console.print(line)
+                self._print(line)
             self.log(line)
 
     def validation(self, done: int, total: int | None) -> None:
@@ -136,9 +144,9 @@ class Reporter:
             table = Table(title=title, show_header=False, title_justify="left")
             for name, value in rows.items():
                 table.add_row(name, value)
-            self._console.print(table)
+            self._print(table)
         else:
-            self._console.print(plain)
+            self._print(plain)
         self.log(plain)
 
 

@@ -174,7 +174,10 @@ def test_a_disk_too_small_for_a_checkpoint(straight, config_file, tmp_path, caps
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert cli(config_file, "steps=22") == 1
     assert one_error(
-        capsys, "a checkpoint could not be written", "it takes 0.01 GiB", "Step 20 is the last complete one"
+        capsys,
+        "a checkpoint could not be written",
+        "it takes 7.9 MiB, and 1.0 MiB are free",
+        "Step 20 is the last complete one",
     )
     monkeypatch.undo()
     assert same_weights(load_weights(run)[1], load_weights(straight)[1])
