@@ -2,14 +2,15 @@
 # make test         the test suite on the CPU           make test-gpu   the tests that need a GPU
 # make check        format, lint, types, imports        make bench      throughput on this machine
 # make fuzz         hostile files and settings, thousands of each kind, other ones every time
+# make faults       300 real runs under the faults of a machine (ARGS="--rounds N --jobs J --out FILE")
 #
 # VENV=dir        another environment than .venv        PYTHON=path     the interpreter that makes it
 # CUDA=cuda13|cuda12|cpu   instead of what the driver says
-# ARGS="..."      more options for quickstart and bench PYTEST_ARGS="..."   more options for pytest
+# ARGS="..."      more options for quickstart, bench, faults PYTEST_ARGS="..."   more options for pytest
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu fuzz check bench
+.PHONY: help quickstart test test-gpu fuzz faults check bench
 
 VENV ?= .venv
 ARGS ?=
@@ -54,6 +55,9 @@ check: $(VENV)/.installed-$(CUDA)-test-dev
 
 bench: $(VENV)/.installed-$(CUDA)
 	"$(VENV)/bin/python" scripts/benchmark.py $(ARGS)
+
+faults: $(VENV)/.installed-$(CUDA)-test
+	PYTHONPATH=tests "$(VENV)/bin/python" -m faults $(ARGS)
 
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }

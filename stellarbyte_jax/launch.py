@@ -57,8 +57,12 @@ def _without_orbax(failure: threading.ExceptHookArgs) -> None:
 
 
 def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:
-    """Where one array of a checkpoint cannot be read, orbax leaves the reads of others to the garbage collector."""
-    if not isinstance(failure.object, CoroutineType) or "orbax" not in failure.object.cr_code.co_filename:
+    """Where one array of a checkpoint cannot be read or written, orbax leaves the others to themselves.
+
+    Their reads go to the garbage collector, and tensorstore tells of them to an event loop that is closed.
+    """
+    abandoned = isinstance(failure.object, CoroutineType) and "orbax" in failure.object.cr_code.co_filename
+    if not abandoned and str(failure.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(failure)
 
 
@@ -69,6 +73,38 @@ def environment() -> str:
     return (
         f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, "
         f"device {devices[0].device_kind}{more}"
+    )
+
+
+_REMEDIES = {
+    "File too large": "a limit on the size of a file is in force (ulimit -f): raise it",
+    "Too many open files": "a limit on open files is in force (ulimit -n): raise it",
+    "No space left": "the disk is full: free space or choose another output_dir",
+    "Disk quota": "your quota of the disk is used up: free space or choose another output_dir",
+    "No such file": "the directory was moved or removed during the run: put it back or choose another output_dir",
+    "NOT_FOUND": "the directory was moved or removed during the run: put it back or choose another output_dir",
+    "Permission denied": "make it writable or choose another output_dir",
+    "Read-only": "make it writable or choose another output_dir",
+}
+
+
+def remedy(error: BaseException | None) -> str | None:
+    """What to do about a failed write, from what the system said of it; None where it said nothing that is known.
+
+    Libraries wrap the system's words in exceptions of their own, with or without a cause.
+    """
+    while error is not None:
+        for words, advice in _REMEDIES.items():
+            if words in str(error):
+                return advice
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def write_failure(path: Path, error: OSError) -> OSError:
+    """The error of a write, with the file's name and what to do."""
+    return OSError(
+        f"{path} could not be written: {error.strerror or error}; {remedy(error) or 'mend that'}, start again"
     )
 
 

@@ -1,5 +1,6 @@
 """What belongs to a process: its lock on a run, and what signals do to it."""
 
+import errno
 import os
 import platform
 import signal
@@ -9,7 +10,13 @@ import types
 
 import pytest
 
-from stellarbyte_jax.launch import Interrupt, RunLock, _without_abandoned_reads
+from stellarbyte_jax.launch import (
+    Interrupt,
+    RunLock,
+    _without_abandoned_reads,
+    remedy,
+    write_failure,
+)
 
 HOLD = """
 import sys, time
@@ -78,7 +85,32 @@ def test_only_reads_that_orbax_abandoned_fail_without_a_word(monkeypatch):
         exec(compile("async def read(): pass", file, "exec"), scope)
         made.append(scope["read"]())
     for thing in (*made, "a string"):
-        _without_abandoned_reads(types.SimpleNamespace(object=thing))
+        _without_abandoned_reads(types.SimpleNamespace(object=thing, exc_value=RuntimeError("any")))
+    _without_abandoned_reads(types.SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed")))
     assert [failure.object for failure in told] == [made[1], "a string"]
     for coroutine in made:
         coroutine.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "quota"),
+        (errno.ENOENT, "moved or removed"),
+        (errno.EACCES, "make it writable"),
+        (errno.EROFS, "make it writable"),
+    ],
+)
+def test_a_failed_write_is_told_with_what_helps(number, advice, tmp_path):
+    """Whether the system's error comes itself, as a cause, or as words in a library's error."""
+    error = OSError(number, os.strerror(number))
+    wrapped = ValueError("a library failed")
+    wrapped.__cause__ = error
+    for form in (error, wrapped, ValueError(f"INTERNAL: [{os.strerror(number)}]")):
+        assert advice in (remedy(form) or "")
+    message = str(write_failure(tmp_path / "train.log", error))
+    assert advice in message and "train.log" in message and os.strerror(number) in message
+    assert remedy(ValueError("something else")) is None

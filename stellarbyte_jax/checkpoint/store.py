@@ -17,6 +17,7 @@ from orbax.checkpoint import checkpoint_managers
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
+from stellarbyte_jax.launch import remedy
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
 _FORMAT = 2
@@ -48,6 +49,8 @@ class StoredStep:
           OSError: it is damaged.
         """
         stored = cls(manager, directory, step, verify)
+        if not stored.has("format") and not (stored.has("params") and stored.has("config")):
+            raise FileNotFoundError("nearly all of it is missing")  # not only the note of a format, as in older ones
         facts = stored._read("format") if stored.has("format") else {}
         if "checksum" in facts:
             checksum = facts.pop("checksum")
@@ -169,7 +172,11 @@ class Checkpointer:
         needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise self._failure(step, f"it takes {needed / 2**30:.2f} GiB")
+            raise self._failure(
+                step,
+                f"it takes {needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free",
+                "free space or choose another output_dir",
+            )
         self._guarded(
             step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         )
@@ -192,15 +199,15 @@ class Checkpointer:
             act()
         except Exception as error:
             # orbax, tensorstore and the file system each have their own exceptions for a failed write.
-            raise self._failure(step, first_line(error)) from error
+            advice = remedy(error) or "mend that or choose another output_dir"
+            raise self._failure(step, first_line(error), advice) from error
 
-    def _failure(self, step: int | None, reason: str) -> CheckpointError:
-        free = shutil.disk_usage(self.directory).free / 2**30
+    def _failure(self, step: int | None, reason: str, advice: str) -> CheckpointError:
         others = [s for s in self.steps if s != step]
         last = f"Step {others[-1]} is the last complete one" if others else "There is none yet"
         return CheckpointError(
-            f"a checkpoint could not be written to {self.directory} ({free:.2f} GiB free there): {reason}. {last}; "
-            "free space or choose another output_dir, then start the run again"
+            f"a checkpoint could not be written to {self.directory}: {reason}. {last}; {advice}, "
+            "then start the run again"
         )
 
     def restore(self, read: Callable[[StoredStep], Result], say: Callable[[str], None]) -> Result | None:

@@ -144,8 +144,8 @@ def fits(value: Any, hint: Any) -> bool:
             fitting = isinstance(value, tuple) and all(fits(v, arguments[0]) for v in value)
         elif option in (int, float):
             fitting = isinstance(value, int | option) and not isinstance(value, bool)
-            # An integer may be above every float.
-            fitting = fitting and (option is int or type(value) is float or abs(value) <= sys.float_info.max)
+            if option is float and isinstance(value, int):  # one may be above every float
+                fitting = fitting and abs(value) <= sys.float_info.max
         else:
             fitting = isinstance(value, option)
         if fitting:

@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from stellarbyte_jax.data.encode import iterate_groups, signals_blocked
+from stellarbyte_jax.data.encode import iterate_groups
 from stellarbyte_jax.data.sources import DataError
 
 
@@ -112,9 +112,7 @@ class BatchIterator(grain.DatasetIterator):
             groups = self._dataset.groups
             if self._next_group >= len(groups):
                 return None
-            with signals_blocked():
-                self._source = iterate_groups(groups[self._next_group :], self._dataset.workers)
-                return next(self._source, None)
+            self._source = iterate_groups(groups[self._next_group :], self._dataset.workers)
         return next(self._source, None)
 
     def _stop_source(self) -> None:

@@ -1,14 +1,8 @@
 """Documents to token ids, in worker processes."""
 
-import contextlib
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from typing import Any, Literal
 
 import grain
@@ -17,6 +11,7 @@ from absl import flags
 
 from stellarbyte_jax.data.sources import Corpus, DataError, ShardSource
 from stellarbyte_jax.data.text import TextFormat, read_text
+from stellarbyte_jax.data.workers import Workers
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 # Documents that travel between processes together: enough to hide the cost of a message, few enough that a resume,
@@ -102,53 +97,33 @@ def document_groups(
     return documents.batch(GROUP_DOCUMENTS, batch_fn=list)
 
 
-def iterate_groups(groups: grain.MapDataset, workers: int) -> grain.DatasetIterator[Any]:
+def iterate_groups(groups: grain.MapDataset, workers: int) -> Workers | Generator[Any, None, None]:
     """Iterates over a dataset whose elements are made in ``workers`` processes (0: in this thread), in its order.
 
     The result's ``close()`` ends the workers; they end by themselves when this process dies.
     """
-    _set_up_grain()
-    stream = groups.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    # Pipes, not shared memory: containers often have little of it, and a killed run would leave it allocated.
-    stream = grain.experimental.WithOptionsIterDataset(stream, grain.experimental.DatasetOptions(min_shm_size=1 << 62))
     workers = min(workers, len(groups))
-    if workers:
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
-        stream = stream.mp_prefetch(options, worker_init_fn=_start_worker)
-    return iter(stream)
+    return Workers(_Groups(groups), workers) if workers else _in_this_thread(_Groups(groups))
 
 
-def _set_up_grain() -> None:
-    # Grain reads command line flags of absl, which raise where a program does not use absl for its command line.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-        # Otherwise every thread that an error passes through adds a paragraph about hidden frames to it.
-        grain.config.update("py_traceback_filtering", "off")
+def _in_this_thread(groups: Sequence[Any]) -> Generator[Any, None, None]:
+    for number in range(len(groups)):
+        yield groups[number]
 
 
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Processes and threads started inside never see SIGINT and SIGTERM: stopping is the parent's decision.
+class _Groups(Sequence[Any]):
+    """A dataset of grain, set up for use in whatever process it is."""
 
-    Ignoring them in the worker would come too late: a signal during its start would print a traceback.
-    """
-    # Starting this helper process, which Python does with the first worker, would lift the block again.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def __init__(self, groups: grain.MapDataset) -> None:
+        self._groups = groups
 
+    def __len__(self) -> int:
+        return len(self._groups)
 
-def _start_worker(index: int, count: int) -> None:
-    # One thread a worker: the setting for how many cores are used is data.workers.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    def __getitem__(self, number: Any) -> Any:
+        # Grain reads command line flags of absl, which raise where a program does not use absl for its command line.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+            # Otherwise every thread that an error passes through adds a paragraph about hidden frames to it.
+            grain.config.update("py_traceback_filtering", "off")
+        return self._groups[number]

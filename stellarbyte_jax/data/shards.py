@@ -1,5 +1,6 @@
 """Tokenises text once, into shards that are read without any further work."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ from stellarbyte_jax.data.encode import (
     EncodeDocuments,
     document_groups,
     iterate_groups,
-    signals_blocked,
 )
 from stellarbyte_jax.data.sources import SHARD_FORMAT, SHARD_META, DataError, open_corpus
 from stellarbyte_jax.data.text import TextFormat
@@ -89,11 +89,8 @@ def prepare(
     held: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     held_tokens = tokens = skipped = read = 0
-    with signals_blocked():
-        groups = iterate_groups(document_groups(len(corpus)).map(encode), workers)
-        group = next(groups, None)
-    try:
-        while group is not None:
+    with contextlib.closing(iterate_groups(document_groups(len(corpus)).map(encode), workers)) as groups:
+        for group in groups:
             held.append(group["tokens"].astype(dtype))
             lengths.append(group["lengths"])
             held_tokens += len(group["tokens"])
@@ -105,9 +102,6 @@ def prepare(
                 held, lengths, held_tokens = [], [], 0
             if progress is not None:
                 progress(read, tokens, len(corpus))
-            group = next(groups, None)
-    finally:
-        groups.close()
     if held_tokens:
         shards.append(_write_shard(output, len(shards), held, lengths))
     if not shards:

@@ -262,7 +262,8 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
     of them changes nothing.
 
     Returns:
-      The names of the files, ``generation_config.json`` among them where the source's ``config.json`` gave its content.
+      The names of the files, ``generation_config.json`` among them where the source's ``config.json`` gave some of its
+      content.
     """
     source, target = Path(source), Path(target)
     present = [name for name in FILES if (source / name).is_file()]
@@ -273,10 +274,11 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
                 shutil.copyfile(source / name, target / name)
             else:
                 (target / name).unlink(missing_ok=True)
-        if GENERATION_CONFIG not in present:
-            # The ends of a text may be named in the model's settings alone, which stay behind.
-            ids = TokenizerDirectory(source).generation_ids()
-            if ids:
-                write_json(target / GENERATION_CONFIG, ids)
-                present.append(GENERATION_CONFIG)
+        # Ends of a text may be named in the model's settings alone, which stay behind.
+        if (source / MODEL_CONFIG).is_file():
+            given = TokenizerDirectory(source)._read_object(GENERATION_CONFIG)
+            all_of_it = given | TokenizerDirectory(source).generation_ids()
+            if all_of_it != given:
+                write_json(target / GENERATION_CONFIG, all_of_it)
+                present += [] if GENERATION_CONFIG in present else [GENERATION_CONFIG]
     return present

@@ -1,5 +1,6 @@
 """What a run prints: a live bar and tables on a terminal, plain lines elsewhere and in the log file."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from stellarbyte_jax.command import drop_output, spelled
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.launch import write_failure
 
 _REDRAW_SECONDS = 0.2
 _package = logging.getLogger("stellarbyte_jax")
@@ -46,36 +48,49 @@ class Reporter:
     def __init__(self, log_path: Path) -> None:
         """Opens the log file for appending."""
         self._console = _Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._path = log_path
         self._log = log_path.open("a", encoding="utf-8")
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._drawn = 0.0
         self._notes = _Notes(self.line)
-        self._level = _package.level
+        self._level, self._propagate = _package.level, _package.propagate
 
     def __enter__(self) -> Self:
         """Begins to show the package's log."""
         _package.addHandler(self._notes)
         _package.setLevel(logging.INFO)
+        _package.propagate = False  # a handler that some library gave to the root would print it once more
         return self
 
     def __exit__(self, *_: object) -> None:
         """Ends the bar and closes the log."""
         _package.removeHandler(self._notes)
         _package.setLevel(self._level)
+        _package.propagate = self._propagate
         self.end_bar()
-        self._log.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was told
+            self._log.close()
+
+    def _print(self, shown: str | Table) -> None:
+        try:
+            self._console.print(shown)
+        except OSError as error:
+            raise write_failure(Path("standard output"), error) from error
 
     def log(self, text: str) -> None:
         """Appends time and text to the log file only."""
         stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-        self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
-        self._log.flush()
+        try:
+            self._log.writelines(f"{stamp} {line}\n" for line in text.splitlines())
+            self._log.flush()
+        except OSError as error:
+            raise write_failure(self._path, error) from error
 
     def line(self, text: str) -> None:
         """Prints a line above the bar, and logs it; control characters, as samples may hold, are spelled out."""
         text = spelled(text)
-        self._console.print(text)
+        self._print(text)
         self.log(text)
 
     def config(self, config: TrainConfig) -> None:
@@ -118,7 +133,7 @@ class Reporter:
         if due:
             line = f"step {step}/{total}  {text}"
             if self._progress is None:
-                self._console.print(line)
+                self._print(line)
             self.log(line)
 
     def validation(self, done: int, total: int | None) -> None:
@@ -137,9 +152,9 @@ class Reporter:
             table = Table(title=title, show_header=False, title_justify="left")
             for name, value in rows.items():
                 table.add_row(name, value)
-            self._console.print(table)
+            self._print(table)
         else:
-            self._console.print(plain)
+            self._print(plain)
         self.log(plain)
 
 

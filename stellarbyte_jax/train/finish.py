@@ -10,6 +10,7 @@ from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family
 from stellarbyte_jax.inference.request import Request
 from stellarbyte_jax.inference.text import encode_prompt, generate_text
+from stellarbyte_jax.launch import write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -52,9 +53,12 @@ def finish(
     done = _read(note, step)
     target = Path(config.output_dir) / _EXPORT
     if config.export_at_end and not (done.get("exported") and target.is_dir()):
-        export(config, model, params)
-        done["exported"] = True
-        write_json(note, done)
+        try:
+            export(config, model, params)
+            done["exported"] = True
+            write_json(note, done)
+        except OSError as error:
+            raise write_failure(target, error) from error
     prompts = list(config.sample_prompts)
     if prompts and done.get("sample_prompts") != prompts:
         samples(config, model, params, say)

@@ -1,10 +1,12 @@
 """Where metrics go besides the console: a JSONL file always, and the trackers that the settings name."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
 
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.launch import write_failure
 
 
 class Tracker(Protocol):
@@ -33,16 +35,21 @@ class JsonlTracker:
         partial = path.with_name(path.name + ".partial")  # a kill in the middle of it loses nothing
         partial.write_text("".join(line + "\n" for line in earlier), encoding="utf-8")
         partial.replace(path)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a line."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise write_failure(self._path, error) from error
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was told
+            self._file.close()
 
 
 class TensorBoardTracker:

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import signal
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from stellarbyte_jax.data.encode import (
     EncodeDocuments,
     document_groups,
     iterate_groups,
-    signals_blocked,
 )
 from stellarbyte_jax.data.shards import prepare
 from stellarbyte_jax.data.sources import DataError, open_corpus
@@ -170,8 +168,7 @@ def test_no_process_and_one_process_give_the_groups_in_order(encoder, ids_of):
     groups = document_groups(len(texts)).map(lambda numbers: {**encode(numbers), "process": os.getpid()})
     places = {}
     for workers in (0, 1):
-        with signals_blocked():
-            iterator = iterate_groups(groups, workers)
+        iterator = iterate_groups(groups, workers)
         found = list(iterator)
         iterator.close()
         assert len(found) == 3
@@ -184,21 +181,3 @@ def test_no_process_and_one_process_give_the_groups_in_order(encoder, ids_of):
 
 def test_no_process_is_started_for_no_group():
     assert list(iterate_groups(document_groups(3)[1:], 4)) == []
-
-
-def blocked():
-    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-
-def test_signals_are_blocked_inside_alone():
-    before = blocked()
-    assert not before & {signal.SIGINT, signal.SIGTERM}
-    with signals_blocked():
-        assert blocked() == before | {signal.SIGINT, signal.SIGTERM}
-        with signals_blocked():
-            pass
-        assert blocked() == before | {signal.SIGINT, signal.SIGTERM}, "the inner one gives back what it found"
-    assert blocked() == before
-    with pytest.raises(RuntimeError), signals_blocked():
-        raise RuntimeError
-    assert blocked() == before

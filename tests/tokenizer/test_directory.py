@@ -77,9 +77,11 @@ def test_a_copy_has_every_file_of_a_tokenizer_and_nothing_else(tmp_path):
     source.mkdir()
     assert copy_tokenizer(source, target) == [] and not target.exists()
     for name in (*directory.FILES, "model.safetensors", "config.json"):
-        (source / name).write_text(name)
+        (source / name).write_text(json.dumps({"name": name}))
     assert copy_tokenizer(source, target) == list(directory.FILES)
-    assert {p.name: p.read_text() for p in target.iterdir()} == {name: name for name in directory.FILES}
+    assert {p.name: p.read_text() for p in target.iterdir()} == {
+        name: json.dumps({"name": name}) for name in directory.FILES
+    }
     assert {"chat_template.jinja", "generation_config.json", "special_tokens_map.json"} < set(directory.FILES)
 
 
@@ -102,13 +104,17 @@ def test_a_directory_is_the_copy_of_itself(tmp_path):
 
 
 def test_a_copy_knows_the_ends_of_a_text_that_the_models_settings_name(tmp_path):
-    """Which stay behind; a generation config of the source's own is copied as it is."""
+    """Which stay behind; a generation config of the source's own keeps what else it says."""
     source = Path(save_byte_tokenizer(tmp_path / "source"))
     (source / "config.json").write_text(json.dumps({"eos_token_id": [2, 7], "bos_token_id": 1, "hidden_size": 8}))
     copied = copy_tokenizer(source, tmp_path / "copy")
     assert "generation_config.json" in copied and not (tmp_path / "copy" / "config.json").exists()
     assert TokenizerDirectory(tmp_path / "copy").generation_ids() == {"eos_token_id": [2, 7], "bos_token_id": 1}
     (source / "generation_config.json").write_text('{"eos_token_id": 9, "top_k": 3}')
+    copy_tokenizer(source, tmp_path / "copy")
+    written = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [9, 2, 7], "bos_token_id": 1, "top_k": 3}
+    (source / "config.json").unlink()
     copy_tokenizer(source, tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == {"eos_token_id": 9, "top_k": 3}
 

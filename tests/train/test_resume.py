@@ -81,6 +81,16 @@ def test_a_corrupt_checkpoint_is_set_aside(straight, config_file, tmp_path, caps
     assert log_of(run) == log_of(straight)
 
 
+def test_an_emptied_checkpoint_is_set_aside(straight, config_file, tmp_path, capsys):
+    run = copy_of(straight, tmp_path)
+    for item in (run / "checkpoints" / "20").iterdir():
+        shutil.rmtree(item) if item.is_dir() else item.unlink()
+    assert cli(config_file) == 0
+    out = capsys.readouterr().out
+    assert "nearly all of it is missing" in out and "resumed at step 14" in out
+    assert log_of(run) == log_of(straight)
+
+
 def test_the_end_of_a_run_is_done_later_where_a_signal_kept_it_from_being_done(config_file, tmp_path, capsys):
     """In its last step; and it is done for a complete run that was not asked for it before."""
     end, run = ("export_at_end=true", "sample_prompts=a"), tmp_path / "run"
@@ -164,7 +174,10 @@ def test_a_disk_too_small_for_a_checkpoint(straight, config_file, tmp_path, caps
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert cli(config_file, "steps=22") == 1
     assert one_error(
-        capsys, "a checkpoint could not be written", "it takes 0.01 GiB", "Step 20 is the last complete one"
+        capsys,
+        "a checkpoint could not be written",
+        "it takes 7.9 MiB, and 1.0 MiB are free",
+        "Step 20 is the last complete one",
     )
     monkeypatch.undo()
     assert same_weights(load_weights(run)[1], load_weights(straight)[1])

@@ -1,0 +1,158 @@
+"""Elements of a sequence, made in worker processes and handed out in order.
+
+Each worker has a pipe of its own, and no lock or queue is shared: one that is killed in the middle of a message is the
+end of its pipe, where readers of a queue would wait for the rest of the message for ever.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker, util
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Self
+
+import cloudpickle
+
+from stellarbyte_jax.data.files import DataError
+
+_AHEAD = 4  # elements that a worker has ready besides those in its pipe
+_SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+_spawn = multiprocessing.get_context("spawn")
+
+
+class _Remote(Exception):  # noqa: N818 (no error of its own)
+    """Where in its process a worker raised an error, as text: a traceback cannot travel."""
+
+
+class Workers:
+    """Iterates over ``elements``, of which worker ``i`` of ``n`` makes every ``n``-th from ``i`` on.
+
+    ``close()`` ends the workers; they end by themselves when this process dies.
+    """
+
+    def __init__(self, elements: Sequence[Any], count: int) -> None:
+        """Starts ``count`` processes, which begin at once."""
+        self._count = count
+        self._length = len(elements)
+        self._next = 0
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        # With a priority, because daemons are otherwise told at exit to stop by a signal that they block.
+        self.close = util.Finalize(self, _end, args=(self._processes,), exitpriority=1)
+        pickled = cloudpickle.dumps(elements)
+        with signals_blocked():
+            for index in range(count):
+                receiver, sender = _spawn.Pipe(duplex=False)
+                with sender:  # with another writer left, a worker's death would not be the end of its pipe
+                    process = _spawn.Process(target=_work, args=(pickled, index, count, sender), daemon=True)
+                    process.start()
+                self._pipes.append(receiver)
+                self._processes.append(process)
+
+    def __iter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """The next element.
+
+        Raises:
+          DataError: its worker is gone.
+          Exception: what making it raised.
+        """
+        if self._next >= self._length:
+            raise StopIteration
+        index = self._next % self._count
+        try:
+            value, error, trace = self._pipes[index].recv()
+        except (EOFError, OSError):  # the latter in the middle of a message
+            raise DataError(self._loss(index)) from None
+        if error is not None:
+            raise error from _Remote(trace)
+        self._next += 1
+        return value
+
+    def _loss(self, index: int) -> str:
+        if not self._processes:
+            return "the data workers were ended while a batch was made"
+        process = self._processes[index]
+        process.join(timeout=10)
+        code = process.exitcode
+        if code is None or code >= 0:
+            how = f"ended with status {code}: start again; data.workers=0 reads the data without workers"
+        elif code == -signal.SIGKILL:
+            how = "was killed, as the system does where memory runs out: free memory or lower data.workers, start again"
+        else:
+            how = f"was ended by {signal.Signals(-code).name}: start again"
+        return f"data worker {index + 1} of {self._count} (process {process.pid}) {how}"
+
+
+def _end(processes: list[BaseProcess]) -> None:
+    # Nothing that a worker holds needs an orderly end, and one that hangs ends too.
+    for process in processes:
+        process.kill()
+    while processes:
+        processes.pop().join(timeout=10)
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes started inside never see SIGINT, SIGTERM and SIGHUP: stopping is the parent's decision.
+
+    Ignoring them in the worker would come too late: a signal during its start would print a traceback.
+    """
+    # Starting this helper process, which Python does with the first worker, would lift the block again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(pickled: bytes, index: int, count: int, pipe: Connection) -> None:
+    """Makes elements, some of them ahead of time."""
+    # One thread a worker: the setting for how many cores are used is data.workers.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+    ready: queue.Queue[tuple[Any, Exception | None, str] | None] = queue.Queue(_AHEAD)
+    sender = threading.Thread(target=_send, args=(ready, pipe), name="send", daemon=True)
+    sender.start()
+    try:
+        elements = pickle.loads(pickled)
+        for number in range(index, len(elements), count):
+            ready.put((elements[number], None, ""))
+    except Exception as error:
+        ready.put((None, _portable(error), traceback.format_exc()))
+    ready.put(None)
+    sender.join()
+
+
+def _send(ready: queue.Queue[Any], pipe: Connection) -> None:
+    while (message := ready.get()) is not None:
+        try:
+            pipe.send(message)
+        except OSError:
+            os._exit(1)  # nobody reads
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same where it cannot travel between processes."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,110 @@
+"""A few rounds of `make faults`, and that what must hold can fail."""
+
+import json
+import shutil
+
+import pytest
+
+from .invariants import Reference, of_ended, of_finished
+from .kinds import KINDS
+from .program import STEPS, Place
+from .rounds import plain_signals, run_round
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="session")
+def finished(folder):
+    place = Place(folder / "reference", folder / "xla")
+    program = place.start()
+    assert (program.wait(), program.err) == (0, "")
+    return place.run
+
+
+@pytest.fixture(scope="session")
+def expected(finished):
+    return Reference(finished)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [("a worker killed", 0), ("SIGTERM", 0), ("a bit flipped", 0), ("a limit on files' size", 0)]
+)
+def test_a_round(folder, expected, kind, number):
+    with plain_signals():
+        outcome = run_round(folder, kind, number, 0, expected)
+    assert outcome.ran and not outcome.violated, (outcome.did, outcome.violated)
+
+
+def _other_loss(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[3]["loss"] += 1e-6
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _step_twice(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([*lines, lines[-1]]))
+
+
+def _other_weights(run):
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
+    shutil.copytree(run / "checkpoints" / "15", run / "checkpoints" / str(STEPS))
+
+
+DAMAGE = {
+    "curve": _other_loss,
+    "another curve": _step_twice,
+    "other weights": _other_weights,
+    "another export": lambda run: (run / "hf" / "config.json").unlink(),
+    "no weights": lambda run: shutil.rmtree(run / "checkpoints" / str(STEPS)),
+    "left: .hf.partial-1": lambda run: (run / ".hf.partial-1").mkdir(),
+    "left: checkpoints/20.orbax-checkpoint-tmp": lambda run: (run / "checkpoints/20.orbax-checkpoint-tmp").mkdir(),
+    "names an owner": lambda run: (run / "run.lock").write_text("process 1"),
+}
+
+
+@pytest.mark.parametrize("problem", DAMAGE)
+def test_what_is_wrong_with_a_run_is_found(problem, finished, expected, tmp_path):
+    assert of_finished(finished, expected) == []
+    shutil.copytree(finished, tmp_path / "run")
+    DAMAGE[problem](tmp_path / "run")
+    assert any(problem in found for found in of_finished(tmp_path / "run", expected))
+
+
+class Ended:
+    """A program as of_ended sees it."""
+
+    def __init__(self, out="", err="", left=()):
+        self.out, self.err, self._left = out, err, list(left)
+
+    def left(self):
+        return self._left
+
+    def end(self):
+        self._left = []
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "problem"),
+    [
+        (Ended(), None, "did not end"),
+        (Ended(left=[7]), 0, "1 processes are left"),
+        (Ended(), 2, "exit status 2"),
+        (Ended(out="Traceback (most recent call last)"), 0, "a traceback"),
+        (Ended(err="error: a\nerror: b\n"), 1, "2 lines"),
+        (Ended(), 1, "0 lines"),
+        (Ended(err="error: the disk is full\n"), 1, "names none"),
+        (Ended(err="a warning\n"), 0, "words on standard error"),
+    ],
+)
+def test_what_is_wrong_with_an_end_is_found(program, status, problem):
+    assert any(problem in found for found in of_ended(program, status, {0, 1}, ("File too large",)))
+
+
+def test_a_good_end_has_no_problem():
+    assert of_ended(Ended(err="error: File too large\n"), 1, {0, 1}, ("File too large",)) == []
+    assert of_ended(Ended(), 0, {0, 1}, ()) == []
+    assert len(KINDS) == 21
