@@ -70,6 +70,8 @@ def read_all(directory: Path) -> None:
 
 @given(TENSORS)
 @example(changed("a", dtype="Q99"))
+@example(changed("a", dtype="x" * 200_000 + "\n"))
+@example(with_header(json_bytes({"x\n" * 100_000: HEADER["a"] | {"dtype": "I32"}, "b": HEADER["b"]})))
 @example(changed("a", shape=[2**63, 2**63]))
 @example(changed("a", data_offsets=[0, 2**63]))
 @example(changed("x" * 200_000 + "\n\x1b[2J", data_offsets=[0, 24]))
@@ -94,6 +96,13 @@ def test_indexes(folder: Callable[[str], Path], content: bytes) -> None:
         save_file({"b": np.zeros(3, "f4")}, directory / "two.safetensors")
     (directory / INDEX).write_bytes(content)
     accepts(lambda: read_all(directory))
+
+
+def test_a_hostile_name_in_two_files(tmp_path: Path) -> None:
+    for file in ("one.safetensors", "two.safetensors"):
+        save_file({"x\n" * 100_000: np.zeros(3, "f4")}, tmp_path / file)
+    (tmp_path / INDEX).write_bytes(json_bytes(MAP))
+    assert not accepts(lambda: read_all(tmp_path))
 
 
 LIBRARY_FILE: dict[str, Any] = {
@@ -139,6 +148,7 @@ def load_all(directory: Path) -> None:
 @example((CONFIG, json_bytes(FILES[CONFIG] | {"chat_template": [3]})))
 @example((CONFIG, json_bytes(FILES[CONFIG] | {"added_tokens_decoder": {"3": {"content": "\ud800", "special": 1}}})))
 @example((CONFIG, json_bytes(FILES[CONFIG] | {"bos_token": "x" * 200_000})))
+@example((CONFIG, json_bytes(FILES[CONFIG] | {"bos_token": ["x" * 200_000]})))
 @example((GENERATION_CONFIG, json_bytes({"eos_token_id": [2**70]})))
 @example((GENERATION_CONFIG, json_bytes({"eos_token_id": ["\n" * 200_000]})))
 @example((CHAT_TEMPLATE, b"\xff"))

@@ -36,6 +36,7 @@ OVERRIDES = st.one_of(st.tuples(st.sampled_from(NAMES), VALUES).map("=".join), T
 @example(["model.num_hidden_layers=" + str(2**63), "model.sink_tokens=1", "model.sliding_window=4"])
 @example(["model.memory.length=[" + "1," * 5000 + "1]"])
 @example(["data.train=" + "x" * 200_000 + "\n", "nothing=3"])
+@example(["y" * 200_000 + "=3"])
 def test_overrides(texts: list[str]) -> None:
     try:
         override(RUN, texts)
@@ -84,6 +85,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example(json_bytes(LLAMA | {"vocab_size": 10**400}))
 @example(json_bytes(LLAMA | {"max_position_embeddings": 2**70}))
 @example(json_bytes(LLAMA | {"hidden_act": {}}))
+@example(json_bytes(LLAMA | {"hidden_act": "x" * 200_000}))
+@example(json_bytes(LLAMA | {"model_type": "x" * 200_000}))
 @example(json_bytes(LLAMA | {"rms_norm_eps": 10**400}))
 @example(json_bytes(LLAMA | {"rope_scaling": {"rope_type": {"a": "x" * 200_000}}}))
 @example(json_bytes(LLAMA | {"x" * 200_000 + "\n": 1}))

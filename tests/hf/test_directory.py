@@ -243,6 +243,13 @@ def test_the_padding_of_the_vocabulary_stays_here(tied: bool, tmp_path: Path) ->
     assert_same_tree(back_params, padded)
 
 
+def test_hostile_names_of_tensors_stay_one_line(directory: Path) -> None:
+    edit_tensors(directory, lambda held: held.update({"x\n" * 100_000: np.zeros(1, "f4")}))
+    with pytest.raises(ValueError, match=r"unknown x\\nx") as caught:
+        from_pretrained(directory)
+    assert len(str(caught.value)) < 2000 and "\n" not in str(caught.value)
+
+
 def test_shards_hold_every_tensor_once(tmp_path: Path, model: Model) -> None:
     save_pretrained(tmp_path / "hf", *model, max_shard_bytes=16_000)
     files = sorted(p.name for p in (tmp_path / "hf").glob("*.safetensors"))

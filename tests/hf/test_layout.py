@@ -76,6 +76,10 @@ def test_scores_stay_where_the_rotation_of_transformers_takes_over() -> None:
     np.testing.assert_allclose(theirs_q @ theirs_k.T, turned(q_TH) @ turned(k_TH).T, atol=1e-5)
 
 
+def test_sizes_are_counted_beyond_64_bits() -> None:
+    assert FLAT.hf_shape((2**31, 2**31, 2**31)) == (2**93,)
+
+
 def test_an_array_of_the_right_dtype_is_not_copied() -> None:
     array = numbers(3)
     assert cast(array, F32, "x") is array

@@ -253,3 +253,12 @@ def test_a_prompt_begins_as_that_of_transformers(tmp_path, baked, flags):
     ours = load_tokenizer(tmp_path)
     begin = [ours.bos_id] if adds_bos(tmp_path, ours.bos_id) else []
     assert begin + ours.encode("hi") == expected
+
+
+@pytest.mark.parametrize("number", [2**24, -1, 1.5])
+def test_ids_that_no_vocabulary_has_are_refused_before_memory_is_asked_for(tmp_path, number):
+    model = {"type": "WordLevel", "vocab": {"a": number}, "unk_token": "a"}
+    values = {"model": model, "decoder": {"type": "ByteLevel"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not .*: ids must be integers from 0 to 16777215\)"):
+        token_byte_lengths(tmp_path)

@@ -158,3 +158,11 @@ def test_added_tokens_that_do_not_fit_are_named(tmp_path, added, message):
     (directory / "added_tokens.json").write_text(json.dumps(added))
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("template", [3, {"default": "x"}, [3], [{"name": "default", "template": 3}]])
+def test_a_template_that_is_no_text_is_named(tmp_path, template):
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json: chat_template must be a text, or a list of templates"
+    ):
+        load_tokenizer(_copy(tmp_path, chat_template=template))
