@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
 from stellarbyte_jax.config import ConfigError
+from stellarbyte_jax.config.foreign import clipped
 
 Arguments = ParamSpec("Arguments")
 
@@ -79,8 +80,7 @@ def drop_output() -> None:
 
 def one_line(text: str) -> str:
     """A text without line breaks and control characters, its middle left out where it is very long."""
-    text = spelled(" ".join(text.split("\n")))
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 3 :]}"
+    return clipped(" ".join(text.split("\n")), _LONGEST)
 
 
 def spelled(text: str) -> str:

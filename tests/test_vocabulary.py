@@ -214,6 +214,17 @@ def test_resize_makes_a_run_that_fits_the_tokenizer(source, convert, directories
     assert convert("resize", target, back, *smaller, "--overwrite") == 0
 
 
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_resize_keeps_whether_texts_begin_with_bos(add_bos, convert, directories):
+    """A run says so itself; of a Hugging Face directory the new tokenizer does, and this one puts none."""
+    run = directories / "with"
+    save_initial(run, SMALL, _params(SMALL), str(directories / "t30"), add_bos=add_bos)
+    for source, expected in ((run, add_bos), (directories / "hf", False)):
+        target = directories / f"{source.name}-new"
+        assert convert("resize", source, target, "--tokenizer", directories / "t30") == 0
+        assert load_weights(target)[0].data.add_bos == expected
+
+
 def test_resize_leaves_a_model_that_is_large_enough(convert, directories, capsys):
     assert convert("resize", directories / "run", directories / "new", "--tokenizer", directories / "t30") == 0
     assert "40 tokens in 40 rows before, 40 in 40 now; the tokenizer has 30" in capsys.readouterr().out

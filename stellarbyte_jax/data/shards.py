@@ -11,12 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from stellarbyte_jax.data.encode import (
-    GROUP_DOCUMENTS,
-    EncodeDocuments,
-    document_groups,
-    iterate_groups,
-)
+from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
 from stellarbyte_jax.data.sources import SHARD_FORMAT, SHARD_META, DataError, open_corpus
 from stellarbyte_jax.data.text import TextFormat
 from stellarbyte_jax.tokenizer.codec import load_tokenizer

@@ -18,6 +18,7 @@ from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.launch import write_failure
 
 _REDRAW_SECONDS = 0.2
+OUTPUT_CLOSED = "standard output is closed; the run goes on and writes to its train.log"
 _package = logging.getLogger("stellarbyte_jax")
 
 
@@ -37,9 +38,8 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         """The run goes on, and says so."""
-        self.quiet = True
         drop_output()
-        print("standard output is closed; the run goes on and writes to its train.log", file=sys.stderr)
+        print(OUTPUT_CLOSED, file=sys.stderr)
 
 
 class Reporter:

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.processes import alive, until
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
@@ -281,20 +281,6 @@ def _children(pid):
     return [c for c in found if "resource_tracker" not in Path(f"/proc/{c}/cmdline").read_text()]
 
 
-def _alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def _until(condition, seconds=300):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_close_ends_threads_and_workers(data):
     children = _children(os.getpid())
     loader = _loader(_replace(data, workers=2, epochs=None))
@@ -302,8 +288,8 @@ def test_close_ends_threads_and_workers(data):
     started = set(_children(os.getpid())) - set(children)
     assert len(started) == 2
     loader.close()
-    _until(lambda: not any(_alive(p) for p in started))
-    _until(lambda: not any(t.name.startswith("grain") for t in threading.enumerate()))
+    until(lambda: not any(alive(p) for p in started))
+    until(lambda: not any(t.name.startswith("grain") for t in threading.enumerate()))
     with pytest.raises(RuntimeError, match="the loader is closed"):
         next(loader)
 
@@ -373,7 +359,7 @@ def test_workers_end_with_the_program_and_leave_signals_to_it(data, tmp_path, ho
             assert out == "stopped by the parent\n"
         assert process.returncode == (-signal.SIGKILL if how == "kill" else 0)
         assert len(children) == (0 if how == "exit" else 2)
-        _until(lambda: not any(_alive(c) for c in children))
+        until(lambda: not any(alive(c) for c in children))
 
 
 def test_what_a_test_starts_ends_with_it(data, tmp_path):
@@ -385,7 +371,7 @@ def test_what_a_test_starts_ends_with_it(data, tmp_path):
         started = [process.pid, *_children(process.pid)]
         raise KeyboardInterrupt
     assert len(started) == 3
-    _until(lambda: not any(_alive(p) for p in started))
+    until(lambda: not any(alive(p) for p in started))
 
 
 def test_measuring_counts_real_tokens(data):

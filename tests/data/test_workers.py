@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
+from helpers.processes import alive, until
 
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.data.workers import Workers, signals_blocked
@@ -51,20 +53,6 @@ def started():
     yield start
     for workers in made:
         workers.close()
-
-
-def alive(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -131,6 +119,21 @@ def test_workers_never_see_the_signals_that_stop_a_program(started):
         for process in processes:
             os.kill(process, number)
     assert len(list(workers)) == 198
+
+
+NEVER_CLOSED = """
+from stellarbyte_jax.data.workers import Workers
+workers = Workers(range(10**9), 2)
+next(workers)
+print(*(process.pid for process in workers._processes))
+"""
+
+
+def test_a_program_that_never_closes_them_ends_and_so_do_they():
+    """At exit Python tells daemons to stop by a signal that these block, and would wait for them."""
+    done = subprocess.run([sys.executable, "-c", NEVER_CLOSED], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    until(lambda: not any(alive(process) for process in done.stdout.split()))
 
 
 def blocked():

@@ -42,8 +42,8 @@ def weights(run):
     return flat(load_weights(run, STEPS)[1])
 
 
-def of_ended(program, status, allowed, error):
-    """What is wrong with how a program ended; ``error`` lists what its message may name."""
+def of_ended(program, status, allowed, error, told=""):
+    """What is wrong with how a program ended; ``error`` lists what its message may name, ``told`` is said with 0."""
     problems = []
     if status is None:
         return ["did not end by itself"]
@@ -61,6 +61,9 @@ def of_ended(program, status, allowed, error):
             problems.append(f"{len(said)} lines on standard error, expected one error: {said[:3]}")
         elif not any(part in said[0] for part in error):
             problems.append(f"the message names none of {list(error)}: {said[0]}")
+    elif status == 0 and told:
+        if said != [told]:
+            problems.append(f"expected {told!r} on standard error, found {said[:3]}")
     elif said and status != -9:
         problems.append(f"exit status {status} with words on standard error: {said[:3]}")
     return problems

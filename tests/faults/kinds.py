@@ -8,6 +8,8 @@ import signal
 import subprocess
 import time
 
+from stellarbyte_jax.train.console import OUTPUT_CLOSED
+
 from .program import documents
 
 KINDS = {}
@@ -220,8 +222,7 @@ def _head(round):
     with os.fdopen(reader, "rb") as lines:
         for _ in range(round.draw.choice((0, 1, 20))):
             lines.readline()
-    # As other programs: a status that says so, or a line that does.
-    round.ended(program, 1, 141, -signal.SIGPIPE, error=("standard output", "Broken pipe"))
+    round.ended(program, told=OUTPUT_CLOSED)
 
 
 @kind("stopped for a while")

@@ -30,7 +30,8 @@ def expected(finished):
 
 
 @pytest.mark.parametrize(
-    ("kind", "number"), [("a worker killed", 0), ("SIGTERM", 0), ("a bit flipped", 0), ("a limit on files' size", 0)]
+    ("kind", "number"),
+    [("stdout closed", 0), ("a worker killed", 0), ("SIGTERM", 0), ("a bit flipped", 0), ("a limit on files' size", 0)],
 )
 def test_a_round(folder, expected, kind, number):
     with plain_signals():
@@ -102,6 +103,12 @@ class Ended:
 )
 def test_what_is_wrong_with_an_end_is_found(program, status, problem):
     assert any(problem in found for found in of_ended(program, status, {0, 1}, ("File too large",)))
+
+
+def test_a_line_that_must_be_said_is_missed():
+    assert of_ended(Ended(err="told\n"), 0, {0}, (), "told") == []
+    for err in ("", "told\ntold\n", "another\n"):
+        assert "expected 'told' on standard error" in of_ended(Ended(err=err), 0, {0}, (), "told")[0]
 
 
 def test_a_good_end_has_no_problem():

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import pytest
+from helpers.hf_models import SMALL
 from helpers.hostile import DEEP, JSON_VALUES, TEXTS, accepts, files_like, is_one_line, json_bytes, mutated
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -52,13 +53,7 @@ def test_runs_as_they_are_stored(values: Any) -> None:
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    **SMALL,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,

@@ -19,6 +19,7 @@ from stellarbyte_jax.checkpoint.weights import save_initial
 from stellarbyte_jax.inference.reconfigure import reconfigure
 from stellarbyte_jax.inference.text import TextStream, continue_text, encode_prompt, generate_text
 from stellarbyte_jax.model.decoder import init_params
+from stellarbyte_jax.tokenizer.chat import Conversation
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.special import adds_bos
 
@@ -203,6 +204,18 @@ def test_the_script_holds_a_conversation(script, directories, monkeypatch, capsy
     assert capsys.readouterr().out.count("> ") >= 2
 
 
+def test_the_script_takes_special_tokens_in_messages_for_text_unless_asked(script, directories, letters, capsys):
+    eos = letters.special_tokens["eos_token"]
+    command = ["--model", str(directories / "run"), "--chat", "--prompt", f"a{eos}b", *COMMON]
+    counts = []
+    for parse in (False, True):
+        assert script([*command, *(["--parse-contents"] if parse else [])]) == 0
+        counts.append(int(re.search(r"prompts: (\d+) tokens", capsys.readouterr().err)[1]))
+        expected = len(Conversation(letters, parse_contents=parse).ask(f"a{eos}b"))
+        assert counts[-1] == expected
+    assert counts[1] < counts[0]
+
+
 LONG_WINDOW = ["--set", "sliding_window=24", "sink_tokens=2", "cache.dtype=int8"]
 
 
@@ -299,6 +312,7 @@ def test_a_conversation_outgrows_the_positions(script, directories, monkeypatch,
         (["--model", "{run}", "--prompt", "x", "--step", "7"], "no checkpoint of step 7"),
         (["--model", "{hf}", "--prompt", "x", "--step", "7"], "a step belongs to a run directory"),
         (["--model", "{run}", "--prompt", "x", "--system", "y"], "--system belongs to --chat"),
+        (["--model", "{run}", "--prompt", "x", "--parse-contents"], "--parse-contents belongs to --chat"),
         (["--model", "{run}", "--prompt", "x", "--segment-length", "7"], "--segment-length belongs to --remember"),
         (["--model", "{run}", "--prompt", "x", "--remember", "missing.txt"], "missing.txt"),
         (["--model", "{run}", "--prompt", "x", "--remember", str(ROOT / "LICENSE")], "this model has no memory"),

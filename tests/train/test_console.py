@@ -2,7 +2,10 @@
 
 import io
 import logging
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +13,7 @@ from helpers.training import settings
 
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.train import console
-from stellarbyte_jax.train.console import Reporter, format_metrics
+from stellarbyte_jax.train.console import OUTPUT_CLOSED, Reporter, format_metrics
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 NOTES = logging.getLogger("stellarbyte_jax.ops.somewhere")
@@ -71,6 +74,27 @@ def test_a_line_is_printed_and_logged_as_it_is(log, capsys):
             report.line(text)
         assert logged(log) == texts, "at once"
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts)
+
+
+CLOSED = """
+import pathlib, sys
+from stellarbyte_jax.train.console import Reporter
+with Reporter(pathlib.Path(sys.argv[1])) as report:
+    for text in "abc":
+        report.line(text)
+    report.table("end", {"loss": "1"})
+print("next: what the script says")
+"""
+
+
+def test_a_run_whose_output_nobody_reads_goes_on_and_says_so_once(log):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", CLOSED, str(log)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, f"{OUTPUT_CLOSED}\n")
+    assert logged(log) == ["a", "b", "c", "end", "  loss: 1"]
 
 
 def test_every_line_of_a_text_has_its_time_and_later_runs_append(log, capsys):
