@@ -31,7 +31,6 @@ from stellarbyte_jax.tokenizer.directory import (
     SPECIAL_TOKENS_MAP,
 )
 from stellarbyte_jax.tokenizer.special import adds_bos, special_ids, stop_ids
-from stellarbyte_jax.tokenizer.template import ChatTemplate
 
 STORED = save({"a": np.arange(6, dtype="f4").reshape(2, 3), "b": np.float16([1.5])})
 LENGTH = struct.unpack("<Q", STORED[:8])[0]
@@ -164,23 +163,6 @@ def test_tokenizer_directories(folder: Callable[[str], Path], changed: tuple[str
         (directory / name).write_bytes(json_bytes(values))
     (directory / changed[0]).write_bytes(changed[1])
     load_all(directory)
-
-
-WORDS = """ {{_ _}} {%_ _%} {#_ _#} messages [0] ['content'] .content for_m_in_messages endfor if_ endif else ( ) [ ] |
- tojson join length 'a' 999999999 * ** % ~ range(99999999) set_x_=_ x .format .__class__ .__mro__ strftime_now - 1 //
- raise_exception('a\\nb') macro_f() endmacro f() cycler lipsum(n=9) namespace() loop |center(9) |indent |sort |round
- |map('upper') |batch(2) |slice(9) |wordwrap(1) |attr('__class__') """
-PIECES = st.sampled_from([word.replace("_", " ") if "__" not in word else word for word in WORDS.split()])
-MESSAGES = [{"role": "user", "content": "hello"}]
-
-
-@given(st.lists(PIECES, max_size=14).map("".join) | TEXTS)
-@example("{{ " + "(" * 20_000)
-@example("{% if " * 3000)
-@example("{{ '\n' ~ raise_exception('x' * 200000) }}")
-@example("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-def test_templates(source: str) -> None:
-    accepts(lambda: ChatTemplate(source, {"bos_token": "<s>"}, "here").render(MESSAGES, add_generation_prompt=True))
 
 
 RECORD = {"text": "学而时习之", "title": "t", "number": 1}

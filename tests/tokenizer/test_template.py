@@ -1,8 +1,14 @@
 """Chat templates give what transformers gives, and can neither run code nor fill the memory."""
 
 import datetime
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from helpers import hostile_templates
 
 from stellarbyte_jax.tokenizer.template import ChatTemplate
 
@@ -23,59 +29,91 @@ TEMPLATES = {
     "special tokens": "{{ unk_token }}{{ pad_token }}{{ mask_token }}" + LOOP,
     "add_generation_prompt": LOOP + "{% if add_generation_prompt %}>{% endif %}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "calls in loops and blocks": "{% block a %}{% for m in messages %}{{ m.content.split('&')[0].strip() }}"
+    "{{ m.content.replace('so', 'as', 1) }}{{ ' '.join([m.role, 'x']) }}{% endfor %}{% endblock %}{{ self.a() }}",
+    "macros": "{% macro f(m, n=2) %}{{ m.role * n }}{{ caller() if caller }}{% endmacro %}"
+    "{% for m in messages %}{{ f(m) }}{% call f(m, n=1) %}!{% endcall %}{% endfor %}",
+    "filters": "{{ messages | map(attribute='role') | join(', ') }}"
+    "{{ messages | selectattr('role', '==', 'user') | list }}"
+    "{{ messages | rejectattr('role', 'in', ['user']) | map(attribute='content') | first | trim | replace('e', 'E') }}"
+    "{{ [3, 1] | sort | join }}{{ 'a b' | title }}{{ messages | batch(2) | list | length }}{{ '%s!' | format('a') }}"
+    "{{ 2.345 | round(2) }}{{ 'a\nb' | indent(2) }}{{ {'b': 1, 'a': 2} | dictsort }}{{ none | default('x', true) }}",
+    "sets": "{% set x %}{% for m in messages %}{{ m.role }}{% endfor %}{% endset %}{{ x | upper }}{{ x ~ 1 ~ none }}"
+    "{% filter lower %}ABC{{ x }}{% endfilter %}{% set a, b = 1, [2] %}{{ a + b[0] }}{{ (b + [a])[::-1] }}",
+    "recursive loop": "{% for m in [1, [2, [3]]] recursive %}({{ loop(m) if m is iterable else m }}){% endfor %}",
     "methods": "{{ messages[0]['content'].split('&')[0].strip() }}{{ '%s-%03d' % ('a', 7) }}{{ 'ab'.center(6, '.') }}"
     "{{ '{:>5}'.format(3) }}{{ '-' * 5 }}{{ 2 ** 3 }}",
 }
 SPECIAL = {"bos_token": "<s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
+def transformers_text(source, messages, **values):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template([messages], chat_template=source, **values)[0][0]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("prompt", [True, False])
 def test_the_text_is_that_of_transformers(name, prompt):
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    expected, _ = render_jinja_template(
-        [MESSAGES], chat_template=TEMPLATES[name], add_generation_prompt=prompt, **SPECIAL
-    )
+    expected = transformers_text(TEMPLATES[name], MESSAGES, add_generation_prompt=prompt, **SPECIAL)
     found = ChatTemplate(TEMPLATES[name], SPECIAL, "here").render(MESSAGES, add_generation_prompt=prompt)
-    assert found == expected[0]
+    assert found == expected
     if name == "strftime_now":
         assert found.startswith(str(datetime.datetime.now().year))
+
+
+@pytest.fixture(scope="module")
+def refusals() -> dict[str, str]:
+    """By name; missing for what ended the process and for what comes after it."""
+    done = subprocess.run(
+        [sys.executable, hostile_templates.__file__], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", hostile_templates.TEMPLATES)
+def test_what_a_template_may_not_do_is_one_short_line(refusals, name):
+    found = refusals[name]
+    assert re.search(
+        rf"^the chat template of here refuses the messages: .*{hostile_templates.TEMPLATES[name][1]}", found
+    )
+    assert "\n" not in found and len(found) < 500
+
+
+def test_a_long_conversation_is_rendered():
+    """Each step of a template is allowed once for each message, however many there are."""
+    source = (
+        "{% for m in messages %}{% if m.content is string and m.role != 'system' %}{% if '</t>' in m.content %}"
+        "{{ m.content.split('</t>')[-1].lstrip() | trim }}{% else %}{{ m.role + ': ' ~ m.content }}{% endif %}"
+        "{{ '!' if loop.index0 == messages | length - 1 }}{% endif %}{% endfor %}"
+    )
+    messages = [
+        {"role": "user", "content": "why? " * 200 + str(i)}
+        if i % 2
+        else {"role": "assistant", "content": "<t>x</t> so"}
+        for i in range(6000)
+    ]
+    found = ChatTemplate(source, {}, "here").render(messages, add_generation_prompt=False)
+    assert found == transformers_text(source, messages)
+
+
+def test_each_rendering_has_its_own_steps():
+    template = ChatTemplate("{% for i in range(90000) %}{{ 'a' ~ i if i < 0 }}{% endfor %}x", {}, "here")
+    for _ in range(20):
+        assert template.render(MESSAGES, add_generation_prompt=False) == "x"
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ 'a' * 10**11 }}",
-        "{{ 10**9 * 'a' }}",
-        "{{ [1] * 10**9 }}",
-        "{{ 10 ** 10 ** 9 }}",
-        "{{ 'a'.ljust(10**11) }}",
-        "{{ 'a' | center(10**11) }}",
-        "{{ 'a' | indent(10**11) }}",
-        "{{ '%99999999999d' % 1 }}",
-        "{{ '%*d' % (10**11, 1) }}",
-        "{{ '%99999999999d' | format(1) }}",
-        "{{ '{:99999999999}'.format(1) }}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
-        "{{ range(10**9) }}",
-        "{% include 'x' %}",
-        "{{ messages.append(1) }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages[9].content.x }}",
-        "{{ 1 / 0 }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ raise_exception('no roles\nhere') }}",
+        "{% for %}",
+        "{{",
+        "{% generation %}",
+        "{% unknown %}",
+        "(" * 5000 + "{{" + "(" * 5000,
+        "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,
     ],
-)
-def test_what_a_template_may_not_do_is_one_short_line(source):
-    with pytest.raises(ValueError, match=r"^the chat template of here refuses the messages: ") as caught:
-        ChatTemplate(source, SPECIAL, "here").render(MESSAGES, add_generation_prompt=True)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-
-
-@pytest.mark.parametrize(
-    "source", ["{% for %}", "{{", "{% generation %}", "{% unknown %}", "(" * 5000 + "{{" + "(" * 5000]
 )
 def test_what_is_no_template_is_one_short_line(source):
     with pytest.raises(ValueError, match=r"^the chat template of here is not valid: ") as caught:
