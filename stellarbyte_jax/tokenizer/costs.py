@@ -184,12 +184,12 @@ def _check_replace(text: Any, old: Any, new: Any, count: Any = -1) -> None:
     check_text(len(text) + len(new) * (min(found, count) if isinstance(count, int) and count >= 0 else found))
 
 
-def _check_split(text: str | bytes, sep: Any = None, maxsplit: Any = -1) -> None:
+def _check_split(text: Any, sep: Any = None, maxsplit: Any = -1) -> None:
     pieces = len(text) // 2 if sep is None else text.count(sep)
     check_list(min(pieces, maxsplit) if isinstance(maxsplit, int) and maxsplit >= 0 else pieces)
 
 
-def _check_tabs(text: str | bytes, tabsize: int = 8) -> None:
+def _check_tabs(text: Any, tabsize: int = 8) -> None:
     check_text(len(text) + text.count("\t" if isinstance(text, str) else b"\t") * tabsize)
 
 
