@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import shutil
 
 import jax
@@ -17,13 +18,7 @@ from stellarbyte_jax.train import resume
 from stellarbyte_jax.train.optimizer import make_optimizer
 from stellarbyte_jax.train.state import create_state, state_shapes
 
-INTERRUPTIONS = {
-    # seven steps, a checkpoint, two steps more that are lost
-    "kill -9 between checkpoints": ("at_step(9, lambda: (saved(7), os.kill(os.getpid(), signal.SIGKILL)))", -9, 7),
-    "SIGTERM": ("at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM))", 143, None),
-    "SIGINT": ("at_step(9, lambda: os.kill(os.getpid(), signal.SIGINT))", 130, None),
-    "kill -9 in the middle of a save": (
-        """
+DIES_WHILE_SAVING_14 = """
 from orbax.checkpoint._src.path import atomicity
 finalize = atomicity.AtomicRenameTemporaryPath.finalize
 async def dies(self, *args, **kwargs):
@@ -31,30 +26,37 @@ async def dies(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return await finalize(self, *args, **kwargs)
 atomicity.AtomicRenameTemporaryPath.finalize = dies
-""",
+"""
+# What stops the process, its status, and the step from which the next one goes on if no signal is answered.
+INTERRUPTIONS = {
+    "kill -9 two steps after a checkpoint": (
+        "at_step(9, lambda: (saved(7), os.kill(os.getpid(), signal.SIGKILL)))",
         -9,
-        10,  # the validation of step 10 was the best so far
+        7,
     ),
+    "SIGTERM": ("at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM))", 143, None),
+    "kill -9 in the middle of a save": (DIES_WHILE_SAVING_14, -9, None),
+    "SIGINT": ("at_step(17, lambda: os.kill(os.getpid(), signal.SIGINT))", 130, None),
 }
 
 
-@pytest.mark.parametrize("how", INTERRUPTIONS)
-def test_resume_is_exact(how, config_file, straight, tmp_path, capsys):
-    before, code, resumed_at = INTERRUPTIONS[how]
-    stopped = child(config_file, before)
-    assert stopped.returncode == code, stopped.stderr
-    assert "Traceback" not in stopped.stderr + stopped.stdout
-    run = tmp_path / "run"
-    if how.startswith("SIG"):
-        assert stopped.stdout.count(f"{how}: saving a checkpoint") == 1
-        assert "the same command goes on from there" in stopped.stdout
-    if "middle" in how:
-        assert any("tmp" in p.name for p in (run / "checkpoints").iterdir())
+def test_resume_is_exact(config_file, straight, tmp_path):
+    """A run that is stopped in one way after the other ends as one that is never stopped."""
+    run, step = tmp_path / "run", 0
+    for how, (before, code, resumed_at) in INTERRUPTIONS.items():
+        stopped = child(config_file, before)
+        assert stopped.returncode == code, stopped.stderr
+        assert "Traceback" not in stopped.stderr + stopped.stdout
+        assert (f"resumed at step {step} " in stopped.stdout) == (step > 0), how
+        if how.startswith("SIG"):
+            assert stopped.stdout.count(f"{how}: saving a checkpoint") == 1
+            step = int(re.search(r"stopped at step ([0-9]+) of 20", stopped.stdout)[1])
+            assert "the same command goes on from there" in stopped.stdout
+        assert any("tmp" in p.name for p in (run / "checkpoints").iterdir()) == ("middle" in how)
+        step = resumed_at or step
     resumed = child(config_file)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resumed at step " in resumed.stdout
-    if resumed_at is not None:
-        assert f"resumed at step {resumed_at} " in resumed.stdout
+    assert f"resumed at step {step} " in resumed.stdout
     assert log_of(run) == log_of(straight)
     (config, params), (_, expected) = load_weights(run), load_weights(straight)
     assert config.steps == 20 and same_weights(params, expected)
