@@ -6,6 +6,7 @@
     python scripts/benchmark.py data                  # batches from JSONL and from prepared shards, no device
     python scripts/benchmark.py generate              # 128 prompt tokens and 256 new ones, 1.10B model, by batch size
     python scripts/benchmark.py cache                 # decoding over caches of each dtype, 25M model in float32
+    python scripts/benchmark.py checkpoint            # seconds to save and restore a run, and for checksums alone
 
 Every figure is a median over repeats in a process of its own. FLOPs of a token are 6 (parameters - embedding)
 + 6 L T D, causal attention counted by the half that is computed.
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -36,7 +37,9 @@ REPEATS = 5
 def main() -> int:
     """Parses the command line; each measurement runs this file again with ``--worker``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "data", "generate", "cache"], nargs="?", default="train")
+    parser.add_argument(
+        "what", choices=["train", "data", "generate", "cache", "checkpoint"], nargs="?", default="train"
+    )
     parser.add_argument("--config", default="configs/pretrain.py")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
     parser.add_argument("--steps", type=int, default=20, help="steps of one repeat")
@@ -54,6 +57,7 @@ def main() -> int:
         "data": ["jsonl", "shards"],
         "generate": ["batch_1", "batch_8", "batch_32", "batch_128"],
         "cache": ["float32", "bfloat16", "int8", "float8_e4m3fn"],
+        "checkpoint": ["verified", "unverified"],
     }[arguments.what]
     if arguments.what == "train" and not arguments.no_peer:
         names.append("huggingface")
@@ -303,7 +307,57 @@ def _cache(dtype: Any) -> Callable[[TrainConfig, int], dict[str, Any]]:
     return lambda config, steps: _decode(replace(CACHE, cache=CacheConfig(dtype=dtype)), 4, 512, 64)
 
 
+def _checkpoint(verify: bool) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
+        """Median seconds; saving blocks training until the state is copied, the rest goes on beside it."""
+        del steps
+        import contextlib
+
+        import jax
+
+        from stellarbyte_jax.checkpoint.checksum import array_checksums
+        from stellarbyte_jax.checkpoint.store import Checkpointer
+        from stellarbyte_jax.launch import environment
+        from stellarbyte_jax.model.decoder import ByteTransformer
+        from stellarbyte_jax.train import resume
+        from stellarbyte_jax.train.optimizer import make_optimizer
+        from stellarbyte_jax.train.state import create_state, state_shapes
+
+        model = ByteTransformer(config.model)
+        optimizer = make_optimizer(config, model)
+        state = jax.block_until_ready(jax.jit(lambda: create_state(config, model, optimizer))())
+        shapes = state_shapes(config, model, optimizer)
+        seconds: dict[str, list[float]] = {name: [] for name in ("checksums", "save_blocks", "save", "restore")}
+
+        @contextlib.contextmanager
+        def timed(name: str) -> Iterator[None]:
+            start = time.perf_counter()
+            yield
+            seconds[name].append(time.perf_counter() - start)
+
+        settings = replace(config.checkpoint, verify=verify)
+        with tempfile.TemporaryDirectory() as directory:
+            for step in range(1, REPEATS + 2):  # the first one compiles
+                with contextlib.closing(Checkpointer(Path(directory), settings)) as checkpointer:
+                    with timed("checksums"):
+                        array_checksums((state.params, state.opt_state))
+                    with timed("save"):
+                        with timed("save_blocks"):
+                            resume.save(checkpointer, config, state, step, {}, resume.Progress(), 1.0)
+                        checkpointer.wait()
+                    with timed("restore"):
+                        found = resume.restore(checkpointer, config, shapes, optimizer, print)
+                        jax.block_until_ready(found and found.state)
+        size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        medians = {name: round(statistics.median(values[1:]), 4) for name, values in seconds.items()}
+        return {"gib": round(size / 2**30, 2), **medians, "repeats": REPEATS, "on": environment()}
+
+    return measure
+
+
 WORKERS = {
+    "verified": _checkpoint(True),
+    "unverified": _checkpoint(False),
     **{f"batch_{size}": _generate(size) for size in (1, 8, 32, 128)},
     **{dtype: _cache(dtype) for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn")},
     "synthetic": _synthetic,

@@ -18,6 +18,14 @@ class DivergedError(MendableError):
     """The loss, the gradient or the weights are no longer numbers."""
 
 
+def diverged(found: str, step: int) -> DivergedError:
+    """The error for what was found at a step."""
+    return DivergedError(
+        f"{found} at step {step}. The checkpoints before it are kept: lower optimizer.learning_rate or lengthen "
+        "schedule.warmup_steps, then start the run again"
+    )
+
+
 class Meter:
     """Owns the step that the device is still computing: its numbers are read after the next one was dispatched.
 
@@ -86,10 +94,7 @@ class Meter:
         what = [name for name in ("loss", "gradient_norm") if not np.isfinite(values.get(name, 0.0))]
         if what or not finite:
             found = f"the {what[0].replace('_', ' ')} is {values[what[0]]}" if what else "the update is not finite"
-            raise DivergedError(
-                f"{found} at step {step}. The checkpoints before it are kept: lower optimizer.learning_rate or "
-                "lengthen schedule.warmup_steps, then start the run again"
-            )
+            raise diverged(found, step)
         speed = {}
         if self._steps > 1 or self.rates:
             speed = speed_metrics(self._read_tokens, time.perf_counter() - self._since, self._flops)

@@ -14,6 +14,7 @@ from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, Stor
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import partition, paths
+from stellarbyte_jax.train.meter import diverged
 from stellarbyte_jax.train.state import TrainState
 from stellarbyte_jax.train.step import all_finite
 
@@ -69,6 +70,7 @@ def save(
 
     Raises:
       CheckpointError: this save or the one before it failed; earlier checkpoints are untouched.
+      DivergedError: the state is not finite; nothing is written.
     """
     arrays: dict[str, Any] = {
         "params": state.params,
@@ -79,6 +81,9 @@ def save(
         "config": config.to_dict(),
         "data": {"loader": data, "best_loss": progress.best_loss, "stale": progress.stale},
     }
+    poisoned = _poisoned(arrays)
+    if poisoned:
+        raise diverged(f"{' and '.join(poisoned)} of the run's state hold numbers that are not finite", step)
     checkpointer.save(step, arrays, facts, frozen=paths(state.frozen), validation_loss=validation_loss)
 
 
@@ -147,10 +152,14 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
 
 def _finite(items: dict[str, Any]) -> dict[str, Any]:
     """The items; FloatingPointError where one holds a number that is not finite."""
-    poisoned = [name for name, tree in items.items() if not jax.jit(all_finite)(tree)]
+    poisoned = _poisoned(items)
     if poisoned:
         raise FloatingPointError(f"{', '.join(poisoned)} of it hold numbers that are not finite")
     return items
+
+
+def _poisoned(items: dict[str, Any]) -> list[str]:
+    return [name for name, tree in items.items() if not jax.jit(all_finite)(tree)]
 
 
 def _optional(state: TrainState) -> dict[str, Any]:

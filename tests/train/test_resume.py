@@ -15,6 +15,7 @@ from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.train import resume
+from stellarbyte_jax.train.meter import DivergedError
 from stellarbyte_jax.train.optimizer import make_optimizer
 from stellarbyte_jax.train.state import create_state, state_shapes
 
@@ -110,17 +111,27 @@ def test_the_end_of_a_run_is_done_later_where_a_signal_kept_it_from_being_done(c
     assert "sample: a|" not in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_holds_nan_is_set_aside(tmp_path):
+def test_a_checkpoint_that_holds_nan_is_set_aside(tmp_path, monkeypatch):
     config = settings()
     model = ByteTransformer(config.model)
     optimizer = make_optimizer(config, model)
     good = create_state(config, model, optimizer)
     said = []
     with contextlib.closing(Checkpointer(tmp_path, config.checkpoint)) as checkpointer:
-        for step, state in ((1, good), (2, poisoned(good))):
+
+        def save(step, state):
             state = state.replace(step=jnp.asarray(step, jnp.int32))
             resume.save(checkpointer, config, state, step, {}, resume.Progress())
             checkpointer.wait()
+
+        save(1, good)
+        for state in (poisoned(good), good.replace(params=jax.tree.map(lambda x: x / 0, good.params))):
+            with pytest.raises(DivergedError, match=r"^(optimizer|params) of .* that are not finite at step 2\. "):
+                save(2, state)
+        assert checkpointer.steps == [1]
+        with monkeypatch.context() as bent:
+            bent.setattr(resume, "_poisoned", lambda items: [])
+            save(2, poisoned(good))
         shapes = state_shapes(config, model, optimizer)
         found = resume.restore(checkpointer, config, shapes, optimizer, said.append)
     assert int(found.state.step) == 1 and same_weights(found.state.params, good.params)
