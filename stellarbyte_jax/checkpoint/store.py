@@ -14,10 +14,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
+from stellarbyte_jax.checkpoint.checksum import differing, json_checksum
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
 from stellarbyte_jax.launch import remedy
+from stellarbyte_jax.ops.checksum import array_checksums
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
 _FORMAT = 2

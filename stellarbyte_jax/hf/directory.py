@@ -23,7 +23,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def from_pretrained(
-    directory: str | Path, *, dtype: str = "float32", **overrides: Any
+    directory: str | Path, *, dtype: str = "float32", verify: bool = True, **overrides: Any
 ) -> tuple[ByteTransformer, dict[str, Any]]:
     """Reads a Hugging Face directory (Llama or Mistral, safetensors) as a model and its weights.
 
@@ -32,6 +32,7 @@ def from_pretrained(
     Args:
       directory: with ``config.json`` and safetensors files.
       dtype: of the weights in memory: ``float32``, ``bfloat16`` or ``float16``.
+      verify: tensors are compared with their checksums, where the files have them (those of save_pretrained do).
       **overrides: ByteConfig settings, above all those that a checkpoint does not know, such as ``compute_dtype``.
         Whole sections, such as ``rope_scaling`` or ``cache``, as objects or mappings.
 
@@ -39,7 +40,7 @@ def from_pretrained(
       The model and its weights, jax arrays on the default device.
 
     Raises:
-      ValueError: a file is missing or broken, a setting is not implemented, or tensors are missing, unknown or
+      ValueError: a file is missing, broken or damaged, a setting is not implemented, or tensors are missing, unknown or
         misshapen; the message names them.
     """
     directory = Path(directory)
@@ -50,7 +51,7 @@ def from_pretrained(
     model = ByteTransformer(config)
     shapes = _shapes(param_shapes(model))
     to = float_dtype(dtype)
-    with WeightFiles(directory) as files:
+    with WeightFiles(directory, verify=verify) as files:
         if config.tie_word_embeddings and _EMBEDDING not in files.names():
             files.rename(_HEAD, _EMBEDDING)  # one table, which may be stored under either name
         entries = list(family.entries(config, shapes))

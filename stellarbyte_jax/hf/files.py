@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from stellarbyte_jax.config.foreign import clipped, json_object, listed, shown
+from stellarbyte_jax.hf.checksums import check, checksum, metadata_of, stored_checksums, unknown_checksums
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,18 +53,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return json_object(path.read_bytes(), str(path))
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: its file, its name there, and its checksum where the file has them."""
+
+    handle: Any
+    path: Path
+    name: str
+    checksum: str | None
+
+
 class WeightFiles:
     """The tensors of a checkpoint directory by name; a context manager that maps the files and copies nothing."""
 
-    def __init__(self, directory: Path) -> None:
-        """Opens the directory's safetensors files.
+    def __init__(self, directory: Path, *, verify: bool = True) -> None:
+        """Opens the directory's safetensors files; ``verify`` says whether tensors are compared with their checksums.
 
         Raises:
-          ValueError: they are missing, unreadable, or differ from their index.
+          ValueError: they are missing, unreadable, or differ from their index or from their list of checksums.
         """
         self.directory = directory
+        self._verify = verify
         self._stack = contextlib.ExitStack()
-        self._handles: dict[str, tuple[Any, str]] = {}  # of each tensor its file, and its name there
+        self._stored: dict[str, _Stored] = {}
         try:
             self._open()
         except BaseException:
@@ -95,42 +107,47 @@ class WeightFiles:
                 raise ValueError(
                     f"{path} is not a readable safetensors file ({clipped(str(error))}): copy the file again"
                 ) from error
-            for name in handle.keys():
-                if name in self._handles:
+            names = handle.keys()
+            checksums = stored_checksums(handle.metadata(), names, path) if self._verify else {}
+            for name in names:
+                if name in self._stored:
                     raise ValueError(f"{path}: tensor {clipped(name)} also lies in another file of {self.directory}")
-                self._handles[name] = (handle, name)
-        absent = [name for name in named or () if name not in self._handles]
+                self._stored[name] = _Stored(handle, path, name, checksums.get(name))
+        absent = [name for name in named or () if name not in self._stored]
         if absent:
             raise ValueError(f"{index} lists {listed(absent)}, which its files do not hold: copy the files again")
 
     def names(self) -> list[str]:
         """Every tensor."""
-        return list(self._handles)
+        return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        handle, stored_name = self._handles[name]
-        return tuple(handle.get_slice(stored_name).get_shape())
+        stored = self._stored[name]
+        return tuple(stored.handle.get_slice(stored.name).get_shape())
 
     def rename(self, old: str, new: str) -> None:
         """Gives a tensor another name, if there is such a tensor."""
-        if old in self._handles:
-            self._handles[new] = self._handles.pop(old)
+        if old in self._stored:
+            self._stored[new] = self._stored.pop(old)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as it is stored.
+        """A tensor as it is stored, whole.
 
         Raises:
-          ValueError: its numbers are no plain floats.
+          ValueError: its numbers are no plain floats, or differ from their checksum.
         """
-        handle, stored_name = self._handles[name]
-        stored = handle.get_slice(stored_name).get_dtype()
-        if stored not in _READABLE:
+        stored = self._stored[name]
+        dtype = stored.handle.get_slice(stored.name).get_dtype()
+        if dtype not in _READABLE:
             raise ValueError(
-                f"{self.directory}: tensor {clipped(name)} is stored as {stored}, readable are {', '.join(_READABLE)}. "
+                f"{self.directory}: tensor {clipped(name)} is stored as {dtype}, readable are {', '.join(_READABLE)}. "
                 "Load the model with transformers, dequantize it and save it as float32 or bfloat16"
             )
-        return handle.get_tensor(stored_name)
+        array = stored.handle.get_tensor(stored.name)
+        if stored.checksum is not None:
+            check(array, stored.checksum, stored.name, stored.path)
+        return array
 
     def __enter__(self) -> Self:
         return self
@@ -203,7 +220,22 @@ def write_tensors(directory: Path, tensors: Sequence[Tensor], max_shard_bytes: i
 
 
 def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    checksums = unknown_checksums(tensor.name for tensor in tensors)
+    with path.open("wb") as file:
+        file.write(_header(tensors, checksums))
+        for tensor in tensors:
+            array = np.ascontiguousarray(tensor.read())
+            assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.name
+            file.write(array.reshape(-1).view(np.uint8).data)
+            checksums[tensor.name] = checksum(array)
+        file.seek(0)
+        file.write(_header(tensors, checksums))  # as long as before
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(tensors: Sequence[Tensor], checksums: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata_of(checksums)}
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {
@@ -214,14 +246,7 @@ def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            array = np.ascontiguousarray(tensor.read())
-            assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.name
-            file.write(array.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    return struct.pack("<Q", len(text)) + text
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A flipped bit is found: in arrays of every dtype, in JSON values, and anywhere in the files of a checkpoint."""
+"""A flipped bit is found: in JSON values, and anywhere in the files of a checkpoint."""
 
 import contextlib
 import gc
@@ -12,7 +12,7 @@ from helpers.runs import same_weights
 from helpers.training import settings
 
 from stellarbyte_jax.checkpoint import store
-from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
+from stellarbyte_jax.checkpoint.checksum import differing, json_checksum
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import CheckpointConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -21,29 +21,12 @@ from stellarbyte_jax.train.optimizer import make_optimizer
 from stellarbyte_jax.train.state import create_state, state_shapes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8", "float16", "uint8"])
-def test_every_bit_counts(dtype):
-    random = np.random.default_rng(0)
-    array = random.integers(0, 256, (3, 5, 7 * jnp.dtype(dtype).itemsize), np.uint8).view(jnp.dtype(dtype))
-    tree = {"a": {"b": array}, "c": np.ones(2, np.float32)}
-    plain = array_checksums(tree)
-    assert plain.keys() == {"a/b", "c"} and array_checksums(jax.tree.map(jnp.asarray, tree)) == plain
-    for _ in range(50):
-        changed = array.copy()
-        changed.view(np.uint8)[tuple(random.integers(0, n) for n in changed.view(np.uint8).shape)] ^= (
-            1 << random.integers(8)
-        )
-        assert differing({**tree, "a": {"b": changed}}, plain) == ["a/b"]
-    swapped = array.copy()
-    swapped[0, 0, 0], swapped[0, 0, 1] = array[0, 0, 1], array[0, 0, 0]
-    assert differing({"a": {"b": swapped}}, plain) == ["a/b"]
-    assert differing({"other": array}, plain) == ["other"]
-
-
-def test_the_number_of_an_array_is_the_sum_of_its_weighted_bits():
-    bits = np.asarray([1.5, -2.0, 0.0], np.float32).view(np.uint32).astype(object)
-    expected = (bits[0] * 1 + bits[1] * 3 + bits[2] * 5) % 2**32
-    assert array_checksums({"x": np.asarray([1.5, -2.0, 0.0], np.float32)}) == {"x": expected}
+def test_arrays_that_have_another_checksum_or_none_are_named():
+    tree = {"a": {"b": np.float32([1.5, -2.0])}, "c": np.ones(2, np.float32)}
+    expected = {"a/b": 1069547520 + 3 * 3221225472, "c": 1065353216 * 4}
+    assert differing(tree, {name: value % 2**32 for name, value in expected.items()}) == []
+    assert differing(tree, {"a/b": 1, "c": expected["c"] % 2**32}) == ["a/b"]
+    assert differing(tree, {}) == ["a/b", "c"]
 
 
 def test_json_values_are_told_apart_whatever_their_order():

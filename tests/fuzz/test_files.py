@@ -19,6 +19,7 @@ from safetensors.numpy import save, save_file
 from stellarbyte_jax.data.files import DataError
 from stellarbyte_jax.data.sources import _open_lines, open_lines
 from stellarbyte_jax.data.text import TextFormat, read_text
+from stellarbyte_jax.hf.checksums import ENTRY
 from stellarbyte_jax.hf.files import INDEX, SINGLE, WeightFiles
 from stellarbyte_jax.tokenizer.codec import load_tokenizer, token_byte_lengths
 from stellarbyte_jax.tokenizer.directory import (
@@ -36,6 +37,11 @@ STORED = save({"a": np.arange(6, dtype="f4").reshape(2, 3), "b": np.float16([1.5
 LENGTH = struct.unpack("<Q", STORED[:8])[0]
 HEADER = json.loads(STORED[8 : 8 + LENGTH])
 DATA = STORED[8 + LENGTH :]
+SUMS = {"a": "cba00000", "b": "00003e00"}  # of the two tensors
+
+
+def with_sums(entry: bytes) -> dict[str, Any]:
+    return HEADER | {"__metadata__": {"format": "pt", ENTRY: entry.decode(errors="replace")}}
 
 
 def with_header(header: bytes, length: int | None = None) -> bytes:
@@ -44,6 +50,7 @@ def with_header(header: bytes, length: int | None = None) -> bytes:
 
 TENSORS = st.one_of(
     mutated(HEADER).map(lambda header: with_header(json_bytes(header))),
+    files_like(SUMS).map(lambda entry: with_header(json_bytes(with_sums(entry)))),
     st.integers(0, 2**64 - 1).map(lambda length: with_header(json_bytes(HEADER), length)),
     damaged(STORED),
     RAW.map(with_header),
@@ -75,10 +82,19 @@ def read_all(directory: Path) -> None:
 @example(changed("a", data_offsets=[0, 2**63]))
 @example(changed("x" * 200_000 + "\n\x1b[2J", data_offsets=[0, 24]))
 @example(with_header(b'{"a":1,"a":2}'))
+@example(with_header(json_bytes(with_sums(json_bytes({"x\n" * 100_000: "00000000"})))))
+@example(with_header(json_bytes(with_sums(json_bytes({"a": "\n" * 100_000})))))
+@example(with_header(json_bytes(with_sums(json_bytes(SUMS | {"b": "1" * 8})))))
+@example(with_header(json_bytes(with_sums(b"[" * 100_000))))
 def test_safetensors(folder: Callable[[str], Path], content: bytes) -> None:
     directory = folder("tensors")
     (directory / SINGLE).write_bytes(content)
     accepts(lambda: read_all(directory))
+
+
+def test_the_checksums_that_are_bent_are_the_right_ones(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).write_bytes(with_header(json_bytes(with_sums(json_bytes(SUMS)))))
+    assert accepts(lambda: read_all(tmp_path))
 
 
 MAP = {"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}

@@ -165,12 +165,19 @@ def test_existing_directories(
 def test_bad_input_is_one_line(
     convert: Callable[..., int], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    damaged = tmp_path / "damaged"
+    assert convert("to-hf", run_dir, damaged) == 0
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    capsys.readouterr()
     cases = [
         (("to-hf", tmp_path / "nowhere", tmp_path / "hf"), "nowhere holds no checkpoint"),
         (("to-hf", run_dir, tmp_path / "hf", "--step", 7), "has no checkpoint of step 7; there are 0"),
         (("to-hf", run_dir, tmp_path / "hf", "--tokenizer", tmp_path), "holds no tokenizer.json"),
         (("from-hf", tmp_path / "nowhere", tmp_path / "new"), "nowhere is no directory"),
         (("from-hf", run_dir, tmp_path / "new"), "config.json does not exist"),
+        (("from-hf", damaged, tmp_path / "new"), "differs from its checksum: the file is damaged. Copy it or export"),
     ]
     for arguments, message in cases:
         assert convert(*arguments) == 1
