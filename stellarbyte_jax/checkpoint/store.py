@@ -14,11 +14,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from stellarbyte_jax.checkpoint.checksum import differing, json_checksum
+from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
 from stellarbyte_jax.launch import remedy
-from stellarbyte_jax.ops.checksum import array_checksums
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
 _FORMAT = 2
@@ -100,7 +99,7 @@ class StoredStep:
         """
         wanted = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         found = self._manager.restore(self.step, args=ocp.args.Composite(**wanted))
-        for name, checksums in self._facts.get("arrays", {}).items():
+        for name, checksums in self._facts.get("checksums", {}).items():
             if self._verify and name in shapes:
                 wrong = differing(found[name], checksums)
                 if wrong:
@@ -164,7 +163,7 @@ class Checkpointer:
             "frozen": frozen,
             "items": sorted([*arrays, *facts]),
             "json": {name: json_checksum(values) for name, values in facts.items()},
-            "arrays": {name: array_checksums(tree) for name, tree in arrays.items()},
+            "checksums": {name: array_checksums(tree) for name, tree in arrays.items()},
         }
         facts = {**facts, "format": {**about, "checksum": json_checksum(about)}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}

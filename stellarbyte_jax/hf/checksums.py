@@ -1,25 +1,25 @@
 """Checksums of tensors in the metadata of a safetensors file, so that a damaged export is found when it is read.
 
-One entry maps every tensor of its file to eight hexadecimal digits, whose meaning stands in ``ops/checksum.py``. Other
-programs ignore the entry, and leave it out of what they write.
+One entry maps every tensor of its file to the CRC-32 of its bytes, in eight hexadecimal digits. Other programs ignore
+the entry, and leave it out of what they write.
 """
 
 import json
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from stellarbyte_jax.config.foreign import clipped, json_object, listed, shown
-from stellarbyte_jax.ops.checksum import array_checksum
 
-ENTRY = "checksums_weighted_sum_32"  # the algorithm is part of the name: another one is another entry
+ENTRY = "checksums_crc32"  # the algorithm is part of the name: another one is another entry
 _DIGITS = 8
 
 
 def checksum(array: np.ndarray) -> str:
-    """Of the numbers of a tensor; as long for any of them."""
-    return f"{array_checksum(array):0{_DIGITS}x}"
+    """Of the numbers of a tensor as they lie in the file; as long for any of them."""
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):0{_DIGITS}x}"
 
 
 def unknown_checksums(names: Iterable[str]) -> dict[str, str]:

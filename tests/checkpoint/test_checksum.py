@@ -1,4 +1,4 @@
-"""A flipped bit is found: in JSON values, and anywhere in the files of a checkpoint."""
+"""A flipped bit is found: in arrays of every dtype, in JSON values, and anywhere in the files of a checkpoint."""
 
 import contextlib
 import gc
@@ -12,7 +12,7 @@ from helpers.runs import same_weights
 from helpers.training import settings
 
 from stellarbyte_jax.checkpoint import store
-from stellarbyte_jax.checkpoint.checksum import differing, json_checksum
+from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import CheckpointConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -21,12 +21,50 @@ from stellarbyte_jax.train.optimizer import make_optimizer
 from stellarbyte_jax.train.state import create_state, state_shapes
 
 
-def test_arrays_that_have_another_checksum_or_none_are_named():
-    tree = {"a": {"b": np.float32([1.5, -2.0])}, "c": np.ones(2, np.float32)}
-    expected = {"a/b": 1069547520 + 3 * 3221225472, "c": 1065353216 * 4}
-    assert differing(tree, {name: value % 2**32 for name, value in expected.items()}) == []
-    assert differing(tree, {"a/b": 1, "c": expected["c"] % 2**32}) == ["a/b"]
-    assert differing(tree, {}) == ["a/b", "c"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8", "float16", "uint8"])
+def test_every_bit_counts(dtype):
+    random = np.random.default_rng(0)
+    array = random.integers(0, 256, (3, 5, 7 * jnp.dtype(dtype).itemsize), np.uint8).view(jnp.dtype(dtype))
+    tree = {"a": {"b": array}, "c": np.ones(2, np.float32)}
+    plain = array_checksums(tree)
+    assert plain.keys() == {"a/b", "c"} and array_checksums(jax.tree.map(jnp.asarray, tree)) == plain
+    for _ in range(50):
+        changed = array.copy()
+        changed.view(np.uint8)[tuple(random.integers(0, n) for n in changed.view(np.uint8).shape)] ^= (
+            1 << random.integers(8)
+        )
+        assert differing({**tree, "a": {"b": changed}}, plain) == ["a/b"]
+    swapped = array.copy()
+    swapped[0, 0, 0], swapped[0, 0, 1] = array[0, 0, 1], array[0, 0, 0]
+    assert differing({"a": {"b": swapped}}, plain) == ["a/b"]
+    assert differing({"other": array}, plain) == ["other"]
+
+
+def test_the_number_of_an_array_is_what_its_docstring_says():
+    def mixed(x):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ (x >> shift)) * factor % 2**32
+        return x ^ (x >> 16)
+
+    array = np.asarray([[1.5, -2.0, 0.0], [3.0, 1e-30, np.inf]], np.float32)
+    bits = array.ravel().view(np.uint32).tolist()
+    expected = sum(mixed(x) * (mixed(i) | 1) for i, x in enumerate(bits)) % 2**32
+    assert array_checksums({"x": array}) == {"x": expected}
+    assert mixed(1) == 0x514E28B7  # of the published function
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [1.0, 2.0, 0.02])
+def test_a_zeroed_page_is_found_where_all_elements_are_equal(dtype, value):
+    whole = np.full(1 << 16, value, jnp.dtype(dtype))
+    expected = array_checksums({"x": whole})["x"]
+    for size in (512, 4096):
+        size //= whole.itemsize
+        for start in range(0, whole.size, whole.size // 16):
+            changed = whole.copy()
+            changed[start : start + size] = 0
+            assert array_checksums({"x": changed})["x"] != expected
+            assert changed[start] == 0
 
 
 def test_json_values_are_told_apart_whatever_their_order():
