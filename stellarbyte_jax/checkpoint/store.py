@@ -17,6 +17,7 @@ from orbax.checkpoint import checkpoint_managers
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
+from stellarbyte_jax.config.foreign import clipped, listed, shown
 from stellarbyte_jax.launch import remedy
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
@@ -58,12 +59,12 @@ class StoredStep:
                 raise OSError("format differs from its checksum")
             missing = [item for item in facts["items"] if not stored.has(item)]
             if missing:
-                raise FileNotFoundError(f"{', '.join(missing)} of it is missing")
+                raise FileNotFoundError(f"{listed(missing)} of it is missing")
         stored._facts = facts
         found = facts.get("format", 1)
         if found != _FORMAT:
             raise CheckpointError(
-                f"{stored.path} is a checkpoint of format {found}, this version reads {_FORMAT}: convert it to "
+                f"{stored.path} is a checkpoint of format {shown(found)}, this version reads {_FORMAT}: convert it to "
                 "the Hugging Face format with the version that wrote it, and that with this one"
             )
         return stored
@@ -248,4 +249,4 @@ def first_line(error: BaseException) -> str:
     """Kind and message of an error, in one line that is not too long."""
     text = (str(error).strip() or "no message").splitlines()[0]
     # Long ones begin with what was tried and end with what went wrong.
-    return f"{type(error).__name__}: {text if len(text) < 300 else f'{text[:100]} ... {text[-150:]}'}"
+    return f"{type(error).__name__}: {clipped(text if len(text) < 300 else f'{text[:100]} ... {text[-150:]}', 300)}"

@@ -12,6 +12,7 @@ import optax
 from stellarbyte_jax.checkpoint.compatibility import check_resumable
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import partition, paths
 from stellarbyte_jax.train.state import TrainState
@@ -127,7 +128,7 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
     differ = sorted(set(stored.frozen_paths) ^ set(paths(shapes.frozen)))
     if differ:
         raise CheckpointError(
-            f"{stored.path} cannot be continued: {', '.join(differ)} is frozen there or here alone. Use the same "
+            f"{stored.path} cannot be continued: {listed(differ)} is frozen there or here alone. Use the same "
             "settings, or another output_dir"
         )
     optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
