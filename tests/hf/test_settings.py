@@ -96,6 +96,15 @@ def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
     assert parse_config(MISTRAL_FILE | biases, "here") == parse_config(MISTRAL_FILE, "here")
 
 
+def test_a_field_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    text = json.dumps(LLAMA_FILE)
+    (tmp_path / "config.json").write_text(text.replace('"hidden_size": 32', '"hidden_size": 64, "hidden_size": 32'))
+    with pytest.raises(
+        ValueError, match=r"config\.json gives two values for the key 'hidden_size', 64 and 32: keep one"
+    ):
+        read_config(tmp_path)
+
+
 def test_biases_of_llama_are_two_settings_here() -> None:
     def biases(**values: Any) -> tuple[bool, bool, bool]:
         found = config(**values)
