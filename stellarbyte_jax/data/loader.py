@@ -95,7 +95,8 @@ class Loader:
             if saved.get(name) != now:
                 raise DataError(
                     f"cannot continue the data where it stopped: {name} was {shown(saved.get(name))} and is now "
-                    f"{shown(now)}; keep the data, its settings and the number of processes as they were, or start a new run"
+                    f"{shown(now)}; keep the data, its settings and the number of processes as they were, or start a "
+                    "new run"
                 )
         self._iterator.set_state({name: value for name, value in state.items() if name not in ("format", "stream")})
         self._moved = True
