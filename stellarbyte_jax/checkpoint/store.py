@@ -128,7 +128,17 @@ class Checkpointer:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
+        self._replaced = run_dir.absolute() / "replaced"
+        self._put_back()
         self._open()
+
+    def _put_back(self) -> None:
+        """A checkpoint whose replacement was not finished comes back."""
+        for path in self._replaced.glob("[0-9]*"):
+            if not (self.directory / path.name).exists():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                path.rename(self.directory / path.name)
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _open(self) -> None:
         self._manager = ocp.CheckpointManager(self.directory, options=self._options)
@@ -148,6 +158,8 @@ class Checkpointer:
         validation_loss: float | None = None,
     ) -> None:
         """Copies arrays and returns; the files are written in the background.
+
+        A checkpoint of the same step is replaced, before this returns.
 
         Args:
           step: optimizer steps done.
@@ -178,9 +190,22 @@ class Checkpointer:
                 f"it takes {needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free",
                 "free space or choose another output_dir",
             )
+        replaces = step in self.steps
+        if replaces:
+            self._guarded(step, lambda: self._set_aside(step))
         self._guarded(
             step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         )
+        if replaces:
+            self.wait()
+            self._put_back()
+
+    def _set_aside(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        self._replaced.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(self._replaced / str(step))
+        self._manager.close()
+        self._open()
 
     def wait(self) -> None:
         """Returns when the last save is on disk.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -26,15 +26,18 @@ class Progress:
     Attributes:
       best_loss: the least validation loss so far.
       stale: validations since then without a better one.
+      unvalidated: a validation that was due after the last step was not finished.
     """
 
     best_loss: float | None = None
     stale: int = 0
+    unvalidated: bool = False
 
     def improved(self, loss: float) -> bool:
         """Counts a validation loss; returns whether it is the best so far."""
         better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         self.best_loss, self.stale = (loss, 0) if better else (self.best_loss, self.stale + 1)
+        self.unvalidated = False
         return better
 
     def exhausted(self, patience: int | None) -> bool:
@@ -78,7 +81,7 @@ def save(
     }
     facts = {
         "config": config.to_dict(),
-        "data": {"loader": data, "best_loss": progress.best_loss, "stale": progress.stale},
+        "data": {"loader": data, **asdict(progress)},
     }
     checkpointer.save(step, arrays, facts, frozen=paths(state.frozen), validation_loss=validation_loss)
 
@@ -143,7 +146,8 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
         carried=State(**carried),
     )
     data = stored.json("data")
-    return Resumed(state, Progress(data["best_loss"], data["stale"]), data["loader"])
+    progress = Progress(data["best_loss"], data["stale"], data.get("unvalidated", False))
+    return Resumed(state, progress, data["loader"])
 
 
 def _finite(items: dict[str, Any]) -> dict[str, Any]:

@@ -115,7 +115,8 @@ def _prepare(
     found = resume.restore(checkpointer, config, shapes, optimizer, report.line)
     resumed = found or Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None)
     start = int(resumed.state.step)
-    if start >= config.steps or resumed.progress.exhausted(config.evaluation.patience):
+    validates = resumed.progress.unvalidated and bool(config.data.validation)
+    if (start >= config.steps and not validates) or resumed.progress.exhausted(config.evaluation.patience):
         return _over(config, model, resumed, report)
     loader = stack.enter_context(contextlib.closing(_train_loader(config)))
     validation = stack.enter_context(contextlib.closing(v)) if (v := _validation_loader(config)) else None
@@ -128,7 +129,7 @@ def _prepare(
     # The run's checkpoints stay readable when the original moves.
     copy_tokenizer(config.data.tokenizer, run_dir / TOKENIZER)
     report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
-    trackers = make_trackers(config, start)
+    trackers = make_trackers(config, start, validated=not validates)
     for tracker in trackers:
         stack.callback(tracker.close)
 
@@ -167,6 +168,8 @@ def _loop(run: _Run, start: int) -> Finished:
     """Steps, validations and checkpoints, until the run ends for whatever reason."""
     config, patience = run.config, run.config.evaluation.patience
     saved = start
+    if run.progress.unvalidated and (ended := _make_up(run, start)) is not None:
+        return ended
     for step in range(start + 1, config.steps + 1):
         batch = next(run.loader, None)
         if batch is None:
@@ -182,6 +185,7 @@ def _loop(run: _Run, start: int) -> Finished:
         validated = None
         if run.validation is not None and (last or step % config.evaluation.interval == 0):
             validated = _validate(run, step, run.validation)
+            run.progress.unvalidated = validated is None
         better = validated is not None and run.progress.improved(validated["loss"])
         stopped = run.interrupt.signal is not None
         exhausted = not last and run.progress.exhausted(patience)
@@ -194,6 +198,21 @@ def _loop(run: _Run, start: int) -> Finished:
         if exhausted:
             return Finished(0, step, "patience")
     return Finished(0, config.steps, "steps")
+
+
+def _make_up(run: _Run, step: int) -> Finished | None:
+    """Does the validation that a signal broke off after this step, where the run goes on; how it ended, if it did."""
+    run.progress.unvalidated = run.validation is not None
+    if run.validation is not None:
+        validated = _validate(run, step, run.validation)
+        if validated is not None:
+            run.progress.improved(validated["loss"])
+            _save(run, step, validated["loss"])
+    if run.interrupt.signal is not None:
+        return Finished(run.interrupt.exit_code, step, "signal")
+    if step < run.config.steps and run.progress.exhausted(run.config.evaluation.patience):
+        return Finished(0, step, "patience")
+    return None
 
 
 def _finish(run: _Run, ended: Finished) -> Finished:
@@ -228,12 +247,19 @@ def _early(progress: Progress, step: int) -> str:
     return f"stopped early at step {step}: {progress.stale} validations without a better loss"
 
 
-def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float]:
+def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float] | None:
+    """The metrics; None where a signal came before they were complete."""
     run.meter.flush()
     with run.meter.paused():
         state = State.initial(run.config.model, run.config.global_batch_size)
         limit = run.config.evaluation.batches
-        validated = evaluate(run.eval_step, run.state.averaged, batches, limit, run.report, state)
+        weights = run.state.averaged
+        validated = evaluate(
+            run.eval_step, weights, batches, limit, run.report, state, lambda: run.interrupt.signal is not None
+        )
+        if validated is None:
+            run.report.line(f"step {step}/{run.config.steps}  validation broken off: it is done when the run goes on")
+            return None
         run.report.line(f"step {step}/{run.config.steps}  validation  {format_metrics(validated)}")
         run.publish(step, {f"validation/{name}": value for name, value in validated.items()})
     return validated
@@ -263,12 +289,18 @@ def evaluate(
     limit: int | None,
     report: Reporter,
     state: State,
-) -> dict[str, float]:
-    """Token-weighted validation metrics over at most ``limit`` batches, from ``state`` on."""
+    stopped: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Token-weighted validation metrics over at most ``limit`` batches, from ``state`` on.
+
+    None where ``stopped``, which is asked before each batch, came true.
+    """
     totals: list[dict[str, jax.Array]] = []
     for index, batch in enumerate(batches):
         if index == limit:
             break
+        if stopped():
+            return None
         sums, state = run_eval(params, batch, state)
         totals.append(sums)
         report.validation(index + 1, limit)
