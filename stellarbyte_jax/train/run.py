@@ -17,11 +17,11 @@ from stellarbyte_jax.checkpoint.bundle import TOKENIZER
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
-from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries
+from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries, write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
-from stellarbyte_jax.tokenizer.directory import copy_tokenizer
+from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
 from stellarbyte_jax.train import finish, resume
 from stellarbyte_jax.train.console import Reporter, format_metrics
 from stellarbyte_jax.train.meter import Meter
@@ -125,9 +125,7 @@ def _prepare(
         report.line(f"resumed at step {start} from {run_dir}")
     elif found is not None:
         report.line(f"starting from the weights in {run_dir}")
-    (run_dir / "train_config.json").write_text(config.to_json(), encoding="utf-8")
-    # The run's checkpoints stay readable when the original moves.
-    copy_tokenizer(config.data.tokenizer, run_dir / TOKENIZER)
+    _keep(config, run_dir)
     report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
     trackers = make_trackers(config, start, validated=not validates)
     for tracker in trackers:
@@ -162,6 +160,20 @@ def _prepare(
         eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V)),
         meter=Meter(config, parameters, show, lambda: loader.skipped),
     )
+
+
+def _keep(config: TrainConfig, run_dir: Path) -> None:
+    """Writes the settings, and a copy of the tokenizer: checkpoints stay readable when the original moves."""
+    target = run_dir / "train_config.json"
+    try:
+        write_json(target, config.to_dict())
+        target = run_dir / TOKENIZER
+        copy_tokenizer(config.data.tokenizer, target)
+    except OSError as error:
+        source = error.filename if error.filename2 is None else None  # a copy that fails names both
+        if source is not None and Path(source).parent == Path(config.data.tokenizer):
+            raise OSError(f"{source} could not be read: {error.strerror}; make it readable, start again") from error
+        raise write_failure(target, error) from error
 
 
 def _loop(run: _Run, start: int) -> Finished:
