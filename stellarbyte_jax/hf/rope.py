@@ -66,7 +66,7 @@ def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tup
 
 def _parse_table(stated: Mapping[str, Any], max_positions: Any, where: str) -> RopeScaling:
     # A null means the default, but of truncate, which transformers then takes for false.
-    fields = {name: value for name, value in stated.items() if value is not None or name == "truncate"}
+    fields: dict[str, Any] = {n: value for n, value in stated.items() if value is not None or n == "truncate"}
     kinds = [fields[name] for name in ("rope_type", "type") if name in fields]
     kind = kinds[0] if kinds else "default"
     if kind not in tuple(_KINDS):
