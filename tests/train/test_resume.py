@@ -103,14 +103,15 @@ def test_a_signal_ends_a_validation_which_is_done_when_the_run_goes_on(batch, st
 
 
 def test_a_validation_that_was_broken_off_counts_for_the_best_checkpoint_and_for_patience(config_file, tmp_path):
-    settings = ("steps=14", "checkpoint.keep_latest=1", "checkpoint.interval=100", "evaluation.interval=3")
-    assert child(config_file, IN_VALIDATION.format(batch=2), *settings).returncode == 143
-    last = ("optimizer.learning_rate=1e-12", "optimizer.weight_decay=0", "evaluation.patience=3")
-    resumed = child(config_file, "", *settings, *last)
+    settings = ("steps=14", "checkpoint.keep_latest=1", "checkpoint.interval=4", "evaluation.interval=3")
+    assert child(config_file, IN_VALIDATION.format(batch=1), *settings).returncode == 143
+    worse = ("optimizer.learning_rate=1", "evaluation.patience=3")
+    resumed = child(config_file, "", *settings, *worse)
     assert resumed.returncode == 0, resumed.stderr
+    assert "stopped early at step 12: 3 validations without a better loss" in resumed.stdout
     losses = log_of(tmp_path / "run")[1]
-    best = min(losses, key=lambda step: losses[step])
-    assert set(losses) == {3, 6, 9, 12, 14} and (tmp_path / "run" / "checkpoints" / str(best)).exists()
+    assert list(losses) == [3, 6, 9, 12] and min(losses, key=lambda step: losses[step]) == 3
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["12", "3"]
 
 
 def test_a_checkpoint_whose_replacement_was_killed_comes_back(config_file, straight, tmp_path):
