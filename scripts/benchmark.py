@@ -27,7 +27,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.command import command
+from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config import ByteConfig, CacheConfig, TrainConfig, load
 
 REPEATS = 5
@@ -106,14 +106,15 @@ def _timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
 
 
 def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
-    import jax
+    with imports():
+        import jax
 
-    from stellarbyte_jax.launch import environment
-    from stellarbyte_jax.model.decoder import ByteTransformer
-    from stellarbyte_jax.train.metrics import count_parameters, flops_per_token, memory_metrics, peak_flops
-    from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
-    from stellarbyte_jax.train.state import create_state
-    from stellarbyte_jax.train.step import make_train_step
+        from stellarbyte_jax.launch import environment
+        from stellarbyte_jax.model.decoder import ByteTransformer
+        from stellarbyte_jax.train.metrics import count_parameters, flops_per_token, memory_metrics, peak_flops
+        from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
+        from stellarbyte_jax.train.state import create_state
+        from stellarbyte_jax.train.step import make_train_step
 
     model = ByteTransformer(config.model)
     optimizer = make_optimizer(config, model)
@@ -148,8 +149,9 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
 def _synthetic(config: TrainConfig, steps: int) -> dict[str, Any]:
     import itertools
 
-    import jax
-    import numpy as np
+    with imports():
+        import jax
+        import numpy as np
 
     shape = (config.global_batch_size, config.data.sequence_length)
     random = np.random.default_rng(0)
@@ -160,9 +162,10 @@ def _synthetic(config: TrainConfig, steps: int) -> dict[str, Any]:
 
 
 def _real(config: TrainConfig, steps: int) -> dict[str, Any]:
-    import jax
+    with imports():
+        import jax
 
-    from stellarbyte_jax.data.loader import make_loader
+        from stellarbyte_jax.data.loader import make_loader
 
     loader = make_loader(
         config.data, split="train", batch_size=config.global_batch_size, seed=0, transform=jax.device_put
@@ -174,9 +177,10 @@ def _real(config: TrainConfig, steps: int) -> dict[str, Any]:
 
 
 def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
-    import numpy as np
-    import torch
-    import transformers
+    with imports():
+        import numpy as np
+        import torch
+        import transformers
 
     c = config.model
     settings = transformers.LlamaConfig(
@@ -231,7 +235,8 @@ def _rounded(result: dict[str, float]) -> dict[str, float]:
 
 def _jsonl(config: TrainConfig, steps: int) -> dict[str, Any]:
     del steps
-    from stellarbyte_jax.data.loader import measure_loader
+    with imports():
+        from stellarbyte_jax.data.loader import measure_loader
 
     return _rounded(measure_loader(config.data, batch_size=config.global_batch_size, seconds=15))
 
@@ -240,9 +245,10 @@ def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
     del steps
     import dataclasses
 
-    from stellarbyte_jax.data.loader import measure_loader
-    from stellarbyte_jax.data.shards import prepare
-    from stellarbyte_jax.data.text import TextFormat
+    with imports():
+        from stellarbyte_jax.data.loader import measure_loader
+        from stellarbyte_jax.data.shards import prepare
+        from stellarbyte_jax.data.text import TextFormat
 
     data = config.data
     with tempfile.TemporaryDirectory() as directory:
@@ -273,12 +279,13 @@ CACHE = ByteConfig(
 
 def _decode(model_config: ByteConfig, batch_size: int, prompt: int, new: int) -> dict[str, Any]:
     """Median tokens a second of whole calls of ``generate`` with random weights, prompts and compilation left out."""
-    import jax
-    import numpy as np
+    with imports():
+        import jax
+        import numpy as np
 
-    from stellarbyte_jax import ByteTransformer, generate
-    from stellarbyte_jax.launch import environment
-    from stellarbyte_jax.model.decoder import init_params
+        from stellarbyte_jax import ByteTransformer, generate
+        from stellarbyte_jax.launch import environment
+        from stellarbyte_jax.model.decoder import init_params
 
     model = ByteTransformer(model_config)
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()

@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.command import command
+from stellarbyte_jax.command import command, imports
 
 # Changes of the model's settings; {n} is a quarter of the text's length.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -46,16 +46,17 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/cache_quality.json"))
     arguments = parser.parse_args()
 
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+    with imports():
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
 
-    from stellarbyte_jax.hf.directory import from_pretrained
-    from stellarbyte_jax.launch import environment
-    from stellarbyte_jax.model.decoder import ByteTransformer, forward_step
-    from stellarbyte_jax.model.io import State
-    from stellarbyte_jax.model.state.cache import make_cache
-    from stellarbyte_jax.tokenizer.codec import load_tokenizer
+        from stellarbyte_jax.hf.directory import from_pretrained
+        from stellarbyte_jax.launch import environment
+        from stellarbyte_jax.model.decoder import ByteTransformer, forward_step
+        from stellarbyte_jax.model.io import State
+        from stellarbyte_jax.model.state.cache import make_cache
+        from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
     model, params = from_pretrained(arguments.model, compute_dtype="float32")
     tokenizer = load_tokenizer(arguments.model)

@@ -36,7 +36,8 @@ def main() -> int:
 
 def next_commands(config: TrainConfig, config_path: str) -> str:
     """The commands that make sense after the run, to copy and paste."""
-    from stellarbyte_jax.hf.families import export_family
+    with imports():
+        from stellarbyte_jax.hf.families import export_family
 
     run = config.output_dir
     prompt = config.sample_prompts[0] if config.sample_prompts else "Once upon a time"

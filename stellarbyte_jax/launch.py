@@ -83,6 +83,9 @@ _REMEDIES = {
     "Disk quota": "your quota of the disk is used up: free space or choose another output_dir",
     "No such file": "the directory was moved or removed during the run: put it back or choose another output_dir",
     "NOT_FOUND": "the directory was moved or removed during the run: put it back or choose another output_dir",
+    "Not a directory": "a folder of its path is a file: choose another output_dir",
+    "File exists": "there is a file where a folder belongs: move it or choose another output_dir",
+    "Is a directory": "there is a folder where a file belongs: move it or choose another output_dir",
     "Permission denied": "make it writable or choose another output_dir",
     "Read-only": "make it writable or choose another output_dir",
 }

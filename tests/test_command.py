@@ -1,5 +1,6 @@
 """Does a program end as its users expect: by Ctrl-C, where nobody reads, and with one line about what is wrong?"""
 
+import ast
 import os
 import signal
 import subprocess
@@ -104,3 +105,19 @@ def test_control_characters_are_spelled_out():
 def test_every_script_is_such_a_program(script):
     text = (SCRIPTS / script).read_text()
     assert "@command\ndef main(" in text and "sys.exit(main())" in text
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in SCRIPTS.glob("*.py")))
+def test_no_script_shows_where_its_imports_were(script):
+    """What takes long to import is imported inside of ``imports()``; what makes that available is quick."""
+    quick = {*sys.stdlib_module_names, "stellarbyte_jax.command", "stellarbyte_jax.config"}
+
+    def slow(node, inside=False):
+        if isinstance(node, ast.With):
+            inside = inside or any(ast.unparse(item.context_expr) == "imports()" for item in node.items)
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found = [] if inside else [n for n in names if not {n, n.partition(".")[0]} & quick]
+        return found + [name for child in ast.iter_child_nodes(node) for name in slow(child, inside)]
+
+    assert slow(ast.parse((SCRIPTS / script).read_text())) == []

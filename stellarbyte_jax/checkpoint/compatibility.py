@@ -1,12 +1,16 @@
 """Which settings a run may change when it goes on from a checkpoint."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.checkpoint.store import CheckpointError
-from stellarbyte_jax.config import ByteConfig, TrainConfig
+from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
+from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.data.sources import DataError, expand
 
 _RUNTIME_FIELDS = (
     "compute_dtype",
@@ -46,23 +50,62 @@ _ORDER_FIELDS = (
 )
 
 
-def _architecture(config: ByteConfig) -> dict[str, Any]:
-    """What a checkpoint depends on, with derived sizes spelt out."""
-    values = {name: value for name, value in config.to_dict().items() if name not in _RUNTIME_FIELDS}
-    values["memory"] = {name: value for name, value in values["memory"].items() if name != "batch_policy"}
-    derived = {
+def _architecture(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
+    """What a checkpoint depends on: by setting what it means, and how it is shown, with derived sizes spelt out."""
+    spelt = {name: value for name, value in config.to_dict().items() if name not in _RUNTIME_FIELDS}
+    sizes = {
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
         "intermediate_size": config.mlp_size,
         "layer_types": config.windows,
     }
-    return {**values, **derived}
+    weighs = any(spec.compressed for spec in config.layer_specs)
+    meanings = {
+        **sizes,
+        "vocab_size_multiple": config.padded_vocab_size,
+        "sliding_window": config.windows,
+        "rope_scaling": _scaling(config),
+        "memory": (config.layer_specs, config.memory.compression_weight if weighs else None),
+        "layer_scale_init": config.layer_scale_init is not None,  # how much it is matters to new weights alone
+    }
+    return {name: (meanings.get(name, value), sizes.get(name, value)) for name, value in spelt.items()}
+
+
+def _scaling(config: ByteConfig) -> RopeScaling:
+    """The rotary scaling with all that its settings leave to be derived."""
+    scaling = config.rope_scaling
+    if scaling.name in ("yarn", "llama3") and scaling.original_max_position_embeddings is None:
+        scaling = replace(scaling, original_max_position_embeddings=config.max_position_embeddings)
+    if scaling.name == "yarn" and scaling.attention_factor is None:
+        scaling = replace(scaling, attention_factor=0.1 * math.log(scaling.factor) + 1.0)
+    return scaling
+
+
+def _order(name: str, data: DataConfig) -> Any:
+    """What a setting of the data means for the order of its tokens."""
+    if name == "train":
+        return _files(data.train)
+    if name == "tokenizer":
+        return Path(data.tokenizer).expanduser().resolve()
+    if name == "max_documents_per_sequence":
+        return min(data.max_documents_per_sequence, data.sequence_length)
+    return getattr(data, name)
+
+
+def _files(patterns: Sequence[str]) -> list[Path] | Sequence[str]:
+    """The files that patterns name now; the patterns where they name none."""
+    try:
+        return [path.resolve() for pattern in patterns for path in expand(pattern, "data.train")]
+    except DataError:
+        return patterns
 
 
 def check_resumable(
     stored: Mapping[str, Any], config: TrainConfig, path: Path, initial: bool, say: Callable[[str], None]
 ) -> None:
     """Checks that a run with ``config`` may go on from the checkpoint at ``path``.
+
+    What settings mean is compared, not how they are spelled. A run that met no bad line so far may begin to skip them.
 
     Args:
       stored: settings that the checkpoint was written with, as JSON values.
@@ -74,13 +117,12 @@ def check_resumable(
     Raises:
       CheckpointError: settings differ that must not; the message lists them.
     """
-    now = json.loads(config.to_json())
-    stored = json.loads(TrainConfig.from_dict(stored).to_json())  # settings that are newer than it have their defaults
-    there = _architecture(ByteConfig.from_dict(stored["model"]))
+    before = TrainConfig.from_dict(stored)  # settings that are newer than it have their defaults
+    there = _architecture(before.model)
     differ = {
-        name: f"model.{name} is {there[name]!r} there and {value!r} here"
-        for name, value in _architecture(config.model).items()
-        if there[name] != value
+        name: f"model.{name} is {shown(there[name][1])} there and {shown(value)} here"
+        for name, (meaning, value) in _architecture(config.model).items()
+        if there[name][0] != meaning and there[name][1] != value
     }
     if initial:
         for name in _POSITION_FIELDS:
@@ -92,11 +134,11 @@ def check_resumable(
         )
     if initial:
         return
-    differ = [
-        f"data.{name} was {stored['data'].get(name)!r} and is {now['data'][name]!r}"
-        for name in _ORDER_FIELDS
-        if stored["data"].get(name) != now["data"][name]
-    ]
+    changed = [name for name in _ORDER_FIELDS if _order(name, before.data) != _order(name, config.data)]
+    if before.data.on_error == "raise" and "on_error" in changed:
+        changed.remove("on_error")  # no line of those that were read is left out now
+    stored, now = json.loads(before.to_json()), json.loads(config.to_json())
+    differ = [f"data.{name} was {shown(stored['data'][name])} and is {shown(now['data'][name])}" for name in changed]
     differ += [
         f"{name} was {stored[name]!r} and is {now[name]!r}"
         for name in ("seed", "global_batch_size")

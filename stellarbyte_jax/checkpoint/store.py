@@ -17,6 +17,7 @@ from orbax.checkpoint import checkpoint_managers
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
+from stellarbyte_jax.config.foreign import clipped, listed, shown
 from stellarbyte_jax.launch import remedy
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
@@ -58,12 +59,12 @@ class StoredStep:
                 raise OSError("format differs from its checksum")
             missing = [item for item in facts["items"] if not stored.has(item)]
             if missing:
-                raise FileNotFoundError(f"{', '.join(missing)} of it is missing")
+                raise FileNotFoundError(f"{listed(missing)} of it is missing")
         stored._facts = facts
         found = facts.get("format", 1)
         if found != _FORMAT:
             raise CheckpointError(
-                f"{stored.path} is a checkpoint of format {found}, this version reads {_FORMAT}: convert it to "
+                f"{stored.path} is a checkpoint of format {shown(found)}, this version reads {_FORMAT}: convert it to "
                 "the Hugging Face format with the version that wrote it, and that with this one"
             )
         return stored
@@ -127,7 +128,17 @@ class Checkpointer:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
+        self._replaced = run_dir.absolute() / "replaced"
+        self._put_back()
         self._open()
+
+    def _put_back(self) -> None:
+        """A checkpoint whose replacement was not finished comes back."""
+        for path in self._replaced.glob("[0-9]*"):
+            if not (self.directory / path.name).exists():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                path.rename(self.directory / path.name)
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _open(self) -> None:
         self._manager = ocp.CheckpointManager(self.directory, options=self._options)
@@ -147,6 +158,8 @@ class Checkpointer:
         validation_loss: float | None = None,
     ) -> None:
         """Copies arrays and returns; the files are written in the background.
+
+        A checkpoint of the same step is replaced, before this returns.
 
         Args:
           step: optimizer steps done.
@@ -177,9 +190,22 @@ class Checkpointer:
                 f"it takes {needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free",
                 "free space or choose another output_dir",
             )
+        replaces = step in self.steps
+        if replaces:
+            self._guarded(step, lambda: self._set_aside(step))
         self._guarded(
             step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         )
+        if replaces:
+            self.wait()
+            self._put_back()
+
+    def _set_aside(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        self._replaced.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(self._replaced / str(step))
+        self._manager.close()
+        self._open()
 
     def wait(self) -> None:
         """Returns when the last save is on disk.
@@ -248,4 +274,4 @@ def first_line(error: BaseException) -> str:
     """Kind and message of an error, in one line that is not too long."""
     text = (str(error).strip() or "no message").splitlines()[0]
     # Long ones begin with what was tried and end with what went wrong.
-    return f"{type(error).__name__}: {text if len(text) < 300 else f'{text[:100]} ... {text[-150:]}'}"
+    return f"{type(error).__name__}: {clipped(text if len(text) < 300 else f'{text[:100]} ... {text[-150:]}', 300)}"

@@ -40,15 +40,34 @@ def listed(names: Iterable[Any]) -> str:
 def json_object(content: bytes, where: str) -> dict[str, Any]:
     """The JSON object that a file holds; ``where`` names the file.
 
+    A key that is given twice is refused where its values differ: other readers, transformers among them, take the last
+    one without a word. (Records of the data are read as others read them, and items of a checkpoint have checksums.)
+
     Raises:
-      ValueError: it is not UTF-8, no JSON, no object, nested too deeply, or holds a number that Python does not read.
+      ValueError: it is not UTF-8, no JSON, no object, nested too deeply, gives a key two values, or holds a number that
+        Python does not read.
     """
     try:
-        values = json.loads(content.decode())
+        values = json.loads(content.decode(), object_pairs_hook=_unambiguous)
     except RecursionError:
         raise ValueError(f"{where} is not valid JSON: it is nested too deeply. Copy the file again") from None
+    except _AmbiguousError as error:
+        raise ValueError(f"{where} gives two values for the key {error}: keep one of them") from None
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {clipped(str(error))}. Copy the file again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{where} must hold a JSON object, got {type(values).__name__}")
     return values
+
+
+class _AmbiguousError(Exception):
+    pass
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        for key, value in pairs:
+            if repr(value) != repr(made[key]):  # equal numbers may be of different types
+                raise _AmbiguousError(f"{shown(key)}, {shown(value)} and {shown(made[key])}")
+    return made

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stellarbyte_jax.config.foreign import clipped, listed
 from stellarbyte_jax.data.files import DataError
 
 _NOT_UTF8 = b"\xff\n"  # stands for a record that is not
@@ -44,7 +45,7 @@ def _from_gzip(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
         with gzip.open(path, "rb") as file:
             shutil.copyfileobj(file, out, 1 << 20)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged or not gzip ({error}); fetch the file again") from error
+        raise DataError(f"{path}: damaged or not gzip ({clipped(str(error))}); fetch the file again") from error
 
 
 def _from_zstd(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
@@ -64,7 +65,7 @@ def _from_zstd(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
                     out.write(complete.decompress(block))
                     block = complete.unused_data if complete.eof else b""
     except zstandard.ZstdError as error:
-        raise DataError(f"{path}: damaged or not zstd ({error}); fetch the file again") from error
+        raise DataError(f"{path}: damaged or not zstd ({clipped(str(error))}); fetch the file again") from error
     if not complete.eof:
         raise DataError(f"{path}: the zstd stream is cut off; fetch the file again")
 
@@ -80,17 +81,23 @@ def _from_parquet(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
             present = file.schema_arrow.names
             missing = [c for c in columns if c not in present]
             if missing:
-                raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(present)}; name one of these")
+                raise DataError(f"{path}: no column {missing[0]!r}; it has {listed(present)}; name one of these")
             for column in columns:
+                if present.count(column) > 1:
+                    raise DataError(
+                        f"{path}: {present.count(column)} columns are called {column!r}; rename them or name another"
+                    )
                 kind = file.schema_arrow.field(column).type
                 kind = kind.value_type if pa.types.is_dictionary(kind) else kind
                 if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                    raise DataError(f"{path}: column {column!r} must hold strings, it holds {kind}; name another one")
+                    raise DataError(
+                        f"{path}: column {column!r} must hold strings, it holds {clipped(str(kind))}; name another one"
+                    )
             for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
                 for record in _records(batch):
                     out.write(_NOT_UTF8 if record is None else json.dumps(record).encode() + b"\n")
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error})") from error
+        raise DataError(f"{path}: cannot be read as Parquet ({clipped(str(error))})") from error
 
 
 def _records(batch: Any) -> Iterator[dict[str, Any] | None]:

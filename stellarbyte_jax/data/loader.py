@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import grain
 
 from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.data.contiguous import ContiguousDocuments
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups
 from stellarbyte_jax.data.packing import PackDocuments
@@ -81,7 +82,7 @@ class Loader:
           DataError: the state is of other data, or of a run that reads it in another order.
         """
         if state.get("format") != _STATE_FORMAT:
-            raise DataError(f"data state of format {state.get('format')}, this version reads {_STATE_FORMAT}")
+            raise DataError(f"data state of format {shown(state.get('format'))}, this version reads {_STATE_FORMAT}")
         saved = state["stream"]
         for name, now in self._stream.items():
             if name == "content" and name not in saved:
@@ -93,8 +94,9 @@ class Loader:
                 )
             if saved.get(name) != now:
                 raise DataError(
-                    f"cannot continue the data where it stopped: {name} was {saved.get(name)} and is now {now}; "
-                    "keep the data, its settings and the number of processes as they were, or start a new run"
+                    f"cannot continue the data where it stopped: {name} was {shown(saved.get(name))} and is now "
+                    f"{shown(now)}; keep the data, its settings and the number of processes as they were, or start a "
+                    "new run"
                 )
         self._iterator.set_state({name: value for name, value in state.items() if name not in ("format", "stream")})
         self._moved = True

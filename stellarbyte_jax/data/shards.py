@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
 from stellarbyte_jax.data.sources import SHARD_FORMAT, SHARD_META, DataError, open_corpus
 from stellarbyte_jax.data.text import TextFormat
@@ -125,7 +126,7 @@ def _empty_directory(path: Path, overwrite: bool) -> Path:
             raise DataError(f"the output {path} is not empty; choose another directory, or ask to overwrite it")
         foreign = [p.name for p in path.iterdir() if not _is_ours(p)]
         if foreign:
-            raise DataError(f"the output {path} holds other files ({foreign[0]}); only shards are overwritten")
+            raise DataError(f"the output {path} holds other files ({clipped(foreign[0])}); only shards are overwritten")
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     return path

@@ -8,6 +8,7 @@ import bisect
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from stellarbyte_jax.config.foreign import clipped, json_object, shown
 from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
 from stellarbyte_jax.data.files import ArrayFile, ByteFile, DataError
 from stellarbyte_jax.data.line_index import Lines, index_lines
@@ -264,24 +266,33 @@ def _open_shards(path: Path, fingerprint: str) -> ShardSource:
             "to read files in it, name them with a glob"
         )
     try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        meta = json_object(meta_path.read_bytes(), str(meta_path))
+    except ValueError as error:
+        raise DataError(f"{error}, or prepare the data again") from error
+    try:
         version, made_with, shards = meta["format"], meta["tokenizer_fingerprint"], meta["shards"]
-        ends = np.cumsum([s["documents"] for s in shards]).tolist()
+        sizes = [(s["documents"], s["tokens"]) for s in shards]
         files = tuple((str(path / s["token_file"]), str(path / s["offset_file"])) for s in shards)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{meta_path}: damaged ({error!r}); prepare the data again") from error
+        if not sizes or not all(type(size) is int and 0 < size < 2**63 for pair in sizes for size in pair):
+            raise ValueError(f"each shard must have documents and tokens, got {shown(sizes)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{meta_path}: damaged ({clipped(repr(error))}); prepare the data again") from error
     if version != SHARD_FORMAT:
-        raise DataError(f"{meta_path}: format {version}, this version reads {SHARD_FORMAT}; prepare the data again")
+        raise DataError(
+            f"{meta_path}: format {shown(version)}, this version reads {SHARD_FORMAT}; prepare the data again"
+        )
     if made_with != fingerprint:
         raise DataError(
-            f"{path} was prepared with another tokenizer (fingerprint {made_with}, data.tokenizer has {fingerprint}); "
-            "set data.tokenizer to that one or prepare the data again"
+            f"{path} was prepared with another tokenizer (fingerprint {clipped(str(made_with))}, data.tokenizer has "
+            f"{fingerprint}); set data.tokenizer to that one or prepare the data again"
         )
-    for (token_file, offset_file), shard in zip(files, shards, strict=True):
+    for (token_file, offset_file), (documents, count) in zip(files, sizes, strict=True):
         try:
             tokens, offsets = _open_shard(token_file, offset_file)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: a shard is missing or damaged ({error}); prepare the data again") from error
-        if len(tokens) != shard["tokens"] or len(offsets) != shard["documents"] + 1:
-            raise DataError(f"{token_file}: not the size that {SHARD_META} gives; prepare the data again")
-    return ShardSource(str(path), files, tuple(ends))
+            raise DataError(
+                f"{path}: a shard is missing or damaged ({clipped(str(error))}); prepare the data again"
+            ) from error
+        if len(tokens) != count or len(offsets) != documents + 1:
+            raise DataError(f"{clipped(token_file)}: not the size that {SHARD_META} gives; prepare the data again")
+    return ShardSource(str(path), files, tuple(itertools.accumulate(documents for documents, _ in sizes)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.data.sources import BadRecordError, DataError, LineSource
 
 
@@ -70,7 +71,7 @@ class TextFormat:
         values: dict[str, str] = {}
         for name in self.columns:
             if name not in record:
-                present = ", ".join(record) or "none"
+                present = listed(record) or "none"
                 raise BadRecordError(f"no field {name!r}; the fields here are: {present}; name one of these")
             value = record[name]
             if not isinstance(value, str):

@@ -19,7 +19,7 @@ _DIGITS = 8
 
 def checksum(array: np.ndarray) -> str:
     """Of the numbers of a tensor as they lie in the file; as long for any of them."""
-    return f"{zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))):0{_DIGITS}x}"
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):0{_DIGITS}x}"
 
 
 def unknown_checksums(names: Iterable[str]) -> dict[str, str]:

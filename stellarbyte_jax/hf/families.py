@@ -58,6 +58,7 @@ class Family:
       rows: the weights.
       buffers: patterns of tensors that older checkpoints hold and nobody needs.
       settings: their fields that are ByteConfig fields of the same name, each with their default.
+      nullable: those of ``settings`` that may be null in a file; transformers refuses it in the others.
       fixed: their fields that may only have the values listed (the first is the default).
     """
 
@@ -66,6 +67,7 @@ class Family:
     rows: tuple[Row, ...]
     buffers: tuple[str, ...]
     settings: Mapping[str, Any]
+    nullable: tuple[str, ...]
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def entries(self, config: ByteConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Entry]:
@@ -145,6 +147,7 @@ LLAMA = Family(
     buffers=_ROTARY_BUFFERS,
     # Their attention_bias is a bias on q, k, v and the output projection.
     settings={**_SETTINGS, "attention_bias": False, "mlp_bias": False},
+    nullable=("num_key_value_heads", "head_dim", "attention_dropout"),
     fixed=_FIXED,
 )
 MISTRAL = Family(
@@ -159,6 +162,7 @@ MISTRAL = Family(
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
+    nullable=("head_dim", "sliding_window"),
     fixed={**_FIXED, "attention_bias": (False, None), "mlp_bias": (False, None)},
 )
 FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL)}

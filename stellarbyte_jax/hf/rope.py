@@ -33,21 +33,23 @@ def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tup
     Raises:
       ValueError: a kind or a field is not implemented, a field is missing, or two of them contradict each other.
     """
-    thetas = {"rope_theta": values.get("rope_theta")}
+    thetas = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
     shares = {"partial_rotary_factor": values.get("partial_rotary_factor")}
     scalings: dict[str, RopeScaling] = {}
     for table in _TABLES:
         stated = values.get(table)
-        if stated is None:
+        if stated is None or stated == {}:  # transformers takes an empty table for none
             continue
         if not isinstance(stated, Mapping):
             raise ValueError(f"{where}: {table} must be an object, got {shown(stated)}")
-        # A null means the default, but of truncate, which transformers then takes for false.
-        fields = {name: value for name, value in stated.items() if value is not None or name == "truncate"}
-        if fields:  # transformers takes an empty table for none
-            scalings[table] = _parse_table(fields, max_positions, f"{where}: {table}")
-            thetas[f"{table}.rope_theta"] = fields.get("rope_theta")
-            shares[f"{table}.partial_rotary_factor"] = fields.get("partial_rotary_factor")
+        scalings[table] = _parse_table(stated, max_positions, f"{where}: {table}")
+        thetas |= {f"{table}.rope_theta": stated["rope_theta"]} if "rope_theta" in stated else {}
+        shares[f"{table}.partial_rotary_factor"] = stated.get("partial_rotary_factor")
+    # Of two tables transformers reads the older one, and gives it the theta beside it or the default one.
+    table = next(reversed(scalings), None)
+    place = next((p for p in (f"{table}.rope_theta", "rope_theta") if p in thetas), "the default of rope_theta")
+    if thetas.setdefault(place, _DEFAULT_THETA) is None:
+        raise ValueError(f"{where}: {place} is null: give a number, or remove the field for the default")
     for name, share in shares.items():
         if share not in (None, 1):
             raise ValueError(f"{where}: {name} is {shown(share)}; only whole heads are rotated here, a factor of 1")
@@ -59,10 +61,12 @@ def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tup
         raise ValueError(f"{where}: contradicting values {shown(given)}: keep one of them")
     if len(set(scalings.values())) > 1:
         raise ValueError(f"{where}: {' and '.join(scalings)} contradict each other: keep one of them")
-    return next(iter(given.values()), _DEFAULT_THETA), next(iter(scalings.values()), RopeScaling())
+    return next(iter(given.values())), next(iter(scalings.values()), RopeScaling())
 
 
-def _parse_table(fields: Mapping[str, Any], max_positions: Any, where: str) -> RopeScaling:
+def _parse_table(stated: Mapping[str, Any], max_positions: Any, where: str) -> RopeScaling:
+    # A null means the default, but of truncate, which transformers then takes for false.
+    fields: dict[str, Any] = {n: value for n, value in stated.items() if value is not None or n == "truncate"}
     kinds = [fields[name] for name in ("rope_type", "type") if name in fields]
     kind = kinds[0] if kinds else "default"
     if kind not in tuple(_KINDS):
@@ -70,6 +74,12 @@ def _parse_table(fields: Mapping[str, Any], max_positions: Any, where: str) -> R
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         raise ValueError(f"{where} says rope_type {shown(kinds[0])} and type {shown(kinds[1])}: keep one of them")
     required, optional = _KINDS[kind]
+    # Where transformers computes with the null.
+    needed = ["type" if "rope_type" not in stated else "rope_type"]
+    needed += ["partial_rotary_factor", "original_max_position_embeddings"] if kind != "default" else []
+    null = [name for name in needed if name in stated and stated[name] is None]
+    if null:
+        raise ValueError(f"{where}.{null[0]} is null: give a value, or remove the field for the default")
     harmless = ("truncate",) if kind == "yarn" and fields.get("truncate") is True else ()
     unknown = [name for name in fields if name not in (*_COMMON, *required, *optional, *harmless)]
     if kind == "yarn" and "truncate" in unknown:

@@ -75,7 +75,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> tuple[Family, ByteCon
     for name, allowed in family.fixed.items():
         if name in values and values[name] not in allowed:
             raise ValueError(f"{where}: {name} is {shown(values[name])}; only {allowed[0]!r} is implemented")
-    # A field of another family that is null asks for nothing; what null means for one of ours, its type says.
+    # A field of another family that is null asks for nothing.
     known = {*family.settings, *family.fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
     unknown = [name for name, value in values.items() if name not in known and value is not None]
     if unknown:
@@ -86,8 +86,9 @@ def parse_config(values: Mapping[str, Any], where: str) -> tuple[Family, ByteCon
             "If the model computes the same without it, remove it from config.json"
         )
     settings = {name: values.get(name, default) for name, default in family.settings.items()}
-    if settings["intermediate_size"] is None:  # ByteConfig would derive it, and transformers refuses it
-        raise ValueError(f"{where}: intermediate_size is null: give a number, or remove the field for the default")
+    nulls = [name for name in settings if name in values and values[name] is None and name not in family.nullable]
+    if nulls:  # ByteConfig would derive some of them, and transformers refuses them
+        raise ValueError(f"{where}: {nulls[0]} is null: give a value, or remove the field for the default")
     if settings["attention_dropout"] is None:
         settings["attention_dropout"] = 0.0
     settings["hidden_act"] = _activation(settings["hidden_act"], where)

@@ -1,5 +1,6 @@
 """Other settings for a loaded model: those that its weights allow."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -13,8 +14,9 @@ def reconfigure(model: ByteTransformer, overrides: Sequence[str]) -> ByteTransfo
     """The model with ``name=value`` settings, which its weights fit as before.
 
     YaRN and Llama-3 scaling are counted from the length that the model was trained with: where the overrides name one
-    of them and not ``rope_scaling.original_max_position_embeddings``, that becomes the model's
-    ``max_position_embeddings``, and the new ``max_position_embeddings`` is that times the factor unless it is given.
+    of them and not ``rope_scaling.original_max_position_embeddings`` (none is the new length), that becomes the
+    model's ``max_position_embeddings``, and the new ``max_position_embeddings`` is that times the factor unless it is
+    given.
 
     Raises:
       ConfigError: a setting does not exist, contradicts another one, or asks for other weights.
@@ -24,9 +26,8 @@ def reconfigure(model: ByteTransformer, overrides: Sequence[str]) -> ByteTransfo
     config = _stretched(model.config, overrides)
     changed = _first_change(model.config, config)
     if changed is not None:
-        blamed = [text for text in overrides if _first_change(model.config, _alone(model.config, text)) is not None]
         raise ConfigError(
-            f"{' '.join(blamed or overrides)} asks for other weights than the model has ({changed}): "
+            f"{' '.join(_blamed(model.config, overrides))} asks for other weights than the model has ({changed}): "
             "leave it out, such settings are chosen before training"
         )
     return ByteTransformer(config)
@@ -38,7 +39,7 @@ def _stretched(config: ByteConfig, overrides: Sequence[str]) -> ByteConfig:
     scaling = changed.rope_scaling
     if scaling.name not in ("yarn", "llama3") or scaling.original_max_position_embeddings is not None:
         return changed
-    if "rope_scaling.name" not in names:
+    if "rope_scaling.name" not in names or "rope_scaling.original_max_position_embeddings" in names:
         return changed
     trained = config.max_position_embeddings
     more = [f"rope_scaling.original_max_position_embeddings={trained}"]
@@ -47,11 +48,26 @@ def _stretched(config: ByteConfig, overrides: Sequence[str]) -> ByteConfig:
     return override(config, [*overrides, *more])
 
 
-def _alone(config: ByteConfig, text: str) -> ByteConfig:
+def _blamed(config: ByteConfig, overrides: Sequence[str]) -> list[str]:
+    """Those of the overrides that ask for other weights: one by itself, or few that cannot be without each other."""
+    blamed: set[int] = set()
+    left = set(range(len(overrides)))
+    for size in (1, 2, 3):
+        for numbers in map(set, itertools.combinations(sorted(left), size)):
+            if numbers <= left and _asks(config, overrides, numbers):
+                blamed |= numbers
+                left -= numbers
+        if not _asks(config, overrides, left):
+            break
+    return [overrides[number] for number in sorted(blamed)] or list(overrides)
+
+
+def _asks(config: ByteConfig, overrides: Sequence[str], numbers: set[int]) -> bool:
+    """Whether these overrides by themselves ask for other weights; not where they need the others."""
     try:
-        return override(config, [text])
-    except ConfigError:  # it needs the others
-        return config
+        return _first_change(config, override(config, [overrides[number] for number in sorted(numbers)])) is not None
+    except ConfigError:
+        return False
 
 
 def _first_change(before: ByteConfig, after: ByteConfig) -> str | None:

@@ -61,7 +61,7 @@ class TokenizerDirectory:
         """Content of ``tokenizer.json``, and the ``tokenizers.Tokenizer`` that it describes.
 
         Raises:
-          ValueError: the directory or the file is missing, or the library cannot read it.
+          ValueError: the directory or the file is missing, the library cannot read it, or it gives a key two values.
         """
         from tokenizers import Tokenizer
 
@@ -72,6 +72,7 @@ class TokenizerDirectory:
             raise ValueError(
                 f"{self.path / LIBRARY} is not a tokenizer that the tokenizers library can read: {clipped(str(error))}"
             ) from None
+        json_object(content, str(self.path / LIBRARY))  # of two values of a key the library takes the last one
         added = self._missing_tokens(library)
         return content + json.dumps(added).encode() if added else content, library
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.tokenizer.sandbox import make_environment
 
 
@@ -52,5 +53,4 @@ class ChatTemplate:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join((str(error).strip() or type(error).__name__).split())
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    return clipped(" ".join((str(error).strip() or type(error).__name__).split()), 300)

@@ -55,15 +55,15 @@ def finish(
     if config.export_at_end and not (done.get("exported") and target.is_dir()):
         try:
             export(config, model, params)
-            done["exported"] = True
-            write_json(note, done)
         except OSError as error:
             raise write_failure(target, error) from error
+        done["exported"] = True
+        _write(note, done)
     prompts = list(config.sample_prompts)
     if prompts and done.get("sample_prompts") != prompts:
         samples(config, model, params, say)
         done["sample_prompts"] = prompts
-        write_json(note, done)
+        _write(note, done)
     return target if config.export_at_end else None
 
 
@@ -92,6 +92,13 @@ def samples(config: TrainConfig, model: ByteTransformer, params: Params, say: Ca
 
 def _sample_tokens(config: TrainConfig) -> int:
     return min(64, config.model.max_position_embeddings // 2)
+
+
+def _write(note: Path, done: dict[str, Any]) -> None:
+    try:
+        write_json(note, done)
+    except OSError as error:
+        raise write_failure(note, error) from error
 
 
 def _read(note: Path, step: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stellarbyte_jax.command import MENDABLE, print_error
+from stellarbyte_jax.launch import remedy, write_failure
 
 
 def run_guarded(act: Callable[[], int], output_dir: str) -> int:
@@ -13,9 +14,22 @@ def run_guarded(act: Callable[[], int], output_dir: str) -> int:
     try:
         return act()
     except MENDABLE as error:
+        error = _advised(error, Path(output_dir))
         log, where = Path(output_dir) / "train.log", ""
         with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
             file.write(traceback.format_exc())
             where = f" (details: {log})"
         print_error(error, where)
         return 1
+
+
+def _advised(error: Exception, output_dir: Path) -> Exception:
+    """The error; what the system said of a file of the run, or of none, with what to do about it."""
+    if not isinstance(error, OSError) or error.errno is None:  # one of ours has its advice
+        return error
+    file = error.filename2 or error.filename
+    if file is None:
+        advice = remedy(error)
+        return OSError(f"{error.strerror}; {advice}, start again") if advice else error
+    ours = isinstance(file, str) and Path(file).absolute().is_relative_to(output_dir.absolute())
+    return write_failure(Path(file), error) if ours else error

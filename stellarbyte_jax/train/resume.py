@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import optax
 from stellarbyte_jax.checkpoint.compatibility import check_resumable
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import partition, paths
 from stellarbyte_jax.train.meter import diverged
@@ -26,15 +27,18 @@ class Progress:
     Attributes:
       best_loss: the least validation loss so far.
       stale: validations since then without a better one.
+      unvalidated: a validation that was due after the last step was not finished.
     """
 
     best_loss: float | None = None
     stale: int = 0
+    unvalidated: bool = False
 
     def improved(self, loss: float) -> bool:
         """Counts a validation loss; returns whether it is the best so far."""
         better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         self.best_loss, self.stale = (loss, 0) if better else (self.best_loss, self.stale + 1)
+        self.unvalidated = False
         return better
 
     def exhausted(self, patience: int | None) -> bool:
@@ -79,7 +83,7 @@ def save(
     }
     facts = {
         "config": config.to_dict(),
-        "data": {"loader": data, "best_loss": progress.best_loss, "stale": progress.stale},
+        "data": {"loader": data, **asdict(progress)},
     }
     poisoned = _poisoned(arrays)
     if poisoned:
@@ -132,7 +136,7 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
     differ = sorted(set(stored.frozen_paths) ^ set(paths(shapes.frozen)))
     if differ:
         raise CheckpointError(
-            f"{stored.path} cannot be continued: {', '.join(differ)} is frozen there or here alone. Use the same "
+            f"{stored.path} cannot be continued: {listed(differ)} is frozen there or here alone. Use the same "
             "settings, or another output_dir"
         )
     optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
@@ -147,7 +151,8 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
         carried=State(**carried),
     )
     data = stored.json("data")
-    return Resumed(state, Progress(data["best_loss"], data["stale"]), data["loader"])
+    progress = Progress(data["best_loss"], data["stale"], data.get("unvalidated", False))
+    return Resumed(state, progress, data["loader"])
 
 
 def _finite(items: dict[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from stellarbyte_jax.checkpoint.bundle import TOKENIZER
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
-from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries
+from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries, write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
-from stellarbyte_jax.tokenizer.directory import copy_tokenizer
+from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
 from stellarbyte_jax.train import finish, resume
 from stellarbyte_jax.train.console import Reporter, format_metrics
 from stellarbyte_jax.train.meter import Meter
@@ -115,7 +115,8 @@ def _prepare(
     found = resume.restore(checkpointer, config, shapes, optimizer, report.line)
     resumed = found or Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None)
     start = int(resumed.state.step)
-    if start >= config.steps or resumed.progress.exhausted(config.evaluation.patience):
+    validates = resumed.progress.unvalidated and bool(config.data.validation)
+    if (start >= config.steps and not validates) or resumed.progress.exhausted(config.evaluation.patience):
         return _over(config, model, resumed, report)
     loader = stack.enter_context(contextlib.closing(_train_loader(config)))
     validation = stack.enter_context(contextlib.closing(v)) if (v := _validation_loader(config)) else None
@@ -124,11 +125,9 @@ def _prepare(
         report.line(f"resumed at step {start} from {run_dir}")
     elif found is not None:
         report.line(f"starting from the weights in {run_dir}")
-    (run_dir / "train_config.json").write_text(config.to_json(), encoding="utf-8")
-    # The run's checkpoints stay readable when the original moves.
-    copy_tokenizer(config.data.tokenizer, run_dir / TOKENIZER)
+    _keep(config, run_dir)
     report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
-    trackers = make_trackers(config, start)
+    trackers = make_trackers(config, start, validated=not validates)
     for tracker in trackers:
         stack.callback(tracker.close)
 
@@ -163,10 +162,26 @@ def _prepare(
     )
 
 
+def _keep(config: TrainConfig, run_dir: Path) -> None:
+    """Writes the settings, and a copy of the tokenizer: checkpoints stay readable when the original moves."""
+    target = run_dir / "train_config.json"
+    try:
+        write_json(target, config.to_dict())
+        target = run_dir / TOKENIZER
+        copy_tokenizer(config.data.tokenizer, target)
+    except OSError as error:
+        source = error.filename if error.filename2 is None else None  # a copy that fails names both
+        if source is not None and Path(source).parent == Path(config.data.tokenizer):
+            raise OSError(f"{source} could not be read: {error.strerror}; make it readable, start again") from error
+        raise write_failure(target, error) from error
+
+
 def _loop(run: _Run, start: int) -> Finished:
     """Steps, validations and checkpoints, until the run ends for whatever reason."""
     config, patience = run.config, run.config.evaluation.patience
     saved = start
+    if run.progress.unvalidated and (ended := _make_up(run, start)) is not None:
+        return ended
     for step in range(start + 1, config.steps + 1):
         batch = next(run.loader, None)
         if batch is None:
@@ -182,6 +197,7 @@ def _loop(run: _Run, start: int) -> Finished:
         validated = None
         if run.validation is not None and (last or step % config.evaluation.interval == 0):
             validated = _validate(run, step, run.validation)
+            run.progress.unvalidated = validated is None
         better = validated is not None and run.progress.improved(validated["loss"])
         stopped = run.interrupt.signal is not None
         exhausted = not last and run.progress.exhausted(patience)
@@ -194,6 +210,21 @@ def _loop(run: _Run, start: int) -> Finished:
         if exhausted:
             return Finished(0, step, "patience")
     return Finished(0, config.steps, "steps")
+
+
+def _make_up(run: _Run, step: int) -> Finished | None:
+    """Does the validation that a signal broke off after this step, where the run goes on; how it ended, if it did."""
+    run.progress.unvalidated = run.validation is not None
+    if run.validation is not None:
+        validated = _validate(run, step, run.validation)
+        if validated is not None:
+            run.progress.improved(validated["loss"])
+            _save(run, step, validated["loss"])
+    if run.interrupt.signal is not None:
+        return Finished(run.interrupt.exit_code, step, "signal")
+    if step < run.config.steps and run.progress.exhausted(run.config.evaluation.patience):
+        return Finished(0, step, "patience")
+    return None
 
 
 def _finish(run: _Run, ended: Finished) -> Finished:
@@ -228,12 +259,19 @@ def _early(progress: Progress, step: int) -> str:
     return f"stopped early at step {step}: {progress.stale} validations without a better loss"
 
 
-def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float]:
+def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float] | None:
+    """The metrics; None where a signal came before they were complete."""
     run.meter.flush()
     with run.meter.paused():
         state = State.initial(run.config.model, run.config.global_batch_size)
         limit = run.config.evaluation.batches
-        validated = evaluate(run.eval_step, run.state.averaged, batches, limit, run.report, state)
+        weights = run.state.averaged
+        validated = evaluate(
+            run.eval_step, weights, batches, limit, run.report, state, lambda: run.interrupt.signal is not None
+        )
+        if validated is None:
+            run.report.line(f"step {step}/{run.config.steps}  validation broken off: it is done when the run goes on")
+            return None
         run.report.line(f"step {step}/{run.config.steps}  validation  {format_metrics(validated)}")
         run.publish(step, {f"validation/{name}": value for name, value in validated.items()})
     return validated
@@ -263,12 +301,18 @@ def evaluate(
     limit: int | None,
     report: Reporter,
     state: State,
-) -> dict[str, float]:
-    """Token-weighted validation metrics over at most ``limit`` batches, from ``state`` on."""
+    stopped: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Token-weighted validation metrics over at most ``limit`` batches, from ``state`` on.
+
+    None where ``stopped``, which is asked before each batch, came true.
+    """
     totals: list[dict[str, jax.Array]] = []
     for index, batch in enumerate(batches):
         if index == limit:
             break
+        if stopped():
+            return None
         sums, state = run_eval(params, batch, state)
         totals.append(sums)
         report.validation(index + 1, limit)

@@ -22,13 +22,15 @@ class Tracker(Protocol):
 class JsonlTracker:
     """One JSON object a line. On resume, lines past the step resumed from are dropped: they will be written again."""
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        """Opens the file for the steps after ``start_step``."""
+    def __init__(self, path: Path, start_step: int, *, validated: bool = True) -> None:
+        """Opens the file for the steps after ``start_step``, and for its validation where that is not ``validated``."""
         earlier = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    if json.loads(line)["step"] <= start_step:
+                    metrics = json.loads(line)
+                    again = metrics["step"] == start_step and not validated and "validation/loss" in metrics
+                    if metrics["step"] <= start_step and not again:
                         earlier.append(line)
                 except (ValueError, KeyError, TypeError):
                     continue  # a line cut short by a kill
@@ -114,14 +116,19 @@ class SwanLabTracker:
         self._swanlab.finish()
 
 
-def make_trackers(config: TrainConfig, start_step: int) -> list[Tracker]:
+def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = True) -> list[Tracker]:
     """The JSONL tracker and those that ``logging.trackers`` names.
+
+    Args:
+      config: of the run.
+      start_step: the run goes on after it.
+      validated: whether no validation is left to be done at that step.
 
     Raises:
       ModuleNotFoundError: a tracker's package is not installed; the message names the extra.
     """
     directory = Path(config.output_dir)
-    trackers: list[Tracker] = [JsonlTracker(directory / "metrics.jsonl", start_step)]
+    trackers: list[Tracker] = [JsonlTracker(directory / "metrics.jsonl", start_step, validated=validated)]
     for name in config.logging.trackers:
         try:
             if name == "tensorboard":

@@ -1,6 +1,8 @@
 """Which settings a run may change when it goes on: each one that must not is named, all others pass."""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,90 @@ def test_sizes_may_be_spelt_out_or_derived() -> None:
     }
     assert check(settings(), settings(model=spelt)) == []
     assert check(settings(model=spelt), settings()) == []
+
+
+ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"memory": {"length": 4}}, {"memory": {"length": [4, 4]}}),
+    ({"memory": {"length": 4, "recent_share": 0.5}}, {"memory": {"length": [4, 4], "recent_share": 0.6}}),
+    ({}, {"memory": {"length": [0, 0]}}),
+    ({"sliding_window": 8}, {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2}),
+    ({"vocab_size_multiple": 1}, {"vocab_size_multiple": 8}),
+    ({"layer_scale_init": 0.1}, {"layer_scale_init": 0.2}),
+    (
+        {"rope_scaling": {"name": "llama3", "factor": 2.0}},
+        {"rope_scaling": {"name": "llama3", "factor": 2.0, "original_max_position_embeddings": 2048}},
+    ),
+    (
+        {"rope_scaling": {"name": "yarn", "factor": 2.0}},
+        {
+            "rope_scaling": {
+                "name": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 2048,
+                "attention_factor": 0.1 * math.log(2.0) + 1.0,
+            }
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE, ids=str)
+@pytest.mark.parametrize("initial", [False, True])
+def test_settings_of_the_same_network_are_the_same(one: dict[str, Any], other: dict[str, Any], initial: bool) -> None:
+    data = {"arrangement": "contiguous"}
+    before, now = settings(model=one, data=data), settings(model=other, data=data)
+    assert check(before, now, initial) == check(now, before, initial) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"memory": {"length": [4, 4]}}, {"memory": {"length": [4, 6]}}),
+        ({"memory": {"length": 4}}, {"sliding_window": 5}),
+        (
+            {"memory": {"length": 4, "recent_share": 0.5}},
+            {"memory": {"length": 4, "recent_share": 0.5, "compression_weight": 0.5}},
+        ),
+        ({"sliding_window": 8}, {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+        ({"layer_scale_init": 0.1}, {}),
+        ({"vocab_size": 40}, {"vocab_size": 39, "vocab_size_multiple": 8}),
+        ({"rope_scaling": {"name": "yarn", "factor": 2.0}}, {"rope_scaling": {"name": "yarn", "factor": 3.0}}),
+    ],
+    ids=str,
+)
+def test_settings_of_another_network_are_not(one: dict[str, Any], other: dict[str, Any]) -> None:
+    data = {"arrangement": "contiguous"}
+    before, now = settings(model=one, data=data), settings(model=other, data=data)
+    for message in (refusal(before, now), refusal(now, before)):
+        assert "holds another model: model." in message
+        for difference in message.split("holds another model: ")[1].split(". Use")[0].split("; "):
+            there, _, here = difference.partition(" there and ")
+            assert there.split(" is ", 1)[1] != here.removesuffix(" here"), difference
+
+
+def test_files_are_the_same_however_they_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jsonl", "b.jsonl", "tokenizer"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    before = settings(data={"train": ["*.jsonl"]})
+    for train in (["a.jsonl", "b.jsonl"], [str(tmp_path / "*.jsonl")], ["./a.jsonl", "b.jsonl"]):
+        assert check(before, settings(data={"train": train, "tokenizer": str(tmp_path / "tokenizer")})) == []
+    for train in (["b.jsonl", "a.jsonl"], ["a.jsonl"]):
+        assert "data.train was ['*.jsonl'] and is [" in refusal(before, settings(data={"train": train}))
+    os.rename("b.jsonl", "c.jsonl")  # what the pattern names now, no checkpoint knows: the loader compares
+    assert check(before, settings(data={"train": ["a.jsonl", "c.jsonl"]})) == []
+
+
+def test_more_documents_than_a_row_has_tokens_are_as_many() -> None:
+    before = settings(data={"max_documents_per_sequence": 32})
+    assert check(before, settings(data={"max_documents_per_sequence": 99})) == []
+    assert "max_documents" in refusal(before, settings(data={"max_documents_per_sequence": 31}))
+
+
+def test_a_run_that_met_a_bad_line_may_begin_to_skip_them() -> None:
+    before, now = settings(), settings(data={"on_error": "skip"})
+    assert check(before, now) == []
+    assert "data.on_error was 'skip' and is 'raise'" in refusal(now, before)
 
 
 def test_settings_that_are_newer_than_the_checkpoint_have_their_defaults() -> None:
@@ -163,7 +249,6 @@ def test_other_positions_do_not_hide_another_network() -> None:
         ({"data": {"add_eos": False}}, "data.add_eos was True and is False"),
         ({"data": {"max_documents_per_sequence": 3}}, "data.max_documents_per_sequence was 16 and is 3"),
         ({"data": {"shuffle": False}}, "data.shuffle was True and is False"),
-        ({"data": {"on_error": "skip"}}, "data.on_error was 'raise' and is 'skip'"),
         ({"seed": 4}, "seed was 0 and is 4"),
         ({"global_batch_size": 8}, "global_batch_size was 4 and is 8"),
         ({"optimizer": {"name": "lion"}}, "optimizer.name was 'adamw' and is 'lion'"),

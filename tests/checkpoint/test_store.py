@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers.training import MODEL, RECORDER, packed_batch, settings, start
 
-from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, first_line
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import CheckpointConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -68,6 +68,11 @@ def test_foreign_weights_are_split_into_trained_and_frozen_ones(tmp_path):
     assert list(found.state.frozen) == ["embed"] and "embed" not in found.state.params
     assert_same(found.state.weights, weights)
     assert_same(found.state.averaged, weights)
+
+
+def test_what_libraries_say_of_a_file_stays_one_short_line():
+    said = first_line(OSError("a\x1b[2J" + "x" * 10**6 + "why\nmore"))
+    assert said.startswith("OSError: a\\x1b[2Jx") and said.endswith("why") and len(said) < 400
 
 
 def test_a_checkpoint_of_an_earlier_format_is_refused_in_one_line(tmp_path):

@@ -1,6 +1,9 @@
 """What a message says of values that files of others hold: one short line."""
 
+import json
+
 import pytest
+from helpers.hostile import is_one_line
 
 from stellarbyte_jax.config.foreign import clipped, json_object, listed, shown
 
@@ -39,8 +42,23 @@ def test_what_python_cannot_spell_is_named() -> None:
         (b"[" * 100_000, r"^x\.json is not valid JSON: it is nested too deeply\. Copy the file again$"),
         (b'{"a": ' + b"9" * 5000 + b"}", r"^x\.json is not valid JSON: Exceeds the limit .*\. Copy the file again$"),
         (b"[1]", r"^x\.json must hold a JSON object, got list$"),
+        (b'{"a": 1, "a": 2}', r"^x\.json gives two values for the key 'a', 1 and 2: keep one of them$"),
+        (b'{"a": 1, "a": true}', r"^x\.json gives two values for the key 'a', 1 and True: keep one of them$"),
+        (b'{"a": {"b": [{"c\\n": null, "c\\n": "d"}]}}', r"the key 'c\\n', None and 'd': keep one of them$"),
     ],
 )
 def test_json_that_python_does_not_read(content: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         json_object(content, "x.json")
+
+
+def test_a_key_may_be_repeated_with_the_same_value() -> None:
+    assert json_object(b'{"a": [1, {"b": NaN}], "c": 3, "a": [1, {"b": NaN}]}', "x.json")["c"] == 3
+
+
+@pytest.mark.parametrize("key", ["x" * 10**6, "\n\x1b[2J" * 10**5])
+def test_a_repeated_key_is_one_short_line(key: str) -> None:
+    content = f"{{{json.dumps(key)}: 1, {json.dumps(key)}: {json.dumps(key)}}}".encode()
+    with pytest.raises(ValueError, match="gives two values for the key '") as caught:
+        json_object(content, "x.json")
+    assert is_one_line(caught.value)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.hostile import accepts
 from helpers.processes import alive, until
 from helpers.tiny_documents import save_byte_tokenizer
 
@@ -167,6 +168,10 @@ def test_restoring_other_data_is_refused(data, tmp_path):
         loader.restore(state)
     with _loader(data) as loader, pytest.raises(DataError, match="format 99"):
         loader.restore({**state, "format": 99})
+    long = "x\n\x1b[2J" * 10**5
+    for hostile in ({**state, "format": long}, {**state, "stream": {**state["stream"], "tokenizer": long}}):
+        with _loader(data) as loader:
+            assert not accepts(lambda: loader.restore(hostile))  # noqa: B023
     before = (tmp_path / "a.jsonl").read_text()
     (tmp_path / "a.jsonl").write_text(before.replace("<", "("))
     with _loader(data) as loader, pytest.raises(DataError, match=r"other content than before .* put them back"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.hostile import accepts, is_one_line
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
@@ -122,6 +123,43 @@ def test_damage_is_named(tmp_path, source, tokenizer, how):
         (out / "meta.json").write_text(json.dumps({**meta, "format": 99}))
     with pytest.raises(DataError, match=r"prepare(_data\.py| the data) again"):
         _batches(tmp_path, out, tokenizer)
+
+
+LONG = "x\n\x1b[2J" * 10**5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": LONG},
+        {"tokenizer_fingerprint": LONG},
+        {"tokenizer_fingerprint": {LONG: 1}},
+        {"shards": []},
+        {"shards": [{"token_file": "tokens-00000.npy", "offset_file": "offsets-00000.npy"}]},
+        {"shards": [{"token_file": LONG, "offset_file": LONG, "documents": 1, "tokens": 1}]},
+        {"shards": [{"token_file": "a", "offset_file": "a", "documents": 2**70, "tokens": LONG}]},
+        {LONG: LONG},
+        b"[" * 10**5,
+        b'{"format": ' + b"9" * 5000 + b"}",
+        b'{"format": 1, "format": 2}',
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_a_hostile_meta_is_one_short_line(tmp_path, source, tokenizer, changes):
+    _prepare(tmp_path, source, tokenizer)
+    meta = tmp_path / "out" / "meta.json"
+    if isinstance(changes, dict):
+        changes = json.dumps({**json.loads(meta.read_text()), **changes}).encode()
+    meta.write_bytes(changes)
+    accepts(lambda: _batches(tmp_path, tmp_path / "out", tokenizer))
+
+
+def test_foreign_names_in_the_output_stay_one_line(tmp_path, source, tokenizer):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a\n\x1b[2J").touch()
+    with pytest.raises(DataError, match="holds other files") as caught:
+        _prepare(tmp_path, source, tokenizer, overwrite=True)
+    assert is_one_line(caught.value)
 
 
 def test_bad_lines_are_an_error_or_counted(tmp_path, source, tokenizer):

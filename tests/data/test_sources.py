@@ -2,9 +2,11 @@
 
 import gzip
 import os
+import re
 
 import numpy as np
 import pytest
+from helpers.hostile import is_one_line
 from helpers.record_files import FORMATS, RECORDS, lines_of, write_records
 
 from stellarbyte_jax.data import sources
@@ -180,6 +182,26 @@ def test_parquet_columns_are_checked(tmp_path):
         _open(tmp_path, path)
     with pytest.raises(DataError, match=r"a\.parquet: column 'id' must hold strings, it holds int64"):
         _open(tmp_path, path, columns=("id",))
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "message"),
+    [
+        (["x\n\x1b[2J" * 10**5], ["a"], "no column 'text'; it has x"),
+        ([str(i) for i in range(10**4)], ["a"], "no column 'text'; it has 0, 1, 2, 3, 4 and 9995 more"),
+        (["text"], [{"x\n" * 10**4: 1}], "column 'text' must hold strings, it holds struct<x"),
+        (["text", "text"], ["a"], "2 columns are called 'text'; rename them or name another"),
+    ],
+    ids=["hostile", "many", "type", "twice"],
+)
+def test_what_is_said_of_parquet_columns_is_one_short_line(tmp_path, names, values, message):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([pa.array(values)] * len(names), names=names), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=f"a\\.parquet: {re.escape(message)}") as caught:
+        _open(tmp_path, tmp_path / "a.parquet")
+    assert is_one_line(caught.value)
 
 
 def test_nothing_named_is_an_error(tmp_path):

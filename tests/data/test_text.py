@@ -1,6 +1,7 @@
 """Records to text: fields or a template, and what is wrong is named with its field and its place."""
 
 import pytest
+from helpers.hostile import is_one_line
 from helpers.record_files import BAD_LINES, lines_of, write_records
 
 from stellarbyte_jax.data.sources import BadRecordError, DataError, open_lines
@@ -58,6 +59,13 @@ def test_a_field_that_is_missing_or_no_string_is_named(text):
             text.render(record)
         with pytest.raises(BadRecordError, match=message):
             text.values(record)
+
+
+def test_names_of_a_record_stay_one_short_line():
+    for record in ({"x\n\x1b[2J": 1}, {"x" * 10**6: 1}, {str(i): 1 for i in range(10**4)}):
+        with pytest.raises(BadRecordError, match="no field 'text'; the fields here are: ") as caught:
+            TextFormat().values(record)
+        assert is_one_line(caught.value)
 
 
 @pytest.mark.parametrize(

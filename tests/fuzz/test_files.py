@@ -1,24 +1,26 @@
 """Files of a model's directory: safetensors, their index, tokenizer files, templates and records."""
 
-import contextlib
 import functools
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
-from helpers.hostile import JSON_VALUES, RAW, TEXTS, accepts, damaged, files_like, json_bytes, mutated
+from helpers.hostile import JSON_VALUES, RAW, TEXTS, accepts, damaged, files_like, is_one_line, json_bytes, mutated
+from helpers.tiny_documents import save_byte_tokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
+from stellarbyte_jax.data.encode import EncodeDocuments
 from stellarbyte_jax.data.files import DataError
-from stellarbyte_jax.data.sources import _open_lines, open_lines
-from stellarbyte_jax.data.text import TextFormat, read_text
+from stellarbyte_jax.data.sources import Corpus, _open_lines, open_lines
+from stellarbyte_jax.data.text import TextFormat
 from stellarbyte_jax.hf.checksums import ENTRY
 from stellarbyte_jax.hf.files import INDEX, SINGLE, WeightFiles
 from stellarbyte_jax.tokenizer.codec import load_tokenizer, token_byte_lengths
@@ -181,18 +183,63 @@ def test_tokenizer_directories(folder: Callable[[str], Path], changed: tuple[str
     load_all(directory)
 
 
-RECORD = {"text": "学而时习之", "title": "t", "number": 1}
+RECORD = {"text": "学而时习之 <s>\r\n", "title": "t", "number": 1}
+BLANKS = st.sampled_from([b"\n", b"\n", b"\n", b"\r\n", b"\n\n", b"\n \t\r\n\x0b\n"])
+RECORD_FILES = st.builds(
+    lambda mark, lines: mark + b"".join(line + end for line, end in lines) + json_bytes(RECORD),
+    st.sampled_from([b"", b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"]),
+    st.lists(st.tuples(st.just(json_bytes(RECORD)) | files_like(RECORD, ("text",)), BLANKS), min_size=1, max_size=4),
+)
 
 
-@given(st.lists(files_like(RECORD, ("text",)), min_size=1, max_size=3), st.sampled_from(["text", "title", "none"]))
-def test_records(folder: Callable[[str], Path], lines: list[bytes], field: str) -> None:
-    """A DataError is raised with on_error=raise and counted with on_error=skip; another error would end the run."""
+def texts_of(content: bytes, fields: tuple[str, ...]) -> list[tuple[int, str | None]]:
+    """Number and text of each line that is not blank; None where the json module, strings or UTF-8 refuse it."""
+    found: list[tuple[int, str | None]] = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.rstrip().decode())
+            text = "\n".join(record[name] for name in fields)
+            text.encode()
+        except (ValueError, TypeError, KeyError, RecursionError):
+            text = None
+        found.append((number, text))
+    return found
+
+
+@given(RECORD_FILES, st.sampled_from([("text",), ("title", "text"), ("none",)]))
+@example(b'{"text": "a"}\n{"text": "b"}\r\n{"text": "c"', ("text",))
+@example(b'{"text": "a\\ud800"}\n["text"]\n"text"\n\n{"text": ""}\n{"text": "b", "text": "c"}', ("text",))
+@example(json_bytes({"x\n\x1b[2J" * 10**5: 1, "text": 1}), ("none",))
+def test_records(folder: Callable[[str], Path], content: bytes, fields: tuple[str, ...]) -> None:
+    """Training reads the texts that are good, and leaves the others out or names the first of them."""
     path = folder("records") / "a.jsonl"
-    content = b"\n".join([*lines, json_bytes(RECORD)])
+    tokenizer = folder("bytes")
+    if not (tokenizer / LIBRARY).exists():
+        save_byte_tokenizer(tokenizer)
+    vocabulary = load_tokenizer(tokenizer)
     path.write_bytes(content)
     shutil.rmtree(path.parent / "cache", ignore_errors=True)
-    source = open_lines(path, path.parent / "cache", ("text",))
     _open_lines.cache_clear()  # the file is another one under the same name
-    for row in range(source.documents):
-        with contextlib.suppress(DataError):
-            read_text(source, row, TextFormat((field,)))
+    corpus = Corpus([open_lines(path, path.parent / "cache", fields)])
+    expected = texts_of(content, fields)
+    bad = [number for number, text in expected if text is None]
+
+    def read(on_error: Literal["raise", "skip"]) -> list[str]:
+        encode = EncodeDocuments(corpus, TextFormat(fields), str(tokenizer), bos=None, eos=None, on_error=on_error)
+        group = encode(range(len(corpus)))
+        assert group["skipped"] == len(bad)
+        documents = np.split(group["tokens"], np.cumsum(group["lengths"])[:-1]) if len(group["lengths"]) else []
+        return [vocabulary.decode(ids, skip_special_tokens=False) for ids in documents]
+
+    assert len(corpus) == len(expected)
+    good = [text for _, text in expected if text]  # an empty one has no tokens
+    assert read("skip") == good
+    if bad:
+        with pytest.raises(DataError) as caught:
+            read("raise")
+        assert re.match(rf"{re.escape(str(path))}:{bad[0]}\b", str(caught.value)), str(caught.value)[:300]
+        assert is_one_line(caught.value), str(caught.value)[:300]
+    else:
+        assert read("raise") == good

@@ -52,6 +52,13 @@ def write_index(directory: Path, **more: str) -> None:
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map | more}))
 
 
+def test_an_index_that_names_two_files_for_a_tensor_is_refused(sharded: Path) -> None:
+    index = sharded / INDEX
+    index.write_text(index.read_text().replace('"a": "one', '"a": "two.safetensors", "a": "one'))
+    with pytest.raises(ValueError, match=f"{INDEX} gives two values for the key 'a', 'two.safetensors' and 'one."):
+        WeightFiles(sharded)
+
+
 def test_dtypes_by_name() -> None:
     dtypes = [np.dtype(np.float32), np.dtype(bfloat16), np.dtype(np.float16)]
     assert [float_dtype(name) for name in ("float32", "bfloat16", "float16")] == dtypes

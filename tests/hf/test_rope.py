@@ -1,5 +1,6 @@
 """Rotary settings of both generations of ``config.json``, against the frequencies that transformers makes of them."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -26,7 +27,8 @@ def parse(**values: Any) -> tuple[float, RopeScaling]:
     [
         ({}, 10000.0),
         ({"rope_theta": 5.0}, 5.0),
-        ({"rope_theta": None, "rope_scaling": None}, 10000.0),
+        ({"rope_scaling": None}, 10000.0),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 5.0}}, 5.0),
         ({"rope_theta": 5.0, "rope_scaling": None}, 5.0),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, 5.0),
         ({"rope_parameters": {"rope_theta": 5.0}}, 5.0),
@@ -48,10 +50,10 @@ def test_scalings_of_both_generations() -> None:
     assert scaling() == scaling(rope_scaling={}) == scaling(rope_scaling={"type": "default"}) == RopeScaling()
     assert scaling(rope_scaling={"type": "linear", "factor": 2}) == linear
     assert scaling(rope_scaling={"type": "linear", "rope_type": "linear", "factor": 2.0}) == linear
-    assert scaling(rope_scaling={"type": "linear", "rope_type": None, "factor": 2.0}) == linear
+    assert scaling(rope_scaling={"type": None, "rope_type": "linear", "factor": 2.0}) == linear
     assert scaling(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}) == linear
     both = {"rope_type": "linear", "factor": 2.0}
-    assert scaling(rope_scaling=both, rope_parameters=both | {"rope_theta": 5.0}) == linear
+    assert scaling(rope_theta=5.0, rope_scaling=both, rope_parameters=both | {"rope_theta": 5.0}) == linear
     assert scaling(rope_scaling={}, rope_parameters=both) == linear
     assert scaling(rope_parameters=both | {"partial_rotary_factor": 1.0}, partial_rotary_factor=1) == linear
     assert scaling(rope_scaling={"type": "dynamic", "factor": 2.0}) == RopeScaling(name="dynamic", factor=2.0)
@@ -140,6 +142,20 @@ def test_without_an_original_length_the_models_own_is_meant() -> None:
             {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
             r": contradicting values \{'rope_theta': 5\.0, 'rope_parameters\.rope_theta': 6\.0\}: keep one of them$",
         ),
+        (  # transformers reads rope_scaling alone, and gives it the default
+            {"rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 6.0}},
+            r": contradicting values \{'rope_parameters\.rope_theta': 6\.0, 'the default of rope_theta': 10000\.0\}: ",
+        ),
+        ({"rope_theta": None}, r": rope_theta is null: give a number, or remove the field for the default$"),
+        (
+            {"rope_theta": 5.0, "rope_parameters": {"rope_theta": None}},
+            r": rope_parameters\.rope_theta is null: give a number, or remove the field for the default$",
+        ),
+        (
+            {"rope_scaling": {"rope_type": None, "type": "linear", "factor": 2.0}},
+            r": rope_scaling\.rope_type is null: give a value, or remove the field for the default$",
+        ),
+        ({"rope_scaling": {"type": None}}, r": rope_scaling\.type is null: give a value, or"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -174,6 +190,48 @@ def their_frequencies(values: dict[str, Any]) -> tuple[np.ndarray, float]:
 
     rotary = LlamaRotaryEmbedding(LlamaConfig(**values))
     return rotary.inv_freq.numpy(), rotary.attention_scaling
+
+
+TABLES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 3.0},
+    "yarn": {
+        "factor": 3.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 0.8,
+        "beta_fast": 4.0,
+        "beta_slow": 0.5,
+    },
+    "llama3": LLAMA3 | {"original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("table", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("kind", "null"),
+    [(kind, name) for kind in TABLES for name in ("rope_type", "type", "rope_theta", *TABLES[kind])]
+    + [(kind, "partial_rotary_factor") for kind in TABLES],
+)
+def test_a_null_means_what_it_means_to_transformers_or_is_refused(kind: str, null: str, table: str) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
+    values = sizes | {table: {"rope_type": kind, "type": kind} | TABLES[kind] | {null: None}}
+    if null == "type":
+        values[table]["rope_type"] = kind
+    try:
+        theirs, their_magnitude = their_frequencies(copy.deepcopy(values))  # which are changed in place
+    except Exception:  # in any way that Python, torch or the library can refuse
+        theirs, their_magnitude = None, None
+    try:
+        config = parse_config({"model_type": "llama"} | values, "here")[1]
+    except ValueError as error:
+        assert null in str(error)
+        assert theirs is None or (kind, null) == ("yarn", "factor")  # which follows from lengths there
+        return
+    assert theirs is not None
+    ours, magnitude = scaled_frequencies(config.head_size, config.rope_theta, position_scheme(config).scaling)
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-6, atol=0)
+    assert magnitude == pytest.approx(their_magnitude)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.hf_models import NEEDS_TORCH, small_config
+from helpers.hf_models import NEEDS_TORCH, SMALL, small_config
 
 from stellarbyte_jax.config import ByteConfig, RopeScaling
-from stellarbyte_jax.hf.families import LLAMA, MISTRAL
+from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL, Family
+from stellarbyte_jax.hf.rope import ROPE_NAMES
 from stellarbyte_jax.hf.settings import config_json, generation_json, parse_config, read_config
 from stellarbyte_jax.model.mlp import ACTIVATIONS
 
@@ -54,12 +55,17 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
         (MISTRAL_FILE | {"mlp_bias": True}, "mlp_bias is True; only False is implemented$"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2; only 1 is implemented$"),
         ({"rope_interleaved": True}, "rope_interleaved is True; only False is implemented$"),
-        ({"intermediate_size": None}, "intermediate_size is null: give a number, or remove the field for the default$"),
+        ({"intermediate_size": None}, "intermediate_size is null: give a value, or remove the field for the default$"),
         ({"model_type": ["llama"]}, r"model_type is \['llama'\]; supported are llama, mistral$"),
         ({"architectures": 3}, "architectures must be a list of names, got 3$"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, got 'LlamaForCausalLM'$"),
         ({"attention_dropout": []}, r"ByteConfig.attention_dropout must be float \(in \[0, 1\)\), got \(\)$"),
-        ({"attention_bias": None}, "ByteConfig.attention_bias must be bool, got None$"),
+        ({"attention_bias": None}, "attention_bias is null: give a value, or remove the field for the default$"),
+        (
+            MISTRAL_FILE | {"num_key_value_heads": None},
+            "num_key_value_heads is null: give a value, or remove the field for the default$",
+        ),
+        ({"rope_theta": None}, "rope_theta is null: give a number, or remove the field for the default$"),
         (
             {"quantization_config": {"bits": 4}},
             "quantization_config: not implemented for llama, nor known to be without effect. If the model computes the "
@@ -88,6 +94,15 @@ def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
     assert config(**harmless, **switched_off, **fixed) == config()
     biases = {"attention_bias": None, "mlp_bias": None}  # MistralConfig has no such fields
     assert parse_config(MISTRAL_FILE | biases, "here") == parse_config(MISTRAL_FILE, "here")
+
+
+def test_a_field_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    text = json.dumps(LLAMA_FILE)
+    (tmp_path / "config.json").write_text(text.replace('"hidden_size": 32', '"hidden_size": 64, "hidden_size": 32'))
+    with pytest.raises(
+        ValueError, match=r"config\.json gives two values for the key 'hidden_size', 64 and 32: keep one"
+    ):
+        read_config(tmp_path)
 
 
 def test_biases_of_llama_are_two_settings_here() -> None:
@@ -119,6 +134,30 @@ def test_the_defaults_are_those_of_transformers() -> None:
         short = parse_config({"model_type": theirs.model_type} | stated, "here")[1]
         sizes = {"num_key_value_heads": short.kv_heads, "head_dim": spelt.head_dim and short.head_size}
         assert short.to_dict() | sizes == spelt.to_dict()
+
+
+NULLABLE = [(f, name) for f in FAMILIES.values() for name in (*f.settings, *f.fixed, *ROPE_NAMES, "architectures")]
+
+
+@pytest.mark.parametrize(("family", "name"), NULLABLE, ids=lambda x: x if isinstance(x, str) else x.model_type)
+def test_null_means_what_it_means_to_transformers_or_is_refused(tmp_path: Path, family: Family, name: str) -> None:
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = SMALL | {"model_type": family.model_type, "num_hidden_layers": 1, name: None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    try:
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        AutoModelForCausalLM.from_config(theirs).eval()(torch.zeros((1, 3), dtype=torch.long))
+    except Exception:  # in any way that Python, torch or the library can refuse
+        with pytest.raises(ValueError, match=f"config.json: {name} is null: give a "):
+            read_config(tmp_path)
+        return
+    ours = read_config(tmp_path)[1]
+    sizes = (theirs.num_key_value_heads, theirs.head_dim, getattr(theirs, "sliding_window", None))
+    assert (ours.kv_heads, ours.head_size, ours.sliding_window) == sizes
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling == RopeScaling()
+    assert (ours.attention_dropout, ours.mlp_size) == (theirs.attention_dropout or 0.0, theirs.intermediate_size)
 
 
 @pytest.mark.parametrize("name", ["silu", "swish", "gelu", "gelu_python", "gelu_pytorch_tanh", "gelu_new"])

@@ -53,6 +53,9 @@ def test_scaling_counts_from_the_trained_length(name):
     assert lengths(changed(*scaled, "max_position_embeddings=128")) == (64, 128)
     assert lengths(changed(*scaled, "rope_scaling.original_max_position_embeddings=32")) == (32, 64)
     assert lengths(changed(f"rope_scaling.name = {name}", "rope_scaling.factor=1.7")) == (64, 108)
+    whole = "rope_scaling.original_max_position_embeddings = none"
+    assert lengths(changed(*scaled, whole)) == (None, 64)
+    assert lengths(changed(*scaled, whole, "max_position_embeddings=128")) == (None, 128)
 
 
 def test_a_model_that_is_scaled_already_keeps_its_lengths():
@@ -82,6 +85,15 @@ def test_other_scaling_stretches_the_length_by_itself(name):
         (["cache.dtype=int8", "vocab_size=62", "sliding_window=4"], r"^vocab_size=62 asks for other weights"),
         (["qk_norm=true", "sink_tokens=0", "vocab_size=62"], "^qk_norm=true vocab_size=62 asks"),
         (["position_embedding=xpos", "xpos_learnable=true"], "^position_embedding=xpos xpos_learnable=true asks"),
+        (
+            ["cache.dtype=int8", "position_embedding=xpos", "rope_theta=5", "xpos_learnable=true"],
+            "^position_embedding=xpos xpos_learnable=true asks",
+        ),
+        (
+            ["xpos_learnable=true", "qk_norm=true", "sliding_window=4", "position_embedding=xpos", "sink_tokens=2"],
+            "^xpos_learnable=true qk_norm=true position_embedding=xpos asks",
+        ),
+        (["num_attention_heads=3", "sink_tokens=0", "head_dim=8"], "^num_attention_heads=3 head_dim=8 asks"),
     ],
 )
 def test_other_weights_are_refused_by_the_setting_that_asks_for_them(overrides, message):

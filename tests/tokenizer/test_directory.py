@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.hf_models import save_words
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.tokenizer import directory
@@ -166,3 +167,21 @@ def test_a_template_that_is_no_text_is_named(tmp_path, template):
         ValueError, match=r"tokenizer_config\.json: chat_template must be a text, or a list of templates"
     ):
         load_tokenizer(_copy(tmp_path, chat_template=template))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("tokenizer.json", '"a": 0', '"a": 5, "a": 0'),
+        ("tokenizer_config.json", '"eos_token": "b"', '"eos_token": "a", "eos_token": "b"'),
+    ],
+)
+def test_a_key_with_two_values_is_refused(tmp_path, file, old, new):
+    directory = save_words(tmp_path / "words", ["a", "b"], eos_token="b")
+    text = json.dumps(json.loads((directory / file).read_text()))
+    assert old in text
+    (directory / file).write_text(text)
+    load_tokenizer(directory)
+    (directory / file).write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=rf"{file} gives two values for the key '(a|eos_token)', .*: keep one of them"):
+        load_tokenizer(directory)

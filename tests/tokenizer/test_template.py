@@ -81,6 +81,12 @@ def test_what_a_template_may_not_do_is_one_short_line(refusals, name):
     assert "\n" not in found and len(found) < 500
 
 
+def test_what_a_template_says_is_escaped():
+    source = "{{ raise_exception('\x1b[2J no') }}"
+    with pytest.raises(ValueError, match=r"refuses the messages: \\x1b\[2J no$"):
+        ChatTemplate(source, SPECIAL, "here").render(MESSAGES, add_generation_prompt=False)
+
+
 def test_a_long_conversation_is_rendered():
     """Each step of a template is allowed once for each message, however many there are."""
     source = (

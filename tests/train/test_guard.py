@@ -1,9 +1,13 @@
 """Is every mistake one clear line?"""
 
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.runs import cli, data_setting, one_error
+
+from stellarbyte_jax.train.guard import run_guarded
 
 MISTAKES = {
     "missing data file": (lambda t: ["data.train=nowhere.jsonl"], ["nowhere.jsonl"]),
@@ -20,7 +24,10 @@ MISTAKES = {
         lambda t: ["optimizer.learning_rate=1e30", "optimizer.gradient_clip_norm=none", "schedule.warmup_steps=0"],
         ["the gradient norm is nan at step", "learning_rate"],
     ),
-    "unwritable output": (lambda t: ["output_dir=/dev/null/run"], ["/dev/null/run"]),
+    "unwritable output": (
+        lambda t: ["output_dir=/dev/null/run"],
+        ["/dev/null/run could not be written: Not a directory; a folder of its path is a file: choose another"],
+    ),
 }
 
 
@@ -29,6 +36,57 @@ def test_a_mistake_is_one_clear_line(mistake, config_file, tmp_path, capsys):
     make, parts = MISTAKES[mistake]
     assert cli(config_file, *make(tmp_path)) == 1
     assert one_error(capsys, *parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "reason"),
+    [
+        ("train_config.json", Path.mkdir, "Is a directory; there is a folder where a file belongs: move it"),
+        ("tokenizer", Path.touch, "File exists; there is a file where a folder belongs: move it"),
+        ("run.lock", Path.mkdir, "Is a directory; there is a folder where a file belongs: move it"),
+        ("train.log", Path.mkdir, "Is a directory; there is a folder where a file belongs: move it"),
+        ("metrics.jsonl.partial", Path.mkdir, "Is a directory; there is a folder where a file belongs: move it"),
+    ],
+)
+def test_a_file_of_the_run_that_cannot_be_written_is_named_with_what_to_do(
+    name, make, reason, config_file, tmp_path, capsys
+):
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / name)
+    assert cli(config_file) == 1
+    assert one_error(
+        capsys, f"error: {tmp_path / 'run' / name} could not be written: {reason} or choose another output"
+    )
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_named_with_what_to_do(config_file, tmp_path, capsys, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(source), None, str(target))
+
+    def unreadable(source, target):
+        raise PermissionError(13, "Permission denied", str(source))
+
+    for copyfile, parts in (
+        (full, [f"{tmp_path / 'run' / 'tokenizer'} could not be written: No space left on device; the disk is full"]),
+        (unreadable, ["tokenizer.json could not be read: Permission denied; make it readable, start again"]),
+    ):
+        monkeypatch.setattr(shutil, "copyfile", copyfile)
+        assert cli(config_file) == 1
+        assert one_error(capsys, *parts)
+
+
+def test_what_the_system_says_without_a_name_has_advice(tmp_path, capsys):
+    def act():
+        raise OSError(24, "Too many open files")
+
+    assert run_guarded(act, str(tmp_path)) == 1
+    assert one_error(capsys, "error: Too many open files; a limit on open files is in force (ulimit -n): raise it")
+
+    def foreign():
+        raise OSError(13, "Permission denied", "/elsewhere")
+
+    assert run_guarded(foreign, str(tmp_path)) == 1
+    assert one_error(capsys, "error: [Errno 13] Permission denied: '/elsewhere' (details")
 
 
 def test_a_mistyped_command_line(config_file, tmp_path, capsys):

@@ -64,6 +64,79 @@ def test_resume_is_exact(config_file, straight, tmp_path):
     assert not any("tmp" in p.name for p in (run / "checkpoints").iterdir())
 
 
+IN_VALIDATION = """
+from stellarbyte_jax.train import run
+evaluate, calls = run.evaluate, []
+def interrupted(eval_step, params, batches, limit, report, state, stopped):
+    def step(*values):
+        calls.append(None)
+        if len(calls) == {batch}:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return eval_step(*values)
+    found = evaluate(step, params, batches, limit, report, state, stopped)
+    print("batches:", len(calls))
+    return found
+run.evaluate = interrupted
+"""
+
+
+@pytest.mark.parametrize(("batch", "step"), [(1, 10), (3, 20)])
+def test_a_signal_ends_a_validation_which_is_done_when_the_run_goes_on(batch, step, config_file, straight, tmp_path):
+    run = tmp_path / "run"
+    for _ in range(2):  # also where it comes again while the validation is made up for
+        stopped = child(config_file, IN_VALIDATION.format(batch=batch))
+        assert stopped.returncode == 143, stopped.stderr
+        assert f"batches: {batch}\n" in stopped.stdout
+        assert f"step {step}/20  validation broken off" in stopped.stdout
+        assert f"SIGTERM: stopped at step {step} of 20" in stopped.stdout
+        assert step not in log_of(run)[1]
+        batch = 1
+    stored = {p: p.stat().st_mtime_ns for p in (run / "checkpoints" / str(step)).iterdir()}
+    assert stored
+    resumed = child(config_file)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed at step {step} " in resumed.stdout
+    assert log_of(run) == log_of(straight)
+    assert same_weights(load_weights(run)[1], load_weights(straight)[1])
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == sorted(
+        p.name for p in (straight / "checkpoints").iterdir()
+    )
+    assert not (run / "replaced").exists()
+    assert "is complete" in child(config_file).stdout
+
+
+def test_a_validation_that_was_broken_off_counts_for_the_best_checkpoint_and_for_patience(config_file, tmp_path):
+    settings = ("steps=14", "checkpoint.keep_latest=1", "checkpoint.interval=4", "evaluation.interval=3")
+    assert child(config_file, IN_VALIDATION.format(batch=1), *settings).returncode == 143
+    worse = ("optimizer.learning_rate=1", "evaluation.patience=3")
+    resumed = child(config_file, "", *settings, *worse)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "stopped early at step 12: 3 validations without a better loss" in resumed.stdout
+    losses = log_of(tmp_path / "run")[1]
+    assert list(losses) == [3, 6, 9, 12] and min(losses, key=lambda step: losses[step]) == 3
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["12", "3"]
+
+
+def test_a_checkpoint_whose_replacement_was_killed_comes_back(config_file, straight, tmp_path):
+    killed = """
+from orbax.checkpoint._src.path import atomicity
+finalize = atomicity.AtomicRenameTemporaryPath.finalize
+async def dies(self, *args, **kwargs):
+    if "/10." in str(self.get()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await finalize(self, *args, **kwargs)
+atomicity.AtomicRenameTemporaryPath.finalize = dies
+"""
+    run = tmp_path / "run"
+    assert child(config_file, IN_VALIDATION.format(batch=1)).returncode == 143
+    assert child(config_file, killed).returncode == -9
+    assert (run / "replaced" / "10").exists() and not (run / "checkpoints" / "10").exists()
+    resumed = child(config_file)
+    assert resumed.returncode == 0 and "resumed at step 10 " in resumed.stdout, resumed.stderr
+    assert log_of(run) == log_of(straight)
+    assert not (run / "replaced").exists()
+
+
 def test_a_second_signal_leaves_at_once(config_file, tmp_path):
     twice = "at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])"
     done = child(config_file, twice)
@@ -102,6 +175,8 @@ def test_the_end_of_a_run_is_done_later_where_a_signal_kept_it_from_being_done(c
     assert "stopped at step 20 of 20; the same command does what is left to do after it" in stopped.stdout
     assert not (run / "hf").exists()
     (run / ".hf.partial-99999999").mkdir()  # of an export that was killed
+    assert cli(config_file) == 0  # the last validation is left too
+    assert not (run / "hf").exists() and "step 20/20  validation" in capsys.readouterr().out
     assert cli(config_file) == 0
     assert not (run / "hf").exists() and "is complete" in capsys.readouterr().out
     assert cli(config_file, *end) == 0

@@ -81,7 +81,7 @@ def test_evaluation_remembers_from_batch_to_batch():
             "bytes": jnp.ones(()),
         }, (f"after {batch}")
 
-    evaluate(run_eval, {}, ["a", "b", "c"], 2, Silent(), "nothing")
+    evaluate(run_eval, {}, ["a", "b", "c"], 2, Silent(), "nothing", lambda: False)
     assert seen == [("a", "nothing"), ("b", "after a")]
 
 

@@ -18,7 +18,7 @@ def scripted(monkeypatch):
     def script(losses):
         losses, seen = iter(losses), []
 
-        def evaluate(eval_step, params, batches, limit, report, state):
+        def evaluate(eval_step, params, batches, limit, report, state, stopped):
             seen.append(jax.device_get(params))
             return {"loss": next(losses), "perplexity": 1.0, "accuracy": 0.0}
 
