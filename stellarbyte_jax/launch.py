@@ -7,6 +7,7 @@ import platform
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import CoroutineType, FrameType
 from typing import Self
@@ -47,6 +48,8 @@ def quiet_libraries() -> None:
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # No coroutine is ours: these are those that orbax made for an event loop which could not be opened.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     threading.excepthook = _without_orbax
     sys.unraisablehook = _without_abandoned_reads
 
@@ -59,10 +62,12 @@ def _without_orbax(failure: threading.ExceptHookArgs) -> None:
 def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:
     """Where one array of a checkpoint cannot be read or written, orbax leaves the others to themselves.
 
-    Their reads go to the garbage collector, and tensorstore tells of them to an event loop that is closed.
+    Their reads go to the garbage collector, and tensorstore tells of them to an event loop that is closed. One that
+    could not be opened, for want of files, fails once more when it goes there.
     """
     abandoned = isinstance(failure.object, CoroutineType) and "orbax" in failure.object.cr_code.co_filename
-    if not abandoned and str(failure.exc_value) != "Event loop is closed":
+    half_made = getattr(failure.object, "__qualname__", None) == "BaseEventLoop.__del__"
+    if not abandoned and not half_made and str(failure.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(failure)
 
 

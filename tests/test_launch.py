@@ -92,6 +92,28 @@ def test_only_reads_that_orbax_abandoned_fail_without_a_word(monkeypatch):
         coroutine.close()
 
 
+NO_FILES = """
+import asyncio, resource
+from stellarbyte_jax.launch import quiet_libraries
+async def write():
+    pass
+quiet_libraries()
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+coroutine = write()
+try:
+    asyncio.new_event_loop()
+except OSError as error:
+    print(error.strerror)
+del coroutine
+"""
+
+
+def test_an_event_loop_that_cannot_be_opened_is_one_error():
+    """Neither the half of it nor the coroutines that were made for it say more."""
+    done = subprocess.run([sys.executable, "-c", NO_FILES], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{os.strerror(errno.EMFILE)}\n", "")
+
+
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
