@@ -45,11 +45,11 @@ class Round:
         self.did.append(moment if came else f"{moment} (the program ended before)")
         return came
 
-    def ended(self, program, *statuses, error=(), zero=True, complete=True, told=""):
+    def ended(self, program, *statuses, error=(), zero=True, complete=True, told="", foreign=()):
         """The program ends by itself with one of the statuses, or with 0, perhaps with a line, where that is right."""
         status = program.wait()
         self.did.append(f"status {status}")
-        self.problems += of_ended(program, status, {*statuses, *([0] if zero else [])}, error, told)
+        self.problems += of_ended(program, status, {*statuses, *([0] if zero else [])}, error, told, foreign)
         self.complete = complete and status == 0
 
     def at_end(self, act):
