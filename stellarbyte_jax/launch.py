@@ -1,5 +1,6 @@
 """Starting up: the compile cache, a line about the environment, and signals."""
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -154,6 +155,7 @@ class RunLock:
 
     def __init__(self, directory: Path) -> None:
         """Names the directory: use it as a context manager."""
+        self._directory = directory
         self._path = directory / "run.lock"
 
     def __enter__(self) -> Self:
@@ -172,6 +174,7 @@ class RunLock:
             raise OSError(
                 f"{self._path.parent} is in use by {owner}: wait until it ends, stop it, or choose another output_dir"
             ) from None
+        self._opened = os.open(self._directory, os.O_RDONLY)  # so that no other one gets its number
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}\n")
         self._file.flush()
@@ -179,5 +182,13 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         """Gives it back."""
+        os.close(self._opened)
         self._file.truncate(0)
         self._file.close()
+
+    def check(self) -> None:
+        """Raises OSError where the directory was moved or removed: what is written now would make half of it anew."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._directory), os.fstat(self._opened)):
+                return
+        raise OSError(f"{self._directory} is no longer there: {_REMEDIES['No such file']}, start again")

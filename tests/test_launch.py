@@ -52,6 +52,22 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
         assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+@pytest.mark.parametrize("made_again", [False, True])
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_a_directory_that_is_another_one_now_is_no_place_for_a_run(tmp_path, how, made_again):
+    run = tmp_path / "run"
+    run.mkdir()
+    with RunLock(run) as lock:
+        lock.check()
+        (run / "run.lock").unlink()
+        lock.check()
+        run.rename(tmp_path / "moved") if how == "moved" else run.rmdir()
+        if made_again:
+            run.mkdir()
+        with pytest.raises(OSError, match=r"run is no longer there: the directory was moved or removed during the run"):
+            lock.check()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_flag(number, capfd):
     inherited = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored

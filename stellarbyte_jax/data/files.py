@@ -5,7 +5,6 @@ import weakref
 
 import numpy as np
 
-
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 

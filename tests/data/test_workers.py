@@ -94,7 +94,7 @@ class ChangingError(Exception):
         super().__init__(f"the {what} is bad")
 
 
-class Panic(BaseException):  # noqa: N818 (as those of Rust are called)
+class Panic(BaseException):
     """No Exception."""
 
 

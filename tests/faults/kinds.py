@@ -17,8 +17,8 @@ MOMENTS = ("start", "compile", "step", "step", "save", "end", "export")
 _NO_ROOM = ("limit on the size of a file",)
 _FULL = ("No space left", "disk is full", "MiB are free")
 _FILES = ("Too many open files", "limit on open files")
-# jax warns of programs that it cannot take from its cache, and compiles them; where XLA cannot read /proc/cpuinfo when it
-# first runs a program, it fails with an error that names no file and no limit.
+# jax warns of programs that it cannot take from its cache, and compiles them; where XLA cannot read /proc/cpuinfo, its
+# first program fails with an error that names no file and no limit.
 _FILES_OF_XLA = (
     *("persistent compilation cache entry", "warnings.warn(", "Error in cpuinfo", "Failed to initialize cpuinfo"),
     *("XNNPACK/ynnpack", "INTERNAL: YNNPACK operation failed"),
@@ -245,11 +245,16 @@ def _stop(round):
 def _output_removed(round):
     program = round.start()
     if round.at(program, "compile", "step", "save", "end"):
-        with contextlib.suppress(FileNotFoundError):
-            round.place.run.rename(round.place.folder / "moved")
-    round.ended(program, 1, error=_LOST, complete=False)
-    # What a program wrote after its folder was gone is of no use; the user begins again.
-    shutil.rmtree(round.place.run, ignore_errors=True)
+        round.place.run.rename(moved := round.place.folder / "moved")
+        round.ended(program, 1, error=_LOST, complete=False)
+        # One that says with 0 that all is done had nothing left to write: the whole run is where the folder went.
+        if program.process.returncode == 0:
+            round.finished(moved)
+            round.problems += [f"made again: {p.name}" for p in round.place.run.glob("*")]
+        # What was written between the fault and its discovery is of no use; the user begins again.
+        shutil.rmtree(round.place.run, ignore_errors=True)
+    else:
+        round.ended(program)
 
 
 @kind("output read-only")
