@@ -1,5 +1,6 @@
 """Starting up: the compile cache, a line about the environment, and signals."""
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -7,6 +8,7 @@ import platform
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import CoroutineType, FrameType
 from typing import Self
@@ -47,6 +49,8 @@ def quiet_libraries() -> None:
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # No coroutine is ours: these are those that orbax made for an event loop which could not be opened.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     threading.excepthook = _without_orbax
     sys.unraisablehook = _without_abandoned_reads
 
@@ -59,10 +63,12 @@ def _without_orbax(failure: threading.ExceptHookArgs) -> None:
 def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:
     """Where one array of a checkpoint cannot be read or written, orbax leaves the others to themselves.
 
-    Their reads go to the garbage collector, and tensorstore tells of them to an event loop that is closed.
+    Their reads go to the garbage collector, and tensorstore tells of them to an event loop that is closed. One that
+    could not be opened, for want of files, fails once more when it goes there.
     """
     abandoned = isinstance(failure.object, CoroutineType) and "orbax" in failure.object.cr_code.co_filename
-    if not abandoned and str(failure.exc_value) != "Event loop is closed":
+    half_made = getattr(failure.object, "__qualname__", None) == "BaseEventLoop.__del__"
+    if not abandoned and not half_made and str(failure.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(failure)
 
 
@@ -152,6 +158,7 @@ class RunLock:
 
     def __init__(self, directory: Path) -> None:
         """Names the directory: use it as a context manager."""
+        self._directory = directory
         self._path = directory / "run.lock"
 
     def __enter__(self) -> Self:
@@ -170,6 +177,7 @@ class RunLock:
             raise OSError(
                 f"{self._path.parent} is in use by {owner}: wait until it ends, stop it, or choose another output_dir"
             ) from None
+        self._opened = os.open(self._directory, os.O_RDONLY)  # so that no other one gets its number
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}\n")
         self._file.flush()
@@ -177,5 +185,13 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         """Gives it back."""
+        os.close(self._opened)
         self._file.truncate(0)
         self._file.close()
+
+    def check(self) -> None:
+        """Raises OSError where the directory was moved or removed: what is written now would make half of it anew."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._directory), os.fstat(self._opened)):
+                return
+        raise OSError(f"{self._directory} is no longer there: {_REMEDIES['No such file']}, start again")

@@ -52,6 +52,22 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
         assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+@pytest.mark.parametrize("made_again", [False, True])
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_a_directory_that_is_another_one_now_is_no_place_for_a_run(tmp_path, how, made_again):
+    run = tmp_path / "run"
+    run.mkdir()
+    with RunLock(run) as lock:
+        lock.check()
+        (run / "run.lock").unlink()
+        lock.check()
+        run.rename(tmp_path / "moved") if how == "moved" else run.rmdir()
+        if made_again:
+            run.mkdir()
+        with pytest.raises(OSError, match=r"run is no longer there: the directory was moved or removed during the run"):
+            lock.check()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_flag(number, capfd):
     inherited = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
@@ -90,6 +106,28 @@ def test_only_reads_that_orbax_abandoned_fail_without_a_word(monkeypatch):
     assert [failure.object for failure in told] == [made[1], "a string"]
     for coroutine in made:
         coroutine.close()
+
+
+NO_FILES = """
+import asyncio, resource
+from stellarbyte_jax.launch import quiet_libraries
+async def write():
+    pass
+quiet_libraries()
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+coroutine = write()
+try:
+    asyncio.new_event_loop()
+except OSError as error:
+    print(error.strerror)
+del coroutine
+"""
+
+
+def test_an_event_loop_that_cannot_be_opened_is_one_error():
+    """Neither the half of it nor the coroutines that were made for it say more."""
+    done = subprocess.run([sys.executable, "-c", NO_FILES], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{os.strerror(errno.EMFILE)}\n", "")
 
 
 @pytest.mark.parametrize(

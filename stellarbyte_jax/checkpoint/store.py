@@ -127,6 +127,9 @@ class Checkpointer:
             best_mode="min",
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
+            # Made in the background, one that cannot be made leaves all other threads waiting for it, and the program
+            # with them, for 20 minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._replaced = run_dir.absolute() / "replaced"
         self._put_back()

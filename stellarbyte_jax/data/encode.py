@@ -9,8 +9,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from stellarbyte_jax.data.sources import Corpus, DataError, ShardSource
-from stellarbyte_jax.data.text import TextFormat, read_text
+from stellarbyte_jax.data.sources import Corpus, ShardSource
+from stellarbyte_jax.data.text import TextFormat, UnusableRecordError, read_text
 from stellarbyte_jax.data.workers import Workers
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
@@ -37,7 +37,7 @@ class EncodeDocuments:
         """Reads and tokenises the documents.
 
         Raises:
-          DataError: a record is unusable and ``on_error`` is "raise".
+          DataError: a record is unusable and ``on_error`` is "raise", or a file became shorter.
         """
         documents: list[Any] = []
         texts: list[str] = []
@@ -50,7 +50,7 @@ class EncodeDocuments:
                 continue
             try:
                 text = read_text(source, row, self.text)
-            except DataError:
+            except UnusableRecordError:
                 if self.on_error == "raise":
                     raise
                 skipped += 1

@@ -5,6 +5,8 @@ import weakref
 
 import numpy as np
 
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the rule and the likely fix."""
@@ -24,6 +26,16 @@ class ByteFile:
         weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
 
+    def expect(self, size: int) -> None:
+        """Raises DataError where the file is shorter than it once was."""
+        if self.size < size:
+            raise self._shorter(f": it has {self.size} bytes and had {size}")
+
+    def _shorter(self, how: str) -> DataError:
+        return DataError(
+            f"{self._path} became shorter{how}. Put it back as it was and start again; the checkpoints are kept"
+        )
+
     def read(self, start: int, count: int) -> bytes:
         """Bytes from ``start`` on; DataError where the file is shorter now than when it was opened."""
         parts = [os.pread(self._descriptor, count, start)]
@@ -31,10 +43,7 @@ class ByteFile:
             parts.append(os.pread(self._descriptor, count - have, start + have))
         found = parts[0] if len(parts) == 1 else b"".join(parts)
         if len(found) < count:
-            raise DataError(
-                f"{self._path} became shorter while it was read: it ends before byte {start + count}. Put it back as "
-                "it was and start again; the checkpoints are kept"
-            )
+            raise self._shorter(f" while it was read: it ends before byte {start + count}")
         return found
 
 
@@ -42,12 +51,19 @@ class ArrayFile:
     """The array in a ``.npy`` file, of which parts are read."""
 
     def __init__(self, path: str) -> None:
-        """Reads the header; ValueError where it is not that of an array with one axis."""
-        header = np.load(path, mmap_mode="r", allow_pickle=False)
-        if header.ndim != 1:
-            raise ValueError(f"{path} holds an array of {header.ndim} dimensions")
-        self._dtype, self._begin, self._count = header.dtype, header.offset, len(header)
+        """Reads the header; ValueError where it is not that of an array with one axis, or less than that follows."""
+        with open(path, "rb") as file:
+            try:
+                version = np.lib.format.read_magic(file)
+                shape, _, self._dtype = _HEADERS[version](file)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{path} is damaged or became shorter ({error})") from error
+            self._begin = file.tell()
+        if len(shape) != 1 or self._dtype.hasobject:
+            raise ValueError(f"{path} holds an array of {len(shape)} dimensions of {self._dtype}")
+        (self._count,) = shape
         self._bytes = ByteFile(path)
+        self._bytes.expect(self._begin + self._count * self._dtype.itemsize)
 
     def __len__(self) -> int:
         """How many numbers it holds."""

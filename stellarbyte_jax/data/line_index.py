@@ -13,7 +13,10 @@ _NEWLINE = 10
 
 
 def index_lines(path: Path) -> np.ndarray:
-    """The lines of a file that are not blank: int64 [2 * lines], of each its first byte and its number, from 1."""
+    """The lines of a file that are not blank: int64 [2 * lines + 1].
+
+    Of each its first byte and its number, from 1; last the size of the file.
+    """
     file = ByteFile(str(path))
     parts = [np.zeros(0, np.int64)]
     lines = 0  # that begin before the block
@@ -33,7 +36,7 @@ def index_lines(path: Path) -> np.ndarray:
         for i in np.flatnonzero(block[starts] != ord("{")):
             keep[i] = not _is_blank(file, begin + int(starts[i]))
         parts.append(np.stack([starts + begin, numbers], axis=1)[keep].reshape(-1))
-    return np.concatenate(parts)
+    return np.concatenate([*parts, np.array([file.size], np.int64)])
 
 
 def _is_blank(file: ByteFile, start: int) -> bool:
@@ -58,9 +61,15 @@ class Lines:
     """
 
     def __init__(self, path: str, index: str) -> None:
-        """Opens the file and its index, which is not held in memory."""
+        """Opens the file and its index, which is not held in memory.
+
+        Raises:
+          DataError: the file became shorter.
+        """
         self._file, self._index = ByteFile(path), ArrayFile(index)
         self.count = len(self._index) // 2
+        self._size = int(self._index.part(2 * self.count, 2 * self.count + 1)[0])
+        self._file.expect(self._size)
 
     def read(self, row: int) -> bytes:
         """A line, with what follows it up to the next one that is not blank; without the byte order mark.
@@ -68,8 +77,7 @@ class Lines:
         Raises:
           DataError: the file became shorter.
         """
-        start, _, *after = self._index.part(2 * row, min(2 * row + 3, 2 * self.count)).tolist()
-        end = after[0] if after else self._file.size
+        start, _, end = self._index.part(2 * row, 2 * row + 3).tolist()
         line = self._file.read(start, end - start)
         return line.removeprefix(codecs.BOM_UTF8) if start == 0 else line
 

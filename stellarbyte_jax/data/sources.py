@@ -245,14 +245,20 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
         if not plain.exists():
             _log.info("converting %s to random access, once, into %s", path, plain)
             write_atomically(plain, lambda out: CONVERTERS[suffix](path, out, columns))
-    index = cache / f"{stem}-{key}.index.npy"
+    index = cache / f"{stem}-{key}.lines.npy"
     if not index.exists():
         lines = index_lines(plain)
         write_atomically(index, lambda out: np.save(out, lines, allow_pickle=False))
     try:
-        documents = Lines(str(plain), str(index)).count
-    except (ValueError, EOFError) as error:
+        ArrayFile(str(index))
+    except ValueError as error:
         raise DataError(f"{index} is damaged ({error}); delete it, it is made again") from error
+    try:
+        documents = Lines(str(plain), str(index)).count
+    except DataError as error:
+        if plain == path:
+            raise
+        raise DataError(f"{plain} is damaged ({error}); delete it, it is made again") from error
     if documents == 0:
         raise DataError(f"{path} holds no documents, only blank lines")
     return LineSource(str(path), str(plain), str(index), documents)

@@ -10,6 +10,10 @@ from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.data.sources import BadRecordError, DataError, LineSource
 
 
+class UnusableRecordError(DataError):
+    """A record that has no text, which ``data.on_error=skip`` leaves out."""
+
+
 @dataclass(frozen=True)
 class TextFormat:
     """How a record becomes text: ``template.format(**record)``, or ``fields`` joined by a newline."""
@@ -84,12 +88,13 @@ def read_text(source: LineSource, row: int, text: TextFormat) -> str:
     """The text of one record.
 
     Raises:
-      DataError: the record is unusable; names file, line and column or field.
+      UnusableRecordError: names file, line and column or field.
+      DataError: the file became shorter.
     """
     try:
         return text.render(source.record(row))
     except BadRecordError as error:
-        raise DataError(
+        raise UnusableRecordError(
             f"{source.location(row, error.column)}: {error}; "
             "mend the line or leave such lines out with data.on_error=skip"
         ) from error

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
 
 import cloudpickle
@@ -44,17 +45,35 @@ class Workers:
         self._next = 0
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
+        self._ended = threading.Event()
         # With a priority, because daemons are otherwise told at exit to stop by a signal that they block.
-        self.close = util.Finalize(self, _end, args=(self._processes,), exitpriority=1)
+        self.close = util.Finalize(self, _end, args=(self._processes, self._ended), exitpriority=1)
         pickled = cloudpickle.dumps(elements)
-        with signals_blocked():
-            for index in range(count):
-                receiver, sender = _spawn.Pipe(duplex=False)
-                with sender:  # with another writer left, a worker's death would not be the end of its pipe
-                    process = _spawn.Process(target=_work, args=(pickled, index, count, sender), daemon=True)
-                    process.start()
-                self._pipes.append(receiver)
-                self._processes.append(process)
+        try:
+            with signals_blocked():
+                orders = [self._start(index) for index in range(count)]
+            for order in orders:
+                with order, contextlib.suppress(OSError):  # of a worker that is gone, which __next__ tells
+                    order.send_bytes(pickled)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, index: int) -> Connection:
+        """Starts a worker; returns the pipe by which it learns what to do.
+
+        As an argument of the process that could be more than the pipe of a start holds, and Python itself has its other
+        end open: where the process ends before it reads, the writer would wait for ever.
+        """
+        receiver, sender = _spawn.Pipe(duplex=False)
+        orders, order = _spawn.Pipe(duplex=False)
+        # With another writer or reader left, a worker's death would not be the end of its pipes.
+        with sender, orders:
+            process = _spawn.Process(target=_work, args=(orders, index, self._count, sender), daemon=True)
+            process.start()
+        self._pipes.append(receiver)
+        self._processes.append(process)
+        return order
 
     def __iter__(self) -> Self:
         """Itself."""
@@ -64,28 +83,33 @@ class Workers:
         """The next element.
 
         Raises:
-          DataError: its worker is gone.
+          DataError: its worker is gone, or all were ended.
           Exception: what making it raised.
         """
         if self._next >= self._length:
             raise StopIteration
         index = self._next % self._count
         try:
-            value, error, trace = self._pipes[index].recv()
+            message = self._pipes[index].recv_bytes()
         except (EOFError, OSError):  # the latter in the middle of a message
-            raise DataError(self._loss(index)) from None
+            message = None
+        if message is None or self._ended.is_set():
+            raise DataError(self._loss(index))
+        value, error, trace = pickle.loads(message)
         if error is not None:
             raise error from _Remote(trace)
         self._next += 1
         return value
 
     def _loss(self, index: int) -> str:
-        if not self._processes:
+        if self._ended.is_set():
             return "the data workers were ended while a batch was made"
         process = self._processes[index]
         process.join(timeout=10)
         code = process.exitcode
-        if code is None or code >= 0:
+        if code is None:
+            how = "ended: start again"
+        elif code >= 0:
             how = f"ended with status {code}: start again; data.workers=0 reads the data without workers"
         elif code == -signal.SIGKILL:
             how = "was killed, as the system does where memory runs out: free memory or lower data.workers, start again"
@@ -94,7 +118,8 @@ class Workers:
         return f"data worker {index + 1} of {self._count} (process {process.pid}) {how}"
 
 
-def _end(processes: list[BaseProcess]) -> None:
+def _end(processes: list[BaseProcess], ended: threading.Event) -> None:
+    ended.set()  # before: a thread that waits for an element is to know why none comes
     # Nothing that a worker holds needs an orderly end, and one that hangs ends too.
     for process in processes:
         process.kill()
@@ -117,20 +142,21 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(pickled: bytes, index: int, count: int, pipe: Connection) -> None:
+def _work(orders: Connection, index: int, count: int, pipe: Connection) -> None:
     """Makes elements, some of them ahead of time."""
     # One thread a worker: the setting for how many cores are used is data.workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
-    ready: queue.Queue[tuple[Any, Exception | None, str] | None] = queue.Queue(_AHEAD)
+    ready: queue.Queue[bytes | None] = queue.Queue(_AHEAD)
     sender = threading.Thread(target=_send, args=(ready, pipe), name="send", daemon=True)
     sender.start()
     try:
-        elements = pickle.loads(pickled)
+        with orders:
+            elements = pickle.loads(orders.recv_bytes())
         for number in range(index, len(elements), count):
-            ready.put((elements[number], None, ""))
-    except Exception as error:
-        ready.put((None, _portable(error), traceback.format_exc()))
+            ready.put(ForkingPickler.dumps((elements[number], None, "")))
+    except BaseException as error:  # also those of libraries that are no Exception, such as a panic of Rust
+        ready.put(ForkingPickler.dumps((None, _portable(error), traceback.format_exc())))
     ready.put(None)
     sender.join()
 
@@ -138,17 +164,19 @@ def _work(pickled: bytes, index: int, count: int, pipe: Connection) -> None:
 def _send(ready: queue.Queue[Any], pipe: Connection) -> None:
     while (message := ready.get()) is not None:
         try:
-            pipe.send(message)
+            pipe.send_bytes(message)
         except OSError:
             os._exit(1)  # nobody reads
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same where it cannot travel between processes."""
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+def _portable(error: BaseException) -> Exception:
+    """The error, or one that says the same where it cannot travel or would mean something else to who iterates."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        with contextlib.suppress(Exception):
+            copy = pickle.loads(pickle.dumps(error))
+            if type(copy) is type(error) and str(copy) == str(error):
+                return copy
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _end_with_parent() -> None:

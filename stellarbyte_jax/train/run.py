@@ -57,6 +57,7 @@ class _Run:
     began: float
     cache: CompileCache
     interrupt: Interrupt
+    lock: RunLock
     checkpointer: Checkpointer
     model: ByteTransformer
     parameters: int
@@ -81,19 +82,26 @@ def train(config: TrainConfig) -> Finished:
     run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
-    with RunLock(run_dir), Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
+    with RunLock(run_dir) as lock, Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        prepared = _prepare(config, began, interrupt, report, stack)
+        prepared = _prepare(config, began, interrupt, lock, report, stack)
         if isinstance(prepared, Finished):
             return prepared
         stack.callback(report.end_bar)
         start = int(prepared.state.step)
         report.start_bar("training", config.steps, start)
-        return _finish(prepared, _loop(prepared, start))
+        finished = _finish(prepared, _loop(prepared, start))
+        lock.check()
+        return finished
 
 
 def _prepare(
-    config: TrainConfig, began: float, interrupt: Interrupt, report: Reporter, stack: contextlib.ExitStack
+    config: TrainConfig,
+    began: float,
+    interrupt: Interrupt,
+    lock: RunLock,
+    report: Reporter,
+    stack: contextlib.ExitStack,
 ) -> _Run | Finished:
     """Checks all that can be checked before the first step, and opens what the run needs.
 
@@ -148,6 +156,7 @@ def _prepare(
         began=began,
         cache=cache,
         interrupt=interrupt,
+        lock=lock,
         checkpointer=checkpointer,
         model=model,
         parameters=parameters,
@@ -239,6 +248,7 @@ def _finish(run: _Run, ended: Finished) -> Finished:
         return Finished(run.interrupt.exit_code, ended.step, "signal")
     if ended.ended_by == "patience":
         report.line(_early(run.progress, ended.step))
+    run.lock.check()
     exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line)
     report.table("summary", _summary(run, ended.step, exported))
     return ended
@@ -281,6 +291,7 @@ def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
     run.meter.flush()
     if validation_loss is not None and not math.isfinite(validation_loss):
         validation_loss = None  # no measure of which checkpoints are the best
+    run.lock.check()
     with run.meter.paused():
         place = run.loader.state()
         resume.save(run.checkpointer, run.config, run.state, step, place, run.progress, validation_loss)

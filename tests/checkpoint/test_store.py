@@ -1,6 +1,8 @@
 """Items of a step: frozen weights and trained ones apart, formats, and what an older version wrote."""
 
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -89,3 +91,36 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_in_one_line(tmp_path):
         restore(checkpointer, config, lambda path: True)
     checkpointer.close()
     assert not (tmp_path / "run" / "corrupt").exists()
+
+
+NO_LOOP = """
+import asyncio, errno, os, sys, threading
+from pathlib import Path
+import jax.numpy as jnp
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
+from stellarbyte_jax.config import CheckpointConfig
+from stellarbyte_jax.launch import quiet_libraries
+
+def open_loop(opened=asyncio.new_event_loop):
+    if threading.current_thread() is not threading.main_thread():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return opened()
+
+quiet_libraries()
+checkpointer = Checkpointer(Path(sys.argv[1]), CheckpointConfig())
+asyncio.new_event_loop = open_loop
+try:
+    checkpointer.save(1, {"params": {"a": jnp.ones(3)}}, {"data": {"at": 1}}, frozen=[])
+    checkpointer.wait()
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_program_whose_save_fails_ends(tmp_path):
+    """Threads make the directories, which fail here as where no file can be opened; others must not wait for them."""
+    done = subprocess.run(
+        [sys.executable, "-c", NO_LOOP, str(tmp_path / "run")], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a limit on open files is in force" in done.stdout

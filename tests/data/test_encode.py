@@ -8,6 +8,7 @@ import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 from tokenizers import Tokenizer as Library
 
+from stellarbyte_jax.data import sources
 from stellarbyte_jax.data.encode import (
     GROUP_DOCUMENTS,
     EncodeDocuments,
@@ -181,3 +182,29 @@ def test_no_process_and_one_process_give_the_groups_in_order(encoder, ids_of):
 
 def test_no_process_is_started_for_no_group():
     assert list(iterate_groups(document_groups(3)[1:], 4)) == []
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_file_that_became_shorter_is_not_skipped(encoder, tmp_path, opened):
+    """Leaving out what is gone would train on less than was asked for, and say nothing."""
+    encode = encoder(LINES, on_error="skip")
+    if opened:
+        encode([0])
+    os.truncate(tmp_path / "a.jsonl", 20)
+    if not opened:
+        sources._open_lines.cache_clear()
+    with pytest.raises(DataError, match=r"a\.jsonl became shorter"):
+        encode(range(6))
+
+
+@pytest.mark.parametrize("left", [3, 100, -1])
+@pytest.mark.parametrize("file", ["tokens-00000.npy", "offsets-00000.npy"])
+def test_a_shard_that_was_cut_before_it_was_opened_became_shorter(encoder, tokenizer, tmp_path, file, left):
+    (tmp_path / "p.jsonl").write_text('{"text": "xy"}\n')
+    prepare([str(tmp_path / "p.jsonl")], tmp_path / "out", tokenizer, text=TextFormat(), workers=0)
+    encode = encoder.of([tmp_path / "out"])
+    shard = tmp_path / "out" / file
+    os.truncate(shard, left % shard.stat().st_size)
+    sources._open_shard.cache_clear()
+    with pytest.raises(ValueError, match=rf"{file} .*became shorter"):
+        encode([0])

@@ -76,7 +76,7 @@ def test_a_damaged_index_is_named(tmp_path):
     for content in (b"", index.read_bytes()[:-8], b"something else"):
         index.write_bytes(content)
         sources._open_lines.cache_clear()
-        with pytest.raises(DataError, match=r"\.index\.npy is damaged \(.+\); delete it, it is made again"):
+        with pytest.raises(DataError, match=r"\.lines\.npy is damaged \(.+\); delete it, it is made again"):
             _open(tmp_path, tmp_path / "a.jsonl")
 
 
@@ -126,6 +126,41 @@ def test_a_file_that_becomes_shorter_is_one_error_that_names_it(tmp_path):
     os.truncate(path, 100)
     with pytest.raises(DataError, match=r"a\.jsonl became shorter while it was read: .* the checkpoints are kept"):
         _texts(corpus)
+
+
+@pytest.mark.parametrize("left", [0, 100, -1])
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_file_that_was_cut_before_it_was_opened_became_shorter(tmp_path, left, row):
+    """As in a worker, which opens files when it reads their first line: not bad JSON, whatever is left of a line."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of(RECORDS))
+    size = path.stat().st_size
+    corpus = _open(tmp_path, path)
+    os.truncate(path, left % size)
+    sources._open_lines.cache_clear()
+    found = rf"a\.jsonl became shorter: it has {left % size} bytes and had {size}\. .* the checkpoints are kept"
+    with pytest.raises(DataError, match=found):
+        read_text(*corpus.locate(row % len(corpus)), TextFormat())
+
+
+def test_lines_that_were_added_later_belong_to_no_document(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of(RECORDS).rstrip())
+    corpus = _open(tmp_path, path)
+    path.write_bytes(lines_of([*RECORDS, *RECORDS]))
+    sources._open_lines.cache_clear()
+    assert _texts(corpus) == [record["text"] for record in RECORDS]
+
+
+def test_a_converted_file_that_was_cut_is_named(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines_of(RECORDS)))
+    _open(tmp_path, path)
+    (plain,) = (tmp_path / "cache").glob("*.jsonl")
+    os.truncate(plain, 100)
+    sources._open_lines.cache_clear()
+    with pytest.raises(DataError, match=r"\.jsonl is damaged \(.* became shorter.*\); delete it, it is made again"):
+        _open(tmp_path, path)
 
 
 def test_the_content_of_files_is_their_size_beginning_and_end(tmp_path):

@@ -1,12 +1,20 @@
 """Worker processes: order, errors, signals, and an end whatever happens to them."""
 
+import errno
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import spawn
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.processes import alive, until
 
@@ -77,6 +85,145 @@ def test_an_error_that_cannot_travel_is_told(started):
     workers = started(Squares(20, failing(UnportableError, "this", "that")), 1)
     with pytest.raises(RuntimeError, match="UnportableError: this and that"):
         list(workers)
+
+
+class ChangingError(Exception):
+    """Says something else after a journey: what it was made with is not what it holds."""
+
+    def __init__(self, what):
+        super().__init__(f"the {what} is bad")
+
+
+class Panic(BaseException):
+    """No Exception."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "message"),
+    [
+        (ChangingError, "line", "^ChangingError: the line is bad$"),
+        (Panic, "a library", "^Panic: a library$"),
+        (SystemExit, 3, "^SystemExit: 3$"),
+        (StopIteration, "too early", "^StopIteration: too early$"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_told(started, capfd, kind, argument, message):
+    workers = started(Squares(20, failing(kind, argument)), 2)
+    assert [next(workers)[0] for _ in range(10)] == [number**2 for number in range(10)]
+    with pytest.raises(RuntimeError, match=message):
+        next(workers)
+    assert capfd.readouterr() == ("", "")
+
+
+class Held(Sequence):
+    """Its third element cannot travel."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, number):
+        return number if number != 2 else threading.Lock()
+
+
+def test_an_element_that_cannot_travel_is_an_error_and_no_endless_wait(started):
+    workers = started(Held(), 1)
+    assert [next(workers), next(workers)] == [0, 1]
+    with pytest.raises(TypeError, match="cannot pickle"):
+        within(60, lambda: next(workers))
+
+
+def within(seconds, act):
+    """What ``act`` returns or raises in a thread, or queue.Empty where it waits for ever."""
+    ends = queue.Queue()
+
+    def run():
+        try:
+            ends.put((act(), None))
+        except Exception as error:
+            ends.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    value, error = ends.get(timeout=seconds)
+    if error is not None:
+        raise error
+    return value
+
+
+class Slow(Sequence):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, number):
+        time.sleep(1000)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_closing_while_another_thread_waits_is_told_there(started, count):
+    workers = started(Slow(), count)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, workers)
+        time.sleep(0.2)
+        workers.close()
+        with pytest.raises(DataError, match="the data workers were ended while a batch was made"):
+            waiting.result(60)
+
+
+def test_nothing_comes_after_closing(started):
+    """Not even what was in a pipe already: how much that is depends on the moment."""
+    workers = started(Squares(20), 2)
+    next(workers)
+    time.sleep(0.3)
+    workers.close()
+    with pytest.raises(DataError, match="the data workers were ended"):
+        next(workers)
+
+
+class Large(Squares):
+    """More than a pipe holds goes to a worker when it starts."""
+
+    def __init__(self):
+        super().__init__(20)
+        self.weight = b"x" * (1 << 20)
+
+
+@pytest.fixture
+def no_python():
+    before = spawn.get_executable()
+    spawn.set_executable("/bin/false")
+    yield
+    spawn.set_executable(before)
+
+
+@pytest.mark.parametrize("elements", [Squares(20), Large()])
+def test_a_worker_that_cannot_start_is_told(started, no_python, elements):
+    with pytest.raises(DataError, match=r"data worker 1 of 2 .* ended with status 1: start again"):
+        within(60, lambda: next(started(elements, 2)))
+
+
+def test_where_the_second_cannot_start_the_first_ends(monkeypatch):
+    begun, start = [], BaseProcess.start
+
+    def limited(self):
+        if begun:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        start(self)
+        begun.append(self)
+
+    monkeypatch.setattr(BaseProcess, "start", limited)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        Workers(Squares(10**9), 3)
+    assert not alive(begun[0].pid)
+    assert caught.value.errno == errno.EMFILE
+    assert signal.SIGINT not in blocked()
+
+
+def test_a_worker_ends_with_its_pipe_alone(started):
+    """A sibling that held it too would keep the reader waiting when its worker dies."""
+    workers = started(Squares(10**9), 3)
+    processes = [next(workers)[1] for _ in range(3)]
+    ends = [{os.readlink(p) for p in Path(f"/proc/{process}/fd").iterdir()} for process in processes]
+    pipes = [os.readlink(f"/proc/self/fd/{pipe.fileno()}") for pipe in workers._pipes]
+    assert [[pipe in end for end in ends] for pipe in pipes] == np.eye(3).tolist()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

@@ -42,8 +42,12 @@ def weights(run):
     return flat(load_weights(run, STEPS)[1])
 
 
-def of_ended(program, status, allowed, error, told=""):
-    """What is wrong with how a program ended; ``error`` lists what its message may name, ``told`` is said with 0."""
+def of_ended(program, status, allowed, error, told="", foreign=()):
+    """What is wrong with how a program ended.
+
+    ``error`` lists what its message may name, ``told`` is said with 0; lines that hold one of ``foreign`` are words of
+    libraries that the program cannot choose.
+    """
     problems = []
     if status is None:
         return ["did not end by itself"]
@@ -54,6 +58,9 @@ def of_ended(program, status, allowed, error, told=""):
     if status not in allowed:
         problems.append(f"exit status {status}, expected one of {sorted(allowed)}")
     said = [line for line in program.err.splitlines() if line.strip()]
+    if status == 1 and said and any(part in said[-1] for part in foreign):
+        return problems  # an error of theirs, with its traceback
+    said = [line for line in said if not any(part in line for part in foreign)]
     if "Traceback" in program.out + program.err:
         problems.append(f"a traceback: {said[-1] if said else ''}")
     elif status == 1:

@@ -16,7 +16,13 @@ KINDS = {}
 MOMENTS = ("start", "compile", "step", "step", "save", "end", "export")
 _NO_ROOM = ("limit on the size of a file",)
 _FULL = ("No space left", "disk is full", "MiB are free")
-_FILES = ("Too many open files",)
+_FILES = ("Too many open files", "limit on open files")
+# jax warns of programs that it cannot take from its cache, and compiles them; where XLA cannot read /proc/cpuinfo, its
+# first program fails with an error that names no file and no limit.
+_FILES_OF_XLA = (
+    *("persistent compilation cache entry", "warnings.warn(", "Error in cpuinfo", "Failed to initialize cpuinfo"),
+    *("XNNPACK/ynnpack", "INTERNAL: YNNPACK operation failed"),
+)
 _LOST = ("data worker", "No such file", "was removed", "does not exist", "moved or removed")
 
 
@@ -154,9 +160,9 @@ def _data_cut(round):
     program = round.start()
     if round.at(program, "compile", "step", "save"):
         train.write_bytes(before[: round.draw.randrange(len(before) // 2)])
-    names = (str(train), "other content", "documents was")
-    round.ended(program, 1, error=names)
+    round.ended(program, 1, error=(f"{train} became shorter",))
     if not round.complete:
+        names = (f"{train} is empty", f"{train}:1", "other content", "documents was")
         round.ended(round.start(), 1, error=names, zero=False)
     train.write_bytes(before)
     os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -195,7 +201,7 @@ def _open_files(round):
             count = len(os.listdir(f"/proc/{program.pid}/fd")) + round.draw.randint(-2, 12)
             round.did.append(f"{count} files")
             resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (count, count))
-    round.ended(program, 1, error=_FILES)
+    round.ended(program, 1, error=_FILES, foreign=_FILES_OF_XLA)
 
 
 @kind("a full disk")
@@ -239,11 +245,16 @@ def _stop(round):
 def _output_removed(round):
     program = round.start()
     if round.at(program, "compile", "step", "save", "end"):
-        with contextlib.suppress(FileNotFoundError):
-            round.place.run.rename(round.place.folder / "moved")
-    round.ended(program, 1, error=_LOST, complete=False)
-    # What a program wrote after its folder was gone is of no use; the user begins again.
-    shutil.rmtree(round.place.run, ignore_errors=True)
+        round.place.run.rename(moved := round.place.folder / "moved")
+        round.ended(program, 1, error=_LOST, complete=False)
+        # One that says with 0 that all is done had nothing left to write: the whole run is where the folder went.
+        if program.process.returncode == 0:
+            round.finished(moved)
+            round.problems += [f"made again: {p.name}" for p in round.place.run.glob("*")]
+        # What was written between the fault and its discovery is of no use; the user begins again.
+        shutil.rmtree(round.place.run, ignore_errors=True)
+    else:
+        round.ended(program)
 
 
 @kind("output read-only")

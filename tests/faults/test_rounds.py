@@ -111,6 +111,15 @@ def test_a_line_that_must_be_said_is_missed():
         assert "expected 'told' on standard error" in of_ended(Ended(err=err), 0, {0}, (), "told")[0]
 
 
+@pytest.mark.parametrize(
+    "err", ["theirs: 1\nerror: File too large\n", "Traceback (most recent call last)\ntheirs: 2\n"]
+)
+def test_words_of_libraries_are_let_pass_where_they_are_named(err):
+    assert of_ended(Ended(err=err), 1, {1}, ("File too large",), foreign=("theirs",)) == []
+    assert of_ended(Ended(err=err), 1, {1}, ("File too large",)) != []
+    assert of_ended(Ended(err=f"{err}ours\n"), 1, {1}, ("File too large",), foreign=("theirs",)) != []
+
+
 def test_a_good_end_has_no_problem():
     assert of_ended(Ended(err="error: File too large\n"), 1, {0, 1}, ("File too large",)) == []
     assert of_ended(Ended(), 0, {0, 1}, ()) == []

@@ -289,6 +289,15 @@ def test_a_disk_that_fills_up_while_saving(config_file, tmp_path):
     assert same_weights(before, load_weights(tmp_path / "run")[1])
 
 
+def test_a_directory_that_is_moved_is_told_before_anything_is_made_in_its_place(config_file, tmp_path):
+    """The export of the end would make it anew, and the run would end as if all were well."""
+    run, moved = str(tmp_path / "run"), str(tmp_path / "moved")
+    ended = child(config_file, f"at_step(2, lambda: os.rename({run!r}, {moved!r}))", "steps=4", "export_at_end=True")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: {run} is no longer there: the directory was moved or removed"), ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_starts_from_converted_weights(straight, config_file, tmp_path, capsys):
     """A converted checkpoint spells out sizes that a config file may leave to be derived."""
     config, params = load_weights(straight)
