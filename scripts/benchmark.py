@@ -320,15 +320,16 @@ def _checkpoint(verify: bool) -> Callable[[TrainConfig, int], dict[str, Any]]:
         del steps
         import contextlib
 
-        import jax
+        with imports():
+            import jax
 
-        from stellarbyte_jax.checkpoint.checksum import array_checksums
-        from stellarbyte_jax.checkpoint.store import Checkpointer
-        from stellarbyte_jax.launch import environment
-        from stellarbyte_jax.model.decoder import ByteTransformer
-        from stellarbyte_jax.train import resume
-        from stellarbyte_jax.train.optimizer import make_optimizer
-        from stellarbyte_jax.train.state import create_state, state_shapes
+            from stellarbyte_jax.checkpoint.checksum import array_checksums
+            from stellarbyte_jax.checkpoint.store import Checkpointer
+            from stellarbyte_jax.launch import environment
+            from stellarbyte_jax.model.decoder import ByteTransformer
+            from stellarbyte_jax.train import resume
+            from stellarbyte_jax.train.optimizer import make_optimizer
+            from stellarbyte_jax.train.state import create_state, state_shapes
 
         model = ByteTransformer(config.model)
         optimizer = make_optimizer(config, model)

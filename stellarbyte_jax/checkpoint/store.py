@@ -122,7 +122,7 @@ class Checkpointer:
                     get_metric_fn=_metric, reverse=True, n=settings.keep_best, keep_checkpoints_without_metrics=False
                 )
             )
-        self._options = ocp.CheckpointManagerOptions(
+        options = ocp.CheckpointManagerOptions(
             best_fn=_metric,
             best_mode="min",
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
@@ -133,7 +133,7 @@ class Checkpointer:
         )
         self._replaced = run_dir.absolute() / "replaced"
         self._put_back()
-        self._open()
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _put_back(self) -> None:
         """A checkpoint whose replacement was not finished comes back."""
@@ -142,9 +142,6 @@ class Checkpointer:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 path.rename(self.directory / path.name)
         shutil.rmtree(self._replaced, ignore_errors=True)
-
-    def _open(self) -> None:
-        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
 
     @property
     def steps(self) -> list[int]:
@@ -207,8 +204,7 @@ class Checkpointer:
         self._manager.wait_until_finished()
         self._replaced.mkdir(exist_ok=True)
         (self.directory / str(step)).rename(self._replaced / str(step))
-        self._manager.close()
-        self._open()
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when the last save is on disk.
@@ -259,8 +255,7 @@ class Checkpointer:
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
                 shutil.move(self.directory / str(step), target)
-                self._manager.close()
-                self._open()
+                self._manager.reload()
         if steps:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} could be read; they lie in {self.directory.parent / 'corrupt'}. "

@@ -108,7 +108,7 @@ def open_loop(opened=asyncio.new_event_loop):
 
 quiet_libraries()
 checkpointer = Checkpointer(Path(sys.argv[1]), CheckpointConfig())
-asyncio.new_event_loop = open_loop
+asyncio.new_event_loop = asyncio.events.new_event_loop = open_loop
 try:
     checkpointer.save(1, {"params": {"a": jnp.ones(3)}}, {"data": {"at": 1}}, frozen=[])
     checkpointer.wait()

@@ -243,9 +243,9 @@ def test_restoring_another_arrangement_or_batch_size_is_refused(data):
     packed = _replace(data, arrangement="packed")
     with _loader(data) as contiguous, _loader(packed) as loader:
         state, packed_state = contiguous.state(), loader.state()
-        with pytest.raises(DataError, match="arrangement was contiguous and is now packed"):
+        with pytest.raises(DataError, match="arrangement was 'contiguous' and is now 'packed'"):
             loader.restore(state)
-        with pytest.raises(DataError, match="arrangement was packed and is now contiguous"):
+        with pytest.raises(DataError, match="arrangement was 'packed' and is now 'contiguous'"):
             contiguous.restore(packed_state)
         loader.restore(packed_state)
     with _loader(data, batch_size=6) as loader, pytest.raises(DataError, match=r"4 rows .* now there are 6"):

@@ -162,7 +162,7 @@ def _data_cut(round):
         train.write_bytes(before[: round.draw.randrange(len(before) // 2)])
     round.ended(program, 1, error=(f"{train} became shorter",))
     if not round.complete:
-        names = (f"{train} is empty", f"{train}:1", "other content", "documents was")
+        names = (f"{train} is empty", f"{train}:", "other content", "documents was")
         round.ended(round.start(), 1, error=names, zero=False)
     train.write_bytes(before)
     os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns))

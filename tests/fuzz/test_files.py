@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -35,11 +36,12 @@ from stellarbyte_jax.tokenizer.directory import (
 )
 from stellarbyte_jax.tokenizer.special import adds_bos, special_ids, stop_ids
 
-STORED = save({"a": np.arange(6, dtype="f4").reshape(2, 3), "b": np.float16([1.5])})
+HELD = {"a": np.arange(6, dtype="f4").reshape(2, 3), "b": np.float16([1.5])}
+STORED = save(HELD)
 LENGTH = struct.unpack("<Q", STORED[:8])[0]
 HEADER = json.loads(STORED[8 : 8 + LENGTH])
 DATA = STORED[8 + LENGTH :]
-SUMS = {"a": "cba00000", "b": "00003e00"}  # of the two tensors
+SUMS = {name: f"{zlib.crc32(x.tobytes()):08x}" for name, x in HELD.items()}
 
 
 def with_sums(entry: bytes) -> dict[str, Any]:
