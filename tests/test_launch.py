@@ -52,6 +52,12 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
         assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_lock_that_was_given_back_names_nobody(tmp_path):
+    with RunLock(tmp_path):
+        pass
+    assert (tmp_path / "run.lock").read_text() == ""
+
+
 @pytest.mark.parametrize("made_again", [False, True])
 @pytest.mark.parametrize("how", ["moved", "removed"])
 def test_a_directory_that_is_another_one_now_is_no_place_for_a_run(tmp_path, how, made_again):
@@ -59,6 +65,7 @@ def test_a_directory_that_is_another_one_now_is_no_place_for_a_run(tmp_path, how
     run.mkdir()
     with RunLock(run) as lock:
         lock.check()
+        assert (run / "run.lock").read_text().startswith(f"process {os.getpid()} on")
         (run / "run.lock").unlink()
         lock.check()
         run.rename(tmp_path / "moved") if how == "moved" else run.rmdir()

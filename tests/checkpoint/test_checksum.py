@@ -132,6 +132,18 @@ def test_a_checkpoint_that_lost_an_item_is_set_aside(run, tmp_path, item):
     assert int(found.state.step) == 1 and f"FileNotFoundError: {item} of it is missing" in said[0]
 
 
+def test_a_damaged_note_of_the_format_is_no_other_format(run, tmp_path):
+    """A checkpoint of another format ends the run, a damaged one is set aside."""
+    directory, _, read = run
+    shutil.copytree(directory, tmp_path / "copy")
+    note = tmp_path / "copy" / "checkpoints" / "2" / "format" / "metadata"
+    content = note.read_text()
+    assert content.count('"format": 2') == 1
+    note.write_text(content.replace('"format": 2', '"format": 3'))
+    found, said = read(tmp_path / "copy")
+    assert int(found.state.step) == 1 and "format differs from its checksum" in said[0]
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_arrays_are_compared_unless_that_is_switched_off(run, tmp_path, monkeypatch, verify):
     directory, _, read = run

@@ -283,6 +283,37 @@ def test_a_program_that_never_closes_them_ends_and_so_do_they():
     until(lambda: not any(alive(process) for process in done.stdout.split()))
 
 
+BUSY = """
+import sys, time
+from stellarbyte_jax.data.workers import Workers
+class Busy(list):
+    def __len__(self):
+        return 10
+    def __getitem__(self, number):
+        print("begun", flush=True)
+        time.sleep(1000)
+workers = Workers(Busy(), 2)
+print(*(process.pid for process in workers._processes), flush=True)
+next(workers)
+"""
+
+
+def test_workers_in_the_middle_of_an_element_end_with_a_killed_program():
+    """They learn of it by themselves: nothing that they would send fails."""
+    program = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert program.stdout is not None and program.stderr is not None
+    with program:
+        lines = [program.stdout.readline().split() for _ in range(3)]
+        (processes,) = [line for line in lines if line != ["begun"]]
+        program.kill()
+        try:
+            until(lambda: not any(alive(process) for process in processes), 60)
+        finally:
+            for process in filter(alive, processes):
+                os.kill(int(process), signal.SIGKILL)
+        assert "Traceback" not in program.stderr.read()
+
+
 def blocked():
     return signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
