@@ -147,7 +147,7 @@ def _work(orders: Connection, index: int, count: int, pipe: Connection) -> None:
     # One thread a worker: the setting for how many cores are used is data.workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
-    ready: queue.Queue[bytes | None] = queue.Queue(_AHEAD)
+    ready: queue.Queue[memoryview | None] = queue.Queue(_AHEAD)
     sender = threading.Thread(target=_send, args=(ready, pipe), name="send", daemon=True)
     sender.start()
     try:

@@ -162,8 +162,10 @@ def _data_cut(round):
         train.write_bytes(before[: round.draw.randrange(len(before) // 2)])
     round.ended(program, 1, error=(f"{train} became shorter",))
     if not round.complete:
-        names = (f"{train} is empty", f"{train}:1", "other content", "documents was")
-        round.ended(round.start(), 1, error=names, zero=False)
+        # Without a checkpoint nothing is known of the data before, and what is left of a line is a bad one.
+        kept = any(p.name.isdigit() for p in (round.place.run / "checkpoints").glob("*"))
+        names = ("other content", "documents was", f"{train}:1:") if kept else (f"{train}:",)
+        round.ended(round.start(), 1, error=(f"{train} is empty", *names), zero=False)
     train.write_bytes(before)
     os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns))
 
