@@ -86,3 +86,32 @@ def one_line(text: str) -> str:
 def spelled(text: str) -> str:
     """A text whose control characters, line breaks and tabs apart, are written as escapes."""
     return text.translate(_SPELLED)
+
+
+_REMEDIES = {
+    "File too large": "a limit on the size of a file is in force (ulimit -f): raise it",
+    "Too many open files": "a limit on open files is in force (ulimit -n): raise it",
+    "No space left": "the disk is full: free space or choose another {directory}",
+    "Disk quota": "your quota of the disk is used up: free space or choose another {directory}",
+    "No such file": "the directory was moved or removed during the run: put it back or choose another {directory}",
+    "NOT_FOUND": "the directory was moved or removed during the run: put it back or choose another {directory}",
+    "Not a directory": "a folder of its path is a file: choose another {directory}",
+    "File exists": "there is a file where a folder belongs: move it or choose another {directory}",
+    "Is a directory": "there is a folder where a file belongs: move it or choose another {directory}",
+    "Permission denied": "make it writable or choose another {directory}",
+    "Read-only": "make it writable or choose another {directory}",
+}
+
+
+def remedy(error: BaseException | None, directory: str = "output_dir") -> str | None:
+    """What to do about a failed write, from what the system said of it; None where it said nothing that is known.
+
+    ``directory`` is the setting of where it was written. Libraries wrap the system's words in exceptions of their own,
+    with or without a cause.
+    """
+    while error is not None:
+        for words, advice in _REMEDIES.items():
+            if words in str(error):
+                return advice.replace("{directory}", directory)
+        error = error.__cause__ or error.__context__
+    return None

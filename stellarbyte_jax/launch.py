@@ -15,6 +15,8 @@ from typing import Self
 
 import jax
 
+from stellarbyte_jax.command import remedy
+
 
 class CompileCache:
     """XLA's persistent cache of compiled programs, switched on for every program however small.
@@ -80,34 +82,6 @@ def environment() -> str:
         f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, "
         f"device {devices[0].device_kind}{more}"
     )
-
-
-_REMEDIES = {
-    "File too large": "a limit on the size of a file is in force (ulimit -f): raise it",
-    "Too many open files": "a limit on open files is in force (ulimit -n): raise it",
-    "No space left": "the disk is full: free space or choose another output_dir",
-    "Disk quota": "your quota of the disk is used up: free space or choose another output_dir",
-    "No such file": "the directory was moved or removed during the run: put it back or choose another output_dir",
-    "NOT_FOUND": "the directory was moved or removed during the run: put it back or choose another output_dir",
-    "Not a directory": "a folder of its path is a file: choose another output_dir",
-    "File exists": "there is a file where a folder belongs: move it or choose another output_dir",
-    "Is a directory": "there is a folder where a file belongs: move it or choose another output_dir",
-    "Permission denied": "make it writable or choose another output_dir",
-    "Read-only": "make it writable or choose another output_dir",
-}
-
-
-def remedy(error: BaseException | None) -> str | None:
-    """What to do about a failed write, from what the system said of it; None where it said nothing that is known.
-
-    Libraries wrap the system's words in exceptions of their own, with or without a cause.
-    """
-    while error is not None:
-        for words, advice in _REMEDIES.items():
-            if words in str(error):
-                return advice
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def write_failure(path: Path, error: OSError) -> OSError:
@@ -194,4 +168,4 @@ class RunLock:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self._directory), os.fstat(self._opened)):
                 return
-        raise OSError(f"{self._directory} is no longer there: {_REMEDIES['No such file']}, start again")
+        raise OSError(f"{self._directory} is no longer there: {remedy(FileNotFoundError('No such file'))}, start again")

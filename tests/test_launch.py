@@ -10,11 +10,11 @@ import types
 
 import pytest
 
+from stellarbyte_jax.command import remedy
 from stellarbyte_jax.launch import (
     Interrupt,
     RunLock,
     _without_abandoned_reads,
-    remedy,
     write_failure,
 )
 
@@ -159,3 +159,4 @@ def test_a_failed_write_is_told_with_what_helps(number, advice, tmp_path):
     message = str(write_failure(tmp_path / "train.log", error))
     assert advice in message and "train.log" in message and os.strerror(number) in message
     assert remedy(ValueError("something else")) is None
+    assert "cache_dir" not in remedy(error) and "output_dir" not in remedy(error, "cache_dir")

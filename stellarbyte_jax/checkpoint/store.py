@@ -5,6 +5,8 @@ Items of a step: ``params`` (the trained weights), ``frozen``, ``ema`` and ``mem
 JSON) and ``format`` (JSON). A step made from foreign weights has no ``optimizer``.
 """
 
+import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +17,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
-from stellarbyte_jax.command import MendableError
+from stellarbyte_jax.command import MendableError, remedy
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
 from stellarbyte_jax.config.foreign import clipped, listed, shown
-from stellarbyte_jax.launch import remedy
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
 _FORMAT = 2
@@ -133,6 +134,7 @@ class Checkpointer:
         )
         self._replaced = run_dir.absolute() / "replaced"
         self._put_back()
+        self._lost = self._drop_unreadable_metrics()
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _put_back(self) -> None:
@@ -142,6 +144,20 @@ class Checkpointer:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 path.rename(self.directory / path.name)
         shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _drop_unreadable_metrics(self) -> list[str]:
+        """What is to be told; a checkpoint is whole without, but the manager cannot be opened with one."""
+        lost = []
+        for path in sorted(self.directory.glob("[0-9]*/metrics")):
+            try:
+                math.isfinite(json.loads((path / "metrics").read_bytes())["validation_loss"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                shutil.rmtree(path)
+                lost.append(
+                    f"checkpoint {path.parent.name}: its validation loss is unreadable, so it does not count as one "
+                    "of the best"
+                )
+        return lost
 
     @property
     def steps(self) -> list[int]:
@@ -243,6 +259,8 @@ class Checkpointer:
         Raises:
           CheckpointError: all checkpoints are unreadable, or ``read`` refuses one.
         """
+        for line in self._lost:
+            say(line)
         steps = self.steps
         for step in reversed(steps):
             try:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stellarbyte_jax.command import remedy
 from stellarbyte_jax.config.foreign import clipped, listed
 from stellarbyte_jax.data.files import DataError
 
@@ -26,14 +27,16 @@ def write_atomically(target: Path, write: Callable[[BinaryIO], Any]) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-", suffix=target.suffix)
     except OSError as error:
         raise DataError(
-            f"cannot write to the cache directory {target.parent}: {error.strerror}; choose another cache_dir"
+            f"cannot write to the cache directory {target.parent}: {error.strerror}; "
+            f"{remedy(error, 'cache_dir') or 'choose another cache_dir'}"
         ) from error
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
         os.replace(name, target)
     except OSError as error:
-        raise DataError(f"cannot write {target}: {error}; choose a cache_dir on a disk with room") from error
+        advice = remedy(error, "cache_dir") or "choose a cache_dir on a disk with room"
+        raise DataError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
     finally:
         Path(name).unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from typing import BinaryIO
 
 import numpy as np
 
@@ -10,6 +11,12 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the rule and the likely fix."""
+
+
+def write_array(out: BinaryIO, array: np.ndarray) -> None:
+    """As ``np.save``, whose error for a write that fails does not say why it did."""
+    np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(array))
+    out.write(np.ascontiguousarray(array).data)
 
 
 class ByteFile:

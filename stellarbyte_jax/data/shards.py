@@ -13,6 +13,7 @@ import numpy as np
 
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
+from stellarbyte_jax.data.files import write_array
 from stellarbyte_jax.data.sources import SHARD_FORMAT, SHARD_META, DataError, open_corpus
 from stellarbyte_jax.data.text import TextFormat
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -141,6 +142,7 @@ def _write_shard(output: Path, number: int, tokens: list[np.ndarray], lengths: l
     token_file, offset_file = f"tokens-{number:05d}.npy", f"offsets-{number:05d}.npy"
     joined = np.concatenate(tokens)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
-    np.save(output / token_file, joined, allow_pickle=False)
-    np.save(output / offset_file, offsets, allow_pickle=False)
+    for name, array in ((token_file, joined), (offset_file, offsets)):
+        with open(output / name, "wb") as file:
+            write_array(file, array)
     return Shard(token_file, offset_file, len(offsets) - 1, len(joined))

@@ -20,7 +20,7 @@ import numpy as np
 
 from stellarbyte_jax.config.foreign import clipped, json_object, shown
 from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
-from stellarbyte_jax.data.files import ArrayFile, ByteFile, DataError
+from stellarbyte_jax.data.files import ArrayFile, ByteFile, DataError, write_array
 from stellarbyte_jax.data.line_index import Lines, index_lines
 
 _log = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
     index = cache / f"{stem}-{key}.lines.npy"
     if not index.exists():
         lines = index_lines(plain)
-        write_atomically(index, lambda out: np.save(out, lines, allow_pickle=False))
+        write_atomically(index, lambda out: write_array(out, lines))
     try:
         ArrayFile(str(index))
     except ValueError as error:

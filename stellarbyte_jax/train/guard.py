@@ -5,8 +5,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from stellarbyte_jax.command import MENDABLE, print_error
-from stellarbyte_jax.launch import remedy, write_failure
+from stellarbyte_jax.command import MENDABLE, print_error, remedy
+from stellarbyte_jax.launch import write_failure
 
 
 def run_guarded(act: Callable[[], int], output_dir: str) -> int:

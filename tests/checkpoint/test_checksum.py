@@ -84,7 +84,9 @@ def run(tmp_path_factory):
     with contextlib.closing(Checkpointer(directory, config.checkpoint)) as checkpointer:
         for step, state in ((1, first), (2, second)):
             state = state.replace(step=jnp.asarray(step, jnp.int32))
-            resume.save(checkpointer, config, state, step, {"place": step}, resume.Progress(1.0, step))
+            resume.save(
+                checkpointer, config, state, step, {"place": step}, resume.Progress(1.0, step), 1.5 * step - 0.5
+            )
             checkpointer.wait()
     shapes = state_shapes(config, model, optimizer)
 
@@ -154,3 +156,18 @@ def test_arrays_are_compared_unless_that_is_switched_off(run, tmp_path, monkeypa
     found, said = read(tmp_path / "copy", verify)
     assert int(found.state.step) == (1 if verify else 2)
     assert [("differs from its checksum" in line) for line in said] == [True] * verify
+
+
+@pytest.mark.parametrize("damage", [b'{"validation_loss" 1}', b"", b"[" * 100_000, b'{"validation_loss": "x"}', b"[1]"])
+def test_a_damaged_validation_loss_costs_no_checkpoint(run, tmp_path, damage):
+    """orbax opens no directory with one; what is lost is whether that step was one of the best."""
+    directory, states, read = run
+    copy = tmp_path / "run"
+    shutil.copytree(directory, copy)
+    path = copy / "checkpoints" / "2" / "metrics" / "metrics"
+    assert path.read_text() == '{"validation_loss": 2.5}'
+    path.write_bytes(damage)
+    found, said = read(copy)
+    assert int(found.state.step) == 2 and same_weights(found.state.params, states[2].params)
+    assert said == ["checkpoint 2: its validation loss is unreadable, so it does not count as one of the best"]
+    assert read(copy)[1] == []

@@ -3,6 +3,7 @@
 import gzip
 import os
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -249,3 +250,17 @@ def test_an_unwritable_cache_is_named(tmp_path):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(DataError, match=r"cannot write to the cache directory .* choose another cache_dir"):
         _open(tmp_path, tmp_path / "a.jsonl")
+
+
+def test_an_index_that_cannot_be_written_says_why(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 100)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot write .*lines.npy: File too large; a limit .* ulimit"):
+            open_lines(path, tmp_path / "cache", ("text",))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache").iterdir())
+    assert open_lines(path, tmp_path / "cache", ("text",)).documents == 100

@@ -10,7 +10,7 @@ import time
 
 from stellarbyte_jax.train.console import OUTPUT_CLOSED
 
-from .program import documents
+from .program import STEPS, documents
 
 KINDS = {}
 MOMENTS = ("start", "compile", "step", "step", "save", "end", "export")
@@ -162,8 +162,10 @@ def _data_cut(round):
         train.write_bytes(before[: round.draw.randrange(len(before) // 2)])
     round.ended(program, 1, error=(f"{train} became shorter",))
     if not round.complete:
-        names = (f"{train} is empty", f"{train}:", "other content", "documents was")
-        round.ended(round.start(), 1, error=names, zero=False)
+        # Without a checkpoint nothing is known of the data before, and what is left of a line is a bad one.
+        kept = any(p.name.isdigit() for p in (round.place.run / "checkpoints").glob("*"))
+        names = ("other content", "documents was", f"{train}:1:") if kept else (f"{train}:",)
+        round.ended(round.start(), 1, error=(f"{train} is empty", *names), zero=False)
     train.write_bytes(before)
     os.utime(train, ns=(times.st_atime_ns, times.st_mtime_ns))
 
@@ -178,7 +180,9 @@ def _data_other(round):
     round.ended(program, 128 + signal.SIGTERM)
     if not round.complete:
         train.write_text(documents(3, 800))
-        round.ended(round.start(), 1, error=("other content",), zero=False)
+        # Nothing is read any more where the last step is kept.
+        whole = (round.place.run / "checkpoints" / str(STEPS)).exists()
+        round.ended(round.start(), 1, error=("other content",), zero=whole)
         train.write_bytes(before)
 
 
@@ -186,7 +190,7 @@ def _data_other(round):
 def _file_size(round):
     program = round.start()
     if round.at(program, *MOMENTS):
-        size = round.draw.choice((0, 1 << 10, 1 << 14, 1 << 16, 1 << 18))
+        size = round.draw.choice((1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18))
         round.did.append(f"{size} bytes")
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(program.pid, resource.RLIMIT_FSIZE, (size, size))

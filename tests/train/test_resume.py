@@ -11,7 +11,7 @@ import pytest
 from helpers.runs import child, cli, copy_of, log_of, one_error, same_weights
 from helpers.training import settings
 
-from stellarbyte_jax.checkpoint.store import Checkpointer
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.train import resume
@@ -287,6 +287,18 @@ def test_a_disk_that_fills_up_while_saving(config_file, tmp_path):
     assert "Step 7 is the last complete one" in errors[0], errors[0]
     assert "_SignalingThread" not in full.stderr, full.stderr
     assert same_weights(before, load_weights(tmp_path / "run")[1])
+
+
+def test_nothing_is_said_or_made_before_the_last_checkpoint_is_on_disk(config_file, tmp_path, capsys, monkeypatch):
+    def wait(self):
+        raise CheckpointError("it could not be written")
+
+    monkeypatch.setattr(Checkpointer, "wait", wait)
+    assert cli(config_file, "steps=4", "export_at_end=True") == 1
+    out, err = capsys.readouterr()
+    assert "step 4/4  loss" in out and "summary" not in out
+    assert err.startswith("error: it could not be written") and len(err.splitlines()) == 1
+    assert not (tmp_path / "run" / "hf").exists()
 
 
 def test_a_directory_that_is_moved_is_told_before_anything_is_made_in_its_place(config_file, tmp_path):
