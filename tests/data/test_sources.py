@@ -11,7 +11,7 @@ from helpers.hostile import is_one_line
 from helpers.record_files import FORMATS, RECORDS, lines_of, write_records
 
 from stellarbyte_jax.data import sources
-from stellarbyte_jax.data.sources import DataError, open_corpus
+from stellarbyte_jax.data.sources import DataError, open_corpus, open_lines
 from stellarbyte_jax.data.text import TextFormat, read_text
 
 
