@@ -258,7 +258,7 @@ def test_an_index_that_cannot_be_written_says_why(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
     try:
-        with pytest.raises(DataError, match=r"cannot write .*lines.npy: File too large; a limit .* ulimit"):
+        with pytest.raises(DataError, match=r"cannot write .*lines.npy: File too large; a limit .*ulimit -f"):
             open_lines(path, tmp_path / "cache", ("text",))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
