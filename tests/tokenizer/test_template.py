@@ -63,28 +63,20 @@ def test_the_text_is_that_of_transformers(name, prompt):
         assert found.startswith(str(datetime.datetime.now().year))
 
 
-@pytest.fixture(scope="module")
-def refusals() -> dict[str, str]:
-    """By name; missing for what ended the process and for what comes after it."""
+def test_what_a_template_may_not_do_is_one_short_line():
+    """All in one process with limits of its own; one that ends it, and those after it, are missing."""
     done = subprocess.run(
         [sys.executable, hostile_templates.__file__], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
-    return dict(json.loads(line) for line in done.stdout.splitlines())
-
-
-@pytest.mark.parametrize("name", hostile_templates.TEMPLATES)
-def test_what_a_template_may_not_do_is_one_short_line(refusals, name):
-    found = refusals[name]
-    assert re.search(
-        rf"^the chat template of here refuses the messages: .*{hostile_templates.TEMPLATES[name][1]}", found
-    )
-    assert "\n" not in found and len(found) < 500
-
-
-def test_what_a_template_says_is_escaped():
-    source = "{{ raise_exception('\x1b[2J no') }}"
-    with pytest.raises(ValueError, match=r"refuses the messages: \\x1b\[2J no$"):
-        ChatTemplate(source, SPECIAL, "here").render(MESSAGES, add_generation_prompt=False)
+    found = dict(json.loads(line) for line in done.stdout.splitlines())
+    wrong = {
+        name: found.get(name, "no answer")
+        for name, (_, said) in hostile_templates.TEMPLATES.items()
+        if not re.search(f"^the chat template of here refuses the messages: .*({said})", found.get(name, ""))
+        or "\n" in found[name]
+        or len(found[name]) >= 500
+    }
+    assert not wrong
 
 
 def test_a_long_conversation_is_rendered():
