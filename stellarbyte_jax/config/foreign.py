@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+_LONGEST_FILE_NAME = 255  # bytes; the operating system refuses to look for a longer one
 _LONGEST = 200
 _MOST_NAMES = 5
 
@@ -71,3 +72,10 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if repr(value) != repr(made[key]):  # equal numbers may be of different types
                 raise _AmbiguousError(f"{shown(key)}, {shown(value)} and {shown(made[key])}")
     return made
+
+
+def is_file_name(value: object) -> bool:
+    """Whether it names a file of the directory itself; a path could lead anywhere."""
+    if not isinstance(value, str) or not value.isprintable():
+        return False
+    return value not in ("", ".", "..") and not set(value) & set("/\\") and len(value.encode()) <= _LONGEST_FILE_NAME

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from stellarbyte_jax.config.foreign import clipped, json_object, shown
+from stellarbyte_jax.config.foreign import clipped, is_file_name, json_object, shown
 from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
 from stellarbyte_jax.data.files import ArrayFile, ByteFile, DataError, write_array
 from stellarbyte_jax.data.line_index import Lines, index_lines
@@ -278,6 +278,9 @@ def _open_shards(path: Path, fingerprint: str) -> ShardSource:
     try:
         version, made_with, shards = meta["format"], meta["tokenizer_fingerprint"], meta["shards"]
         sizes = [(s["documents"], s["tokens"]) for s in shards]
+        named = [s[kind] for s in shards for kind in ("token_file", "offset_file")]
+        if not all(map(is_file_name, named)):
+            raise ValueError(f"shards must be files of this directory, got {shown(named)}")
         files = tuple((str(path / s["token_file"]), str(path / s["offset_file"])) for s in shards)
         if not sizes or not all(type(size) is int and 0 < size < 2**63 for pair in sizes for size in pair):
             raise ValueError(f"each shard must have documents and tokens, got {shown(sizes)}")

@@ -96,5 +96,5 @@ def read_text(source: LineSource, row: int, text: TextFormat) -> str:
     except BadRecordError as error:
         raise UnusableRecordError(
             f"{source.location(row, error.column)}: {error}; "
-            "mend the line or leave such lines out with data.on_error=skip"
+            "mend the line or leave such lines out with data.on_error=skip (prepare_data.py: --on-error skip)"
         ) from error

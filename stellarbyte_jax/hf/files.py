@@ -19,14 +19,13 @@ from typing import Any, Self
 import numpy as np
 from ml_dtypes import bfloat16
 
-from stellarbyte_jax.config.foreign import clipped, json_object, listed, shown
+from stellarbyte_jax.config.foreign import clipped, is_file_name, json_object, listed, shown
 from stellarbyte_jax.hf.checksums import check, checksum, metadata_of, stored_checksums, unknown_checksums
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(bfloat16): "BF16"}
-_LONGEST_FILE_NAME = 255  # bytes; the operating system refuses to look for a longer one
 _READABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -91,7 +90,7 @@ class WeightFiles:
             named = read_json(index).get("weight_map")
             if not (isinstance(named, dict) and named):
                 raise ValueError(f"{index} has no weight_map from tensor to file: copy the file again")
-            wrong = [name for name, file in named.items() if not _is_file_name(file)]
+            wrong = [name for name, file in named.items() if not is_file_name(file)]
             if wrong:
                 raise ValueError(
                     f"{index}: {shown(wrong[0])} must be in a file of this directory, not in "
@@ -287,13 +286,6 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_file_name(value: object) -> bool:
-    """Whether it names a file of the directory itself; a path could lead anywhere."""
-    if not isinstance(value, str) or not value.isprintable():
-        return False
-    return value not in ("", ".", "..") and not set(value) & set("/\\") and len(value.encode()) <= _LONGEST_FILE_NAME
 
 
 def _remove_abandoned(target: Path) -> None:

@@ -154,6 +154,20 @@ def test_a_hostile_meta_is_one_short_line(tmp_path, source, tokenizer, changes):
     accepts(lambda: _batches(tmp_path, tmp_path / "out", tokenizer))
 
 
+@pytest.mark.parametrize("kind", ["token_file", "offset_file"])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_shard_outside_of_the_directory_is_not_read(tmp_path, source, tokenizer, kind, absolute):
+    _prepare(tmp_path, source, tokenizer)
+    path = tmp_path / "out" / "meta.json"
+    meta = json.loads(path.read_text())
+    name = meta["shards"][0][kind]
+    (tmp_path / "out" / name).rename(tmp_path / name)
+    meta["shards"][0][kind] = str(tmp_path / name) if absolute else f"../{name}"
+    path.write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=r"shards must be files of this directory"):
+        _batches(tmp_path, tmp_path / "out", tokenizer)
+
+
 def test_foreign_names_in_the_output_stay_one_line(tmp_path, source, tokenizer):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a\n\x1b[2J").touch()
