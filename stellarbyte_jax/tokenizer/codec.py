@@ -147,6 +147,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 def token_byte_lengths(path: str | Path) -> np.ndarray | None:
     """UTF-8 bytes of text that each token id stands for, int32 [vocabulary]; special tokens count 0.
 
+    The vocabulary is that of ``load_tokenizer``, with the tokens that only other files add.
+
     None where that is not known: neither a byte-level vocabulary nor one of SentencePiece's kind, whose tokens spell
     bytes as ``<0x41>`` and spaces as a mark of their own.
 
@@ -156,14 +158,22 @@ def token_byte_lengths(path: str | Path) -> np.ndarray | None:
     Raises:
       ValueError: the directory is unreadable.
     """
-    settings = TokenizerDirectory(path).library_settings()
+    directory = TokenizerDirectory(path)
+    settings = directory.library_settings()
     try:
-        return _byte_lengths(settings)
+        lengths = _byte_lengths(settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # an object where a list belongs, and the like
         raise ValueError(
             f"{Path(path) / LIBRARY} is not a tokenizer whose tokens can be read "
             f"({type(error).__name__}: {clipped(str(error))}): copy the file again"
         ) from None
+    if lengths is None:
+        return None
+    added = directory.read_library()[1].get_added_tokens_decoder()
+    lengths = np.concatenate([lengths, np.zeros(max(0, max(added, default=-1) + 1 - len(lengths)), np.int32)])
+    for number, token in added.items():
+        lengths[number] = 0 if token.special else len(token.content.encode())
+    return lengths
 
 
 def _byte_lengths(settings: Mapping[str, Any]) -> np.ndarray | None:
@@ -171,15 +181,12 @@ def _byte_lengths(settings: Mapping[str, Any]) -> np.ndarray | None:
     count = _byte_counter(settings.get("decoder") or {})
     if vocabulary is None or count is None:
         return None
-    added = {token["id"]: token for token in settings.get("added_tokens", [])}
-    ids = [*vocabulary.values(), *added]
+    ids = vocabulary.values()
     if not all(type(i) is int and 0 <= i < _LARGEST_VOCABULARY for i in ids):
         raise ValueError(f"ids must be integers from 0 to {_LARGEST_VOCABULARY - 1}")
     lengths = np.zeros(max(ids, default=-1) + 1, np.int32)
     for token, number in vocabulary.items():
         lengths[number] = count(token)
-    for number, token in added.items():
-        lengths[number] = 0 if token["special"] else len(token["content"].encode())
     return lengths
 
 

@@ -6,8 +6,9 @@ seconds and in bounded memory, whatever the template says, while a conversation 
 """
 
 import re
+import sys
 import threading
-from collections.abc import Callable, ItemsView, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, KeysView, Mapping, Sequence, ValuesView
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import SecurityError
@@ -20,7 +21,9 @@ STEPS_A_MESSAGE = 1_000  # a rich template takes about a hundred
 _MOST_BITS = 10_000  # of a number
 _MOST_PADDING = 100_000  # what a width, a count or a format adds
 _MOST_DIGITS = 100
-_CHARACTERS_A_STEP = 256
+_MOST_BYTES = 1 << 28  # of texts that are read and made
+_COPIES = 16  # of the whole conversation for each message, as where a text is put together piece by piece
+_SEARCHED_A_STEP = 256
 _SLOW_CHARACTERS_A_STEP = 4
 _ELEMENTS_A_STEP = 8
 _CONTAINERS = (list, tuple, set, frozenset, Mapping, KeysView, ValuesView, ItemsView)
@@ -31,11 +34,13 @@ class Weight(NamedTuple):
 
     Attributes:
       characters: that it is spelled with, at least.
+      bytes: of its texts in memory.
       elements: of it and of what it holds.
       depth: of lists in lists.
     """
 
     characters: int
+    bytes: int
     elements: int
     depth: int
 
@@ -46,7 +51,7 @@ def weigh(value: Any) -> Weight:
     Raises:
       SecurityError: it is larger than they are.
     """
-    characters = elements = deepest = 0
+    characters = size = elements = deepest = 0
     left = [(value, 0)]
     while left:
         value, depth = left.pop()
@@ -54,6 +59,7 @@ def weigh(value: Any) -> Weight:
         deepest = max(deepest, depth)
         if isinstance(value, str | bytes | bytearray):
             characters += len(value)
+            size += sys.getsizeof(value)
         elif isinstance(value, int):
             characters += check_number(value).bit_length() // 3
         elif isinstance(value, range):
@@ -68,7 +74,7 @@ def weigh(value: Any) -> Weight:
             left.append((value._Namespace__attrs, depth + 1))
         if characters > LONGEST_TEXT or elements > MOST_ELEMENTS:
             raise SecurityError(f"a value of more than {LONGEST_TEXT:,} characters or {MOST_ELEMENTS:,} elements")
-    return Weight(characters, elements, deepest)
+    return Weight(characters, size, elements, deepest)
 
 
 def check_text(size: int) -> None:
@@ -95,17 +101,24 @@ class Budget(threading.local):
 
     def __init__(self) -> None:
         """None yet of a conversation."""
-        self.start(0)
+        self.start(())
 
-    def start(self, messages: int) -> None:
-        """Begins to render a conversation of so many messages."""
-        self._most = self._left = MOST_STEPS + STEPS_A_MESSAGE * messages
+    def start(self, messages: Sequence[Any]) -> None:
+        """Begins to render a conversation."""
+        size = sum(weigh(message).bytes for message in messages)
+        self._most = self._left = MOST_STEPS + STEPS_A_MESSAGE * len(messages)
+        self._most_bytes = self._bytes = _MOST_BYTES + _COPIES * len(messages) * size
 
     def spend(self, steps: int) -> None:
         """Counts steps. Raises SecurityError where there were too many."""
         self._left -= steps
         if self._left < 0:
             raise SecurityError(f"it takes more than {self._most:,} steps")
+
+    def _read(self, size: int) -> None:
+        self._bytes -= size
+        if self._bytes < 0:
+            raise SecurityError(f"it reads and makes more than {self._most_bytes:,} bytes")
 
     def spend_on(self, *values: Any, slow: bool = False) -> None:
         """Counts what reading all of these costs.
@@ -115,8 +128,9 @@ class Budget(threading.local):
         """
         for value in values:
             weight = weigh(value)
-            rate = _SLOW_CHARACTERS_A_STEP if slow else _CHARACTERS_A_STEP
-            self.spend(1 + weight.characters // rate + weight.elements // _ELEMENTS_A_STEP)
+            self.spend(1 + weight.elements // _ELEMENTS_A_STEP)
+            self.spend(weight.characters // _SLOW_CHARACTERS_A_STEP if slow else 0)
+            self._read(weight.bytes)
 
     def spend_on_top(self, value: Any) -> None:
         """Counts a value without what it holds.
@@ -126,7 +140,8 @@ class Budget(threading.local):
         """
         if isinstance(value, str | bytes | bytearray):
             check_text(len(value))
-            self.spend(1 + len(value) // _CHARACTERS_A_STEP)
+            self.spend(1)
+            self._read(sys.getsizeof(value))
         elif isinstance(value, _CONTAINERS):
             check_list(len(value))
             self.spend(1 + len(value) // _ELEMENTS_A_STEP)
@@ -136,7 +151,7 @@ class Budget(threading.local):
     def spend_on_search(self, text: Any, sought: Any) -> None:
         """Counts a search that may compare each place with all that is sought."""
         if isinstance(sought, str | bytes):
-            self.spend(len(text) * len(sought) // _CHARACTERS_A_STEP)
+            self.spend(len(text) * len(sought) // _SEARCHED_A_STEP)
 
 
 def check_product(left: Any, right: Any) -> None:
@@ -185,7 +200,8 @@ def _check_replace(text: Any, old: Any, new: Any, count: Any = -1) -> None:
 
 
 def _check_split(text: Any, sep: Any = None, maxsplit: Any = -1) -> None:
-    pieces = len(text) // 2 if sep is None else text.count(sep)
+    spaces: Any = (" ", "\n", "\t", "\r") if isinstance(text, str) else (b" ", b"\n", b"\t", b"\r")
+    pieces = sum(map(text.count, spaces)) if sep is None else text.count(sep)
     check_list(min(pieces, maxsplit) if isinstance(maxsplit, int) and maxsplit >= 0 else pieces)
 
 

@@ -38,8 +38,8 @@ class ChatTemplate:
         Raises:
           ValueError: the template refuses the messages, or fails.
         """
-        self._environment.budget.start(len(messages))
         try:
+            self._environment.budget.start(messages)
             pieces = self._template.generate(
                 messages=list(messages),
                 tools=None,

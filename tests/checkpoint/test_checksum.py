@@ -158,7 +158,9 @@ def test_arrays_are_compared_unless_that_is_switched_off(run, tmp_path, monkeypa
     assert [("differs from its checksum" in line) for line in said] == [True] * verify
 
 
-@pytest.mark.parametrize("damage", [b'{"validation_loss" 1}', b"", b"[" * 100_000, b'{"validation_loss": "x"}', b"[1]"])
+@pytest.mark.parametrize(
+    "damage", [b'{"validation_loss" 1}', b"", b"[" * 100_000, b'{"validation_loss": "x"}', b"[1]", b"{}", None]
+)
 def test_a_damaged_validation_loss_costs_no_checkpoint(run, tmp_path, damage):
     """orbax opens no directory with one; what is lost is whether that step was one of the best."""
     directory, states, read = run
@@ -166,7 +168,7 @@ def test_a_damaged_validation_loss_costs_no_checkpoint(run, tmp_path, damage):
     shutil.copytree(directory, copy)
     path = copy / "checkpoints" / "2" / "metrics" / "metrics"
     assert path.read_text() == '{"validation_loss": 2.5}'
-    path.write_bytes(damage)
+    path.unlink() if damage is None else path.write_bytes(damage)
     found, said = read(copy)
     assert int(found.state.step) == 2 and same_weights(found.state.params, states[2].params)
     assert said == ["checkpoint 2: its validation loss is unreadable, so it does not count as one of the best"]

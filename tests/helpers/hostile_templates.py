@@ -10,7 +10,7 @@ LISTS = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [n
 TUPLES = "{% set ns = namespace(x=(1,)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}"
 BYTES = "{% set b = ('a' * 10**6).encode() %}"
 KEPT = "{{% set ns = namespace(x=[]) %}}{{% for i in range(99999) %}}{{% set ns.x = ns.x + [{}] %}}{{% endfor %}}"
-STEPS, LARGE, PADDING = "steps", "a value of more than", "a width or a count above"
+STEPS, LARGE, PADDING = "it takes|it reads", "a value of more than", "a width or a count above"
 TEXT, LIST, NUMBER = "a text of [0-9]+ char", "a list of [0-9]+ elem", "a number that is too large"
 
 
@@ -47,6 +47,14 @@ TEMPLATES = {
     "blocks": ("{% block a %}" + "{% if i %}{% endif %}" * 4000 + "{% endblock %}" + often("{{ self.a() }}"), STEPS),
     "a filter in a loop": (often("{% set z = range(99999) | map('string') | list %}"), STEPS),
     "tests in a loop": (TEXTS + often("{% set z = [y] | select('in', [y ~ '']) | list %}"), STEPS),
+    "callers with a wide body": (
+        "{% macro m() %}"
+        + often("{{ caller() }}", 9999)
+        + "{% endmacro %}{% call m() %}"
+        + "{% if i %}{% endif %}" * 4000
+        + "{% endcall %}",
+        STEPS,
+    ),
     # reading a long text again and again
     "slices": (TEXTS + often("{% set z = y[1:] %}"), STEPS),
     "comparisons": (TEXTS + "{% set z = y ~ '' %}" + often("{% if z == y %}{% endif %}"), STEPS),
@@ -135,6 +143,8 @@ TEMPLATES = {
     "shared lists, formatted": (LISTS + "{{ '%s' % ns.x }}", LARGE),
     "shared lists, as a method's argument": (LISTS + "{{ '{}'.format(ns.x) }}", LARGE),
     "shared lists, in a loop's memory": (LISTS + often("{{ loop.changed(ns.x) }}", 2), LARGE),
+    "long numbers": ("{% set n = 10000**100 %}{{ ([n] * 99999) | string | length }}", LARGE),
+    "long keys": ("{% set y = 'a' * 9999999 %}{{ ([{y: 1}] * 30) | string | length }}", LARGE),
     "shared tuples, as a key": (TUPLES + "{{ {ns.x: 1} | length }}", LARGE),
     "shared tuples, as an index": (TUPLES + "{{ {}[ns.x] }}", LARGE),
     "shared tuples, in a dict": (TUPLES + "{{ dict([(ns.x, 1)]) | length }}", LARGE),

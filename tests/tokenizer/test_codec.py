@@ -223,6 +223,20 @@ def test_byte_lengths_of_vocabularies_with_marked_spaces(tmp_path, model, text):
     assert not lengths[:3].any()
 
 
+def test_byte_lengths_of_tokens_that_other_files_add(tmp_path):
+    sentencepiece_like(tmp_path, "unigram")
+    before = load_tokenizer(tmp_path).vocab_size
+    added = {
+        str(before): {"content": "<|end|>", "special": True},
+        str(before + 1): {"content": "h\u00e9h\u00e9", "special": False},
+    }
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": added}))
+    tokenizer, lengths = load_tokenizer(tmp_path), token_byte_lengths(tmp_path)
+    assert lengths.shape == (tokenizer.vocab_size,) == (before + 2,)
+    assert lengths[before:].tolist() == [0, 6]
+
+
 def test_byte_lengths_of_other_vocabularies_are_not_known(tmp_path):
     path = Path(save_byte_tokenizer(tmp_path), "tokenizer.json")
     settings = json.loads(path.read_text(encoding="utf-8"))

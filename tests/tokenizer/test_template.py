@@ -96,6 +96,31 @@ def test_a_long_conversation_is_rendered():
     assert found == transformers_text(source, messages)
 
 
+@pytest.mark.parametrize(("count", "size"), [(1000, 2000), (2500, 1000), (140, 30_000)])
+def test_a_text_that_is_put_together_piece_by_piece_is_rendered(count, size):
+    """As templates of DeepSeek do it for a part of the conversation; a piece costs what is there already."""
+    source = (
+        "{% set ns = namespace(t='') %}{% for m in messages %}"
+        "{% set ns.t = ns.t + m.role + ': ' + m.content + '\\n' %}{% endfor %}{{ ns.t }}"
+    )
+    messages = [{"role": "user", "content": "a" * size}] * count
+    found = ChatTemplate(source, {}, "here").render(messages, add_generation_prompt=False)
+    assert found == ("user: " + "a" * size + "\n") * count
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ messages[0].content.split() | length }}", "250000"),
+        ("{{ messages[0].content.split('o', 1) | length }}", "2"),
+        ("{{ messages[0].content.replace('w', 'b' * 10**4, 1) | length }}", "1259999"),
+    ],
+)
+def test_what_a_template_may_do_with_a_long_message(source, text):
+    messages = [{"content": "word " * 250_000}]
+    assert ChatTemplate(source, {}, "here").render(messages, add_generation_prompt=False) == text
+
+
 def test_each_rendering_has_its_own_steps():
     template = ChatTemplate("{% for i in range(99999) %}{{ 'a' ~ i if i < 0 }}{% endfor %}x", {}, "here")
     for _ in range(3):  # of about 400,000 steps
