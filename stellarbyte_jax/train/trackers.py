@@ -26,16 +26,16 @@ class JsonlTracker:
         """Opens the file for the steps after ``start_step``, and for its validation where that is not ``validated``."""
         earlier = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_bytes().splitlines():
                 try:
                     metrics = json.loads(line)
                     again = metrics["step"] == start_step and not validated and "validation/loss" in metrics
                     if metrics["step"] <= start_step and not again:
                         earlier.append(line)
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line cut short by a kill
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue  # a line cut short by a kill, or damaged
         partial = path.with_name(path.name + ".partial")  # a kill in the middle of it loses nothing
-        partial.write_text("".join(line + "\n" for line in earlier), encoding="utf-8")
+        partial.write_bytes(b"".join(line + b"\n" for line in earlier))
         partial.replace(path)
         self._path = path
         self._file = path.open("a", encoding="utf-8")

@@ -77,6 +77,13 @@ def test_lines_that_a_kill_cut_short_are_dropped(path):
     assert lines_of(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x80garbage", b"\0" * 50, b"[" * 100_000, b"3", b'{"step": "x"}'])
+def test_a_damaged_line_costs_that_line_alone(path, damage):
+    path.write_bytes(b'{"step": 1, "loss": 3.0}\n' + damage + b'\n{"step": 2, "loss": 2.0}\n')
+    JsonlTracker(path, 5).close()
+    assert lines_of(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+
+
 def test_without_names_there_is_the_file_alone(tmp_path, path):
     (tracker,) = make_trackers(run_of(tmp_path), 0)
     assert isinstance(tracker, JsonlTracker)
