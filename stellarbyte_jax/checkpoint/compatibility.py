@@ -59,13 +59,12 @@ def _architecture(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
         "intermediate_size": config.mlp_size,
         "layer_types": config.windows,
     }
-    weighs = any(spec.compressed for spec in config.layer_specs)
     meanings = {
         **sizes,
         "vocab_size_multiple": config.padded_vocab_size,
         "sliding_window": config.windows,
         "rope_scaling": _scaling(config),
-        "memory": (config.layer_specs, config.memory.compression_weight if weighs else None),
+        "memory": (config.layer_specs, config.memory.compression_weight),
         "layer_scale_init": config.layer_scale_init is not None,  # how much it is matters to new weights alone
     }
     return {name: (meanings.get(name, value), sizes.get(name, value)) for name, value in spelt.items()}
@@ -86,7 +85,7 @@ def _order(name: str, data: DataConfig) -> Any:
     if name == "train":
         return _files(data.train)
     if name == "tokenizer":
-        return Path(data.tokenizer).expanduser().resolve()
+        return Path(data.tokenizer).resolve()
     if name == "max_documents_per_sequence":
         return min(data.max_documents_per_sequence, data.sequence_length)
     return getattr(data, name)

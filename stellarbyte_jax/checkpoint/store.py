@@ -146,7 +146,7 @@ class Checkpointer:
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _drop_unreadable_metrics(self) -> list[str]:
-        """What is to be told; a checkpoint is whole without, but the manager cannot be opened with one."""
+        """Removes validation losses that orbax could not read, and so not open the directory; returns what to tell."""
         lost = []
         for path in sorted(self.directory.glob("[0-9]*/metrics")):
             try:

@@ -36,8 +36,10 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainCon
     chosen = steps[-1] if step is None else step
     if chosen not in steps:
         raise CheckpointError(f"{run_dir} has no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}")
+    # Lightweight: another step's damaged validation loss is no matter here.
+    options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
     try:
-        with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        with ocp.CheckpointManager(directory, options=options) as manager:
             stored = StoredStep.open(manager, directory, chosen)
             config = TrainConfig.from_dict(stored.json("config"))
             return config, jax.tree.map(np.asarray, _read(stored, config.model))

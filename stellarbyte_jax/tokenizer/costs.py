@@ -1,8 +1,8 @@
 """What a chat template may spend: steps, and the size of what it makes, counted before it is made.
 
 A template comes with a model that anybody may have published. Loops, calls, operators, methods and filters each cost
-steps, in proportion to the text they work on; a text or a list beyond a limit is refused. So rendering ends after
-seconds and in bounded memory, whatever the template says, while a conversation of a million tokens is far below.
+steps and bytes; a text or a list beyond a limit is refused. So rendering ends after seconds, whatever the template
+says, and in memory that the conversation bounds.
 """
 
 import re
@@ -97,10 +97,10 @@ def check_number(number: int) -> int:
 
 
 class Budget(threading.local):
-    """Steps that one rendering may still take, in each thread by itself."""
+    """Steps that one rendering may still take and bytes that it may read and make, in each thread by itself."""
 
     def __init__(self) -> None:
-        """None yet of a conversation."""
+        """That of an empty conversation, for what is computed while a template is compiled."""
         self.start(())
 
     def start(self, messages: Sequence[Any]) -> None:
@@ -124,7 +124,7 @@ class Budget(threading.local):
         """Counts what reading all of these costs.
 
         Raises:
-          SecurityError: one is too large, or the steps are spent.
+          SecurityError: one is too large, or the budget is spent.
         """
         for value in values:
             weight = weigh(value)
@@ -136,7 +136,7 @@ class Budget(threading.local):
         """Counts a value without what it holds.
 
         Raises:
-          SecurityError: it is too large, or the steps are spent.
+          SecurityError: it is too large, or the budget is spent.
         """
         if isinstance(value, str | bytes | bytearray):
             check_text(len(value))
@@ -155,10 +155,7 @@ class Budget(threading.local):
 
 
 def check_product(left: Any, right: Any) -> None:
-    """Of two numbers, or of a text or list and a number."""
-    if isinstance(left, int) and isinstance(right, int):
-        if left.bit_length() + right.bit_length() > _MOST_BITS:
-            raise SecurityError("a number that is too large")
+    """Of a text or a list and a number; that of two numbers is bounded by what numbers may be."""
     for repeated, times in ((left, right), (right, left)):
         if isinstance(times, int) and isinstance(repeated, str | bytes | bytearray):
             check_text(len(repeated) * times)

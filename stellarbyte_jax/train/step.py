@@ -27,8 +27,8 @@ def make_train_step(
     layers are means over the parts. Gradients are taken of the trainable weights alone.
 
     Where the loss or the gradient is not finite, weights, optimizer and average stay as they are. ``metrics["finite"]``
-    says whether they are, and the new weights; the optimizer's state, three times the reading, is looked at when it is
-    saved: its squares are finite where the gradient's norm is.
+    says whether these and the new weights are finite. The optimizer's state is looked at when it is saved, since its
+    squares are finite where the gradient's norm is.
     """
     parts = config.gradient_accumulation_steps
     max_segments = config.data.max_documents_per_sequence + 1  # padding counts as one more

@@ -14,6 +14,7 @@ from helpers.training import settings
 from stellarbyte_jax.checkpoint import store
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
 from stellarbyte_jax.checkpoint.store import Checkpointer
+from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import CheckpointConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.train import resume
@@ -169,6 +170,7 @@ def test_a_damaged_validation_loss_costs_no_checkpoint(run, tmp_path, damage):
     path = copy / "checkpoints" / "2" / "metrics" / "metrics"
     assert path.read_text() == '{"validation_loss": 2.5}'
     path.unlink() if damage is None else path.write_bytes(damage)
+    assert same_weights(load_weights(copy, step=2)[1], states[2].weights)
     found, said = read(copy)
     assert int(found.state.step) == 2 and same_weights(found.state.params, states[2].params)
     assert said == ["checkpoint 2: its validation loss is unreadable, so it does not count as one of the best"]

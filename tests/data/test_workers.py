@@ -1,6 +1,7 @@
 """Worker processes: order, errors, signals, and an end whatever happens to them."""
 
 import errno
+import functools
 import os
 import queue
 import signal
@@ -243,9 +244,11 @@ def test_a_lost_worker_is_one_error_also_in_the_middle_of_a_message(started, num
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_worker_that_leaves_by_itself_is_told(started):
-    with pytest.raises(DataError, match=r"ended with status 7: start again; data\.workers=0 reads the data without"):
-        list(started(Squares(20, lambda: os._exit(7)), 1))
+@pytest.mark.parametrize("status", [7, 0])
+def test_a_worker_that_leaves_by_itself_is_told(started, status):
+    told = rf"ended with status {status}: start again; data\.workers=0 reads the data without"
+    with pytest.raises(DataError, match=told):
+        list(started(Squares(20, functools.partial(os._exit, status)), 1))
 
 
 @pytest.mark.parametrize("state", ["running", "killed", "stopped"])

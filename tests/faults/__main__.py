@@ -51,14 +51,14 @@ def main():
             return outcome
 
         outcomes = list(pool.map(one, numbers))
-    told = report(outcomes, arguments.seed, time.monotonic() - began)
+    told = report(outcomes, arguments.seed, arguments.jobs, time.monotonic() - began)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{told['passed']} of {told['rounds']} rounds passed in {told['seconds']} s")
     return 0 if told["passed"] == told["rounds"] else 1
 
 
-def report(outcomes, seed, seconds):
+def report(outcomes, seed, jobs, seconds):
     ran = [outcome for outcome in outcomes if outcome.ran]
     kinds = {}
     for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
@@ -79,6 +79,7 @@ def report(outcomes, seed, seconds):
         "python": platform.python_version(),
         "versions": versions,
         "cores": os.cpu_count(),
+        "jobs": jobs,
         "seed": seed,
         "seconds": int(seconds),
         "rounds": len(ran),

@@ -45,6 +45,11 @@ TEMPLATES = {
         STEPS,
     ),
     "blocks": ("{% block a %}" + "{% if i %}{% endif %}" * 4000 + "{% endblock %}" + often("{{ self.a() }}"), STEPS),
+    # 90,000 passes with four calls each: 360,000 steps without what a call itself costs
+    "calls": (
+        "{% set c = cycler(1) %}" + often("{{ c.next() }}{{ c.next() }}{{ c.next() }}{{ c.next() }}", 90000),
+        STEPS,
+    ),
     "a filter in a loop": (often("{% set z = range(99999) | map('string') | list %}"), STEPS),
     "tests in a loop": (TEXTS + often("{% set z = [y] | select('in', [y ~ '']) | list %}"), STEPS),
     "callers with a wide body": (
