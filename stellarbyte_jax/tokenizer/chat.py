@@ -1,9 +1,10 @@
 """Conversations: messages to a prompt by the tokenizer's chat template."""
 
-import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from stellarbyte_jax.tokenizer.codec import Tokenizer
+from stellarbyte_jax.tokenizer.provenance import said
 from stellarbyte_jax.tokenizer.template import ChatTemplate
 
 
@@ -67,12 +68,12 @@ class Conversation:
     def _prompt(self) -> list[int]:
         if self._parse_contents:
             text = self._template.render(self.messages, add_generation_prompt=True)
-            return self._tokenizer.encode(text, parse_special=True)
+            return self._tokenizer.encode(str.__str__(text), parse_special=True)
         return encode_messages(self._tokenizer, self._template, self.messages)
 
 
 def encode_messages(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, str]], *, prompt: bool = True
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], *, prompt: bool = True
 ) -> list[int]:
     """Ids of a conversation. Special tokens that the template writes are control tokens, those in contents are text.
 
@@ -85,37 +86,5 @@ def encode_messages(
     Raises:
       ValueError: the template refuses the messages.
     """
-    spellings = tokenizer.special_spellings
-    # Whatever their case: a template may change that of what it writes.
-    spelled = [s for s in spellings if any(s.lower() in message["content"].lower() for message in messages)]
-    if not spelled:
-        text = template.render(messages, add_generation_prompt=prompt)
-        return tokenizer.encode(text, parse_special=True)
-    break_mark = _unused_mark([message["content"] for message in messages] + [template.source])
-    broken = [{**message, "content": _broken(message["content"], spelled, break_mark)} for message in messages]
-    text = template.render(broken, add_generation_prompt=prompt)
-    ids: list[int] = []
-    plain = ""
-    for number, part in enumerate(re.split(f"({'|'.join(map(re.escape, spellings))})", text)):
-        if number % 2 and not (len(part) == 1 and plain.endswith(break_mark)):
-            ids += tokenizer.encode(plain.replace(break_mark, "")) + tokenizer.encode(part, parse_special=True)
-            plain = ""
-        else:
-            plain += part
-    return ids + tokenizer.encode(plain.replace(break_mark, ""))
-
-
-def _broken(text: str, spellings: Sequence[str], mark: str) -> str:
-    """The text with a mark in every special token that it spells, overlapping ones too; before one of one character."""
-    parts = [
-        f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" if len(s) > 1 else f"(?={re.escape(s)})" for s in spellings
-    ]
-    return re.sub("|".join(parts), mark, text, flags=re.IGNORECASE)
-
-
-def _unused_mark(texts: Sequence[str]) -> str:
-    """A character that occurs nowhere: of those that Unicode keeps free for such uses."""
-    for mark in map(chr, range(0xFDD0, 0xFDF0)):
-        if not any(mark in text for text in texts):
-            return mark
-    raise ValueError("the messages hold every noncharacter from U+FDD0 to U+FDEF, which no text has: leave them out")
+    text = template.render(messages, add_generation_prompt=prompt)
+    return tokenizer.encode_around(str.__str__(text), said(text))

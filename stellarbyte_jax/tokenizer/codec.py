@@ -16,6 +16,7 @@ from stellarbyte_jax.tokenizer.special import named_ids
 
 _SPACE = "\u2581"  # SentencePiece's mark
 _LARGEST_VOCABULARY = 2**24  # one id of a broken file could ask for all memory
+_NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # Unicode keeps them free for such uses
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -40,12 +41,41 @@ class Tokenizer:
         return library
 
     @cached_property
+    def _special(self) -> dict[str, Any]:
+        """Descriptions of all special tokens by their spellings, the longest first."""
+        added = self._plain.get_added_tokens_decoder().values()
+        described = {token.content: token for token in added if token.special and token.content}
+        return dict(sorted(described.items(), key=lambda item: len(item[0]), reverse=True))
+
+    @property
     def special_spellings(self) -> tuple[str, ...]:
         """Spellings of all special tokens, the longest first."""
-        added = self._plain.get_added_tokens_decoder().values()
-        return tuple(
-            sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
-        )
+        return tuple(self._special)
+
+    @cached_property
+    def _stand_ins(self) -> dict[str, tuple[Any, dict[int, int]]]:
+        return {}
+
+    def _with_stand_ins(self, mark: str) -> tuple[Any, dict[int, int]]:
+        """The library, which takes ``mark number mark`` for the special token of this number, and the ids of these.
+
+        A stand-in strips what its token strips and is found when its token would be, before or after text is
+        normalized.
+        """
+        from tokenizers import AddedToken
+
+        if mark not in self._stand_ins:
+            library = type(self._plain).from_str(self._plain.to_str())
+            library.encode_special_tokens = True
+            ids: dict[int, int] = {}
+            for number, (spelling, token) in enumerate(self._special.items()):
+                name = f"{mark}{number}{mark}"
+                stays = library.normalizer is None or library.normalizer.normalize_str(name) == name
+                stripped = {"lstrip": token.lstrip, "rstrip": token.rstrip}
+                library.add_tokens([AddedToken(name, normalized=token.normalized and stays, **stripped)])
+                ids[library.token_to_id(name)] = library.token_to_id(spelling)
+            self._stand_ins[mark] = library, ids
+        return self._stand_ins[mark]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_unchanged, (self.path, self.fingerprint)
@@ -64,6 +94,43 @@ class Tokenizer:
             return library.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise _unencodable([text]) from None
+
+    def encode_around(self, text: str, said: Sequence[tuple[int, int]]) -> list[int]:
+        """Ids of a text that the program wrote, but for the pieces from ``begin`` to ``end`` that others said.
+
+        Special tokens that it spells are control tokens, those that touch such a piece stay ordinary text. No special
+        token is added. All is tokenized at once, so that nothing else changes.
+
+        Raises:
+            ValueError: It holds a lone surrogate, or all of the characters that stand for special tokens meanwhile.
+        """
+        mark = next((mark for mark in _NONCHARACTERS if mark not in text), None)
+        if mark is None:
+            raise ValueError(
+                "the messages hold every noncharacter from U+FDD0 to U+FDEF, which no text has: leave them out"
+            )
+        pieces, at = [], 0
+        for begin, end in (*said, (len(text), len(text))):
+            pieces += [self._marked(text, at, begin, mark), text[begin:end]]
+            at = end
+        library, ids = self._with_stand_ins(mark)
+        try:
+            encoded: list[int] = library.encode("".join(pieces), add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise _unencodable([text]) from None
+        return [ids.get(i, i) for i in encoded]
+
+    def _marked(self, text: str, begin: int, end: int, mark: str) -> str:
+        """A piece of a text with stand-ins for its special tokens."""
+        numbers = {spelling: number for number, spelling in enumerate(self._special)}
+
+        def stand_in(found: re.Match[str]) -> str:
+            around = text[max(0, begin + found.start() - 1) : begin + found.end() + 1].replace(found[0], "", 1)
+            if self._special[found[0]].single_word and re.search(r"\w", around):
+                return found[0]
+            return f"{mark}{numbers[found[0]]}{mark}"
+
+        return re.sub("|".join(map(re.escape, numbers)), stand_in, text[begin:end]) if numbers else text[begin:end]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts at once, on all cores; special tokens in them stay ordinary text.

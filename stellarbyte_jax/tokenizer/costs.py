@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from jinja2.exceptions import SecurityError
 from jinja2.utils import Namespace
 
+from stellarbyte_jax.tokenizer.provenance import is_said
+
 LONGEST_TEXT = 10_000_000  # characters
 MOST_ELEMENTS = 300_000  # of lists and what they hold
 MOST_STEPS = 1_000_000
@@ -37,12 +39,14 @@ class Weight(NamedTuple):
       bytes: of its texts in memory.
       elements: of it and of what it holds.
       depth: of lists in lists.
+      said: whether a message brought some of it.
     """
 
     characters: int
     bytes: int
     elements: int
     depth: int
+    said: bool
 
 
 def weigh(value: Any) -> Weight:
@@ -52,6 +56,7 @@ def weigh(value: Any) -> Weight:
       SecurityError: it is larger than they are.
     """
     characters = size = elements = deepest = 0
+    said = False
     left = [(value, 0)]
     while left:
         value, depth = left.pop()
@@ -60,6 +65,7 @@ def weigh(value: Any) -> Weight:
         if isinstance(value, str | bytes | bytearray):
             characters += len(value)
             size += sys.getsizeof(value)
+            said = said or is_said(value)
         elif isinstance(value, int):
             characters += check_number(value).bit_length() // 3
         elif isinstance(value, range):
@@ -74,7 +80,7 @@ def weigh(value: Any) -> Weight:
             left.append((value._Namespace__attrs, depth + 1))
         if characters > LONGEST_TEXT or elements > MOST_ELEMENTS:
             raise SecurityError(f"a value of more than {LONGEST_TEXT:,} characters or {MOST_ELEMENTS:,} elements")
-    return Weight(characters, size, elements, deepest)
+    return Weight(characters, size, elements, deepest, said)
 
 
 def check_text(size: int) -> None:
@@ -105,8 +111,10 @@ class Budget(threading.local):
 
     def start(self, messages: Sequence[Any]) -> None:
         """Begins to render a conversation."""
-        size = sum(weigh(message).bytes for message in messages)
-        self._most = self._left = MOST_STEPS + STEPS_A_MESSAGE * len(messages)
+        weights = [weigh(message) for message in messages]
+        size = sum(weight.bytes for weight in weights)
+        characters = sum(weight.characters for weight in weights)  # a template may go through the lines of a message
+        self._most = self._left = MOST_STEPS + STEPS_A_MESSAGE * len(messages) + characters
         self._most_bytes = self._bytes = _MOST_BYTES + _COPIES * len(messages) * size
 
     def spend(self, steps: int) -> None:
@@ -120,17 +128,20 @@ class Budget(threading.local):
         if self._bytes < 0:
             raise SecurityError(f"it reads and makes more than {self._most_bytes:,} bytes")
 
-    def spend_on(self, *values: Any, slow: bool = False) -> None:
-        """Counts what reading all of these costs.
+    def spend_on(self, *values: Any, slow: bool = False) -> bool:
+        """Counts what reading all of these costs; whether a message brought some of it.
 
         Raises:
           SecurityError: one is too large, or the budget is spent.
         """
+        said = False
         for value in values:
             weight = weigh(value)
             self.spend(1 + weight.elements // _ELEMENTS_A_STEP)
             self.spend(weight.characters // _SLOW_CHARACTERS_A_STEP if slow else 0)
             self._read(weight.bytes)
+            said = said or weight.said
+        return said
 
     def spend_on_top(self, value: Any) -> None:
         """Counts a value without what it holds.

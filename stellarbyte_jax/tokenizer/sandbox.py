@@ -4,6 +4,7 @@ import datetime
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import Any
 
 from jinja2 import nodes, pass_context, pass_eval_context
@@ -15,10 +16,12 @@ from jinja2.utils import generate_lorem_ipsum
 from jinja2.visitor import NodeTransformer
 
 from stellarbyte_jax.tokenizer import costs
+from stellarbyte_jax.tokenizer.provenance import Traced, followed, is_said, joined
 
 _NODES_A_STEP = 16
 _STEPS_OF_A_CALL = 4
 _OF_JINJA = ("_loop_vars", "_block_vars")  # it hands them to every call inside of a loop or a block
+_TEXTS = (str, bytes, bytearray)
 _BUILT_IN = (str, bytes, bytearray, int, float, list, tuple, dict)
 
 
@@ -105,9 +108,11 @@ class Environment(ImmutableSandboxedEnvironment):
         tree.set_environment(self)
         return tree
 
-    def _written(self, value: Any) -> Any:
-        self.budget.spend_on(value)
-        return value
+    @pass_eval_context
+    def _written(self, context: Any, value: Any) -> Any:
+        """What is put into the text, which is escaped afterwards where the template has switched that on."""
+        said = self.budget.spend_on(value)
+        return Traced(str(value)) if said and not (context.autoescape or isinstance(value, Traced)) else value
 
     def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
         """One text, of a block, a macro or all."""
@@ -116,7 +121,7 @@ class Environment(ImmutableSandboxedEnvironment):
             kept.append(piece)
             size += len(piece)
             costs.check_text(size)
-        return "".join(kept)
+        return joined(kept)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator, if what it makes is not too large."""
@@ -126,8 +131,11 @@ class Environment(ImmutableSandboxedEnvironment):
             costs.check_power(left, right)
         if operator == "%" and isinstance(left, str | bytes):
             costs.check_format(left, right)
-        made = super().call_binop(context, operator, left, right)
+        function = self.binop_table[operator]
+        made = function(left, right)
         self.budget.spend_on_top(made)
+        if type(made) is str and operator != "+" and self.budget.spend_on(left, right):  # texts add themselves
+            return followed(made, function, (left, right), {})
         return made
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -139,24 +147,36 @@ class Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """A function, a method or a macro, if what it makes is not too large."""
         self.budget.spend(_STEPS_OF_A_CALL)
+        said = False
         name = getattr(obj, "__name__", "")
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         named = {key: value for key, value in kwargs.items() if key not in _OF_JINJA}
         if isinstance(owner, _BUILT_IN):
             args = tuple(list(x) if isinstance(x, Iterator) else x for x in args)
             self.budget.spend_on_top(owner)
-            self.budget.spend_on(*args, *named.values())
+            said = self.budget.spend_on(*args, *named.values())
             if name in ("index", "count") and isinstance(owner, list | tuple):
                 self.budget.spend_on(owner)
             if name in costs.SEARCHES and args:
                 self.budget.spend_on_search(owner, args[0])
             if name in costs.CHECKS_OF_METHODS:
                 costs.CHECKS_OF_METHODS[name](owner, *args, **named)
-        elif isinstance(owner, LoopContext) or isinstance(obj, type):
-            self.budget.spend_on(*args, *named.values())
+        elif isinstance(owner, LoopContext) or isinstance(obj, type | FunctionType):
+            said = self.budget.spend_on(*args, *named.values())
         made = super().call(context, obj, *args, **kwargs)
         self.budget.spend_on_top(made)
+        if type(made) is str:  # macros and blocks have followed theirs
+            if isinstance(owner, _TEXTS) and (said or is_said(owner)):
+                return followed(made, self._method(context, name), (owner, *args), kwargs)
+            if isinstance(obj, FunctionType) and said:
+                return Traced(made)
         return made
+
+    def _method(self, context: Any, name: str) -> Callable[..., Any]:
+        def called(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            return super(Environment, self).call(context, self.getattr(owner, name), *args, **kwargs)
+
+        return called
 
     def guard(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The filter, with its costs; it goes on to know what Jinja passes it."""
@@ -168,17 +188,18 @@ class Environment(ImmutableSandboxedEnvironment):
             before, value, rest = args[:passed], args[passed], args[passed + 1 :]
             if isinstance(value, Iterator) and not shallow:
                 value = list(value)
-            if not shallow:
-                self.budget.spend_on(value, slow=name in costs.SLOW_FILTERS)
-            elif name not in costs.FREE_FILTERS:
+            said = not shallow and self.budget.spend_on(value, slow=name in costs.SLOW_FILTERS)
+            if shallow and name not in costs.FREE_FILTERS:
                 self.budget.spend_on_top(value)
-            self.budget.spend_on(*rest, *kwargs.values())
+            said = self.budget.spend_on(*rest, *kwargs.values()) or said
             if check:
                 check(value, *rest, **kwargs)
             made = function(*before, value, *rest, **kwargs)
             if isinstance(made, Iterator):
                 return self.counted(made, self.budget.spend_on_top)
             self.budget.spend_on_top(made)
+            if said and not shallow:  # the others make nothing new
+                return followed(made, functools.partial(function, *before), (value, *rest), kwargs)
             return made
 
         return filtered
@@ -249,8 +270,14 @@ def _measured_top(context: Any, value: Any) -> Any:
 
 @pass_eval_context
 def _concatenated(context: Any, values: list[Any]) -> str:
-    context.environment.budget.spend_on(values)
-    return (markup_join if context.autoescape else str_join)(values)
+    said = context.environment.budget.spend_on(values)
+    if context.autoescape:
+        return markup_join(values)
+    return joined(map(_text, values)) if said else str_join(values)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else Traced(str(value))
 
 
 def _lorem_ipsum(n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.tokenizer.provenance import trace
 from stellarbyte_jax.tokenizer.sandbox import make_environment
 
 
@@ -33,7 +34,7 @@ class ChatTemplate:
             raise ValueError(f"the chat template of {where} is not valid: {_line(error)}") from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """The text of a conversation.
+        """The text of a conversation, ``provenance.Traced`` where a message brought some of it.
 
         Raises:
           ValueError: the template refuses the messages, or fails.
@@ -41,7 +42,7 @@ class ChatTemplate:
         try:
             self._environment.budget.start(messages)
             pieces = self._template.generate(
-                messages=list(messages),
+                messages=[trace(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,

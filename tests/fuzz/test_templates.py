@@ -5,6 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from stellarbyte_jax.tokenizer.provenance import said
 from stellarbyte_jax.tokenizer.template import ChatTemplate
 
 MESSAGES = [
@@ -111,3 +112,20 @@ def test_a_valid_template_renders_as_transformers_renders_it(source: str) -> Non
         accepts(lambda: rendered(source))
     else:
         assert rendered(source) == expected
+
+
+SAID = [
+    {"role": "user", "content": "\u00a7a \u00a7 b\n\u00a7"},
+    {"role": "assistant", "content": "", "tool_calls": [{"name": "\u00a7", "arguments": {"\u00a7": ["\u00a7", None]}}]},
+]
+
+
+@given(VALID)
+def test_no_template_loses_what_a_message_brought(source: str) -> None:
+    """A character that only messages have is never taken for the template's own."""
+    try:
+        text = ChatTemplate(source, SPECIAL, "here").render(SAID, add_generation_prompt=True)
+    except ValueError:
+        return
+    places = {at for begin, end in said(text) for at in range(begin, end)}
+    assert all(at in places for at, character in enumerate(text) if character == "\u00a7")

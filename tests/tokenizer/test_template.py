@@ -112,6 +112,10 @@ def test_a_text_that_is_put_together_piece_by_piece_is_rendered(count, size):
     ("source", "text"),
     [
         ("{{ messages[0].content.split() | length }}", "250000"),
+        (
+            "{% for w in messages[0].content.split(' ') %}{{ w | trim | first if w else '!' }}{% endfor %}",
+            "w" * 250_000 + "!",
+        ),
         ("{{ (messages[0].content * 2).split('o', 1) | length }}", "2"),
         ("{{ messages[0].content.replace('w', 'b' * 10**4, 1) | length }}", "1259999"),
     ],
