@@ -47,11 +47,6 @@ class Tokenizer:
         described = {token.content: token for token in added if token.special and token.content}
         return dict(sorted(described.items(), key=lambda item: len(item[0]), reverse=True))
 
-    @property
-    def special_spellings(self) -> tuple[str, ...]:
-        """Spellings of all special tokens, the longest first."""
-        return tuple(self._special)
-
     @cached_property
     def _stand_ins(self) -> dict[str, tuple[Any, dict[int, int]]]:
         return {}

@@ -138,10 +138,7 @@ def joined(parts: Iterable[str]) -> str:
     spans: list[tuple[int, int]] = []
     at = 0
     for part in parts:
-        for begin, end in said(part):
-            if spans and spans[-1][1] == at + begin:
-                begin = spans.pop()[0] - at
-            spans.append((at + begin, at + end))
+        spans += [(at + begin, at + end) for begin, end in said(part)]
         at += len(part)
     return Traced(text, spans)
 

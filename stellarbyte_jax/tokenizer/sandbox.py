@@ -198,7 +198,7 @@ class Environment(ImmutableSandboxedEnvironment):
             if isinstance(made, Iterator):
                 return self.counted(made, self.budget.spend_on_top)
             self.budget.spend_on_top(made)
-            if said and not shallow:  # the others make nothing new
+            if said:
                 return followed(made, functools.partial(function, *before), (value, *rest), kwargs)
             return made
 
