@@ -159,7 +159,8 @@ def begins_with_bos(tokenizer: Path) -> bool:
     """Whether the tokenizer of a Hugging Face directory begins texts with bos; without a whole one, as in training."""
     if not TokenizerDirectory(tokenizer).is_complete:
         return DataConfig().add_bos
-    return adds_bos(tokenizer, load_tokenizer(tokenizer).bos_id)
+    loaded = load_tokenizer(tokenizer)
+    return adds_bos(tokenizer, loaded.bos_id, loaded.eos_id)
 
 
 def write_run(run: Path, config: Any, params: Any, tokenizer: Path, add_bos: bool) -> None:

@@ -49,7 +49,7 @@ def load_bundle(path: str | Path, step: int | None = None) -> Bundle:
             raise ValueError(f"a step belongs to a run directory; {path} is a Hugging Face directory")
         model, params = from_pretrained(path)
         tokenizer = load_tokenizer(path)
-        add_bos = adds_bos(path, tokenizer.bos_id)
+        add_bos = adds_bos(path, tokenizer.bos_id, tokenizer.eos_id)
     else:
         run, step = run_and_step(path, step)
         if not (run / "checkpoints").is_dir():

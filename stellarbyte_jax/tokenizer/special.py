@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stellarbyte_jax.config.foreign import shown
-from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, SPECIAL_TOKENS, TokenizerDirectory
+from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, SPECIAL_TOKENS, TokenizerDirectory, vocabulary_size
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def special_ids(path: str | Path, vocab_size: int) -> dict[str, int | list[int]]
     """
     directory = TokenizerDirectory(path)
     vocabulary: dict[str, int] = directory.read_library()[1].get_vocab(with_added_tokens=True)
-    size = max(vocabulary.values(), default=-1) + 1
+    size = vocabulary_size(vocabulary.values())
     if size > vocab_size:
         raise ValueError(
             f"{directory.path / LIBRARY} has {size} tokens, the model's vocab_size is {vocab_size}: "
@@ -64,23 +64,39 @@ def stop_ids(path: str | Path, eos_id: int | None) -> list[int]:
     return list(dict.fromkeys(own + (stated if isinstance(stated, list) else [stated])))
 
 
-def adds_bos(path: str | Path, bos_id: int | None) -> bool:
+def adds_bos(path: str | Path, bos_id: int | None, eos_id: int | None) -> bool:
     """Whether texts begin with bos: whether the post-processor in ``tokenizer.json`` puts it there.
 
-    ``transformers`` 5 does not heed ``add_bos_token`` where there is a ``tokenizer.json``; a difference is logged.
+    ``transformers`` 5 heeds neither ``add_bos_token`` nor ``add_eos_token`` where there is a ``tokenizer.json``; a
+    difference is logged. That the post-processor puts eos after a text is logged too, and not followed: a prompt is to
+    go on, and ``data.add_eos`` says whether the documents that a model learns from end with eos.
 
     Raises:
       ValueError: a file is missing or broken.
     """
     directory = TokenizerDirectory(path)
-    adds = bos_id is not None and directory.read_library()[1].encode("").ids[:1] == [bos_id]
-    stated = directory.add_bos_token()
-    if stated is not None and stated != adds:
+    library = directory.read_library()[1]
+    library.no_truncation()
+    library.no_padding()
+    bos = bos_id is not None and library.encode("").ids[:1] == [bos_id]
+    plain, whole = (library.encode("a", add_special_tokens=added).ids for added in (False, True))
+    eos = eos_id is not None and whole[-len(plain) - 1 :] == [*plain, eos_id]
+    for name, adds in (("bos", bos), ("eos", eos)):
+        stated = directory.stated(f"add_{name}_token")
+        if stated is not None and stated != adds:
+            _log.warning(
+                "%s: add_%s_token is %s, but %s %s %s: that decides, as in transformers 5",
+                directory.path / CONFIG,
+                name,
+                str(stated).lower(),
+                LIBRARY,
+                "adds" if adds else "does not add",
+                name,
+            )
+    if eos:
         _log.warning(
-            "%s: add_bos_token is %s, but %s %s bos: that decides, as in transformers 5",
-            directory.path / CONFIG,
-            str(stated).lower(),
-            LIBRARY,
-            "adds" if adds else "does not add",
+            "%s adds eos after a text, as which a prompt would be over: prompts get none here, and documents in "
+            "training as data.add_eos says",
+            directory.path / LIBRARY,
         )
-    return adds
+    return bos

@@ -184,7 +184,7 @@ def test_the_script_takes_bos_from_the_training(script, directories, tiny, lette
     for kind in ("hf", "run"):
         assert script(["--model", str(directories / kind), "--prompt", "Hi", *COMMON]) == 0
         outputs[kind] = capsys.readouterr().out
-    for kind, bos in (("run", True), ("hf", adds_bos(letters.path, letters.bos_id))):
+    for kind, bos in (("run", True), ("hf", adds_bos(letters.path, letters.bos_id, letters.eos_id))):
         assert outputs[kind] == "Hi" + generate_text(*tiny, letters, ["Hi"], max_new_tokens=12, add_bos=bos)[0] + "\n"
 
 

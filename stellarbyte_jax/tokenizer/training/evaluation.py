@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from stellarbyte_jax.tokenizer.directory import vocabulary_size
 from stellarbyte_jax.tokenizer.training.bpe import learn_merges, segment
 from stellarbyte_jax.tokenizer.training.format import build, byte_alphabet, pre_tokenizer
 from stellarbyte_jax.tokenizer.training.stages import Sample, Stage, mix
@@ -77,11 +78,12 @@ def evaluate(
     A baseline is trained in one stage, the last one's mixture, once at the size that it is known for and once at ours.
     """
     tokenizer = build(merges)
+    vocab_size = vocabulary_size(tokenizer.get_vocab(with_added_tokens=True).values())
     pieces: Counter[str] = Counter()
     for sample in samples.values():
         pieces.update(sample.pieces)
     report: dict[str, Any] = {
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": vocab_size,
         "stages": [{"vocab_size": s.vocab_size, "mixture": dict(s.mixture)} for s in stages],
         "training_bytes": {n: s.training_bytes for n, s in samples.items()},
         "unused_tokens": unused(merges, pieces),
@@ -92,9 +94,9 @@ def evaluate(
     for name, (make, size) in BASELINES.items() if draw_again else ():
         counts = mix(draw_again(cutter(make(()))), stages[-1].mixture)  # type: ignore[misc]
         learned = learn_merges(counts, size - len(byte_alphabet()))
-        for vocab_size in (size, tokenizer.get_vocab_size()):
-            baseline = make(learned[: vocab_size - len(byte_alphabet())])
-            key = f"{name}_{vocab_size}"
+        for its_size in (size, vocab_size):
+            baseline = make(learned[: its_size - len(byte_alphabet())])
+            key = f"{name}_{its_size}"
             report["baselines"][key] = {n: measure(baseline, s.held_out) for n, s in samples.items()}
     return report
 
