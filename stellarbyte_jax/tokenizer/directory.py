@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from stellarbyte_jax.config.foreign import clipped, json_object, shown
@@ -27,6 +28,7 @@ FILES = (
     ADDED_TOKENS,
     CHAT_TEMPLATE,
     "tokenizer.model",
+    "tekken.json",
     "vocab.json",
     "merges.txt",
     GENERATION_CONFIG,
@@ -51,6 +53,11 @@ class TokenizerDirectory:
     def has_library(self) -> bool:
         """Whether it holds a ``tokenizer.json``."""
         return (self.path / LIBRARY).is_file()
+
+    @property
+    def files(self) -> list[str]:
+        """Those of :data:`FILES` that it holds."""
+        return [name for name in FILES if (self.path / name).is_file()]
 
     @property
     def is_complete(self) -> bool:
@@ -282,30 +289,37 @@ def _replace(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
+def copy_tokenizer(
+    source: str | Path, target: str | Path, ids: Mapping[str, int | list[int]] = MappingProxyType({})
+) -> list[str]:
     """Gives ``target``, made where needed, those of :data:`FILES` that ``source`` has.
 
     Others of these names in ``target`` are removed, since they would speak of another tokenizer. A source without any
-    of them changes nothing.
+    of them, and whose ``config.json`` names no ends of a text, changes nothing.
+
+    Args:
+      source: a directory.
+      target: likewise.
+      ids: further ones for the copy of ``generation_config.json``.
 
     Returns:
-      The names of the files, ``generation_config.json`` among them where the source's ``config.json`` gave some of its
-      content.
+      The names of the files, ``generation_config.json`` among them where ``ids`` or the source's ``config.json`` gave
+      some of its content.
     """
     source, target = Path(source), Path(target)
-    present = [name for name in FILES if (source / name).is_file()]
-    if present and source.resolve() != target.resolve():
+    directory = TokenizerDirectory(source)
+    present = directory.files
+    # Ends of a text may be named in the model's settings alone, which stay behind.
+    ids = {**(directory.generation_ids() if (source / MODEL_CONFIG).is_file() else {}), **ids}
+    if (present or ids) and source.resolve() != target.resolve():
         target.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             if name in present:
                 shutil.copyfile(source / name, target / name)
             else:
                 (target / name).unlink(missing_ok=True)
-        # Ends of a text may be named in the model's settings alone, which stay behind.
-        if (source / MODEL_CONFIG).is_file():
-            given = TokenizerDirectory(source)._read_object(GENERATION_CONFIG)
-            all_of_it = given | TokenizerDirectory(source).generation_ids()
-            if all_of_it != given:
-                write_json(target / GENERATION_CONFIG, all_of_it)
-                present += [] if GENERATION_CONFIG in present else [GENERATION_CONFIG]
+        given = directory._read_object(GENERATION_CONFIG) if ids else {}
+        if given | ids != given:
+            write_json(target / GENERATION_CONFIG, given | ids)
+            present += [] if GENERATION_CONFIG in present else [GENERATION_CONFIG]
     return present

@@ -120,6 +120,15 @@ def test_a_copy_knows_the_ends_of_a_text_that_the_models_settings_name(tmp_path)
     assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == {"eos_token_id": 9, "top_k": 3}
 
 
+def test_a_copy_knows_those_ends_without_any_file_of_a_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": [2, 7], "bos_token_id": null}')
+    assert copy_tokenizer(tmp_path, tmp_path / "copy") == ["generation_config.json"]
+    assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == {"eos_token_id": [2, 7]}
+    copy_tokenizer(tmp_path, tmp_path / "copy", {"eos_token_id": 3, "pad_token_id": 1})
+    written = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    assert written == {"eos_token_id": 3, "pad_token_id": 1}
+
+
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
 def test_tokens_that_other_files_add_are_those_of_transformers(tmp_path, file):
     import transformers
