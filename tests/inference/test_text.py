@@ -284,6 +284,23 @@ def test_the_script_remembers_a_text(script, directories, tiny, letters, tmp_pat
     assert capsys.readouterr().out != expected + "\n"
 
 
+def test_the_script_reads_prompts_as_other_commands_read_texts(script, directories, tmp_path, capsys):
+    """A byte order mark and carriage returns are no part of them; what is not UTF-8 is named with its place."""
+    command = ["--model", str(directories / "run"), *COMMON, "--prompt-file", str(tmp_path / "a.txt")]
+    outputs = []
+    for content in (b"Hi\nHo\n", b"\xef\xbb\xbfHi\r\nHo\r\n"):
+        (tmp_path / "a.txt").write_bytes(content)
+        assert script(command) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("Hi\nHo") and outputs[0] == outputs[1]
+    (tmp_path / "a.txt").write_bytes(b"Hi\nHo \xff")
+    for wrong in (command, [*command[:2], "--prompt", "x", "--remember", str(tmp_path / "a.txt")]):
+        assert script(wrong) == 1
+        error = capsys.readouterr().err
+        assert re.search(r"^error: .*a\.txt:2:4: not valid UTF-8; save the file as UTF-8$", error)
+        assert error.count("\n") == 1
+
+
 def test_a_conversation_outgrows_the_positions(script, directories, monkeypatch, capsys):
     """64 positions hold two turns at most; the conversation goes on all the same."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nc\nd\n\n"))

@@ -31,6 +31,11 @@ def measure(tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
     return {"bytes_per_token": round(size / max(tokens, 1), 4), "round_trip": round(same / max(len(texts), 1), 4)}
 
 
+def _measured(tokenizer: Any, samples: Mapping[str, Sample]) -> dict[str, dict[str, float]]:
+    """Figures by corpus, of those with text to measure."""
+    return {name: measure(tokenizer, sample.held_out) for name, sample in samples.items() if any(sample.held_out)}
+
+
 def unused(merges: Sequence[tuple[str, str]], pieces: Iterable[str]) -> int:
     """Number of learned tokens that no piece contains in the end: they were only steps to longer ones."""
     ids, _ = segment(list(pieces), merges)
@@ -75,6 +80,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The report: figures by corpus, and those of each baseline where ``draw_again`` samples the corpora for it.
 
+    There are none of a corpus of which no text is held out.
     A baseline is trained in one stage, the last one's mixture, once at the size that it is known for and once at ours.
     """
     tokenizer = build(merges)
@@ -88,7 +94,7 @@ def evaluate(
         "training_bytes": {n: s.training_bytes for n, s in samples.items()},
         "unused_tokens": unused(merges, pieces),
         "held_out_bytes": {n: sum(len(t.encode()) for t in s.held_out) for n, s in samples.items()},
-        "tokenizer": {n: measure(tokenizer, s.held_out) for n, s in samples.items()},
+        "tokenizer": _measured(tokenizer, samples),
         "baselines": {},
     }
     for name, (make, size) in BASELINES.items() if draw_again else ():
@@ -97,7 +103,7 @@ def evaluate(
         for its_size in (size, vocab_size):
             baseline = make(learned[: its_size - len(byte_alphabet())])
             key = f"{name}_{its_size}"
-            report["baselines"][key] = {n: measure(baseline, s.held_out) for n, s in samples.items()}
+            report["baselines"][key] = _measured(baseline, samples)
     return report
 
 
