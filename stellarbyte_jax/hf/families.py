@@ -58,7 +58,8 @@ class Family:
       rows: the weights.
       buffers: patterns of tensors that older checkpoints hold and nobody needs.
       settings: their fields that are ByteConfig fields of the same name, each with their default.
-      nullable: those of ``settings`` that may be null in a file; transformers refuses it in the others, if not before training.
+      nullable: those of ``settings`` that may be null in a file; transformers refuses it in the others, some of them
+        in training alone.
       fixed: their fields that may only have the values listed (the first is the default).
     """
 
