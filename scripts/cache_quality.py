@@ -40,7 +40,8 @@ def main() -> int:
     """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face directory")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help='JSONL with a field "text"')
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help='records with a field "text"')
+    parser.add_argument("--cache-dir", metavar="DIR", help="default: ~/.cache/stellarbyte_jax")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a text; default: %(default)s")
     parser.add_argument("--texts", type=int, default=8, metavar="N", help="how many; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/cache_quality.json"))
@@ -51,6 +52,8 @@ def main() -> int:
         import jax.numpy as jnp
         import numpy as np
 
+        from stellarbyte_jax.data.sources import cache_path, expand, open_lines
+        from stellarbyte_jax.data.text import TextFormat, read_text
         from stellarbyte_jax.hf.directory import from_pretrained
         from stellarbyte_jax.launch import environment
         from stellarbyte_jax.model.decoder import ByteTransformer, forward_step
@@ -62,11 +65,13 @@ def main() -> int:
     tokenizer = load_tokenizer(arguments.model)
     B, T = arguments.texts, arguments.length
     rows: list[list[int]] = []
-    for line in arguments.text.read_text(encoding="utf-8").splitlines():
-        ids = tokenizer.encode(json.loads(line)["text"])
-        rows += [ids[at : at + T] for at in range(0, len(ids) - T + 1, T)]
-        if len(rows) >= B:
-            break
+    for path in expand(str(arguments.text), "--text"):
+        source = open_lines(path, cache_path(arguments.cache_dir), ("text",))
+        for row in range(source.documents):
+            if len(rows) >= B:
+                break
+            ids = tokenizer.encode(read_text(source, row, TextFormat(), skip=None))
+            rows += [ids[at : at + T] for at in range(0, len(ids) - T + 1, T)]
     if len(rows) < B:
         print(f"error: {arguments.text} holds {len(rows)} pieces of {T} tokens, {B} were asked for", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from stellarbyte_jax.command import command, imports
 with imports():
     import jax
 
+    from stellarbyte_jax.checkpoint.bundle import TOKENIZER, tokenizer_of
     from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
     from stellarbyte_jax.config import DataConfig
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
@@ -26,7 +27,7 @@ with imports():
     from stellarbyte_jax.model.decoder import ByteTransformer
     from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
     from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer
-    from stellarbyte_jax.tokenizer.special import adds_bos
+    from stellarbyte_jax.tokenizer.special import adds_bos, as_list, kept_ids, stop_ids
     from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -73,12 +74,12 @@ def to_hf(arguments: argparse.Namespace) -> Any:
     run, step = run_and_step(arguments.source, arguments.step)
     config, params = load_weights(run, step)
     model = ByteTransformer(config.model)
-    tokenizer = arguments.tokenizer
-    if tokenizer is None:
-        found = [p for p in (run / "tokenizer", Path(config.data.tokenizer)) if TokenizerDirectory(p).has_library]
-        tokenizer = found[0] if found else None
+    tokenizer, own = arguments.tokenizer, tokenizer_of(run, config)
+    if tokenizer is None and TokenizerDirectory(own).files:
+        tokenizer = own
     print(f"tokenizer: {tokenizer or 'none found, so the export has none; give --tokenizer DIR to add one'}")
     check_tokenizer(tokenizer, config.model.vocab_size)
+    ids = {} if tokenizer in (None, own) else kept_ids(own, tokenizer, config.model.vocab_size)
     save_pretrained(
         arguments.target,
         model,
@@ -86,6 +87,7 @@ def to_hf(arguments: argparse.Namespace) -> Any:
         dtype=arguments.dtype,
         max_shard_bytes=arguments.max_shard_size,
         tokenizer=tokenizer,
+        ids=ids,
         overwrite=arguments.overwrite,
     )
     report(arguments.target, params)
@@ -100,7 +102,7 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     check_target(run, arguments.overwrite)
     model, params = from_pretrained(arguments.source)
     check_tokenizer(arguments.source, model.config.vocab_size)
-    write_run(run, model.config, params, arguments.source, begins_with_bos(arguments.source))
+    write_run(run, model.config, params, arguments.source, begins_with_bos(arguments.source), {})
     if not arguments.verify:
         return None
     return compare_with_transformers(arguments.source, model, load_weights(run)[1])
@@ -119,8 +121,11 @@ def resize(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--step belongs to a run directory; {source} is a Hugging Face directory")
         model, params = from_pretrained(source)
         config, add_bos = model.config, begins_with_bos(arguments.tokenizer)
+        before = source
     else:
-        stored, params = load_weights(*run_and_step(source, arguments.step))
+        directory, step = run_and_step(source, arguments.step)
+        stored, params = load_weights(directory, step)
+        before = tokenizer_of(directory, stored)
         config, add_bos = stored.model, stored.data.add_bos
     wanted, multiple = arguments.vocab_size, arguments.multiple
     if wanted is None:
@@ -132,7 +137,14 @@ def resize(arguments: argparse.Namespace) -> None:
         )
     else:
         resized, params = resize_vocabulary(config, params, wanted, vocab_size_multiple=multiple)
-    write_run(run, resized, params, arguments.tokenizer, add_bos)
+    ids = kept_ids(before, arguments.tokenizer, resized.vocab_size)
+    ends = {*stop_ids(arguments.tokenizer, tokenizer.eos_id), *as_list(ids.get("eos_token_id", []))}
+    left_out = [i for i in stop_ids(before, None) if i not in ends]
+    if left_out:
+        print(
+            f"ends of texts: {left_out} of {before} are no longer any, by what {arguments.tokenizer} says of these ids"
+        )
+    write_run(run, resized, params, arguments.tokenizer, add_bos, ids)
     print(
         f"vocabulary: {config.vocab_size:,} tokens in {config.padded_vocab_size:,} rows before, "
         f"{resized.vocab_size:,} in {resized.padded_vocab_size:,} now; the tokenizer has {tokenizer.vocab_size:,}"
@@ -159,15 +171,16 @@ def begins_with_bos(tokenizer: Path) -> bool:
     """Whether the tokenizer of a Hugging Face directory begins texts with bos; without a whole one, as in training."""
     if not TokenizerDirectory(tokenizer).is_complete:
         return DataConfig().add_bos
-    return adds_bos(tokenizer, load_tokenizer(tokenizer).bos_id)
+    loaded = load_tokenizer(tokenizer)
+    return adds_bos(tokenizer, loaded.bos_id, loaded.eos_id)
 
 
-def write_run(run: Path, config: Any, params: Any, tokenizer: Path, add_bos: bool) -> None:
-    """Writes weights as step 0 of a run directory, with the tokenizer that a directory holds."""
-    for part in ("checkpoints", "tokenizer"):
+def write_run(run: Path, config: Any, params: Any, tokenizer: Path, add_bos: bool, ids: dict[str, Any]) -> None:
+    """Writes weights as step 0 of a run directory, with what a directory holds of a tokenizer and further ids."""
+    for part in ("checkpoints", TOKENIZER):
         shutil.rmtree(run / part, ignore_errors=True)
-    copied = copy_tokenizer(tokenizer, run / "tokenizer")
-    save_initial(run, config, params, str(run / "tokenizer") if copied else None, add_bos=add_bos)
+    copied = copy_tokenizer(tokenizer, run / TOKENIZER, ids)
+    save_initial(run, config, params, str(run / TOKENIZER) if copied else None, add_bos=add_bos)
     report(run, params)
 
 

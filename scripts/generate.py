@@ -15,6 +15,7 @@ from stellarbyte_jax.command import command, imports
 
 with imports():
     from stellarbyte_jax.checkpoint.bundle import load_bundle
+    from stellarbyte_jax.data.text import read_plain
     from stellarbyte_jax.inference.api import Generated, remember, warm_up
     from stellarbyte_jax.inference.capacity import TooLongError, limits_of
     from stellarbyte_jax.inference.reconfigure import reconfigure
@@ -174,7 +175,7 @@ def _show(row: int, text: str) -> None:
 
 
 def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8").removesuffix("\n")
+    return read_plain(file).replace("\r\n", "\n").removesuffix("\n")
 
 
 def _likelihoods(generated: Generated) -> str:

@@ -38,6 +38,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from stellarbyte_jax.command import command, imports
 
@@ -50,7 +51,11 @@ with imports():
 
 
 def parse_corpora(
-    paths: Sequence[str], filters: Sequence[str], text_field: str, cache_dir: str | None = None
+    paths: Sequence[str],
+    filters: Sequence[str],
+    text_field: str,
+    cache_dir: str | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> dict[str, TokenizerCorpus]:
     """Reads ``NAME=GLOB`` and ``NAME:FIELD=REGEX``, alternatives where repeated. Raises ValueError on other forms."""
     globs: dict[str, list[str]] = {}
@@ -68,7 +73,12 @@ def parse_corpora(
         only[name][field] = f"{only[name][field]}|{pattern}" if field in only[name] else pattern
     return {
         name: TokenizerCorpus(
-            name=name, paths=tuple(patterns), text_field=text_field, only=only[name], cache_dir=cache_dir
+            name=name,
+            paths=tuple(patterns),
+            text_field=text_field,
+            only=only[name],
+            on_error=on_error,
+            cache_dir=cache_dir,
         )
         for name, patterns in globs.items()
     }
@@ -99,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--only", action="append", default=[], metavar="NAME:FIELD=REGEX", help="records to take; repeat for more")
     add("--text-field", default="text", help="field of a record that holds the text (default: %(default)s)")
+    add("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad lines")
     add("--cache-dir", metavar="DIR", help="default: ~/.cache/stellarbyte_jax")
     add("--sample-megabytes", type=float, default=40, help="of each corpus (default: %(default)s)")
     add("--held-out-megabytes", type=float, default=1, help="of each corpus, for the report (default: %(default)s)")
@@ -107,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--baselines", action="store_true", help="also train GPT-2-like and lossy tokenizers to compare with")
     options = parser.parse_args(arguments)
 
-    corpora = parse_corpora(options.corpus, options.only, options.text_field, options.cache_dir)
+    corpora = parse_corpora(options.corpus, options.only, options.text_field, options.cache_dir, options.on_error)
     stages = [parse_stage(s) for s in options.stage]
     check_stages(stages, corpora)
     sizes = int(options.sample_megabytes * 1e6), int(options.held_out_megabytes * 1e6)
@@ -117,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     samples = sample(pieces_of())
     for name, drawn in samples.items():
-        print(f"{name}: {drawn.training_bytes / 1e6:.1f} MB, {len(drawn.pieces)} distinct pieces", flush=True)
+        skipped = f", {drawn.skipped:,} lines skipped" if drawn.skipped else ""
+        print(f"{name}: {drawn.training_bytes / 1e6:.1f} MB, {len(drawn.pieces)} distinct pieces{skipped}", flush=True)
     merges = train(samples, stages, options.max_token_length, functools.partial(print, flush=True))
     save(build(merges), options.output, options.model_max_length)
     print(f"wrote {options.output} after {time.monotonic() - started:.0f} s", flush=True)

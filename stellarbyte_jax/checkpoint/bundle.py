@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step
+from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.hf.directory import from_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
@@ -11,6 +12,12 @@ from stellarbyte_jax.tokenizer.codec import Tokenizer, check_vocabulary, load_to
 from stellarbyte_jax.tokenizer.special import adds_bos, stop_ids
 
 TOKENIZER = "tokenizer"  # the folder of a run that holds its tokenizer
+
+
+def tokenizer_of(run: str | Path, config: TrainConfig) -> Path:
+    """The directory of a run's tokenizer: its own copy, with the ends of its texts, else that of its settings."""
+    own = Path(run) / TOKENIZER
+    return own if own.is_dir() else Path(config.data.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def load_bundle(path: str | Path, step: int | None = None) -> Bundle:
             raise ValueError(f"a step belongs to a run directory; {path} is a Hugging Face directory")
         model, params = from_pretrained(path)
         tokenizer = load_tokenizer(path)
-        add_bos = adds_bos(path, tokenizer.bos_id)
+        add_bos = adds_bos(path, tokenizer.bos_id, tokenizer.eos_id)
     else:
         run, step = run_and_step(path, step)
         if not (run / "checkpoints").is_dir():
@@ -59,8 +66,7 @@ def load_bundle(path: str | Path, step: int | None = None) -> Bundle:
             )
         config, params = load_weights(run, step)
         model = ByteTransformer(config.model)
-        own = run / TOKENIZER
-        tokenizer = load_tokenizer(own if own.is_dir() else config.data.tokenizer)
+        tokenizer = load_tokenizer(tokenizer_of(run, config))
         add_bos = config.data.add_bos
     check_vocabulary(tokenizer, model.config.vocab_size)
     return Bundle(model, params, tokenizer, stop_ids(tokenizer.path, tokenizer.eos_id), add_bos)

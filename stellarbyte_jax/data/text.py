@@ -1,9 +1,11 @@
 """How a record of the data becomes text: its fields, or a template."""
 
+import codecs
 import functools
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.config.foreign import listed
@@ -84,8 +86,13 @@ class TextFormat:
         return values
 
 
-def read_text(source: LineSource, row: int, text: TextFormat) -> str:
-    """The text of one record.
+def read_text(
+    source: LineSource,
+    row: int,
+    text: TextFormat,
+    skip: str | None = "data.on_error=skip (prepare_data.py: --on-error skip)",
+) -> str:
+    """The text of one record; ``skip`` is the setting that leaves out unusable ones, for messages.
 
     Raises:
       UnusableRecordError: names file, line and column or field.
@@ -94,7 +101,25 @@ def read_text(source: LineSource, row: int, text: TextFormat) -> str:
     try:
         return text.render(source.record(row))
     except BadRecordError as error:
-        raise UnusableRecordError(
-            f"{source.location(row, error.column)}: {error}; "
-            "mend the line or leave such lines out with data.on_error=skip (prepare_data.py: --on-error skip)"
-        ) from error
+        raise unusable(source, row, error, skip) from error
+
+
+def unusable(source: LineSource, row: int, error: BadRecordError, skip: str | None) -> UnusableRecordError:
+    """The error for a record, with its place and what to do."""
+    remedy = "mend the line" + (f" or leave such lines out with {skip}" if skip else "")
+    return UnusableRecordError(f"{source.location(row, error.column)}: {error}; {remedy}")
+
+
+def read_plain(path: Path) -> str:
+    """The text of a file that is one document, without the byte order mark.
+
+    Raises:
+      UnusableRecordError: it is not UTF-8; names file, line and column as for a line of records.
+    """
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise UnusableRecordError(f"{path}:{line}:{column}: not valid UTF-8; save the file as UTF-8") from error

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from stellarbyte_jax.data.sources import (
     BadRecordError,
@@ -16,7 +17,7 @@ from stellarbyte_jax.data.sources import (
     open_lines,
     suffix_of,
 )
-from stellarbyte_jax.data.text import TextFormat
+from stellarbyte_jax.data.text import TextFormat, UnusableRecordError, read_plain, unusable
 from stellarbyte_jax.tokenizer.training.stages import Sample
 
 HELD_OUT_SHARE = 50  # one document in so many is kept for the evaluation
@@ -31,6 +32,7 @@ class TokenizerCorpus:
       paths: Files or globs, see ``sources.expand``. A file that several of them name is read once.
       text_field: Field of a record that holds the text.
       only: Field -> regular expression that must be found in it; other records are left out.
+      on_error: "skip" leaves unusable records out and counts them.
       cache_dir: As ``data.cache_dir``.
 
     Raises:
@@ -41,6 +43,7 @@ class TokenizerCorpus:
     paths: tuple[str, ...]
     text_field: str = "text"
     only: Mapping[str, str] = field(default_factory=dict)
+    on_error: Literal["raise", "skip"] = "raise"
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -67,21 +70,27 @@ class TokenizerCorpus:
             found.update(files)
         return sorted(found)
 
-    def documents(self) -> Iterator[str]:
-        """The texts in order of file and record.
+    def documents(self, on_skip: Callable[[], None] = lambda: None) -> Iterator[str]:
+        """The texts in order of file and record; ``on_skip`` is called for each that is left out as unusable.
 
         Raises:
-          DataError: A file or a record is unusable; names the file, and the line or row.
+          DataError: A file is unusable, or a record is and ``on_error`` is "raise"; names the file, and the line or
+            row.
         """
         columns = tuple(dict.fromkeys((self.text_field, *self.only)))
         cache = cache_path(self.cache_dir)
         for path in self.files():
-            if suffix_of(path) is None:
-                yield _read_plain(path)
-            else:
-                yield from self._records(open_lines(path, cache, columns), TextFormat(columns))
+            records = suffix_of(path) is not None
+            read = self._records(open_lines(path, cache, columns), TextFormat(columns)) if records else _plain(path)
+            for text in read:
+                if not isinstance(text, UnusableRecordError):
+                    yield text
+                elif self.on_error == "raise":
+                    raise text
+                else:
+                    on_skip()
 
-    def _records(self, source: LineSource, wanted: TextFormat) -> Iterator[str]:
+    def _records(self, source: LineSource, wanted: TextFormat) -> Iterator[str | UnusableRecordError]:
         text = TextFormat((self.text_field,))
         for row in range(source.documents):
             try:
@@ -89,16 +98,14 @@ class TokenizerCorpus:
                 if all(re.search(pattern, values[name]) for name, pattern in self.only.items()):
                     yield text.render(values)
             except BadRecordError as error:
-                raise DataError(
-                    f"{source.location(row, error.column)}: {error}; mend the line or take it out"
-                ) from error
+                yield unusable(source, row, error, "--on-error skip")
 
 
-def _read_plain(path: Path) -> str:
+def _plain(path: Path) -> Iterator[str | UnusableRecordError]:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}): convert it or leave it out") from None
+        yield read_plain(path)
+    except UnusableRecordError as error:
+        yield error
 
 
 def draw(
@@ -111,12 +118,17 @@ def draw(
     Raises:
       DataError: The corpus holds no text, or a file of it is unusable.
     """
-    total = sum(len(text.encode()) for text in corpus.documents())
+    sample = Sample(Counter(), 0, [])
+
+    def count() -> None:
+        sample.skipped += 1
+
+    total = sum(len(text.encode()) for text in corpus.documents(count))
     if not total:
-        raise DataError(f"corpus {corpus.name!r} holds no text: check its paths and filters")
+        skipped = f"{sample.skipped:,} lines were skipped; " if sample.skipped else ""
+        raise DataError(f"corpus {corpus.name!r} holds no text: {skipped}check its paths and filters")
     keep = min(1.0, sample_bytes / total)
     keep_held_out = min(1.0, held_out_bytes / (total / HELD_OUT_SHARE))
-    sample = Sample(Counter(), 0, [])
     for text in corpus.documents():
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
         rest, side = divmod(number, HELD_OUT_SHARE)

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -83,6 +84,7 @@ def save_pretrained(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: str | Path | None = None,
+    ids: Mapping[str, int | list[int]] = MappingProxyType({}),
     overwrite: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face directory that ``AutoModelForCausalLM`` loads without custom code.
@@ -96,6 +98,7 @@ def save_pretrained(
       dtype: of the numbers on disk: ``float32``, ``bfloat16`` or ``float16``.
       max_shard_bytes: size at which another file is begun.
       tokenizer: directory whose tokenizer files are copied and whose special tokens are named in the settings.
+      ids: special tokens that go before those, such as ``{"eos_token_id": [1, 2]}``.
       overwrite: an earlier export there is replaced.
 
     Raises:
@@ -108,16 +111,16 @@ def save_pretrained(
     leaves = _flatten(params)
     _check_params(leaves, shapes)
     to = float_dtype(dtype)
-    ids = {} if tokenizer is None else special_ids(tokenizer, config.vocab_size)
+    named = {**({} if tokenizer is None else special_ids(tokenizer, config.vocab_size)), **ids}
     tensors = [
         Tensor(entry.theirs, entry.hf_shape, to, _reader(entry, leaves[entry.path], to, config))
         for entry in family.entries(config, shapes)
     ]
     with replacing(Path(directory), overwrite) as partial:
-        write_json(partial / "config.json", config_json(family, config, dtype, ids))
-        copied = [] if tokenizer is None else copy_tokenizer(tokenizer, partial)
+        write_json(partial / "config.json", config_json(family, config, dtype, named))
+        copied = [] if tokenizer is None else copy_tokenizer(tokenizer, partial, ids)
         if GENERATION_CONFIG not in copied:
-            write_json(partial / GENERATION_CONFIG, generation_json(ids))
+            write_json(partial / GENERATION_CONFIG, generation_json(named))
         write_tensors(partial, tensors, max_shard_bytes)
 
 

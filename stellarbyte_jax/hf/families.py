@@ -58,7 +58,8 @@ class Family:
       rows: the weights.
       buffers: patterns of tensors that older checkpoints hold and nobody needs.
       settings: their fields that are ByteConfig fields of the same name, each with their default.
-      nullable: those of ``settings`` that may be null in a file; transformers refuses it in the others.
+      nullable: those of ``settings`` that may be null in a file; transformers refuses it in the others, some of them
+        in training alone.
       fixed: their fields that may only have the values listed (the first is the default).
     """
 
@@ -147,7 +148,7 @@ LLAMA = Family(
     buffers=_ROTARY_BUFFERS,
     # Their attention_bias is a bias on q, k, v and the output projection.
     settings={**_SETTINGS, "attention_bias": False, "mlp_bias": False},
-    nullable=("num_key_value_heads", "head_dim", "attention_dropout"),
+    nullable=("num_key_value_heads", "head_dim"),
     fixed=_FIXED,
 )
 MISTRAL = Family(

@@ -89,8 +89,6 @@ def parse_config(values: Mapping[str, Any], where: str) -> tuple[Family, ByteCon
     nulls = [name for name in settings if name in values and values[name] is None and name not in family.nullable]
     if nulls:  # ByteConfig would derive some of them, and transformers refuses them
         raise ValueError(f"{where}: {nulls[0]} is null: give a value, or remove the field for the default")
-    if settings["attention_dropout"] is None:
-        settings["attention_dropout"] = 0.0
     settings["hidden_act"] = _activation(settings["hidden_act"], where)
     settings["attention_output_bias"] = settings.get("attention_bias", False)  # one setting of theirs, two of ours
     theta, scaling = parse_rope(values, settings["max_position_embeddings"], where)

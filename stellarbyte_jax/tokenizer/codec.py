@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stellarbyte_jax.config.foreign import clipped
-from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, TokenizerDirectory
+from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, TokenizerDirectory, vocabulary_size
 from stellarbyte_jax.tokenizer.special import named_ids
 
 _SPACE = "\u2581"  # SentencePiece's mark
@@ -25,7 +25,7 @@ class Tokenizer:
     """Text to ids and back; made by :func:`load_tokenizer`, and pickled as its path."""
 
     path: str
-    vocab_size: int  # highest id plus one: rows that an embedding needs
+    vocab_size: int  # see directory.vocabulary_size
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
@@ -169,9 +169,9 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads the tokenizer of a Hugging Face directory.
 
-    ``tokenizer.json`` and ``tokenizer_config.json`` must be there. ``special_tokens_map.json`` and
-    ``chat_template.jinja``, which some versions of transformers write, are read too: the configuration's own bos, eos
-    and pad tokens go before the map's, the separate template before the configuration's.
+    ``tokenizer.json`` and ``tokenizer_config.json`` must be there. The other files that some versions of transformers
+    write are read too, and count as they do there (``named.find_special_tokens`` for special tokens); the separate chat
+    template goes before the configuration's.
 
     Raises:
         ValueError: The directory or a file is missing or broken, or a named special token is not in the vocabulary.
@@ -185,7 +185,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     ids = named_ids(directory, vocabulary)
     return Tokenizer(
         path=str(directory.path),
-        vocab_size=max(vocabulary.values(), default=-1) + 1,
+        vocab_size=vocabulary_size(vocabulary.values()),
         bos_id=ids.get("bos_token_id"),
         eos_id=ids.get("eos_token_id"),
         pad_id=ids.get("pad_token_id"),
@@ -232,7 +232,7 @@ def token_byte_lengths(path: str | Path) -> np.ndarray | None:
     if lengths is None:
         return None
     added = directory.read_library()[1].get_added_tokens_decoder()
-    lengths = np.concatenate([lengths, np.zeros(max(0, max(added, default=-1) + 1 - len(lengths)), np.int32)])
+    lengths = np.concatenate([lengths, np.zeros(max(0, vocabulary_size(added) - len(lengths)), np.int32)])
     for number, token in added.items():
         lengths[number] = 0 if token.special else len(token.content.encode())
     return lengths
@@ -246,7 +246,7 @@ def _byte_lengths(settings: Mapping[str, Any]) -> np.ndarray | None:
     ids = vocabulary.values()
     if not all(type(i) is int and 0 <= i < _LARGEST_VOCABULARY for i in ids):
         raise ValueError(f"ids must be integers from 0 to {_LARGEST_VOCABULARY - 1}")
-    lengths = np.zeros(max(ids, default=-1) + 1, np.int32)
+    lengths = np.zeros(vocabulary_size(ids), np.int32)
     for token, number in vocabulary.items():
         lengths[number] = count(token)
     return lengths

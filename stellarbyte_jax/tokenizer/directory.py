@@ -6,11 +6,13 @@ No other module knows these names.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from stellarbyte_jax.config.foreign import clipped, json_object, shown
+from stellarbyte_jax.tokenizer.named import SpecialTokens, find_special_tokens, uses_older_files
 
 LIBRARY = "tokenizer.json"  # read by the tokenizers library
 CONFIG = "tokenizer_config.json"
@@ -26,13 +28,13 @@ FILES = (
     ADDED_TOKENS,
     CHAT_TEMPLATE,
     "tokenizer.model",
+    "tekken.json",
     "vocab.json",
     "merges.txt",
     GENERATION_CONFIG,
 )
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
-_NAMED_TOKENS = (*SPECIAL_TOKENS, "unk_token", "sep_token", "cls_token", "mask_token")  # what templates may ask for
 SPECIAL_IDS = tuple(f"{name}_id" for name in SPECIAL_TOKENS)  # their names in a model's settings
 
 
@@ -51,6 +53,11 @@ class TokenizerDirectory:
     def has_library(self) -> bool:
         """Whether it holds a ``tokenizer.json``."""
         return (self.path / LIBRARY).is_file()
+
+    @property
+    def files(self) -> list[str]:
+        """Those of :data:`FILES` that it holds."""
+        return [name for name in FILES if (self.path / name).is_file()]
 
     @property
     def is_complete(self) -> bool:
@@ -77,25 +84,39 @@ class TokenizerDirectory:
         return content + json.dumps(added).encode() if added else content, library
 
     def _missing_tokens(self, library: Any) -> list[tuple[int, str, bool]]:
-        """Adds the tokens that only other files name, and lists them."""
-        from tokenizers import AddedToken
+        """Adds the tokens that only other files name, and lists them.
 
+        Special tokens without an id of their own get the next free ones, as in ``transformers``; but bos, eos and pad,
+        which every text needs, must have one (``special.named_ids``).
+        """
+        tokens = self._special_tokens()
+        named = {token["content"] for token in tokens.named.values()}
+        wanted: list[tuple[str | None, int | None, Mapping[str, Any]]] = [
+            (None, number, {**token, "special": token["special"] or token["content"] in named})
+            for number, token in sorted(self.added_tokens().items())
+        ]
+        described = {repr(token) for token in library.get_added_tokens_decoder().values()}
+        known = {token.content for token in library.get_added_tokens_decoder().values()}
+        known |= {token["content"] for _, _, token in wanted}
+        for name, token in (*tokens.named.items(), *((None, token) for token in tokens.extra)):
+            if token["content"] and token["content"] not in known:
+                known.add(token["content"])
+                wanted.append((name, None, token))
         added = []
-        for number, token in sorted(self.added_tokens().items()):
-            content, special = token["content"], bool(token["special"])
-            if library.token_to_id(content) is not None:
+        for name, number, token in wanted:
+            special = bool(token["special"])
+            is_new = library.token_to_id(token["content"]) is None
+            if (is_new and name in SPECIAL_TOKENS) or repr(_described(token)) in described:
                 continue
-            flags = {
-                name: bool(token[name]) for name in ("lstrip", "rstrip", "single_word", "normalized") if name in token
-            }
-            described = AddedToken(content, special=special, **{"normalized": not special, **flags})
-            (library.add_special_tokens if special else library.add_tokens)([described])
-            if library.token_to_id(content) != number:
+            (library.add_special_tokens if special else library.add_tokens)([_described(token)])
+            given = library.token_to_id(token["content"])
+            if is_new and number is not None and given != number:
                 raise ValueError(
-                    f"{self.path}: the added token {shown(content)} has id {number}, but the next free one of "
-                    f"{LIBRARY} is {library.token_to_id(content)}: the files belong to different tokenizers"
+                    f"{self.path}: the added token {shown(token['content'])} has id {number}, but the next free one of "
+                    f"{LIBRARY} is {given}: the files belong to different tokenizers"
                 )
-            added.append((number, content, special))
+            if is_new or not special:  # else texts have the same ids as before
+                added.append((given, token["content"], special))
         return added
 
     def library_settings(self) -> dict[str, Any]:
@@ -119,32 +140,29 @@ class TokenizerDirectory:
     def special_tokens(self) -> dict[str, str]:
         """Spelling of each special token that the files name, such as ``{"bos_token": "<s>"}``.
 
-        ``tokenizer_config.json`` goes before ``special_tokens_map.json``; a null names nothing.
+        Which names there are and which file counts: see ``named.find_special_tokens``. A null names nothing.
 
         Raises:
           ValueError: a file is not a JSON object, or names something else than a token.
         """
-        spelled: dict[str, str] = {}
-        for file in (SPECIAL_TOKENS_MAP, CONFIG):
-            values = self._read_object(file)
-            for name in _NAMED_TOKENS:
-                value = values.get(name)
-                token = value.get("content") if isinstance(value, dict) else value
-                if token is None:
-                    continue
-                if not isinstance(token, str):
-                    raise ValueError(f"{self.path / file}: {name} must be a token's spelling, got {shown(value)}")
-                spelled[name] = token
-        return spelled
+        return {name: token["content"] for name, token in self._special_tokens().named.items()}
 
-    def add_bos_token(self) -> bool | None:
-        """What the configuration says about bos before a text; None where it says nothing.
+    def _special_tokens(self) -> SpecialTokens:
+        return find_special_tokens(
+            self._read_object(CONFIG),
+            self._read_object(SPECIAL_TOKENS_MAP),
+            str(self.path / CONFIG),
+            str(self.path / SPECIAL_TOKENS_MAP),
+        )
+
+    def stated(self, name: str) -> bool | None:
+        """What ``tokenizer_config.json`` says to a question such as ``add_bos_token``; None where it says nothing.
 
         Raises:
-          ValueError: ``tokenizer_config.json`` is missing, or not a JSON object.
+          ValueError: the file is missing, or not a JSON object.
         """
-        stated = self.config().get("add_bos_token")
-        return stated if isinstance(stated, bool) else None
+        value = self.config().get(name)
+        return value if isinstance(value, bool) else None
 
     def chat_template(self) -> str | None:
         """The Jinja source that makes a prompt of messages: ``chat_template.jinja``, else the configuration's default.
@@ -202,8 +220,9 @@ class TokenizerDirectory:
           ValueError: a file is not a JSON object, or describes tokens otherwise.
         """
         found: dict[int, dict[str, Any]] = {}
-        described = self._read_object(CONFIG).get("added_tokens_decoder") or {}
-        for file, entries in ((ADDED_TOKENS, self._read_object(ADDED_TOKENS)), (CONFIG, described)):
+        config = self._read_object(CONFIG)
+        older = self._read_object(ADDED_TOKENS) if uses_older_files(config) else {}
+        for file, entries in ((ADDED_TOKENS, older), (CONFIG, config.get("added_tokens_decoder") or {})):
             try:
                 for key, value in entries.items():
                     number, token = (value, {"content": key}) if file == ADDED_TOKENS else (int(key), dict(value))
@@ -235,6 +254,20 @@ class TokenizerDirectory:
         return json_object(file.read_bytes(), str(file)) if file.is_file() else {}
 
 
+def vocabulary_size(ids: Iterable[int]) -> int:
+    """The largest id plus one: the rows that an embedding needs, whichever ids of a vocabulary are free."""
+    return max(ids, default=-1) + 1
+
+
+def _described(token: Mapping[str, Any]) -> Any:
+    """The ``tokenizers.AddedToken`` of a spelling and its flags."""
+    from tokenizers import AddedToken
+
+    special = bool(token["special"])
+    flags = {name: bool(token[name]) for name in ("lstrip", "rstrip", "single_word", "normalized") if name in token}
+    return AddedToken(token["content"], special=special, **{"normalized": not special, **flags})
+
+
 def write_tokenizer(
     target: Path, library: str, config: Mapping[str, Any], special_tokens_map: Mapping[str, Any]
 ) -> None:
@@ -256,30 +289,37 @@ def _replace(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
+def copy_tokenizer(
+    source: str | Path, target: str | Path, ids: Mapping[str, int | list[int]] = MappingProxyType({})
+) -> list[str]:
     """Gives ``target``, made where needed, those of :data:`FILES` that ``source`` has.
 
     Others of these names in ``target`` are removed, since they would speak of another tokenizer. A source without any
-    of them changes nothing.
+    of them, and whose ``config.json`` names no ends of a text, changes nothing.
+
+    Args:
+      source: a directory.
+      target: likewise.
+      ids: further ones for the copy of ``generation_config.json``.
 
     Returns:
-      The names of the files, ``generation_config.json`` among them where the source's ``config.json`` gave some of its
-      content.
+      The names of the files, ``generation_config.json`` among them where ``ids`` or the source's ``config.json`` gave
+      some of its content.
     """
     source, target = Path(source), Path(target)
-    present = [name for name in FILES if (source / name).is_file()]
-    if present and source.resolve() != target.resolve():
+    directory = TokenizerDirectory(source)
+    present = directory.files
+    # Ends of a text may be named in the model's settings alone, which stay behind.
+    ids = {**(directory.generation_ids() if (source / MODEL_CONFIG).is_file() else {}), **ids}
+    if (present or ids) and source.resolve() != target.resolve():
         target.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             if name in present:
                 shutil.copyfile(source / name, target / name)
             else:
                 (target / name).unlink(missing_ok=True)
-        # Ends of a text may be named in the model's settings alone, which stay behind.
-        if (source / MODEL_CONFIG).is_file():
-            given = TokenizerDirectory(source)._read_object(GENERATION_CONFIG)
-            all_of_it = given | TokenizerDirectory(source).generation_ids()
-            if all_of_it != given:
-                write_json(target / GENERATION_CONFIG, all_of_it)
-                present += [] if GENERATION_CONFIG in present else [GENERATION_CONFIG]
+        given = directory._read_object(GENERATION_CONFIG) if ids else {}
+        if given | ids != given:
+            write_json(target / GENERATION_CONFIG, given | ids)
+            present += [] if GENERATION_CONFIG in present else [GENERATION_CONFIG]
     return present

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.checkpoint.bundle import tokenizer_of
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family
@@ -70,7 +71,7 @@ def finish(
 def export(config: TrainConfig, model: ByteTransformer, params: Params) -> None:
     """Writes ``output_dir/hf`` anew."""
     target = Path(config.output_dir) / _EXPORT
-    save_pretrained(target, model, params, tokenizer=config.data.tokenizer, overwrite=True)
+    save_pretrained(target, model, params, tokenizer=tokenizer_of(config.output_dir, config), overwrite=True)
 
 
 def samples(config: TrainConfig, model: ByteTransformer, params: Params, say: Callable[[str], None]) -> None:

@@ -22,6 +22,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
 from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
+from stellarbyte_jax.tokenizer.special import kept_ids
 from stellarbyte_jax.train import finish, resume
 from stellarbyte_jax.train.console import Reporter, format_metrics
 from stellarbyte_jax.train.meter import Meter
@@ -177,7 +178,7 @@ def _keep(config: TrainConfig, run_dir: Path) -> None:
     try:
         write_json(target, config.to_dict())
         target = run_dir / TOKENIZER
-        copy_tokenizer(config.data.tokenizer, target)
+        copy_tokenizer(config.data.tokenizer, target, kept_ids(target, config.data.tokenizer, config.model.vocab_size))
     except OSError as error:
         source = error.filename if error.filename2 is None else None  # a copy that fails names both
         if source is not None and Path(source).parent == Path(config.data.tokenizer):

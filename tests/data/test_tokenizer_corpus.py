@@ -54,9 +54,27 @@ def test_a_bad_line_is_named_with_its_place(tmp_path, case):
     line, message = BAD_LINES[case]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
-    with pytest.raises(DataError, match=message + ".*mend the line") as caught:
+    with pytest.raises(
+        DataError, match=message + ".*mend the line or leave such lines out with --on-error skip$"
+    ) as caught:
         _read(tmp_path, path)
     assert "data." not in str(caught.value)  # settings of training
+
+
+def test_bad_records_are_left_out_and_counted_where_that_is_asked_for(tmp_path):
+    """Those that training leaves out, and files of one document that are no text."""
+    lines = [b'{"text": "a"}', *(line for line, _ in BAD_LINES.values()), b'{"text": "b"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n\n".join(lines))
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
+    corpus = _corpus(tmp_path, tmp_path / "a.jsonl", tmp_path / "latin.txt", on_error="skip")
+    found = []
+    assert list(corpus.documents(lambda: found.append(1))) == ["a", "b"]
+    assert len(found) == len(BAD_LINES) + 1
+    drawn = draw(corpus, pieces_of(), 10**9, 10**9)
+    assert drawn.skipped == len(BAD_LINES) + 1 and drawn.training_bytes + sum(map(len, drawn.held_out)) == 2
+    (tmp_path / "b.jsonl").write_bytes(lines[1])
+    with pytest.raises(DataError, match="corpus 'c' holds no text: 1 lines were skipped; check"):
+        draw(_corpus(tmp_path, tmp_path / "b.jsonl", on_error="skip"), pieces_of(), 10, 10)
 
 
 def test_a_bad_row_of_parquet_is_named(tmp_path):
@@ -82,8 +100,8 @@ def test_any_other_file_is_one_document(tmp_path):
     (tmp_path / "b.py").write_text("春 = 1\n", encoding="utf-8")
     (tmp_path / "empty.py").touch()
     assert _read(tmp_path, tmp_path / "a.txt", tmp_path / "*.py", only={"k": "x"}) == ["one\r\ntwo\n", "春 = 1\n", ""]
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 text"):
+    (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbfone\nt \xe9t")
+    with pytest.raises(DataError, match=r"latin\.txt:2:3: not valid UTF-8; save the file as UTF-8$"):
         _read(tmp_path, tmp_path / "latin.txt")
 
 

@@ -154,7 +154,7 @@ def load_all(directory: Path) -> None:
         lambda: load_tokenizer(directory),
         lambda: special_ids(directory, 100),
         lambda: stop_ids(directory, 1),
-        lambda: adds_bos(directory, 0),
+        lambda: adds_bos(directory, 0, 1),
         lambda: token_byte_lengths(directory),
     ]
     for reader in readers:

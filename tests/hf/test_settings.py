@@ -60,6 +60,7 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
         ({"architectures": 3}, "architectures must be a list of names, got 3$"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, got 'LlamaForCausalLM'$"),
         ({"attention_dropout": []}, r"ByteConfig.attention_dropout must be float \(in \[0, 1\)\), got \(\)$"),
+        ({"attention_dropout": None}, "attention_dropout is null: give a value, or remove the field for the default$"),
         ({"attention_bias": None}, "attention_bias is null: give a value, or remove the field for the default$"),
         (
             MISTRAL_FILE | {"num_key_value_heads": None},
@@ -90,7 +91,7 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path, changes: dict[str, An
 def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
     harmless = {"use_cache": False, "bos_token_id": 1, "eos_token_id": [2, 3], "torch_dtype": "float16", "dtype": "x"}
     switched_off = {"quantization_config": None, "sliding_window": None, "architectures": None}
-    fixed = {"pretraining_tp": 1, "rope_interleaved": False, "attention_dropout": None}
+    fixed = {"pretraining_tp": 1, "rope_interleaved": False}
     assert config(**harmless, **switched_off, **fixed) == config()
     biases = {"attention_bias": None, "mlp_bias": None}  # MistralConfig has no such fields
     assert parse_config(MISTRAL_FILE | biases, "here") == parse_config(MISTRAL_FILE, "here")
@@ -148,7 +149,8 @@ def test_null_means_what_it_means_to_transformers_or_is_refused(tmp_path: Path, 
     (tmp_path / "config.json").write_text(json.dumps(values))
     try:
         theirs = AutoConfig.from_pretrained(tmp_path)
-        AutoModelForCausalLM.from_config(theirs).eval()(torch.zeros((1, 3), dtype=torch.long))
+        for mode in (True, False):  # a null attention_dropout of Llama is refused in training alone
+            AutoModelForCausalLM.from_config(theirs).train(mode)(torch.zeros((1, 3), dtype=torch.long))
     except Exception:  # in any way that Python, torch or the library can refuse
         with pytest.raises(ValueError, match=f"config.json: {name} is null: give a "):
             read_config(tmp_path)
@@ -157,7 +159,7 @@ def test_null_means_what_it_means_to_transformers_or_is_refused(tmp_path: Path, 
     sizes = (theirs.num_key_value_heads, theirs.head_dim, getattr(theirs, "sliding_window", None))
     assert (ours.kv_heads, ours.head_size, ours.sliding_window) == sizes
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling == RopeScaling()
-    assert (ours.attention_dropout, ours.mlp_size) == (theirs.attention_dropout or 0.0, theirs.intermediate_size)
+    assert (ours.attention_dropout, ours.mlp_size) == (theirs.attention_dropout, theirs.intermediate_size)
 
 
 @pytest.mark.parametrize("name", ["silu", "swish", "gelu", "gelu_python", "gelu_pytorch_tanh", "gelu_new"])

@@ -184,7 +184,7 @@ def test_the_script_takes_bos_from_the_training(script, directories, tiny, lette
     for kind in ("hf", "run"):
         assert script(["--model", str(directories / kind), "--prompt", "Hi", *COMMON]) == 0
         outputs[kind] = capsys.readouterr().out
-    for kind, bos in (("run", True), ("hf", adds_bos(letters.path, letters.bos_id))):
+    for kind, bos in (("run", True), ("hf", adds_bos(letters.path, letters.bos_id, letters.eos_id))):
         assert outputs[kind] == "Hi" + generate_text(*tiny, letters, ["Hi"], max_new_tokens=12, add_bos=bos)[0] + "\n"
 
 
@@ -282,6 +282,23 @@ def test_the_script_remembers_a_text(script, directories, tiny, letters, tmp_pat
         assert capsys.readouterr().out == expected + "\n"
     assert script(command) == 0
     assert capsys.readouterr().out != expected + "\n"
+
+
+def test_the_script_reads_prompts_as_other_commands_read_texts(script, directories, tmp_path, capsys):
+    """A byte order mark and carriage returns are no part of them; what is not UTF-8 is named with its place."""
+    command = ["--model", str(directories / "run"), *COMMON, "--prompt-file", str(tmp_path / "a.txt")]
+    outputs = []
+    for content in (b"Hi\nHo\n", b"\xef\xbb\xbfHi\r\nHo\r\n"):
+        (tmp_path / "a.txt").write_bytes(content)
+        assert script(command) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("Hi\nHo") and outputs[0] == outputs[1]
+    (tmp_path / "a.txt").write_bytes(b"Hi\nHo \xff")
+    for wrong in (command, [*command[:2], "--prompt", "x", "--remember", str(tmp_path / "a.txt")]):
+        assert script(wrong) == 1
+        error = capsys.readouterr().err
+        assert re.search(r"^error: .*a\.txt:2:4: not valid UTF-8; save the file as UTF-8$", error)
+        assert error.count("\n") == 1
 
 
 def test_a_conversation_outgrows_the_positions(script, directories, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_a_small_run_is_read_back(ablation, tmp_path):
     assert "steps" in wrong["error"]
 
 
-def test_cost_of_smaller_caches(tmp_path, monkeypatch):
+def test_cost_of_smaller_caches(tmp_path, monkeypatch, capsys):
     """On a tiny random Llama: perplexity near the vocabulary's size, and the bytes that each cache should take."""
     import jax
 
@@ -107,3 +108,28 @@ def test_cost_of_smaller_caches(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(sys, "argv", [*command, "--texts", "100000"])
     assert quality.main() == 2
+
+    # The lines are those of the training data, and so are their faults.
+    def read(*content):
+        text = tmp_path / "a.jsonl"
+        text.write_bytes(b"".join(content))
+        more = ["--text", str(text), "--texts", "3", "--cache-dir", str(tmp_path / "cache"), "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        return quality.main()
+
+    monkeypatch.setattr(quality, "VARIANTS", {"everything kept": {}})
+    line = json.dumps({"text": "spring wind " * 40}).encode()
+    assert read(b"\xef\xbb\xbf", line, b"\r\n \r\n\n", line) == 0
+    assert json.loads(output.read_text())["texts"] == 3
+    capsys.readouterr()
+    for bad, message in (
+        (b'{"text": 3}', "field 'text' must be a string"),
+        (b'{"text": "\xff"}', "not valid UTF-8"),
+        (b"[", "not valid JSON"),
+    ):
+        assert read(line[:20], b'"}\n\n', bad) == 1
+        error = capsys.readouterr().err
+        assert re.search(rf"^error: .*a\.jsonl:3(:\d+)?: {message}.*mend the line$", error) and error.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", [*command, "--text", str(tmp_path)])
+    assert quality.main() == 1
+    assert "unknown kind of data file" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers.hf_models import edit_config, save_words
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig
@@ -104,6 +105,75 @@ def test_ends_and_beginnings_of_texts_go_both_ways(convert: Callable[..., int], 
         bundle = load_bundle(directory)
         assert (bundle.stop_ids, bundle.add_bos) == (expected.stop_ids, expected.add_bos)
     assert GenerationConfig.from_pretrained(again).eos_token_id == [3, 4, 2]
+
+
+@pytest.fixture
+def bare(convert: Callable[..., int], run_dir: Path) -> Path:
+    """A Hugging Face directory without a tokenizer.json, whose config.json names ends of texts."""
+    hf = run_dir.parent / "bare"
+    assert convert("to-hf", run_dir, hf) == 0
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (hf / file).unlink()
+    edit_config(hf, bos_token_id=5, eos_token_id=[1, 2], pad_token_id=0)
+    return hf
+
+
+@pytest.mark.parametrize("generation", [None, {"eos_token_id": [2, 3], "temperature": 0.5}], ids=["config", "both"])
+@pytest.mark.parametrize("model", [None, b"\x00sentencepiece"], ids=["nothing", "tokenizer.model"])
+def test_ends_of_texts_go_both_ways_without_a_tokenizer(
+    generation: dict[str, Any] | None, model: bytes | None, convert: Callable[..., int], bare: Path
+) -> None:
+    run, again = bare.parent / "again", bare.parent / "hf2"
+    if generation is not None:
+        (bare / "generation_config.json").write_text(json.dumps(generation))
+    if model is not None:
+        (bare / "tokenizer.model").write_bytes(model)
+    assert convert("from-hf", bare, run) == 0
+    assert convert("to-hf", run, again) == 0
+    expected = {"bos_token_id": 5, "eos_token_id": [1, 2] if generation is None else [2, 3, 1], "pad_token_id": 0}
+    assert expected.items() <= json.loads((again / "config.json").read_text()).items()
+    assert json.loads((again / "generation_config.json").read_text()) == (generation or {}) | expected
+    assert GenerationConfig.from_pretrained(again).eos_token_id == expected["eos_token_id"]
+    assert (again / "tokenizer.model").exists() == (model is not None)
+    if model is not None:
+        assert (again / "tokenizer.model").read_bytes() == model
+    with pytest.raises(ValueError, match=r"tokenizer holds no tokenizer\.json"):
+        load_bundle(run)  # and not the tokenizer of some other model
+
+
+def test_ends_of_texts_go_with_a_tokenizer_that_is_given_later(
+    convert: Callable[..., int], bare: Path, run_dir: Path
+) -> None:
+    """It names one of its own, which is an end too; what it states about the model goes before."""
+    run, words = bare.parent / "again", run_dir.parent / "words"
+    assert convert("from-hf", bare, run) == 0
+    assert convert("to-hf", run, bare.parent / "hf2", "--tokenizer", words) == 0
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((bare.parent / "hf2" / file).read_text())["eos_token_id"] == [1, 2]
+    assert load_bundle(bare.parent / "hf2").stop_ids == [1, 2]
+    (words / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    assert convert("to-hf", run, bare.parent / "hf3", "--tokenizer", words) == 0
+    assert json.loads((bare.parent / "hf3" / "config.json").read_text())["eos_token_id"] == [1, 7]
+
+
+def test_ends_of_texts_go_into_a_resized_vocabulary(
+    convert: Callable[..., int], bare: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = bare.parent / "resized", run_dir.parent / "words"
+    edit_config(bare, eos_token_id=[3, 2, 39])
+    assert convert("resize", bare, run, "--tokenizer", words) == 0
+    assert load_bundle(run).stop_ids == [1, 3, 2, 39]
+    assert "no longer any" not in capsys.readouterr().out
+    # A run knows them too; an id without a row is none.
+    assert convert("resize", run, bare.parent / "smaller", "--tokenizer", words, "--vocab-size", 30) == 0
+    assert load_bundle(bare.parent / "smaller").stop_ids == [1, 3, 2]
+    assert "ends of texts: [39] of " in capsys.readouterr().out
+    # Where both spell their tokens, those that another tokenizer spells otherwise are none.
+    other = save_words(bare.parent / "other", ["a", "<e>", "x", "y"], eos_token="<e>")
+    hf = save_words(bare, ["a", "b", "x", "z"])
+    assert convert("resize", hf, bare.parent / "another", "--tokenizer", other) == 0
+    assert load_bundle(bare.parent / "another").stop_ids == [1, 2, 39]  # neither has 39
+    assert "ends of texts: [3] of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

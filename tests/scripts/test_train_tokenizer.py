@@ -68,6 +68,24 @@ def test_a_blank_line_at_the_end_is_no_document(script, tmp_path, capsys):
     assert load_tokenizer(tmp_path / "out").vocab_size == FIXED + 5
 
 
+def test_bad_lines_are_skipped_and_counted_as_prepare_data_does(script, tmp_path, capsys):
+    bad = '{"text": "x\\ud83d"}\n{"text": 3}\nnonsense\n'
+    assert _train(script, tmp_path, bad + GOOD, "--on-error", "skip") == 0
+    assert "distinct pieces, 3 lines skipped\n" in capsys.readouterr().out
+    first = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    assert _train(script, tmp_path, GOOD) == 0
+    assert "lines skipped" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == first
+
+
+def test_without_text_that_is_held_out_there_are_no_figures_of_it(script, tmp_path, capsys):
+    assert _train(script, tmp_path, GOOD, "--held-out-megabytes", "0") == 0
+    shown = capsys.readouterr().out
+    assert "bytes a token" not in shown and "round trip" not in shown
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["tokenizer"] == {} and report["held_out_bytes"] == {"t": 0}
+
+
 @pytest.mark.parametrize(
     ("line", "more", "message"),
     [

@@ -265,7 +265,7 @@ def test_a_prompt_begins_as_that_of_transformers(tmp_path, baked, flags):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path)("hi").input_ids
     ours = load_tokenizer(tmp_path)
-    begin = [ours.bos_id] if adds_bos(tmp_path, ours.bos_id) else []
+    begin = [ours.bos_id] if adds_bos(tmp_path, ours.bos_id, ours.eos_id) else []
     assert begin + ours.encode("hi") == expected
 
 

@@ -60,7 +60,7 @@ def test_unreadable_directories(tmp_path):
     with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 text"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"pad_token is '<pad>', which tokenizer\.json does not hold"):
-        load_tokenizer(_copy(tmp_path, pad_token="<pad>"))
+        load_tokenizer(_copy(tmp_path, pad_token="<pad>", added_tokens_decoder={}))  # so that the map does not count
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "tokenizer_config.json"])
@@ -118,6 +118,15 @@ def test_a_copy_knows_the_ends_of_a_text_that_the_models_settings_name(tmp_path)
     (source / "config.json").unlink()
     copy_tokenizer(source, tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == {"eos_token_id": 9, "top_k": 3}
+
+
+def test_a_copy_knows_those_ends_without_any_file_of_a_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": [2, 7], "bos_token_id": null}')
+    assert copy_tokenizer(tmp_path, tmp_path / "copy") == ["generation_config.json"]
+    assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == {"eos_token_id": [2, 7]}
+    copy_tokenizer(tmp_path, tmp_path / "copy", {"eos_token_id": 3, "pad_token_id": 1})
+    written = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    assert written == {"eos_token_id": 3, "pad_token_id": 1}
 
 
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
@@ -185,3 +194,27 @@ def test_a_key_with_two_values_is_refused(tmp_path, file, old, new):
     (directory / file).write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=rf"{file} gives two values for the key '(a|eos_token)', .*: keep one of them"):
         load_tokenizer(directory)
+
+
+def test_the_size_of_a_vocabulary_is_its_largest_id_and_one_everywhere(tmp_path, monkeypatch):
+    from collections import Counter
+
+    from tokenizers import Tokenizer, decoders, models
+
+    from stellarbyte_jax.tokenizer.codec import token_byte_lengths
+    from stellarbyte_jax.tokenizer.special import special_ids
+    from stellarbyte_jax.tokenizer.training import evaluation
+    from stellarbyte_jax.tokenizer.training.stages import Sample, Stage
+
+    assert directory.vocabulary_size([]) == 0
+    sparse = Tokenizer(models.WordLevel({"a": 0, "far": 9}, unk_token="a"))
+    sparse.decoder = decoders.ByteLevel()
+    sparse.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert sparse.get_vocab_size() == 2
+    assert load_tokenizer(tmp_path).vocab_size == 10 and len(token_byte_lengths(tmp_path)) == 10
+    with pytest.raises(ValueError, match=r"has 10 tokens"):
+        special_ids(tmp_path, 9)
+    monkeypatch.setattr(evaluation, "build", lambda merges: sparse)
+    sample = Sample(Counter({"a": 1}), 1, [])
+    assert evaluation.evaluate([], {"t": sample}, [Stage(300, {"t": 1.0})])["vocab_size"] == 10

@@ -48,15 +48,28 @@ def test_a_broken_generation_config_is_named(words, text):
             read()
 
 
-def test_the_configuration_goes_before_the_map(words):
-    _write(words / "special_tokens_map.json", {"eos_token": "<p>", "pad_token": "<p>", "bos_token": "<b>"})
-    _write(words / "tokenizer_config.json", {"eos_token": {"content": "<e>"}, "bos_token": None})
-    expected = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    assert special_ids(words, 4) == expected
+@pytest.mark.parametrize("config", [{}, {"added_tokens_decoder": {}}], ids=["map", "no map"])
+def test_the_map_goes_before_the_configuration_that_lists_no_added_tokens(words, config):
+    """As in transformers, with the configurations that it reads."""
+    import transformers
+
+    _write(words / "special_tokens_map.json", {"eos_token": "<p>", "pad_token": "<p>", "bos_token": None})
+    _write(words / "tokenizer_config.json", {"eos_token": "<e>", "bos_token": "<b>", **config})
+    peer = transformers.AutoTokenizer.from_pretrained(words)
     tokenizer = load_tokenizer(words)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
+    found = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    assert found == (peer.bos_token_id, peer.eos_token_id, peer.pad_token_id)
+    assert found == ((1, 2, None) if config else (None, 3, 3))
+    expected = {f"{name}_token_id": i for name, i in zip(("bos", "eos", "pad"), found, strict=True) if i is not None}
+    assert special_ids(words, 4) == expected
     _write(words / "generation_config.json", {"eos_token_id": [2, 0], "pad_token_id": None})
     assert special_ids(words, 4) == expected | {"eos_token_id": [2, 0]}
+
+
+def test_a_token_may_be_an_object(words):
+    """As early versions of transformers wrote it."""
+    _write(words / "tokenizer_config.json", {"eos_token": {"content": "<e>"}, "bos_token": None})
+    assert special_ids(words, 4) == {"eos_token_id": 2}
 
 
 def test_the_library_alone_gives_no_ids(words):
@@ -79,24 +92,63 @@ def test_a_tokenizer_of_another_model_is_refused(words):
 
 def test_bos_comes_from_the_post_processor_and_a_configuration_that_differs_is_told(words, caplog):
     """As in transformers 5, whose tokens tests/tokenizer/test_codec.py compares."""
-    assert not adds_bos(words, None)
-    assert not adds_bos(words, 1)
+    assert not adds_bos(words, None, None)
+    assert not adds_bos(words, 1, None)
     library = Tokenizer(models.WordLevel(WORDS, unk_token="a"))
     library.post_processor = processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 1)])
     library.save(str(words / "tokenizer.json"))
-    assert adds_bos(words, 1)
-    assert not adds_bos(words, 2)
+    assert adds_bos(words, 1, None)
+    assert not adds_bos(words, 2, None)
     _write(words / "tokenizer_config.json", {"add_bos_token": True})
-    assert adds_bos(words, 1)
+    assert adds_bos(words, 1, None)
     assert not caplog.messages
     _write(words / "tokenizer_config.json", {"add_bos_token": False})
-    assert adds_bos(words, 1)
+    assert adds_bos(words, 1, None)
     (message,) = caplog.messages
     assert "add_bos_token is false, but tokenizer.json adds bos: that decides" in message
-    assert not adds_bos(words, None)
+    assert not adds_bos(words, None, None)
+
+
+@pytest.mark.parametrize("stated", [None, True, False])
+@pytest.mark.parametrize("template", ["$A", "$A <e>", "<b> $A <e>", "<b> $A"])
+def test_eos_after_a_text_is_not_a_matter_of_the_configuration(words, caplog, stated, template):
+    """Nor is it in transformers 5; what is not followed is told."""
+    import transformers
+
+    library = Tokenizer(models.WordLevel(WORDS, unk_token="a"))
+    library.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<b>", 1), ("<e>", 2)][: 1 + ("<e>" in template)]
+    )
+    library.save(str(words / "tokenizer.json"))
+    config = {"bos_token": "<b>", "eos_token": "<e>"} | ({} if stated is None else {"add_eos_token": stated})
+    _write(words / "tokenizer_config.json", config)
+    peer = transformers.AutoTokenizer.from_pretrained(words)
+    adds = peer("a").input_ids[-1] == 2
+    assert adds == ("<e>" in template)
+    assert adds_bos(words, 1, 2) == (peer("a").input_ids[0] == 1)
+    said = [f"add_eos_token is {str(stated).lower()}, but tokenizer.json {'adds' if adds else 'does not add'} eos"]
+    said = said if stated not in (None, adds) else []
+    said += ["tokenizer.json adds eos after a text"] if adds else []
+    assert len(caplog.messages) == len(said)
+    assert all(words in message for words, message in zip(said, caplog.messages, strict=True))
+
+
+def test_padding_that_the_library_asks_for_is_no_beginning(words):
+    library = Tokenizer(models.WordLevel(WORDS, unk_token="a"))
+    library.post_processor = processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 1)])
+    library.enable_padding(direction="left", length=8, pad_id=3, pad_token="<p>")
+    library.save(str(words / "tokenizer.json"))
+    assert adds_bos(words, 1, 2) and not adds_bos(words, 3, None)
+
+
+def test_one_token_that_begins_and_ends_texts_is_told_apart(words, caplog):
+    library = Tokenizer(models.WordLevel(WORDS, unk_token="a"))
+    library.post_processor = processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 1)])
+    library.save(str(words / "tokenizer.json"))
+    assert adds_bos(words, 1, 1) and not caplog.messages
 
 
 def test_the_project_s_own_format(tmp_path):
     tokenizer = load_tokenizer(save_byte_tokenizer(tmp_path))
-    assert adds_bos(tmp_path, tokenizer.bos_id)
+    assert adds_bos(tmp_path, tokenizer.bos_id, tokenizer.eos_id)
     assert stop_ids(tmp_path, tokenizer.eos_id) == [tokenizer.eos_id]

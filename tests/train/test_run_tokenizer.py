@@ -1,18 +1,21 @@
 """The copy of its tokenizer that a run keeps: whole, so that a run chats and ends its texts as the original says."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
-from stellarbyte_jax.checkpoint.weights import load_weights
+from stellarbyte_jax.checkpoint.bundle import load_bundle
+from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import ByteConfig, DataConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
-from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
-from stellarbyte_jax.tokenizer.directory import FILES
+from stellarbyte_jax.tokenizer.directory import FILES, copy_tokenizer
 from stellarbyte_jax.tokenizer.special import stop_ids
 from stellarbyte_jax.train.run import train
 
@@ -28,7 +31,7 @@ def tokenizer(tmp_path):
     return path
 
 
-def test_a_run_keeps_the_whole_tokenizer(tokenizer, tmp_path):
+def _settings(tmp_path, tokenizer, **changes):
     (tmp_path / "a.jsonl").write_text('{"text": "a river runs past the old stone bridge"}\n' * 20)
     data = DataConfig(
         train=(str(tmp_path / "a.jsonl"),),
@@ -46,15 +49,38 @@ def test_a_run_keeps_the_whole_tokenizer(tokenizer, tmp_path):
         max_position_embeddings=16,
         compute_dtype="float32",
     )
-    run = tmp_path / "run"
-    config = TrainConfig(
-        output_dir=str(run),
-        steps=1,
+    return TrainConfig(
+        output_dir=str(tmp_path / "run"),
         global_batch_size=2,
         model=model,
         data=data,
         schedule=ScheduleConfig(warmup_steps=0),
+        **changes,
     )
+
+
+def test_a_run_from_weights_without_a_tokenizer_exports_their_ends_of_texts(tokenizer, tmp_path):
+    """Which from-hf put into the run's folder of the tokenizer; also after the run was typed again."""
+    (tokenizer / "generation_config.json").unlink()
+    config = _settings(tmp_path, tokenizer, steps=1, export_at_end=True)
+    run = tmp_path / "run"
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), param_shapes(ByteTransformer(config.model)))
+    (tmp_path / "config.json").write_text('{"eos_token_id": [4, 7], "pad_token_id": 9}')
+    copy_tokenizer(tmp_path, run / "tokenizer")
+    save_initial(run, config.model, params, str(run / "tokenizer"))
+    for steps in (1, 2):
+        with jax.numpy_dtype_promotion("standard"):
+            assert train(dataclasses.replace(config, steps=steps)).exit_code == 0
+        eos = load_tokenizer(run / "tokenizer").eos_id
+        written = [json.loads((run / "hf" / file).read_text()) for file in ("config.json", "generation_config.json")]
+        assert [w["eos_token_id"] for w in written] == [[eos, 4, 7]] * 2
+        assert written[0]["pad_token_id"] == load_tokenizer(tokenizer).pad_id  # it names one itself
+        assert load_bundle(run).stop_ids == load_bundle(run / "hf").stop_ids == [eos, 4, 7]
+
+
+def test_a_run_keeps_the_whole_tokenizer(tokenizer, tmp_path):
+    config = _settings(tmp_path, tokenizer, steps=1)
+    run = tmp_path / "run"
     with jax.numpy_dtype_promotion("standard"):  # optax mixes float and integer types inside
         assert train(config).exit_code == 0
     kept = run / "tokenizer"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from stellarbyte_jax.tokenizer.directory import vocabulary_size
 from stellarbyte_jax.tokenizer.training.bpe import learn_merges, segment
 from stellarbyte_jax.tokenizer.training.format import build, byte_alphabet, pre_tokenizer
 from stellarbyte_jax.tokenizer.training.stages import Sample, Stage, mix
@@ -28,6 +29,11 @@ def measure(tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
     same = sum(t == tokenizer.decode(r, skip_special_tokens=False) for t, r in zip(texts, rows, strict=True))
     size = sum(len(t.encode()) for t in texts)
     return {"bytes_per_token": round(size / max(tokens, 1), 4), "round_trip": round(same / max(len(texts), 1), 4)}
+
+
+def _measured(tokenizer: Any, samples: Mapping[str, Sample]) -> dict[str, dict[str, float]]:
+    """Figures by corpus, of those with text to measure."""
+    return {name: measure(tokenizer, sample.held_out) for name, sample in samples.items() if any(sample.held_out)}
 
 
 def unused(merges: Sequence[tuple[str, str]], pieces: Iterable[str]) -> int:
@@ -74,28 +80,30 @@ def evaluate(
 ) -> dict[str, Any]:
     """The report: figures by corpus, and those of each baseline where ``draw_again`` samples the corpora for it.
 
+    There are none of a corpus of which no text is held out.
     A baseline is trained in one stage, the last one's mixture, once at the size that it is known for and once at ours.
     """
     tokenizer = build(merges)
+    vocab_size = vocabulary_size(tokenizer.get_vocab(with_added_tokens=True).values())
     pieces: Counter[str] = Counter()
     for sample in samples.values():
         pieces.update(sample.pieces)
     report: dict[str, Any] = {
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": vocab_size,
         "stages": [{"vocab_size": s.vocab_size, "mixture": dict(s.mixture)} for s in stages],
         "training_bytes": {n: s.training_bytes for n, s in samples.items()},
         "unused_tokens": unused(merges, pieces),
         "held_out_bytes": {n: sum(len(t.encode()) for t in s.held_out) for n, s in samples.items()},
-        "tokenizer": {n: measure(tokenizer, s.held_out) for n, s in samples.items()},
+        "tokenizer": _measured(tokenizer, samples),
         "baselines": {},
     }
     for name, (make, size) in BASELINES.items() if draw_again else ():
         counts = mix(draw_again(cutter(make(()))), stages[-1].mixture)  # type: ignore[misc]
         learned = learn_merges(counts, size - len(byte_alphabet()))
-        for vocab_size in (size, tokenizer.get_vocab_size()):
-            baseline = make(learned[: vocab_size - len(byte_alphabet())])
-            key = f"{name}_{vocab_size}"
-            report["baselines"][key] = {n: measure(baseline, s.held_out) for n, s in samples.items()}
+        for its_size in (size, vocab_size):
+            baseline = make(learned[: its_size - len(byte_alphabet())])
+            key = f"{name}_{its_size}"
+            report["baselines"][key] = _measured(baseline, samples)
     return report
 
 

@@ -30,6 +30,7 @@ class Sample:
     pieces: Counter[str]
     training_bytes: int
     held_out: list[str]
+    skipped: int = 0  # unusable lines that were left out
 
 
 def mix(samples: Mapping[str, Sample], mixture: Mapping[str, float]) -> dict[str, int]:
