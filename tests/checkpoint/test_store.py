@@ -1,5 +1,6 @@
 """Items of a step: frozen weights and trained ones apart, formats, and what an older version wrote."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -77,11 +78,19 @@ def test_what_libraries_say_of_a_file_stays_one_short_line():
     assert said.startswith("OSError: a\\x1b[2Jx") and said.endswith("why") and len(said) < 400
 
 
+def as_an_earlier_version_wrote_it(checkpoint):
+    shutil.rmtree(checkpoint / "format")
+    listing = checkpoint / "_CHECKPOINT_METADATA"
+    values = json.loads(listing.read_text())
+    del values["item_handlers"]["format"]
+    listing.write_text(json.dumps(values))
+
+
 def test_a_checkpoint_of_an_earlier_format_is_refused_in_one_line(tmp_path):
     config = settings()
     weights = jax.device_get(start(config, RECORDER)[0].params)
     save_initial(tmp_path / "run", MODEL, weights)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "format")
+    as_an_earlier_version_wrote_it(tmp_path / "run" / "checkpoints" / "0")
     message = r"is a checkpoint of format 1, this version reads 2: convert it to the Hugging Face format with"
     with pytest.raises(CheckpointError, match=message) as caught:
         load_weights(tmp_path / "run")
