@@ -112,6 +112,7 @@ def _prepare(
     report.line(environment())
     report.config(config)
     finish.check(config)
+    finish.recover(config)
 
     model = ByteTransformer(config.model)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
