@@ -19,6 +19,7 @@ from stellarbyte_jax.data.text import TextFormat, read_text
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 
 _STATE_FORMAT = 1
+_TEXT = ("fields", "template")  # of a state: together they say what a text is, which may be spelled in several ways
 _ARRANGEMENTS = {"packed": PackDocuments, "contiguous": ContiguousDocuments}
 
 
@@ -92,7 +93,7 @@ class Loader:
                     "cannot continue the data where it stopped: the files have other content than before (their sizes, "
                     "beginnings or ends differ); put them back as they were, or start a new run"
                 )
-            if saved.get(name) != now:
+            if saved.get(name) != now and not (name in _TEXT and _text(saved) == _text(self._stream)):
                 raise DataError(
                     f"cannot continue the data where it stopped: {name} was {shown(saved.get(name))} and is now "
                     f"{shown(now)}; keep the data, its settings and the number of processes as they were, or start a "
@@ -127,6 +128,14 @@ class Loader:
 def _close(iterators: list[Any]) -> None:
     while iterators:
         iterators.pop().close()
+
+
+def _text(stream: dict[str, Any]) -> Any:
+    """What a record's text is, as a state spells it; None where it is of no use."""
+    try:
+        return TextFormat(tuple(stream["fields"]), stream["template"]).meaning
+    except (DataError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def make_loader(

@@ -182,6 +182,26 @@ def test_restoring_other_data_is_refused(data, tmp_path):
         loader.restore({**state, "stream": earlier})  # from before contents were noted
 
 
+def test_a_place_does_not_depend_on_how_the_format_of_texts_is_spelled(data):
+    with _loader(data) as loader:
+        next(loader)
+        states = [loader.state()]
+        expected = next(loader)
+    same = _replace(data, template="{text}")
+    with _loader(same) as loader:
+        states.append(loader.state() | {name: states[0][name] for name in ("group", "offset", "skipped")})
+    for state in states:
+        for settings in (data, same):
+            with _loader(settings) as loader:
+                loader.restore(state)
+                _assert_equal([next(loader)], [expected])
+        with (
+            _loader(_replace(data, template="{text}!")) as loader,
+            pytest.raises(DataError, match=r"template was (None|'\{text\}') and is now '\{text\}!'"),
+        ):
+            loader.restore(state)
+
+
 def test_epochs_none_goes_on_for_ever(data):
     with _loader(_replace(data, epochs=None)) as loader:
         _assert_equal([next(loader) for _ in range(3)], _all(data)[:3])
