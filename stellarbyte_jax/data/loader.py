@@ -1,18 +1,19 @@
 """From the data settings to batches: one object that iterates, remembers its place and can be closed."""
 
+import contextlib
 import hashlib
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import grain
 
 from stellarbyte_jax.config import DataConfig
-from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.config.foreign import listed, shown
 from stellarbyte_jax.data.contiguous import ContiguousDocuments
-from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups
+from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
 from stellarbyte_jax.data.packing import PackDocuments
 from stellarbyte_jax.data.sources import Corpus, DataError, LineSource, open_corpus
 from stellarbyte_jax.data.text import TextFormat, read_text
@@ -165,7 +166,8 @@ def make_loader(
       transform: applied to each batch in the background thread, such as a transfer to the device.
 
     Raises:
-      DataError: files are missing, empty or damaged, the first record of one is unusable, or settings do not fit.
+      DataError: files are missing, empty or damaged, the first record of one is unusable, validation files hold no token
+        to predict, or settings do not fit.
       ValueError: the tokenizer is unusable, lacks bos or eos, or is larger than ``vocab_size``.
     """
     if batch_size % process_count:
@@ -202,8 +204,11 @@ def make_loader(
         eos=tokenizer.require("eos") if data.add_eos else None,
         on_error=data.on_error,
     )
+    encoded = groups.map(encode)
+    if not train:
+        check_targets(encoded, data.validation)
     batches = _ARRANGEMENTS[data.arrangement](
-        groups.map(encode),
+        encoded,
         batch_size=batch_size // process_count,
         sequence_length=data.sequence_length,
         max_documents=data.max_documents_per_sequence,
@@ -247,6 +252,20 @@ def check_first_records(corpus: Corpus, text: TextFormat) -> None:
     for source in corpus.sources:
         if isinstance(source, LineSource):
             read_text(source, 0, text)
+
+
+def check_targets(groups: grain.MapDataset, files: Sequence[str]) -> None:
+    """Reads on to the first document with a token to predict, which is nearly always among the first few.
+
+    Raises:
+      DataError: there is none.
+    """
+    with contextlib.closing(iterate_groups(groups, workers=0)) as made:
+        if not any((group["lengths"] > 1).any() for group in made):
+            raise DataError(
+                f"data.validation={listed(files)} holds no token to predict: its documents are empty, one token long or "
+                "were skipped; name other files, or data.validation=[] for none"
+            )
 
 
 def measure_loader(data: DataConfig, *, batch_size: int, seconds: float) -> dict[str, float]:

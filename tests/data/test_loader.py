@@ -293,6 +293,27 @@ def test_a_wrong_field_is_found_before_training(data):
         _loader(_replace(data, fields=["content"]))
 
 
+@pytest.mark.parametrize("text", ["", "x"])
+def test_validation_without_a_token_to_predict_is_refused_before_training(data, tmp_path, text):
+    """One token predicts nothing where no bos comes before it."""
+    path = tmp_path / "few.jsonl"
+    line = json.dumps({"text": text}) + "\n"
+    path.write_text(line * DOCUMENTS)
+    config = _replace(data, validation=[str(path)], add_bos=False, add_eos=False)
+    with pytest.raises(DataError, match=r"data\.validation=.*few\.jsonl holds no token to predict: "):
+        _loader(config, "validation")
+    path.write_text(line * DOCUMENTS + '{"text": "ab"}\n')
+    with _loader(config, "validation") as loader:
+        assert sum(batch["loss_mask"].sum() for batch in loader) == 1
+
+
+def test_of_validation_no_more_is_read_before_training_than_its_beginning(data, texts, tmp_path):
+    with open(data.validation[0], "a") as file:
+        file.write("{not json\n")
+    with _loader(data, "validation") as loader, pytest.raises(DataError, match=rf"a\.jsonl:{DOCUMENTS + 1}:"):
+        list(loader)
+
+
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(data):
     size = load_tokenizer(data.tokenizer).vocab_size
     with pytest.raises(ValueError, match=rf"has {size} tokens, model\.vocab_size is 100: set model\.vocab_size"):
