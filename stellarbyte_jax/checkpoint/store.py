@@ -2,7 +2,7 @@
 
 Items of a step: ``params`` (the trained weights), ``frozen``, ``ema`` and ``memory`` (where there are any),
 ``optimizer`` (its state and the step), ``data`` (position of the loader and progress of the run, JSON), ``config`` (the
-resolved settings, JSON) and ``format`` (JSON); beside them orbax's ``metrics`` (the validation loss, JSON), where it was
+resolved settings, JSON) and ``format`` (JSON); beside them orbax's ``metrics`` (JSON), where the validation loss was
 measured. A step made from foreign weights has no ``optimizer``.
 """
 
@@ -79,7 +79,7 @@ class StoredStep:
         return (self.path / item).exists()
 
     def _lost_format(self) -> bool:
-        """Whether it had a note of its format, which the oldest ones never had: orbax's list of items, or others tell."""
+        """Whether it had a note of its format, as the oldest had none: orbax's list of items or its neighbours tell."""
         try:
             listing = json.loads((self.path / "_CHECKPOINT_METADATA").read_bytes())
             if "format" in listing["item_handlers"]:

@@ -6,6 +6,7 @@ import json
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import grain
@@ -28,6 +29,9 @@ class Loader:
     """Iterates over batches that a background thread keeps ready, see ``packing`` and ``contiguous``.
 
     The place that ``state`` gives belongs to the batches handed out, not to those prepared ahead.
+
+    Attributes:
+      pass_batches: how many batches a validation loader has, where it once came to its end.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Loader:
         batches: grain.IterDataset,
         *,
         stream: dict[str, Any],
+        files: list[str],
         documents: int,
         process_count: int,
         prefetch: int,
@@ -49,11 +54,14 @@ class Loader:
         # Where a program ends without close(), the iterator must be closed and gone before the modules that it needs.
         self._finalizer = weakref.finalize(self, _close, self._open)
         self._stream = stream
+        self._files = files
         self._documents = documents
         self._process_count = process_count
         self._restart = restart
         self._begin = self._iterator.get_state()
         self._moved = False
+        self._handed = 0
+        self.pass_batches: int | None = None
 
     @property
     def _iterator(self) -> Any:
@@ -65,13 +73,19 @@ class Loader:
         """Itself; a validation loader goes back to its first batch."""
         if self._restart and self._moved:
             self._iterator.set_state(self._begin)
-            self._moved = False
+            self._moved, self._handed = False, 0
         return self
 
     def __next__(self) -> Any:
         """The next batch, after ``transform``."""
         self._moved = True
-        return next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self.pass_batches = self._handed if self._restart else None
+            raise
+        self._handed += 1
+        return batch
 
     def state(self) -> dict[str, Any]:
         """The place after the last batch handed out, as plain JSON values. Each process has its own."""
@@ -87,13 +101,13 @@ class Loader:
             raise DataError(f"data state of format {shown(state.get('format'))}, this version reads {_STATE_FORMAT}")
         saved = state["stream"]
         for name, now in self._stream.items():
-            if name == "content" and name not in saved:
-                continue  # written before contents were noted
-            if name == "content" and saved[name] != now:
-                raise DataError(
-                    "cannot continue the data where it stopped: the files have other content than before (their sizes, "
-                    "beginnings or ends differ); put them back as they were, or start a new run"
-                )
+            if name == "contents":  # older states have none
+                if (other := self.changed(saved.get(name, now))) is not None:
+                    raise DataError(
+                        f"cannot continue the data where it stopped: {other}; put them back as they were, or start a "
+                        "new run"
+                    )
+                continue
             if saved.get(name) != now and not (name in _TEXT and _text(saved) == _text(self._stream)):
                 raise DataError(
                     f"cannot continue the data where it stopped: {name} was {shown(saved.get(name))} and is now "
@@ -102,6 +116,22 @@ class Loader:
                 )
         self._iterator.set_state({name: value for name, value in state.items() if name not in ("format", "stream")})
         self._moved = True
+
+    @property
+    def contents(self) -> list[list[str]]:
+        """Name of each file, without its folder, and a hash of its content."""
+        return self._stream["contents"]
+
+    def changed(self, before: list[list[str]]) -> str | None:
+        """Which files hold something else than when ``contents`` was ``before``, in words; None where none does."""
+        if [content for _, content in before] == [content for _, content in self.contents]:
+            return None
+        names = [[name for name, _ in contents] for contents in (before, self.contents)]
+        if names[0] != names[1]:
+            return f"the files were {listed(names[0])} and are now {listed(names[1])}"
+        both = zip(self._files, before, self.contents, strict=True)
+        changed = [path for path, was, now in both if was != now]
+        return f"{listed(changed)}: other content than before (the size, beginning or end differs)"
 
     @property
     def skipped(self) -> int:
@@ -166,8 +196,8 @@ def make_loader(
       transform: applied to each batch in the background thread, such as a transfer to the device.
 
     Raises:
-      DataError: files are missing, empty or damaged, the first record of one is unusable, validation files hold no token
-        to predict, or settings do not fit.
+      DataError: files are missing, empty or damaged, the first record of one is unusable, validation holds no token to
+        predict, or settings do not fit.
       ValueError: the tokenizer is unusable, lacks bos or eos, or is larger than ``vocab_size``.
     """
     if batch_size % process_count:
@@ -217,11 +247,12 @@ def make_loader(
         workers=data.workers if train and corpus.has_text else 0,
         epoch_groups=-(-len(corpus) // (GROUP_DOCUMENTS * process_count)),
     )
+    contents = corpus.contents
     stream = {
+        "contents": [[Path(path).name, content] for path, content in contents],
         "arrangement": data.arrangement,
         "documents": len(corpus),
         "files": hashlib.sha256(json.dumps(corpus.listing).encode()).hexdigest()[:16],
-        "content": corpus.content,
         "shuffle_seed": seed if shuffle else None,
         "tokenizer": tokenizer.fingerprint,
         "fields": list(text.columns),
@@ -235,6 +266,7 @@ def make_loader(
     return Loader(
         batches,
         stream=stream,
+        files=[path for path, _ in contents],
         documents=len(corpus),
         process_count=process_count,
         prefetch=data.prefetch,
@@ -263,8 +295,8 @@ def check_targets(groups: grain.MapDataset, files: Sequence[str]) -> None:
     with contextlib.closing(iterate_groups(groups, workers=0)) as made:
         if not any((group["lengths"] > 1).any() for group in made):
             raise DataError(
-                f"data.validation={listed(files)} holds no token to predict: its documents are empty, one token long or "
-                "were skipped; name other files, or data.validation=[] for none"
+                f"data.validation={listed(files)} holds no token to predict: its documents are empty, one token long "
+                "or skipped; name other files, or data.validation=[] for none"
             )
 
 

@@ -159,7 +159,7 @@ def test_restoring_other_data_is_refused(data, tmp_path):
     other.write_text('{"text": "b"}\n')
     with (
         _loader(_replace(data, train=[str(other)])) as loader,
-        pytest.raises(DataError, match=f"documents was {DOCUMENTS} and is now 1"),
+        pytest.raises(DataError, match=r"the files were a\.jsonl and are now b\.jsonl; put them back"),
     ):
         loader.restore(state)
     renamed = tmp_path / "c.jsonl"
@@ -174,12 +174,45 @@ def test_restoring_other_data_is_refused(data, tmp_path):
             assert not accepts(lambda: loader.restore(hostile))  # noqa: B023
     before = (tmp_path / "a.jsonl").read_text()
     (tmp_path / "a.jsonl").write_text(before.replace("<", "("))
-    with _loader(data) as loader, pytest.raises(DataError, match=r"other content than before .* put them back"):
+    with (
+        _loader(data) as loader,
+        pytest.raises(DataError, match=r"stopped: .*/a\.jsonl: other content than before .* put them back"),
+    ):
         loader.restore(state)
     (tmp_path / "a.jsonl").write_text(before)
     with _loader(data) as loader:
-        earlier = {name: value for name, value in state["stream"].items() if name != "content"}
+        earlier = {name: value for name, value in state["stream"].items() if name != "contents"}
         loader.restore({**state, "stream": earlier})  # from before contents were noted
+
+
+def test_of_several_files_those_that_changed_are_named(data, tmp_path):
+    paths = [tmp_path / f"{name}.jsonl" for name in "xyz"]
+    for path in paths:
+        path.write_text('{"text": "a"}\n' * 3)
+    config = _replace(data, train=[str(path) for path in paths])
+    with _loader(config) as loader:
+        state = json.loads(json.dumps(loader.state()))
+    paths[1].write_text('{"text": "b"}\n' * 3)
+    with _loader(config) as loader, pytest.raises(DataError) as caught:
+        loader.restore(state)
+    assert f"{paths[1]}: other content" in str(caught.value)
+    assert not any(str(path) in str(caught.value) for path in (paths[0], paths[2]))
+    paths[1].write_text('{"text": "a"}\n' * 3)
+    with _loader(config) as loader:
+        loader.restore(state)
+
+
+def test_how_many_batches_a_pass_has_is_known_after_one(data):
+    with _loader(data, "validation") as loader:
+        next(loader), next(iter(loader))
+        assert loader.pass_batches is None
+        batches = list(loader)
+        assert loader.pass_batches == len(batches) > 2
+        next(iter(loader))
+        assert loader.pass_batches == len(batches)
+    with _loader(data) as loader:
+        list(loader)
+        assert loader.pass_batches is None  # it may have begun anywhere
 
 
 def test_a_place_does_not_depend_on_how_the_format_of_texts_is_spelled(data):

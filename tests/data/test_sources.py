@@ -168,7 +168,9 @@ def test_the_content_of_files_is_their_size_beginning_and_end(tmp_path):
     def content(text, name="a.jsonl"):
         path = tmp_path / name
         path.write_bytes(text)
-        return _open(tmp_path, path).content
+        ((named, found),) = _open(tmp_path, path).contents
+        assert named == str(path)
+        return found
 
     lines = [b'{"text": "%07d"}\n' % i for i in range(20_000)]
     found = content(b"".join(lines))
