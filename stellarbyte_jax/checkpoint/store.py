@@ -215,7 +215,7 @@ class Checkpointer:
         facts = {**facts, "format": {**about, "checksum": json_checksum(about)}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(values) for name, values in facts.items()}
-        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        metrics: dict[str, Any] | None = None if validation_loss is None else {"validation_loss": validation_loss}
         if metrics is not None:  # orbax keeps it beside the items
             metrics["checksum"] = json_checksum(metrics)
         needed = sum(x.nbytes for x in jax.tree.leaves(arrays))

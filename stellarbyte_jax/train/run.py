@@ -259,13 +259,14 @@ def _data_ended(run: _Run, step: int, saved: int) -> Finished:
 
 def _end_of_data(config: TrainConfig, step: int) -> str:
     text = f"the data ended after {config.data.epochs} epochs, at step {step} of {config.steps}"
-    rates = [
-        float(make_schedule(config)(count)) / config.optimizer.learning_rate for count in (step - 1, config.steps - 1)
-    ]
-    if step == 0 or math.isclose(*rates, rel_tol=1e-3):
+    if step == 0:
+        return text
+    schedule = make_schedule(config)
+    ended, end = (float(np.asarray(schedule(s - 1))) / config.optimizer.learning_rate for s in (step, config.steps))
+    if math.isclose(ended, end, rel_tol=1e-3):
         return text
     return (
-        f"{text}, with the learning rate at {rates[0]:.3g} of its peak: the schedule comes to its end, {rates[1]:.3g}, "
+        f"{text}, with the learning rate at {ended:.3g} of its peak: the schedule comes to its end, {end:.3g}, "
         f"at step {config.steps}. With steps={step} and another output_dir it ends with the data"
     )
 

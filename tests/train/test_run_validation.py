@@ -138,6 +138,20 @@ def test_a_run_beyond_its_steps_does_what_is_missing_and_no_more(scripted, confi
     assert (run / "hf").stat().st_mtime_ns == exported and log_of(run)[1] == {3: 4.0}
 
 
+def test_a_signal_breaks_off_the_validation_at_the_end_of_the_data(scripted, config_file, tmp_path, capsys):
+    (tmp_path / "few.jsonl").write_text('{"text": "a few words"}\n' * 30)
+    few = (f"data.train={tmp_path / 'few.jsonl'}", "data.epochs=1", "steps=9")
+    scripted([None])
+    assert cli(config_file, *few) == 143
+    (step,) = steps_of(tmp_path / "run")
+    assert f"stopped at step {step} of 9" in capsys.readouterr().out
+    for losses in ([4.0], []):
+        scripted(losses)
+        assert cli(config_file, *few) == 0
+        assert f"the data ended after 1 epochs, at step {step} of 9" in capsys.readouterr().out
+        assert log_of(tmp_path / "run")[1] == {step: 4.0}
+
+
 def test_the_last_step_is_validated_of_a_run_that_was_to_be_longer(scripted, config_file, tmp_path, capsys):
     without = ("data.validation=[]", "evaluation.interval=500", "evaluation.batches=50")
     assert cli(config_file, "steps=1", "schedule.warmup_steps=0", *without) == 0
