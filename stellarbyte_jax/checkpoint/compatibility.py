@@ -11,6 +11,7 @@ from stellarbyte_jax.checkpoint.store import CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.data.sources import DataError, expand
+from stellarbyte_jax.data.text import TextFormat
 
 _RUNTIME_FIELDS = (
     "compute_dtype",
@@ -53,21 +54,29 @@ _ORDER_FIELDS = (
 def _architecture(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
     """What a checkpoint depends on: by setting what it means, and how it is shown, with derived sizes spelt out."""
     spelt = {name: value for name, value in config.to_dict().items() if name not in _RUNTIME_FIELDS}
+    windows = _windows(config)
     sizes = {
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
         "intermediate_size": config.mlp_size,
-        "layer_types": config.windows,
+        "layer_types": windows,
     }
     meanings = {
         **sizes,
         "vocab_size_multiple": config.padded_vocab_size,
-        "sliding_window": config.windows,
+        "sliding_window": windows,
+        "sink_tokens": config.sink_tokens if any(windows) else 0,  # what no window hides needs no exception
         "rope_scaling": _scaling(config),
         "memory": (config.layer_specs, config.memory.compression_weight),
         "layer_scale_init": config.layer_scale_init is not None,  # how much it is matters to new weights alone
     }
     return {name: (meanings.get(name, value), sizes.get(name, value)) for name, value in spelt.items()}
+
+
+def _windows(config: ByteConfig) -> tuple[int | None, ...]:
+    """The windows that hide something of the longest text; where there is a memory they are its own."""
+    longest = config.max_position_embeddings
+    return tuple(None if w is not None and w >= longest and not config.has_memory else w for w in config.windows)
 
 
 def _scaling(config: ByteConfig) -> RopeScaling:
@@ -86,6 +95,11 @@ def _order(name: str, data: DataConfig) -> Any:
         return _files(data.train)
     if name == "tokenizer":
         return Path(data.tokenizer).resolve()
+    if name in ("fields", "template"):
+        try:
+            return TextFormat(data.fields, data.template).meaning
+        except DataError:
+            return data.fields, data.template  # one that cannot be read, which the loader tells
     if name == "max_documents_per_sequence":
         return min(data.max_documents_per_sequence, data.sequence_length)
     return getattr(data, name)
@@ -133,7 +147,12 @@ def check_resumable(
         )
     if initial:
         return
-    changed = [name for name in _ORDER_FIELDS if _order(name, before.data) != _order(name, config.data)]
+    changed = [
+        name
+        for name in _ORDER_FIELDS
+        if getattr(before.data, name) != getattr(config.data, name)
+        and _order(name, before.data) != _order(name, config.data)
+    ]
     if before.data.on_error == "raise" and "on_error" in changed:
         changed.remove("on_error")  # no line of those that were read is left out now
     stored, now = json.loads(before.to_json()), json.loads(config.to_json())

@@ -1,8 +1,9 @@
 """Checkpoints of a run: ``RUN/checkpoints/STEP``, written by orbax in the background and made visible by a rename.
 
 Items of a step: ``params`` (the trained weights), ``frozen``, ``ema`` and ``memory`` (where there are any),
-``optimizer`` (its state and the step), ``data`` (position of the loader, JSON), ``config`` (the resolved settings,
-JSON) and ``format`` (JSON). A step made from foreign weights has no ``optimizer``.
+``optimizer`` (its state and the step), ``data`` (position of the loader and progress of the run, JSON), ``config`` (the
+resolved settings, JSON) and ``format`` (JSON); beside them orbax's ``metrics`` (JSON), where the validation loss was
+measured. A step made from foreign weights has no ``optimizer``.
 """
 
 import json
@@ -51,8 +52,11 @@ class StoredStep:
           OSError: it is damaged.
         """
         stored = cls(manager, directory, step, verify)
-        if not stored.has("format") and not (stored.has("params") and stored.has("config")):
-            raise FileNotFoundError("nearly all of it is missing")  # not only the note of a format, as in older ones
+        if not stored.has("format"):
+            if not (stored.has("params") and stored.has("config")):
+                raise FileNotFoundError("nearly all of it is missing")
+            if stored._lost_format():
+                raise FileNotFoundError("format of it is missing")
         facts = stored._read("format") if stored.has("format") else {}
         if "checksum" in facts:
             checksum = facts.pop("checksum")
@@ -73,6 +77,16 @@ class StoredStep:
     def has(self, item: str) -> bool:
         """Whether the step has this item."""
         return (self.path / item).exists()
+
+    def _lost_format(self) -> bool:
+        """Whether it had a note of its format, as the oldest had none: orbax's list of items or its neighbours tell."""
+        try:
+            listing = json.loads((self.path / "_CHECKPOINT_METADATA").read_bytes())
+            if "format" in listing["item_handlers"]:
+                return True
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+        return any(self.path.parent.glob("[0-9]*/format"))
 
     @property
     def frozen_paths(self) -> list[str]:
@@ -150,8 +164,12 @@ class Checkpointer:
         lost = []
         for path in sorted(self.directory.glob("[0-9]*/metrics")):
             try:
-                math.isfinite(json.loads((path / "metrics").read_bytes())["validation_loss"])
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                metrics = json.loads((path / "metrics").read_bytes())
+                checksum = metrics.pop("checksum", None)  # older ones have none
+                math.isfinite(metrics["validation_loss"])
+                if checksum is not None and checksum != json_checksum(metrics):
+                    raise ValueError("differs from its checksum")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 shutil.rmtree(path)
                 lost.append(
                     f"checkpoint {path.parent.name}: its validation loss is unreadable, so it does not count as one "
@@ -197,7 +215,9 @@ class Checkpointer:
         facts = {**facts, "format": {**about, "checksum": json_checksum(about)}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(values) for name, values in facts.items()}
-        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        metrics: dict[str, Any] | None = None if validation_loss is None else {"validation_loss": validation_loss}
+        if metrics is not None:  # orbax keeps it beside the items
+            metrics["checksum"] = json_checksum(metrics)
         needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
         free = shutil.disk_usage(self.directory).free
         if free < needed:

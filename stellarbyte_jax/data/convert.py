@@ -74,6 +74,12 @@ def _from_zstd(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
 
 
 def _from_parquet(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
+    for record in _parquet_records(path, columns):
+        out.write(_NOT_UTF8 if record is None else json.dumps(record).encode() + b"\n")
+
+
+def _parquet_records(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+    """The rows of a Parquet file. What fails in writing them is not caught here: it is no fault of the file."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -97,8 +103,7 @@ def _from_parquet(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
                         f"{path}: column {column!r} must hold strings, it holds {clipped(str(kind))}; name another one"
                     )
             for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
-                for record in _records(batch):
-                    out.write(_NOT_UTF8 if record is None else json.dumps(record).encode() + b"\n")
+                yield from _records(batch)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({clipped(str(error))})") from error
 

@@ -1,24 +1,27 @@
 """From the data settings to batches: one object that iterates, remembers its place and can be closed."""
 
+import contextlib
 import hashlib
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import grain
 
 from stellarbyte_jax.config import DataConfig
-from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.config.foreign import listed, shown
 from stellarbyte_jax.data.contiguous import ContiguousDocuments
-from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups
+from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
 from stellarbyte_jax.data.packing import PackDocuments
 from stellarbyte_jax.data.sources import Corpus, DataError, LineSource, open_corpus
 from stellarbyte_jax.data.text import TextFormat, read_text
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 
 _STATE_FORMAT = 1
+_TEXT = ("fields", "template")  # of a state: together they say what a text is, which may be spelled in several ways
 _ARRANGEMENTS = {"packed": PackDocuments, "contiguous": ContiguousDocuments}
 
 
@@ -26,6 +29,9 @@ class Loader:
     """Iterates over batches that a background thread keeps ready, see ``packing`` and ``contiguous``.
 
     The place that ``state`` gives belongs to the batches handed out, not to those prepared ahead.
+
+    Attributes:
+      pass_batches: how many batches a validation loader has, where it once came to its end.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class Loader:
         batches: grain.IterDataset,
         *,
         stream: dict[str, Any],
+        files: list[str],
         documents: int,
         process_count: int,
         prefetch: int,
@@ -47,11 +54,14 @@ class Loader:
         # Where a program ends without close(), the iterator must be closed and gone before the modules that it needs.
         self._finalizer = weakref.finalize(self, _close, self._open)
         self._stream = stream
+        self._files = files
         self._documents = documents
         self._process_count = process_count
         self._restart = restart
         self._begin = self._iterator.get_state()
         self._moved = False
+        self._handed = 0
+        self.pass_batches: int | None = None
 
     @property
     def _iterator(self) -> Any:
@@ -63,13 +73,19 @@ class Loader:
         """Itself; a validation loader goes back to its first batch."""
         if self._restart and self._moved:
             self._iterator.set_state(self._begin)
-            self._moved = False
+            self._moved, self._handed = False, 0
         return self
 
     def __next__(self) -> Any:
         """The next batch, after ``transform``."""
         self._moved = True
-        return next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self.pass_batches = self._handed if self._restart else None
+            raise
+        self._handed += 1
+        return batch
 
     def state(self) -> dict[str, Any]:
         """The place after the last batch handed out, as plain JSON values. Each process has its own."""
@@ -85,14 +101,14 @@ class Loader:
             raise DataError(f"data state of format {shown(state.get('format'))}, this version reads {_STATE_FORMAT}")
         saved = state["stream"]
         for name, now in self._stream.items():
-            if name == "content" and name not in saved:
-                continue  # written before contents were noted
-            if name == "content" and saved[name] != now:
-                raise DataError(
-                    "cannot continue the data where it stopped: the files have other content than before (their sizes, "
-                    "beginnings or ends differ); put them back as they were, or start a new run"
-                )
-            if saved.get(name) != now:
+            if name == "contents":  # older states have none
+                if (other := self.changed(saved.get(name, now))) is not None:
+                    raise DataError(
+                        f"cannot continue the data where it stopped: {other}; put them back as they were, or start a "
+                        "new run"
+                    )
+                continue
+            if saved.get(name) != now and not (name in _TEXT and _text(saved) == _text(self._stream)):
                 raise DataError(
                     f"cannot continue the data where it stopped: {name} was {shown(saved.get(name))} and is now "
                     f"{shown(now)}; keep the data, its settings and the number of processes as they were, or start a "
@@ -100,6 +116,22 @@ class Loader:
                 )
         self._iterator.set_state({name: value for name, value in state.items() if name not in ("format", "stream")})
         self._moved = True
+
+    @property
+    def contents(self) -> list[list[str]]:
+        """Name of each file, without its folder, and a hash of its content."""
+        return self._stream["contents"]
+
+    def changed(self, before: list[list[str]]) -> str | None:
+        """Which files hold something else than when ``contents`` was ``before``, in words; None where none does."""
+        if [content for _, content in before] == [content for _, content in self.contents]:
+            return None
+        names = [[name for name, _ in contents] for contents in (before, self.contents)]
+        if names[0] != names[1]:
+            return f"the files were {listed(names[0])} and are now {listed(names[1])}"
+        both = zip(self._files, before, self.contents, strict=True)
+        changed = [path for path, was, now in both if was != now]
+        return f"{listed(changed)}: other content than before (the size, beginning or end differs)"
 
     @property
     def skipped(self) -> int:
@@ -129,6 +161,14 @@ def _close(iterators: list[Any]) -> None:
         iterators.pop().close()
 
 
+def _text(stream: dict[str, Any]) -> Any:
+    """What a record's text is, as a state spells it; None where it is of no use."""
+    try:
+        return TextFormat(tuple(stream["fields"]), stream["template"]).meaning
+    except (DataError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def make_loader(
     data: DataConfig,
     *,
@@ -156,7 +196,8 @@ def make_loader(
       transform: applied to each batch in the background thread, such as a transfer to the device.
 
     Raises:
-      DataError: files are missing, empty or damaged, the first record of one is unusable, or settings do not fit.
+      DataError: files are missing, empty or damaged, the first record of one is unusable, validation holds no token to
+        predict, or settings do not fit.
       ValueError: the tokenizer is unusable, lacks bos or eos, or is larger than ``vocab_size``.
     """
     if batch_size % process_count:
@@ -193,8 +234,11 @@ def make_loader(
         eos=tokenizer.require("eos") if data.add_eos else None,
         on_error=data.on_error,
     )
+    encoded = groups.map(encode)
+    if not train:
+        check_targets(encoded, data.validation)
     batches = _ARRANGEMENTS[data.arrangement](
-        groups.map(encode),
+        encoded,
         batch_size=batch_size // process_count,
         sequence_length=data.sequence_length,
         max_documents=data.max_documents_per_sequence,
@@ -203,11 +247,12 @@ def make_loader(
         workers=data.workers if train and corpus.has_text else 0,
         epoch_groups=-(-len(corpus) // (GROUP_DOCUMENTS * process_count)),
     )
+    contents = corpus.contents
     stream = {
+        "contents": [[Path(path).name, content] for path, content in contents],
         "arrangement": data.arrangement,
         "documents": len(corpus),
         "files": hashlib.sha256(json.dumps(corpus.listing).encode()).hexdigest()[:16],
-        "content": corpus.content,
         "shuffle_seed": seed if shuffle else None,
         "tokenizer": tokenizer.fingerprint,
         "fields": list(text.columns),
@@ -221,6 +266,7 @@ def make_loader(
     return Loader(
         batches,
         stream=stream,
+        files=[path for path, _ in contents],
         documents=len(corpus),
         process_count=process_count,
         prefetch=data.prefetch,
@@ -238,6 +284,20 @@ def check_first_records(corpus: Corpus, text: TextFormat) -> None:
     for source in corpus.sources:
         if isinstance(source, LineSource):
             read_text(source, 0, text)
+
+
+def check_targets(groups: grain.MapDataset, files: Sequence[str]) -> None:
+    """Reads on to the first document with a token to predict, which is nearly always among the first few.
+
+    Raises:
+      DataError: there is none.
+    """
+    with contextlib.closing(iterate_groups(groups, workers=0)) as made:
+        if not any((group["lengths"] > 1).any() for group in made):
+            raise DataError(
+                f"data.validation={listed(files)} holds no token to predict: its documents are empty, one token long "
+                "or skipped; name other files, or data.validation=[] for none"
+            )
 
 
 def measure_loader(data: DataConfig, *, batch_size: int, seconds: float) -> dict[str, float]:

@@ -136,18 +136,14 @@ class Corpus:
         return [(Path(s.name).name, s.documents) for s in self.sources]
 
     @property
-    def content(self) -> str:
-        """A hash of the sizes, beginnings and ends of all files: whether they hold what they held."""
-        found = hashlib.sha256()
-        for source in self.sources:
-            for path in (
-                [source.name] if isinstance(source, LineSource) else [f for pair in source.shards for f in pair]
-            ):
-                file = ByteFile(path)
-                found.update(str(file.size).encode())
-                found.update(file.read(0, min(file.size, _IDENTITY_BYTES)))
-                found.update(file.read(max(0, file.size - _IDENTITY_BYTES), min(file.size, _IDENTITY_BYTES)))
-        return found.hexdigest()[:16]
+    def contents(self) -> list[tuple[str, str]]:
+        """Path of each file, and a hash of its size, beginning and end: whether it holds what it held."""
+        paths = [
+            path
+            for source in self.sources
+            for path in ([source.name] if isinstance(source, LineSource) else itertools.chain(*source.shards))
+        ]
+        return [(path, _content(ByteFile(path))) for path in paths]
 
     @property
     def has_text(self) -> bool:
@@ -158,6 +154,13 @@ class Corpus:
         """The source of a document and its row there."""
         source = bisect.bisect_right(self._ends, document)
         return self.sources[source], document - (self._ends[source - 1] if source else 0)
+
+
+def _content(file: ByteFile) -> str:
+    found = hashlib.sha256(str(file.size).encode())
+    found.update(file.read(0, min(file.size, _IDENTITY_BYTES)))
+    found.update(file.read(max(0, file.size - _IDENTITY_BYTES), min(file.size, _IDENTITY_BYTES)))
+    return found.hexdigest()[:16]
 
 
 def open_corpus(

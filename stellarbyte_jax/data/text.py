@@ -54,6 +54,27 @@ class TextFormat:
             ) from error
         return tuple(dict.fromkeys(names))
 
+    @functools.cached_property
+    def meaning(self) -> tuple[tuple[str, str, str, str], ...]:
+        """Literals, each with the field that follows it, its conversion and its format: equal where all texts are.
+
+        Raises:
+          DataError: the template is malformed or names no field.
+        """
+        if self.template is None:
+            names = dict.fromkeys(self.fields)
+            return tuple(("\n" if number else "", name, "", "") for number, name in enumerate(names))
+        assert self.columns
+        found: list[tuple[str, str, str, str]] = []
+        literal = ""
+        for text, name, spec, conversion in string.Formatter().parse(self.template):
+            literal += text
+            if name is not None:
+                # All values are strings: "s" asks for what they are.
+                found.append((literal, name, (conversion or "").replace("s", ""), "" if spec == "s" else spec or ""))
+                literal = ""
+        return (*found, (literal, "", "", "")) if literal else tuple(found)
+
     def render(self, record: Mapping[str, Any]) -> str:
         """The text of a record.
 

@@ -4,6 +4,7 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import contextlib
+import errno
 import glob
 import json
 import math
@@ -261,6 +262,7 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
       ValueError: ``target`` is a file, or holds something and ``overwrite`` is false, or is no directory of a model.
     """
     target = target.absolute()
+    clear_abandoned(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: give a directory")
     if target.is_dir() and any(target.iterdir()):
@@ -271,10 +273,12 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    _remove_abandoned(target)
     partial.mkdir()
+    made = partial.stat()
     try:
         yield partial
+        if not (partial.is_dir() and os.path.samestat(made, partial.stat())):  # moved away, and made anew by a writer
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(partial))
         if target.is_dir():
             target.rename(old)
         try:
@@ -288,12 +292,25 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Removes what writers of ``target`` left behind that were killed."""
-    for left in [*target.parent.glob(f".{glob.escape(target.name)}.partial-*")]:
-        process = left.name.rpartition("-")[2]
-        if process.isdigit() and not _is_other_process(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
+def clear_abandoned(target: Path, *, alone: bool = False) -> None:
+    """Removes what writers of ``target`` left behind that were killed.
+
+    What one had moved out of the way comes back where nothing had taken its place.
+
+    Args:
+      target: the directory.
+      alone: whether it is known that nobody writes it now, whatever process has the number of one that did.
+    """
+    target = target.absolute()
+    for what in ("old", "partial"):
+        for left in [*target.parent.glob(f".{glob.escape(target.name)}.{what}-*")]:
+            process = left.name.rpartition("-")[2]
+            if not process.isdigit() or not (alone or not _is_other_process(int(process))):
+                continue
+            if what == "old" and not target.exists():
+                left.rename(target)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_other_process(number: int) -> bool:

@@ -9,6 +9,7 @@ from stellarbyte_jax.checkpoint.bundle import tokenizer_of
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family
+from stellarbyte_jax.hf.files import clear_abandoned
 from stellarbyte_jax.inference.request import Request
 from stellarbyte_jax.inference.text import encode_prompt, generate_text
 from stellarbyte_jax.launch import write_failure
@@ -33,6 +34,11 @@ def check(config: TrainConfig) -> None:
                 Request.make(config.model, [row], max_new_tokens=_sample_tokens(config))
             except ValueError as error:
                 raise ValueError(f"sample_prompts: {prompt[:40]!r} cannot be continued: {error}") from None
+
+
+def recover(config: TrainConfig) -> None:
+    """Removes what a killed export left, and puts back what it was about to replace; under the run's lock."""
+    clear_abandoned(Path(config.output_dir) / _EXPORT, alone=True)
 
 
 def finish(

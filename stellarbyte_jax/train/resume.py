@@ -28,18 +28,21 @@ class Progress:
       best_loss: the least validation loss so far.
       stale: validations since then without a better one.
       unvalidated: a validation that was due after the last step was not finished.
+      validated: step of the last validation.
+      validation: what that was measured on.
     """
 
     best_loss: float | None = None
     stale: int = 0
     unvalidated: bool = False
+    validated: int | None = None
+    validation: dict[str, Any] | None = None
 
-    def improved(self, loss: float) -> bool:
-        """Counts a validation loss; returns whether it is the best so far."""
+    def measured(self, step: int, loss: float, on: dict[str, Any]) -> None:
+        """Counts a validation loss; ``stale`` is 0 where it is the best so far."""
         better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         self.best_loss, self.stale = (loss, 0) if better else (self.best_loss, self.stale + 1)
-        self.unvalidated = False
-        return better
+        self.unvalidated, self.validated, self.validation = False, step, on
 
     def exhausted(self, patience: int | None) -> bool:
         """Whether there were so many validations without a better one that the run is over."""
@@ -151,7 +154,14 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
         carried=State(**carried),
     )
     data = stored.json("data")
-    progress = Progress(data["best_loss"], data["stale"], data.get("unvalidated", False))
+    validated = stored.step if stored.has("metrics") else None  # as far as older ones tell
+    progress = Progress(
+        best_loss=data["best_loss"],
+        stale=data["stale"],
+        unvalidated=data.get("unvalidated", False),
+        validated=data.get("validated", validated),
+        validation=data.get("validation"),
+    )
     return Resumed(state, progress, data["loader"])
 
 

@@ -4,10 +4,10 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,13 @@ from stellarbyte_jax.tokenizer.special import kept_ids
 from stellarbyte_jax.train import finish, resume
 from stellarbyte_jax.train.console import Reporter, format_metrics
 from stellarbyte_jax.train.meter import Meter
-from stellarbyte_jax.train.metrics import count_parameters, validation_metrics
+from stellarbyte_jax.train.metrics import count_parameters
 from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.train.resume import Progress, Resumed
 from stellarbyte_jax.train.state import TrainState, create_state, state_shapes
 from stellarbyte_jax.train.step import make_eval_step, make_train_step
 from stellarbyte_jax.train.trackers import make_trackers
+from stellarbyte_jax.train.validation import check_comparable, evaluate, measured_on
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class Finished:
 
 @dataclass
 class _Run:
-    """Everything that the loop works with."""
+    """Everything that the loop works with; ``total`` is the number of steps, or where the run stands beyond them."""
 
     config: TrainConfig
+    total: int
     report: Reporter
     began: float
     cache: CompileCache
@@ -90,7 +92,7 @@ def train(config: TrainConfig) -> Finished:
             return prepared
         stack.callback(report.end_bar)
         start = int(prepared.state.step)
-        report.start_bar("training", config.steps, start)
+        report.start_bar("training", prepared.total, start)
         finished = _finish(prepared, _loop(prepared, start))
         lock.check()
         return finished
@@ -113,6 +115,7 @@ def _prepare(
     report.line(environment())
     report.config(config)
     finish.check(config)
+    finish.recover(config)
 
     model = ByteTransformer(config.model)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
@@ -124,11 +127,17 @@ def _prepare(
     found = resume.restore(checkpointer, config, shapes, optimizer, report.line)
     resumed = found or Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None)
     start = int(resumed.state.step)
+    total = max(start, config.steps)
+    if start == total and resumed.progress.validated != start:
+        resumed.progress.unvalidated = True  # the last step, of a run that was to be longer
     validates = resumed.progress.unvalidated and bool(config.data.validation)
-    if (start >= config.steps and not validates) or resumed.progress.exhausted(config.evaluation.patience):
+    if (start == total and not validates) or resumed.progress.exhausted(config.evaluation.patience):
         return _over(config, model, resumed, report)
-    loader = stack.enter_context(contextlib.closing(_train_loader(config)))
-    validation = stack.enter_context(contextlib.closing(v)) if (v := _validation_loader(config)) else None
+    loader = stack.enter_context(contextlib.closing(_open_loader(config, "train")))
+    validation = None
+    if config.data.validation:
+        validation = stack.enter_context(contextlib.closing(_open_loader(config, "validation")))
+        check_comparable(resumed.progress.validation, validation, config.evaluation.batches)
     if resumed.data is not None:
         loader.restore(resumed.data)
         report.line(f"resumed at step {start} from {run_dir}")
@@ -145,7 +154,7 @@ def _prepare(
             tracker.log(step, metrics)
 
     def show(step: int, metrics: dict[str, float], due: bool) -> None:
-        report.step(step, config.steps, metrics, due=due)
+        report.step(step, total, metrics, due=due)
         if due:
             publish(step, metrics)
 
@@ -153,6 +162,7 @@ def _prepare(
     byte_lengths_V = None if byte_lengths is None else jnp.asarray(byte_lengths)
     return _Run(
         config=config,
+        total=total,
         report=report,
         began=began,
         cache=cache,
@@ -204,37 +214,62 @@ def _loop(run: _Run, start: int) -> Finished:
             run.meter.reset()
 
         last = step == config.steps
-        validated = None
+        loss = None
         if run.validation is not None and (last or step % config.evaluation.interval == 0):
-            validated = _validate(run, step, run.validation)
-            run.progress.unvalidated = validated is None
-        better = validated is not None and run.progress.improved(validated["loss"])
+            loss = _validate(run, step, run.validation)
+        better = loss is not None and run.progress.stale == 0
         stopped = run.interrupt.signal is not None
         exhausted = not last and run.progress.exhausted(patience)
         due = step % config.checkpoint.interval == 0 or (better and config.checkpoint.keep_best)
         if last or stopped or exhausted or due:
-            _save(run, step, None if validated is None else validated["loss"])
+            _save(run, step, loss)
             saved = step
         if stopped:
             return Finished(run.interrupt.exit_code, step, "signal")
         if exhausted:
             return Finished(0, step, "patience")
-    return Finished(0, config.steps, "steps")
+    return Finished(0, run.total, "steps")
 
 
 def _make_up(run: _Run, step: int) -> Finished | None:
-    """Does the validation that a signal broke off after this step, where the run goes on; how it ended, if it did."""
-    run.progress.unvalidated = run.validation is not None
-    if run.validation is not None:
-        validated = _validate(run, step, run.validation)
-        if validated is not None:
-            run.progress.improved(validated["loss"])
-            _save(run, step, validated["loss"])
+    """Does the validation that is missing after this step, where the run goes on; how it ended, if it did."""
+    if run.validation is None:
+        run.progress.unvalidated = False
+    elif (loss := _validate(run, step, run.validation)) is not None:
+        _save(run, step, loss)
     if run.interrupt.signal is not None:
         return Finished(run.interrupt.exit_code, step, "signal")
-    if step < run.config.steps and run.progress.exhausted(run.config.evaluation.patience):
+    if step < run.total and run.progress.exhausted(run.config.evaluation.patience):
         return Finished(0, step, "patience")
     return None
+
+
+def _data_ended(run: _Run, step: int, saved: int) -> Finished:
+    """The end of a run whose data ended before its steps: as any end, with a validation and a checkpoint."""
+    run.meter.flush()
+    run.report.line(_end_of_data(run.config, step))
+    loss = None
+    if run.validation is not None and run.progress.validated != step:
+        loss = _validate(run, step, run.validation)
+    if saved != step or loss is not None:
+        _save(run, step, loss)
+    if run.interrupt.signal is not None:
+        return Finished(run.interrupt.exit_code, step, "signal")
+    return Finished(0, step, "data")
+
+
+def _end_of_data(config: TrainConfig, step: int) -> str:
+    text = f"the data ended after {config.data.epochs} epochs, at step {step} of {config.steps}"
+    if step == 0:
+        return text
+    schedule = make_schedule(config)
+    ended, end = (float(np.asarray(schedule(s - 1))) / config.optimizer.learning_rate for s in (step, config.steps))
+    if math.isclose(ended, end, rel_tol=1e-3):
+        return text
+    return (
+        f"{text}, with the learning rate at {ended:.3g} of its peak: the schedule comes to its end, {end:.3g}, "
+        f"at step {config.steps}. With steps={step} and another output_dir it ends with the data"
+    )
 
 
 def _finish(run: _Run, ended: Finished) -> Finished:
@@ -244,8 +279,8 @@ def _finish(run: _Run, ended: Finished) -> Finished:
     run.checkpointer.wait()
     if run.interrupt.signal is not None:
         name = signal.Signals(run.interrupt.signal).name
-        left = "goes on from there" if ended.step < config.steps else "does what is left to do after it"
-        report.line(f"{name}: stopped at step {ended.step} of {config.steps}; the same command {left}")
+        left = "goes on from there" if ended.step < run.total else "does what is left to do after it"
+        report.line(f"{name}: stopped at step {ended.step} of {run.total}; the same command {left}")
         return Finished(run.interrupt.exit_code, ended.step, "signal")
     if ended.ended_by == "patience":
         report.line(_early(run.progress, ended.step))
@@ -258,8 +293,12 @@ def _finish(run: _Run, ended: Finished) -> Finished:
 def _over(config: TrainConfig, model: ByteTransformer, resumed: Resumed, report: Reporter) -> Finished:
     """A run that has no step left: does what is missing of its end."""
     step = int(resumed.state.step)
-    if step >= config.steps:
+    if step == config.steps:
         report.line(f"the run in {config.output_dir} is complete: {step} of {config.steps} steps")
+    elif step > config.steps:
+        report.line(
+            f"the run in {config.output_dir} is complete: it stands at step {step}, beyond steps={config.steps}"
+        )
     else:
         report.line(f"{_early(resumed.progress, step)}. A larger evaluation.patience goes on")
     finish.finish(config, model, resumed.state.averaged, step, report.line)
@@ -270,8 +309,8 @@ def _early(progress: Progress, step: int) -> str:
     return f"stopped early at step {step}: {progress.stale} validations without a better loss"
 
 
-def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float] | None:
-    """The metrics; None where a signal came before they were complete."""
+def _validate(run: _Run, step: int, batches: Loader) -> float | None:
+    """Measures the loss and counts it; None where a signal came before that was complete."""
     run.meter.flush()
     with run.meter.paused():
         state = State.initial(run.config.model, run.config.global_batch_size)
@@ -281,11 +320,13 @@ def _validate(run: _Run, step: int, batches: Loader) -> dict[str, float] | None:
             run.eval_step, weights, batches, limit, run.report, state, lambda: run.interrupt.signal is not None
         )
         if validated is None:
-            run.report.line(f"step {step}/{run.config.steps}  validation broken off: it is done when the run goes on")
+            run.progress.unvalidated = True
+            run.report.line(f"step {step}/{run.total}  validation broken off: it is done when the run goes on")
             return None
-        run.report.line(f"step {step}/{run.config.steps}  validation  {format_metrics(validated)}")
+        run.progress.measured(step, validated["loss"], measured_on(batches, limit))
+        run.report.line(f"step {step}/{run.total}  validation  {format_metrics(validated)}")
         run.publish(step, {f"validation/{name}": value for name, value in validated.items()})
-    return validated
+    return validated["loss"]
 
 
 def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
@@ -298,57 +339,10 @@ def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
         resume.save(run.checkpointer, run.config, run.state, step, place, run.progress, validation_loss)
 
 
-def _data_ended(run: _Run, step: int, saved: int) -> Finished:
-    run.report.line(f"the data ended after {run.config.data.epochs} epochs, at step {step} of {run.config.steps}")
-    run.meter.flush()
-    if saved != step:
-        _save(run, step)
-    return Finished(0, step, "data")
-
-
-def evaluate(
-    run_eval: Callable[..., tuple[dict[str, jax.Array], State]],
-    params: dict[str, Any],
-    batches: Iterable[Any],
-    limit: int | None,
-    report: Reporter,
-    state: State,
-    stopped: Callable[[], bool],
-) -> dict[str, float] | None:
-    """Token-weighted validation metrics over at most ``limit`` batches, from ``state`` on.
-
-    None where ``stopped``, which is asked before each batch, came true.
-    """
-    totals: list[dict[str, jax.Array]] = []
-    for index, batch in enumerate(batches):
-        if index == limit:
-            break
-        if stopped():
-            return None
-        sums, state = run_eval(params, batch, state)
-        totals.append(sums)
-        report.validation(index + 1, limit)
-    sums = jax.device_get(totals)
-    return validation_metrics({name: float(np.sum([np.float64(s[name]) for s in sums])) for name in sums[0]})
-
-
-def _train_loader(config: TrainConfig) -> Loader:
+def _open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> Loader:
     return make_loader(
         config.data,
-        split="train",
-        batch_size=config.global_batch_size,
-        seed=config.seed,
-        vocab_size=config.model.vocab_size,
-        transform=jax.device_put,
-    )
-
-
-def _validation_loader(config: TrainConfig) -> Loader | None:
-    if not config.data.validation:
-        return None
-    return make_loader(
-        config.data,
-        split="validation",
+        split=split,
         batch_size=config.global_batch_size,
         seed=config.seed,
         vocab_size=config.model.vocab_size,

@@ -13,7 +13,7 @@ from helpers.training import settings
 
 from stellarbyte_jax.checkpoint import store
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
-from stellarbyte_jax.checkpoint.store import Checkpointer
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import CheckpointConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -124,15 +124,42 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(run, tmp_path):
     assert set_aside > 5
 
 
-@pytest.mark.parametrize("item", ["optimizer", "data", "config", "params"])
-def test_a_checkpoint_that_lost_an_item_is_set_aside(run, tmp_path, item):
-    """One without its optimizer is not taken for initial weights."""
+def test_a_validation_loss_without_a_checksum_is_read_as_it_is(run, tmp_path):
+    """As earlier versions wrote it."""
+    directory, _, read = run
+    shutil.copytree(directory, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "2" / "metrics" / "metrics"
+    path.write_text('{"validation_loss": 2.5}')
+    assert read(tmp_path / "run")[1] == [] and path.exists()
+
+
+@pytest.mark.parametrize(
+    ("item", "listing"),
+    [*((item, True) for item in ("optimizer", "data", "config", "params", "format")), ("format", False)],
+)
+def test_a_checkpoint_that_lost_an_item_is_set_aside(run, tmp_path, item, listing):
+    """One without its optimizer is not taken for initial weights, one without its format not for one of old.
+
+    Also where orbax's list of the items is lost too.
+    """
     directory, _, read = run
     shutil.copytree(directory, tmp_path / "copy")
     lost = tmp_path / "copy" / "checkpoints" / "2" / item
     shutil.rmtree(lost)
+    if not listing:
+        (lost.parent / "_CHECKPOINT_METADATA").unlink()
     found, said = read(tmp_path / "copy")
     assert int(found.state.step) == 1 and f"FileNotFoundError: {item} of it is missing" in said[0]
+
+
+def test_checkpoints_that_all_lost_their_format_are_damaged_and_none_of_old(run, tmp_path):
+    directory, _, read = run
+    shutil.copytree(directory, tmp_path / "copy")
+    for step in "12":
+        shutil.rmtree(tmp_path / "copy" / "checkpoints" / step / "format")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* could be read"):
+        read(tmp_path / "copy")
+    assert sorted(p.name for p in (tmp_path / "copy" / "corrupt").iterdir()) == ["1", "2"]
 
 
 def test_a_damaged_note_of_the_format_is_no_other_format(run, tmp_path):
@@ -160,7 +187,12 @@ def test_arrays_are_compared_unless_that_is_switched_off(run, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "damage", [b'{"validation_loss" 1}', b"", b"[" * 100_000, b'{"validation_loss": "x"}', b"[1]", b"{}", None]
+    "damage",
+    [
+        *(b'{"validation_loss" 1}', b"", b"[" * 100_000, b'{"validation_loss": "x"}', b"[1]", b"{}", None),
+        lambda written: written.replace(b"2.5", b"2.4"),  # as a flipped bit makes it
+        lambda written: written.replace(b'"checksum": "', b'"checksum": "0'),
+    ],
 )
 def test_a_damaged_validation_loss_costs_no_checkpoint(run, tmp_path, damage):
     """orbax opens no directory with one; what is lost is whether that step was one of the best."""
@@ -168,8 +200,8 @@ def test_a_damaged_validation_loss_costs_no_checkpoint(run, tmp_path, damage):
     copy = tmp_path / "run"
     shutil.copytree(directory, copy)
     path = copy / "checkpoints" / "2" / "metrics" / "metrics"
-    assert path.read_text() == '{"validation_loss": 2.5}'
-    path.unlink() if damage is None else path.write_bytes(damage)
+    assert path.read_text().startswith('{"validation_loss": 2.5')
+    path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()) if callable(damage) else damage)
     assert same_weights(load_weights(copy, step=2)[1], states[2].weights)
     found, said = read(copy)
     assert int(found.state.step) == 2 and same_weights(found.state.params, states[2].params)

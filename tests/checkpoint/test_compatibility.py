@@ -85,6 +85,9 @@ ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"memory": {"length": 4, "recent_share": 0.5}}, {"memory": {"length": [4, 4], "recent_share": 0.6}}),
     ({}, {"memory": {"length": [0, 0]}}),
     ({"sliding_window": 8}, {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2}),
+    ({}, {"sliding_window": 2048}),  # the longest text: nothing is hidden
+    ({"sliding_window": 4096}, {"sliding_window": 2048, "sink_tokens": 2}),
+    ({}, {"sliding_window": 9999, "layer_types": ["sliding_attention", "full_attention"]}),
     ({"vocab_size_multiple": 1}, {"vocab_size_multiple": 8}),
     ({"layer_scale_init": 0.1}, {"layer_scale_init": 0.2}),
     (
@@ -118,6 +121,9 @@ def test_settings_of_the_same_network_are_the_same(one: dict[str, Any], other: d
     [
         ({"memory": {"length": [4, 4]}}, {"memory": {"length": [4, 6]}}),
         ({"memory": {"length": 4}}, {"sliding_window": 5}),
+        ({}, {"sliding_window": 2047}),
+        ({"memory": {"length": 2047}}, {}),
+        ({"sliding_window": 8}, {"sliding_window": 8, "sink_tokens": 1}),
         (
             {"memory": {"length": 4, "recent_share": 0.5}},
             {"memory": {"length": 4, "recent_share": 0.5, "compression_weight": 0.5}},
@@ -150,6 +156,25 @@ def test_files_are_the_same_however_they_are_named(tmp_path: Path, monkeypatch: 
         assert "data.train was ['*.jsonl'] and is [" in refusal(before, settings(data={"train": train}))
     os.rename("b.jsonl", "c.jsonl")  # what the pattern names now, no checkpoint knows: the loader compares
     assert check(before, settings(data={"train": ["a.jsonl", "c.jsonl"]})) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"template": "{text}"}),
+        ({"fields": ["title", "text"]}, {"template": "{title}\n{text!s}"}),
+        ({"template": "{text:s}"}, {"template": "{text}"}),
+    ],
+    ids=str,
+)
+def test_texts_are_the_same_however_their_format_is_spelled(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert check(settings(data=one), settings(data=other)) == check(settings(data=other), settings(data=one)) == []
+
+
+def test_of_the_format_of_texts_what_changed_is_named() -> None:
+    message = refusal(settings(data={"template": "{text}"}), settings(data={"fields": ["a"]}))
+    assert "data.fields was ['text'] and is ['a']; data.template was '{text}' and is None" in message
+    assert "data.fields" not in refusal(settings(), settings(data={"template": "{text"}))  # which the loader refuses
 
 
 def test_more_documents_than_a_row_has_tokens_are_as_many() -> None:

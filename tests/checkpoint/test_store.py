@@ -1,5 +1,7 @@
 """Items of a step: frozen weights and trained ones apart, formats, and what an older version wrote."""
 
+import asyncio
+import json
 import shutil
 import subprocess
 import sys
@@ -9,8 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers.training import MODEL, RECORDER, packed_batch, settings, start
+from orbax.checkpoint._src.path import atomicity
 
-from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, first_line
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep, first_line
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import CheckpointConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -59,6 +62,23 @@ def test_frozen_weights_are_an_item_of_their_own(checkpointer, tmp_path):
         restore(checkpointer, config, lambda path: True)
 
 
+def test_an_older_checkpoint_tells_by_its_loss_whether_its_step_was_validated(checkpointer, monkeypatch):
+    config = settings()
+    shapes = state_shapes(config, ByteTransformer(config.model), RECORDER)
+    read = StoredStep.json
+    newer = ("unvalidated", "validated", "validation")
+    monkeypatch.setattr(
+        StoredStep,
+        "json",
+        lambda self, item: {k: v for k, v in read(self, item).items() if item == "config" or k not in newer},
+    )
+    for step, loss in ((1, 2.5), (2, None)):
+        resume.save(checkpointer, config, start(config, RECORDER)[0], step, {}, Progress(2.5, 1), loss)
+        checkpointer.wait()
+        found = resume.restore(checkpointer, config, shapes, RECORDER, print)
+        assert found is not None and found.progress == Progress(2.5, 1, validated=1 if loss else None)
+
+
 def test_foreign_weights_are_split_into_trained_and_frozen_ones(tmp_path):
     config = settings(ema_decay=0.5)
     weights = jax.device_get(start(config, RECORDER)[0].params)
@@ -77,11 +97,19 @@ def test_what_libraries_say_of_a_file_stays_one_short_line():
     assert said.startswith("OSError: a\\x1b[2Jx") and said.endswith("why") and len(said) < 400
 
 
+def as_an_earlier_version_wrote_it(checkpoint):
+    shutil.rmtree(checkpoint / "format")
+    listing = checkpoint / "_CHECKPOINT_METADATA"
+    values = json.loads(listing.read_text())
+    del values["item_handlers"]["format"]
+    listing.write_text(json.dumps(values))
+
+
 def test_a_checkpoint_of_an_earlier_format_is_refused_in_one_line(tmp_path):
     config = settings()
     weights = jax.device_get(start(config, RECORDER)[0].params)
     save_initial(tmp_path / "run", MODEL, weights)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "0" / "format")
+    as_an_earlier_version_wrote_it(tmp_path / "run" / "checkpoints" / "0")
     message = r"is a checkpoint of format 1, this version reads 2: convert it to the Hugging Face format with"
     with pytest.raises(CheckpointError, match=message) as caught:
         load_weights(tmp_path / "run")
@@ -124,3 +152,19 @@ def test_a_program_whose_save_fails_ends(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "a limit on open files is in force" in done.stdout
+
+
+def test_a_checkpoint_is_replaced_when_it_is_whole(checkpointer, monkeypatch):
+    """The one before it may still be on its way to the disk."""
+    finalize = atomicity.AtomicRenameTemporaryPath.finalize
+
+    async def slow(self, *args, **kwargs):
+        await asyncio.sleep(0.3)
+        return await finalize(self, *args, **kwargs)
+
+    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", slow)
+    for place in (1, 2):
+        checkpointer.save(7, {"params": {"a": np.ones(3)}}, {"data": place}, frozen=[])
+    checkpointer.wait()
+    assert checkpointer.restore(lambda stored: (stored.step, stored.json("data")), print) == (7, 2)
+    assert sorted(p.name for p in checkpointer.directory.parent.iterdir()) == ["checkpoints"]

@@ -159,7 +159,7 @@ def test_restoring_other_data_is_refused(data, tmp_path):
     other.write_text('{"text": "b"}\n')
     with (
         _loader(_replace(data, train=[str(other)])) as loader,
-        pytest.raises(DataError, match=f"documents was {DOCUMENTS} and is now 1"),
+        pytest.raises(DataError, match=r"the files were a\.jsonl and are now b\.jsonl; put them back"),
     ):
         loader.restore(state)
     renamed = tmp_path / "c.jsonl"
@@ -174,12 +174,65 @@ def test_restoring_other_data_is_refused(data, tmp_path):
             assert not accepts(lambda: loader.restore(hostile))  # noqa: B023
     before = (tmp_path / "a.jsonl").read_text()
     (tmp_path / "a.jsonl").write_text(before.replace("<", "("))
-    with _loader(data) as loader, pytest.raises(DataError, match=r"other content than before .* put them back"):
+    with (
+        _loader(data) as loader,
+        pytest.raises(DataError, match=r"stopped: .*/a\.jsonl: other content than before .* put them back"),
+    ):
         loader.restore(state)
     (tmp_path / "a.jsonl").write_text(before)
     with _loader(data) as loader:
-        earlier = {name: value for name, value in state["stream"].items() if name != "content"}
+        earlier = {name: value for name, value in state["stream"].items() if name != "contents"}
         loader.restore({**state, "stream": earlier})  # from before contents were noted
+
+
+def test_of_several_files_those_that_changed_are_named(data, tmp_path):
+    paths = [tmp_path / f"{name}.jsonl" for name in "xyz"]
+    for path in paths:
+        path.write_text('{"text": "a"}\n' * 3)
+    config = _replace(data, train=[str(path) for path in paths])
+    with _loader(config) as loader:
+        state = json.loads(json.dumps(loader.state()))
+    paths[1].write_text('{"text": "b"}\n' * 3)
+    with _loader(config) as loader, pytest.raises(DataError) as caught:
+        loader.restore(state)
+    assert f"{paths[1]}: other content" in str(caught.value)
+    assert not any(str(path) in str(caught.value) for path in (paths[0], paths[2]))
+    paths[1].write_text('{"text": "a"}\n' * 3)
+    with _loader(config) as loader:
+        loader.restore(state)
+
+
+def test_how_many_batches_a_pass_has_is_known_after_one(data):
+    with _loader(data, "validation") as loader:
+        next(loader), next(iter(loader))
+        assert loader.pass_batches is None
+        batches = list(loader)
+        assert loader.pass_batches == len(batches) > 2
+        next(iter(loader))
+        assert loader.pass_batches == len(batches)
+    with _loader(data) as loader:
+        list(loader)
+        assert loader.pass_batches is None  # it may have begun anywhere
+
+
+def test_a_place_does_not_depend_on_how_the_format_of_texts_is_spelled(data):
+    with _loader(data) as loader:
+        next(loader)
+        states = [loader.state()]
+        expected = next(loader)
+    same = _replace(data, template="{text}")
+    with _loader(same) as loader:
+        states.append(loader.state() | {name: states[0][name] for name in ("group", "offset", "skipped")})
+    for state in states:
+        for settings in (data, same):
+            with _loader(settings) as loader:
+                loader.restore(state)
+                _assert_equal([next(loader)], [expected])
+        with (
+            _loader(_replace(data, template="{text}!")) as loader,
+            pytest.raises(DataError, match=r"template was (None|'\{text\}') and is now '\{text\}!'"),
+        ):
+            loader.restore(state)
 
 
 def test_epochs_none_goes_on_for_ever(data):
@@ -271,6 +324,27 @@ def test_a_run_stopped_by_a_bad_line_goes_on_with_skip(data, texts):
 def test_a_wrong_field_is_found_before_training(data):
     with pytest.raises(DataError, match=r"a\.jsonl:1: no field 'content'; the fields here are: text"):
         _loader(_replace(data, fields=["content"]))
+
+
+@pytest.mark.parametrize("text", ["", "x"])
+def test_validation_without_a_token_to_predict_is_refused_before_training(data, tmp_path, text):
+    """One token predicts nothing where no bos comes before it."""
+    path = tmp_path / "few.jsonl"
+    line = json.dumps({"text": text}) + "\n"
+    path.write_text(line * DOCUMENTS)
+    config = _replace(data, validation=[str(path)], add_bos=False, add_eos=False)
+    with pytest.raises(DataError, match=r"data\.validation=.*few\.jsonl holds no token to predict: "):
+        _loader(config, "validation")
+    path.write_text(line * DOCUMENTS + '{"text": "ab"}\n')
+    with _loader(config, "validation") as loader:
+        assert sum(batch["loss_mask"].sum() for batch in loader) == 1
+
+
+def test_of_validation_no_more_is_read_before_training_than_its_beginning(data, texts, tmp_path):
+    with open(data.validation[0], "a") as file:
+        file.write("{not json\n")
+    with _loader(data, "validation") as loader, pytest.raises(DataError, match=rf"a\.jsonl:{DOCUMENTS + 1}:"):
+        list(loader)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(data):

@@ -168,7 +168,9 @@ def test_the_content_of_files_is_their_size_beginning_and_end(tmp_path):
     def content(text, name="a.jsonl"):
         path = tmp_path / name
         path.write_bytes(text)
-        return _open(tmp_path, path).content
+        ((named, found),) = _open(tmp_path, path).contents
+        assert named == str(path)
+        return found
 
     lines = [b'{"text": "%07d"}\n' % i for i in range(20_000)]
     found = content(b"".join(lines))
@@ -264,3 +266,17 @@ def test_an_index_that_cannot_be_written_says_why(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "cache").iterdir())
     assert open_lines(path, tmp_path / "cache", ("text",)).documents == 100
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_converted_file_for_which_there_is_no_room_is_no_damaged_file(tmp_path, name):
+    """More than one buffer, so that a write fails while the file is still read."""
+    write_records(tmp_path / name, [{"text": "x" * 50_000}] * 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot write .*\.jsonl: .*File too large; a limit .*ulimit -f"):
+            _open(tmp_path, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache").iterdir())

@@ -25,6 +25,25 @@ def test_template_fills_in_fields():
     assert TextFormat(template="{q}").render({"q": "{a} {{"}) == "{a} {{", "braces of the data are text"
 
 
+ALIKE = [
+    [(("text",), None), (("x",), "{text}"), (("x",), "{text!s:s}"), (("text", "text"), None)],
+    [(("b", "a"), None), ((), "{b}\n{a}"), ((), "{b!s}\n{a:}")],
+    [((), "{a}\n{b}")],
+    [((), "{a}{{{b}}}|{a}")],
+    [((), "{a}{{{b}}}|{a}.")],
+    [((), "{a!r}")],
+    [((), "{a:>5}"), ((), "{a!s:>5}")],
+]
+
+
+def test_formats_mean_the_same_where_all_texts_are_the_same():
+    record = {"text": "春", "a": "x'", "b": "y", "x": "z"}
+    groups = [[TextFormat(*one) for one in group] for group in ALIKE]
+    for group in groups:
+        assert len({text.meaning for text in group}) == len({text.render(record) for text in group}) == 1
+    assert len({group[0].meaning for group in groups}) == len({group[0].render(record) for group in groups}) == 7
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -17,6 +17,7 @@ from stellarbyte_jax.hf.files import (
     SINGLE,
     Tensor,
     WeightFiles,
+    clear_abandoned,
     float_dtype,
     read_json,
     replacing,
@@ -143,11 +144,39 @@ def test_a_tensor_may_get_another_name(single: Path) -> None:
 
 
 def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
-    for left in (".x.partial-99999999", ".x.partial-1", ".y.partial-99999999", ".x.partial-abc"):
+    for left in (".x.partial-99999999", ".x.partial-1", ".y.partial-99999999", ".x.partial-abc", ".x.old-1"):
         (tmp_path / left).mkdir()
     with replacing(tmp_path / "x", overwrite=False) as partial:
         (partial / "config.json").write_text("{}")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.partial-1", ".x.partial-abc", ".y.partial-99999999", "x"]
+    others = [".x.old-1", ".x.partial-1", ".x.partial-abc", ".y.partial-99999999", "x"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == others
+    clear_abandoned(tmp_path / "x", alone=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".x.partial-abc", ".y.partial-99999999", "x"]
+
+
+@pytest.mark.parametrize("killed_before", ["second rename", "removal"])
+def test_what_a_killed_writer_moved_out_of_the_way_comes_back_or_goes(tmp_path: Path, killed_before: str) -> None:
+    target = tmp_path / "model"
+    fill(target, "old")
+    target.rename(tmp_path / ".model.old-99999999")
+    if killed_before == "removal":
+        fill(tmp_path / "new", "new")
+        (tmp_path / "new").rename(target)
+    (tmp_path / ".model.partial-99999999").mkdir()
+    with pytest.raises(ValueError, match="model is not empty"):  # as if it had never been away
+        fill(target, "newer")
+    assert os.listdir(tmp_path) == ["model"]
+    assert (target / "config.json").read_text() == ("new" if killed_before == "removal" else "old")
+
+
+def test_a_folder_that_is_exchanged_while_a_model_is_written_gets_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(FileNotFoundError, match="partial-"), replacing(run / "hf", False) as partial:
+        run.rename(tmp_path / "moved")
+        partial.mkdir(parents=True)  # by another program that begins there anew
+        (partial / "config.json").write_text("{}")
+    assert os.listdir(run) == []
 
 
 @pytest.mark.parametrize("dtype", ["i4", "u1", "?"])

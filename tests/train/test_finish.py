@@ -12,6 +12,7 @@ from helpers.training import MODEL, settings
 from safetensors.numpy import load_file
 
 from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.hf import directory
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.train import finish
@@ -122,6 +123,42 @@ def test_an_export_holds_the_weights_and_the_tokenizer(run, tokenizer, tmp_path)
     assert (written["vocab_size"], written["eos_token_id"]) == (tokenizer.vocab_size, tokenizer.eos_id)
     assert load_tokenizer(target).fingerprint == tokenizer.fingerprint
     assert [path.name for path in target.parent.iterdir()] == ["hf"]
+
+
+def test_an_export_that_was_killed_while_it_took_its_place_leaves_the_one_before(run, tmp_path, monkeypatch):
+    config, target = run(export_at_end=True), tmp_path / "run" / "hf"
+    finish.recover(config)  # a run that is new has no folder
+    model, rename = ByteTransformer(config.model), type(target).rename
+    finish.export(config, model, weights(config, 0))
+
+    def killed(self, to):
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(target), "rename", killed)
+        finish.export(config, model, weights(config, 1))
+    (old,) = target.parent.glob(".hf.old-*")
+    old.rename(old.with_name(".hf.old-1"))  # the number is another living process's now
+    finish.recover(config)
+    assert [path.name for path in target.parent.iterdir()] == ["hf"]
+    stored = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(stored, weights(config, 0)["embed"]["embedding"])
+
+
+def test_a_folder_that_is_moved_while_an_export_is_written_gets_none_in_its_place(run, tmp_path, monkeypatch):
+    config = run(export_at_end=True)
+    copied = directory.copy_tokenizer
+
+    def moving(source, partial):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        return copied(source, partial)
+
+    monkeypatch.setattr(directory, "copy_tokenizer", moving)
+    with pytest.raises(FileNotFoundError):
+        finish.export(config, ByteTransformer(config.model), weights(config))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def finished(config, step=5, params=None):

@@ -13,6 +13,10 @@ MISTAKES = {
     "missing data file": (lambda t: ["data.train=nowhere.jsonl"], ["nowhere.jsonl"]),
     "empty data file": (lambda t: [data_setting(t, "")], ["bad.jsonl"]),
     "bad JSON": (lambda t: [data_setting(t, '{"text": "a"}\n{"text": oh}\n')], ["bad.jsonl:2"]),
+    "validation without text": (
+        lambda t: [data_setting(t, '{"text": ""}\n' * 99).replace("train", "validation")],
+        ["data.validation", "bad.jsonl holds no token to predict"],
+    ),
     "missing field": (lambda t: [data_setting(t, '{"body": "a"}\n')], ["bad.jsonl:1", "'text'", "body"]),
     "tokenizer bigger than the vocabulary": (lambda t: ["model.vocab_size=1000"], ["1000", "32000"]),
     "no tokenizer": (lambda t: ["data.tokenizer=nowhere"], ["nowhere"]),
@@ -36,6 +40,7 @@ def test_a_mistake_is_one_clear_line(mistake, config_file, tmp_path, capsys):
     make, parts = MISTAKES[mistake]
     assert cli(config_file, *make(tmp_path)) == 1
     assert one_error(capsys, *parts)
+    assert mistake in ("loss that diverges", "bad JSON") or not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,9 @@ def test_the_end_of_a_run_is_done_later_where_a_signal_kept_it_from_being_done(c
     assert stopped.returncode == 143, stopped.stderr
     assert "stopped at step 20 of 20; the same command does what is left to do after it" in stopped.stdout
     assert not (run / "hf").exists()
-    (run / ".hf.partial-99999999").mkdir()  # of an export that was killed
+    (run / ".hf.partial-1").mkdir()  # of an export that was killed, whose number another process has now
     assert cli(config_file) == 0  # the last validation is left too
+    assert not list(run.glob(".hf*"))
     assert not (run / "hf").exists() and "step 20/20  validation" in capsys.readouterr().out
     assert cli(config_file) == 0
     assert not (run / "hf").exists() and "is complete" in capsys.readouterr().out

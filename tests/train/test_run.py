@@ -1,6 +1,7 @@
 """A whole run: what it leaves and says, and how it ends."""
 
 import json
+import math
 import re
 import signal
 
@@ -69,11 +70,22 @@ def test_early_stopping_and_accumulation(config_file, tmp_path, capsys):
 def test_the_end_of_the_data_ends_the_run(config_file, tmp_path, capsys):
     lines = (ROOT / "data" / "tiny_bilingual_valid.jsonl").read_text(encoding="utf-8").splitlines()[-4:]
     settings = [data_setting(tmp_path, "\n".join(lines)), "data.epochs=2", "steps=200", "evaluation.interval=1000"]
+    settings += ["checkpoint.interval=1", "checkpoint.keep_latest=1", "export_at_end=true"]
+    said = []
     for _ in range(2):  # the second time there is nothing left to do
         assert cli(config_file, *settings) == 0
-        assert "the data ended after 2 epochs, at step " in capsys.readouterr().out
-    steps = set(log_of(tmp_path / "run")[0])
-    assert max(steps) < 200 and load_weights(tmp_path / "run", max(steps))
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "the data ended" in line]
+        said.append(line)
+        steps, validated = log_of(tmp_path / "run")
+        last = max(steps)
+        assert list(validated) == [last] and last < 200 and load_weights(tmp_path / "run", last)
+        assert (tmp_path / "run" / "checkpoints" / str(last) / "metrics").is_dir()  # it may be the best
+        assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"step": last, "exported": True}
+    rate = 0.1 + 0.9 * (1 + math.cos(math.pi * (last - 1 - 3) / (200 - 1 - 3))) / 2
+    assert said == 2 * [
+        f"the data ended after 2 epochs, at step {last} of 200, with the learning rate at {rate:.3g} of its peak: the "
+        f"schedule comes to its end, 0.1, at step 200. With steps={last} and another output_dir it ends with the data"
+    ]
 
 
 def test_signals_are_given_back(config_file, capsys):

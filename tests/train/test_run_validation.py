@@ -2,25 +2,38 @@
 
 import json
 import math
+import os
+import shutil
+import signal
+from typing import ClassVar
 
 import jax
 import pytest
-from helpers.runs import cli, log_of, same_weights
+from helpers.runs import ROOT, cli, log_of, one_error, same_weights
 
 from stellarbyte_jax.checkpoint.weights import load_weights
+from stellarbyte_jax.data.files import DataError
 from stellarbyte_jax.train import meter, resume, run
+from stellarbyte_jax.train.validation import check_comparable, measured_on
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Validations give the losses of a list, one after the other, and note the weights that they were given."""
+    """Validations give the losses of a list, one after the other, and note the weights that they were given.
+
+    None: a signal breaks one off.
+    """
 
     def script(losses):
         losses, seen = iter(losses), []
 
         def evaluate(eval_step, params, batches, limit, report, state, stopped):
             seen.append(jax.device_get(params))
-            return {"loss": next(losses), "perplexity": 1.0, "accuracy": 0.0}
+            loss = next(losses)
+            if loss is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return None
+            return {"loss": loss, "perplexity": 1.0, "accuracy": 0.0}
 
         monkeypatch.setattr(run, "evaluate", evaluate)
         return seen
@@ -83,6 +96,119 @@ def test_patience_that_ends_with_the_last_step_ends_nothing_early(scripted, conf
     scripted([5.0, 6.0, 7.0])
     assert cli(config_file, *EVERY_STEP, "steps=3", "evaluation.patience=2", "schedule.warmup_steps=1") == 0
     assert "stopped early" not in capsys.readouterr().out
+
+
+def test_the_last_step_ends_nothing_early_where_its_validation_was_broken_off(scripted, config_file, capsys):
+    settings = (*EVERY_STEP, "steps=2", "schedule.warmup_steps=1", "evaluation.patience=1")
+    scripted([5.0, None])
+    assert cli(config_file, *settings) == 143
+    scripted([6.0])
+    assert cli(config_file, *settings) == 0
+    out = capsys.readouterr().out
+    assert "stopped early" not in out and "summary" in out
+
+
+def test_a_validation_that_was_broken_off_is_no_longer_due_after_steps_without_any(scripted, config_file, tmp_path):
+    settings = ("schedule.warmup_steps=1",)
+    scripted([None])
+    assert cli(config_file, *settings, "steps=5", "evaluation.interval=2") == 143
+    without = ("data.validation=[]", "evaluation.interval=500", "evaluation.batches=50")
+    assert cli(config_file, *settings, "steps=3", *without) == 0
+    scripted([4.0])
+    assert cli(config_file, *settings, "steps=5") == 0
+    assert log_of(tmp_path / "run")[1] == {5: 4.0}
+
+
+def test_a_run_beyond_its_steps_does_what_is_missing_and_no_more(scripted, config_file, tmp_path, capsys):
+    settings = ("schedule.warmup_steps=1", "export_at_end=true")
+    scripted([None])
+    assert cli(config_file, *settings, "steps=5", "evaluation.interval=3") == 143
+    run, done = tmp_path / "run", {"step": 3, "exported": True}
+    scripted([4.0])
+    assert cli(config_file, *settings, "steps=2") == 0
+    out = capsys.readouterr().out
+    assert "step 3/3  validation" in out and "3/2" not in out and "  steps: 3\n" in out
+    assert json.loads((run / "finished.json").read_text()) == done and steps_of(run) == [3]
+    exported = (run / "hf").stat().st_mtime_ns
+    for fewer in ("steps=2", "steps=1", "steps=3"):
+        assert cli(config_file, *settings, fewer) == 0
+        said = "3 of 3 steps" if fewer == "steps=3" else f"it stands at step 3, beyond {fewer}"
+        assert f"is complete: {said}" in capsys.readouterr().out
+    assert json.loads((run / "finished.json").read_text()) == done
+    assert (run / "hf").stat().st_mtime_ns == exported and log_of(run)[1] == {3: 4.0}
+
+
+def test_a_signal_breaks_off_the_validation_at_the_end_of_the_data(scripted, config_file, tmp_path, capsys):
+    (tmp_path / "few.jsonl").write_text('{"text": "a few words"}\n' * 30)
+    few = (f"data.train={tmp_path / 'few.jsonl'}", "data.epochs=1", "steps=9")
+    scripted([None])
+    assert cli(config_file, *few) == 143
+    (step,) = steps_of(tmp_path / "run")
+    assert f"stopped at step {step} of 9" in capsys.readouterr().out
+    for losses in ([4.0], []):
+        scripted(losses)
+        assert cli(config_file, *few) == 0
+        assert f"the data ended after 1 epochs, at step {step} of 9" in capsys.readouterr().out
+        assert log_of(tmp_path / "run")[1] == {step: 4.0}
+
+
+def test_the_last_step_is_validated_of_a_run_that_was_to_be_longer(scripted, config_file, tmp_path, capsys):
+    without = ("data.validation=[]", "evaluation.interval=500", "evaluation.batches=50")
+    assert cli(config_file, "steps=1", "schedule.warmup_steps=0", *without) == 0
+    scripted([4.0])
+    for _ in range(2):
+        assert cli(config_file, "steps=1", "schedule.warmup_steps=0") == 0
+        assert log_of(tmp_path / "run")[1] == {1: 4.0}
+
+
+def test_validation_on_other_rows_is_refused_when_a_run_goes_on(scripted, config_file, tmp_path, capsys):
+    rows = tmp_path / "valid.jsonl"
+    shutil.copy(ROOT / "data" / "tiny_bilingual_valid.jsonl", rows)
+    settings = ("schedule.warmup_steps=1", f"data.validation={rows}")
+    scripted([5.0])
+    assert cli(config_file, *settings, "steps=1") == 0
+    capsys.readouterr()
+    assert cli(config_file, *settings, "steps=2", "evaluation.batches=3") == 1
+    assert one_error(capsys, "data.validation: evaluation.batches was 2 and is 3", "set evaluation.batches=2, go on")
+    before = rows.read_text()
+    rows.write_text(before + '{"text": "more"}\n')
+    assert cli(config_file, *settings, "steps=2") == 1
+    assert one_error(capsys, f"data.validation: {rows}: other content than before", "data.validation=[]")
+    other = f"data.validation={ROOT / 'data' / 'tiny_bilingual_train.jsonl'}"
+    assert cli(config_file, *settings[:1], "steps=2", other) == 1
+    assert one_error(capsys, "data.validation: the files were valid.jsonl and are now tiny_bilingual_train.jsonl")
+    without = ("data.validation=[]", "evaluation.interval=500", "evaluation.batches=50")
+    assert cli(config_file, *settings[:1], "steps=2", *without) == 0
+    capsys.readouterr()
+    assert cli(config_file, *settings, "steps=3") == 1  # the best is still that of the first rows
+    assert one_error(capsys, f"{rows}: other content than before")
+    rows.write_text(before)
+    scripted([4.0])
+    assert cli(config_file, *settings, "steps=3") == 0
+
+
+class Rows:
+    """A loader of two files, of which all batches were read or not."""
+
+    contents: ClassVar = [["a", "1"], ["b", "2"]]
+
+    def __init__(self, pass_batches=None):
+        self.pass_batches = pass_batches
+
+    def changed(self, before):
+        return None if before == self.contents else "other files"
+
+
+def test_losses_are_compared_where_the_same_rows_were_read():
+    part, whole = measured_on(Rows(), 3), measured_on(Rows(4), 9)
+    for before, same, other in ((part, [3], [2, 4, None]), (whole, [4, 5, None], [1, 3]), (None, [1, None], [])):
+        for limit in same:
+            check_comparable(before, Rows(), limit)
+        for limit in other:
+            with pytest.raises(DataError, match=rf"evaluation\.batches (was 3 and )?is {limit}[.,]"):
+                check_comparable(before, Rows(), limit)
+    with pytest.raises(DataError, match=r"data\.validation: other files\. Losses could not be compared"):
+        check_comparable({**part, "files": []}, Rows(), 3)
 
 
 def test_a_validation_loss_that_is_no_number_is_no_best_one(scripted, config_file, tmp_path, capsys):

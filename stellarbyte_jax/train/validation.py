@@ -1,0 +1,69 @@
+"""Validation in a run: a pass over its data, and which losses may be compared."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from stellarbyte_jax.data.files import DataError
+from stellarbyte_jax.data.loader import Loader
+from stellarbyte_jax.model.io import State
+from stellarbyte_jax.train.console import Reporter
+from stellarbyte_jax.train.metrics import validation_metrics
+
+
+def evaluate(
+    run_eval: Callable[..., tuple[dict[str, jax.Array], State]],
+    params: dict[str, Any],
+    batches: Iterable[Any],
+    limit: int | None,
+    report: Reporter,
+    state: State,
+    stopped: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Token-weighted validation metrics over at most ``limit`` batches, from ``state`` on.
+
+    None where ``stopped``, which is asked before each batch, came true.
+    """
+    totals: list[dict[str, jax.Array]] = []
+    for index, batch in enumerate(batches):
+        if index == limit:
+            break
+        if stopped():
+            return None
+        sums, state = run_eval(params, batch, state)
+        totals.append(sums)
+        report.validation(index + 1, limit)
+    sums = jax.device_get(totals)
+    return validation_metrics({name: float(np.sum([np.float64(s[name]) for s in sums])) for name in sums[0]})
+
+
+def measured_on(loader: Loader, limit: int | None) -> dict[str, Any]:
+    """What a loss was measured on: the content of the files, and how many batches of them; JSON values."""
+    whole = loader.pass_batches is not None
+    return {"files": loader.contents, "batches": loader.pass_batches if whole else limit, "whole": whole}
+
+
+def check_comparable(before: Mapping[str, Any] | None, loader: Loader, limit: int | None) -> None:
+    """Checks that losses of now may be compared with those measured on ``before``; None: there are none.
+
+    Raises:
+      DataError: files or the number of rows changed.
+    """
+    if before is None:
+        return
+    other = loader.changed(before["files"])
+    advice = "put them back as they were"
+    if other is None:
+        count, whole = before["batches"], before["whole"]
+        if count == limit or (whole and (limit is None or limit >= count)):
+            return
+        other = f"evaluation.batches was {count} and is {limit}"
+        if whole:
+            other = f"evaluation.batches is {limit}, and all {count} were read before"
+        advice = f"set evaluation.batches={'none' if count is None else count}"
+    raise DataError(
+        f"data.validation: {other}. Losses could not be compared with those before, by which the best checkpoint and "
+        f"evaluation.patience go: {advice}, go on without validation (data.validation=[]), or start a new run"
+    )
