@@ -151,9 +151,9 @@ def test_a_folder_that_is_moved_while_an_export_is_written_gets_none_in_its_plac
     config = run(export_at_end=True)
     copied = directory.copy_tokenizer
 
-    def moving(source, partial):
+    def moving(source, partial, ids):
         (tmp_path / "run").rename(tmp_path / "moved")
-        return copied(source, partial)
+        return copied(source, partial, ids)
 
     monkeypatch.setattr(directory, "copy_tokenizer", moving)
     with pytest.raises(FileNotFoundError):
