@@ -19,7 +19,7 @@ TEMPLATE = (
 
 both_names = pytest.mark.skipif(
     tuple(int(part) for part in version("transformers").split(".")[:2]) < (5, 24),
-    reason="transformers before 5.24 takes the older name of extra_special_tokens where both are given",
+    reason="transformers before 5.24 reads two names for one list otherwise",
 )
 
 
