@@ -14,7 +14,7 @@ MISTAKES = {
     "empty data file": (lambda t: [data_setting(t, "")], ["bad.jsonl"]),
     "bad JSON": (lambda t: [data_setting(t, '{"text": "a"}\n{"text": oh}\n')], ["bad.jsonl:2"]),
     "missing field": (lambda t: [data_setting(t, '{"body": "a"}\n')], ["bad.jsonl:1", "'text'", "body"]),
-    "tokenizer bigger than the vocabulary": (lambda t: ["model.vocab_size=1000"], ["1000", "32000"]),
+    "tokenizer bigger than the vocabulary": (lambda t: ["model.vocab_size=100"], ["100", "288"]),
     "no tokenizer": (lambda t: ["data.tokenizer=nowhere"], ["nowhere"]),
     "not exportable": (
         lambda t: ["export_at_end=true", "model.position_embedding=xpos"],
