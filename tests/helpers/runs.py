@@ -42,7 +42,7 @@ def config():
 
 
 def write_config(directory):
-    """The settings of ``directory/run``; runs beside each other share a small tokenizer, so that one continues another."""
+    """The settings of ``directory/run``; one run continues another that lies beside it: they share a tokenizer."""
     tokenizer = directory.parent / "byte_tokenizer"
     if not tokenizer.exists():
         save_byte_tokenizer(tokenizer)
