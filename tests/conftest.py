@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.xla import QUICK
 
 ON_GPU = os.environ.get("STELLARBYTE_TEST_GPU") == "1"
 
@@ -22,8 +23,7 @@ if ON_GPU:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
 else:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Most of a test's time is compiling tiny programs: the machine code need not be good.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"

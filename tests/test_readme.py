@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.xla import QUICK
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +85,7 @@ def test_the_commands_run_in_order(tmp_path):
         "HOME": str(tmp_path),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK,
     }
 
     def run(command: str) -> str:

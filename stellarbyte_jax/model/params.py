@@ -114,11 +114,12 @@ def param(
     use = WeightUse(
         names, tuple(names.index(a) for a in contracted), tuple(names.index(a) for a in batch), lookup, float32
     )
+    made = module.param(name, _first, init, tuple(axes.values()), use)
+    return jnp.asarray(made)  # numpy arrays are weights too
 
-    def make(key: Array) -> Weight:
-        return Weight(init(key, tuple(axes.values()), jnp.float32), use)
 
-    return jnp.asarray(module.param(name, make))  # numpy arrays are weights too
+def _first(key: Array, init: nn.initializers.Initializer, shape: tuple[int, ...], use: WeightUse) -> Weight:
+    return Weight(init(key, shape, jnp.float32), use)
 
 
 def materialise(stored: Array, dtype: jnp.dtype | str) -> Array:

@@ -11,6 +11,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from helpers.tiny_documents import save_byte_tokenizer
+from helpers.xla import QUICK
+
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 from stellarbyte_jax.config import *
@@ -22,7 +25,7 @@ def config():
         global_batch_size=4,
         ema_decay=0.9,
         model=ByteConfig(
-            vocab_size=32000, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            vocab_size=1280, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
             max_position_embeddings=64, compute_dtype="float32", hidden_dropout=0.1, tie_word_embeddings=True,
         ),
         data=DataConfig(
@@ -39,12 +42,16 @@ def config():
 
 
 def write_config(directory):
+    """The settings of ``directory/run``; one run continues another that lies beside it: they share a tokenizer."""
+    tokenizer = directory.parent / "byte_tokenizer"
+    if not tokenizer.exists():
+        save_byte_tokenizer(tokenizer)
     corpus = str(ROOT / "data" / "tiny_bilingual_valid.jsonl")
     text = CONFIG.format(
         run=str(directory / "run"),
         train=corpus,
         valid=corpus,
-        tokenizer=str(ROOT / "tokenizer"),
+        tokenizer=str(tokenizer),
         cache=str(directory / "cache"),
     )
     path = directory / "tiny.py"
@@ -93,7 +100,7 @@ runpy.run_path({str(ROOT / "scripts" / "train.py")!r}, run_name="__main__")
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # as in this process: results are compared bit for bit
+        "XLA_FLAGS": QUICK,  # as in this process: results are compared bit for bit
         "JAX_PLATFORMS": "cpu",
     }
     return subprocess.run(

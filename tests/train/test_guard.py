@@ -18,7 +18,7 @@ MISTAKES = {
         ["data.validation", "bad.jsonl holds no token to predict"],
     ),
     "missing field": (lambda t: [data_setting(t, '{"body": "a"}\n')], ["bad.jsonl:1", "'text'", "body"]),
-    "tokenizer bigger than the vocabulary": (lambda t: ["model.vocab_size=1000"], ["1000", "32000"]),
+    "tokenizer bigger than the vocabulary": (lambda t: ["model.vocab_size=100"], ["100", "288"]),
     "no tokenizer": (lambda t: ["data.tokenizer=nowhere"], ["nowhere"]),
     "not exportable": (
         lambda t: ["export_at_end=true", "model.position_embedding=xpos"],

@@ -249,13 +249,13 @@ def test_a_longer_run_goes_on(straight, config_file, tmp_path, capsys):
 
 def test_a_disk_too_small_for_a_checkpoint(straight, config_file, tmp_path, capsys, monkeypatch):
     run = copy_of(straight, tmp_path)
-    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert cli(config_file, "steps=22") == 1
     assert one_error(
         capsys,
         "a checkpoint could not be written",
-        "it takes 7.9 MiB, and 1.0 MiB are free",
+        "it takes 0.4 MiB, and 0.1 MiB are free",
         "Step 20 is the last complete one",
     )
     monkeypatch.undo()
@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_while_saving(config_file, tmp_path):
     before = load_weights(tmp_path / "run")[1]
     full = child(
         config_file,
-        "import resource; at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))",
+        "import resource; at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))",
         "evaluation.interval=100",
     )
     assert full.returncode == 1

@@ -89,7 +89,7 @@ def test_converted_weights_may_get_other_positions(tmp_path, capsys):
     """A run that begins with weights of another one stretches them, and says so; another shape it refuses."""
     config_file = write_config(tmp_path)
     model = ByteConfig(
-        vocab_size=32000,
+        vocab_size=1280,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
