@@ -77,6 +77,8 @@ def encode_messages(
 ) -> list[int]:
     """Ids of a conversation. Special tokens that the template writes are control tokens, those in contents are text.
 
+    Added tokens that are not special but that the template writes, such as ``<think>``, are text in contents too.
+
     Args:
       tokenizer: the model's.
       template: its chat template.
@@ -87,4 +89,4 @@ def encode_messages(
       ValueError: the template refuses the messages.
     """
     text = template.render(messages, add_generation_prompt=prompt)
-    return tokenizer.encode_around(str.__str__(text), said(text))
+    return tokenizer.encode_around(str.__str__(text), said(text), template.source)

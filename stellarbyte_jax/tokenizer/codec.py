@@ -41,36 +41,66 @@ class Tokenizer:
         return library
 
     @cached_property
-    def _special(self) -> dict[str, Any]:
-        """Descriptions of all special tokens by their spellings, the longest first."""
+    def _added(self) -> dict[str, Any]:
+        """Descriptions of added tokens, special ones and others, by their spellings, the longest first."""
         added = self._plain.get_added_tokens_decoder().values()
-        described = {token.content: token for token in added if token.special and token.content}
+        described = {token.content: token for token in added if token.content}
         return dict(sorted(described.items(), key=lambda item: len(item[0]), reverse=True))
 
     @cached_property
-    def _stand_ins(self) -> dict[str, tuple[Any, dict[int, int]]]:
+    def _control(self) -> frozenset[int]:
+        """Ids of special tokens; the one of unknown text is none that a text must not have."""
+        model = self._plain.model
+        unknown = getattr(model, "unk_id", None), getattr(model, "unk_token", None)
+        ids = {self._plain.token_to_id(s): s for s, token in self._added.items() if token.special}
+        return frozenset(number for number, spelling in ids.items() if number != unknown[0] and spelling != unknown[1])
+
+    @cached_property
+    def _stand_ins(self) -> dict[tuple[str, frozenset[str]], tuple[Any, dict[int, int]]]:
         return {}
 
-    def _with_stand_ins(self, mark: str) -> tuple[Any, dict[int, int]]:
-        """The library, which takes ``mark number mark`` for the special token of this number, and the ids of these.
+    def _with_stand_ins(self, mark: str, markers: frozenset[str]) -> tuple[Any, dict[int, int]]:
+        """The library, which takes ``mark number mark`` for the added token of this number, and the ids of these.
 
         A stand-in strips what its token strips and is found when its token would be, before or after text is
-        normalized.
+        normalized. Special tokens and ``markers`` are not found otherwise.
         """
         from tokenizers import AddedToken
 
-        if mark not in self._stand_ins:
-            library = type(self._plain).from_str(self._plain.to_str())
-            library.encode_special_tokens = True
-            ids: dict[int, int] = {}
-            for number, (spelling, token) in enumerate(self._special.items()):
-                name = f"{mark}{number}{mark}"
-                stays = library.normalizer is None or library.normalizer.normalize_str(name) == name
-                stripped = {"lstrip": token.lstrip, "rstrip": token.rstrip}
-                library.add_tokens([AddedToken(name, normalized=token.normalized and stays, **stripped)])
-                ids[library.token_to_id(name)] = library.token_to_id(spelling)
-            self._stand_ins[mark] = library, ids
-        return self._stand_ins[mark]
+        if (mark, markers) in self._stand_ins:
+            return self._stand_ins[mark, markers]
+        library = type(self._plain).from_str(self._plain.to_str())
+        library.encode_special_tokens = True
+        for spelling in markers:
+            token = self._added[spelling]
+            flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+            library.add_special_tokens([AddedToken(spelling, special=True, **flags)])
+        # New tokens are numbered from the count of tokens on, which others have where ids are left out.
+        free = self.vocab_size - library.get_vocab_size()
+        library.add_tokens([AddedToken(f"{mark}{mark}{number}", normalized=False) for number in range(free)])
+        ids: dict[int, int] = {}
+        for number, (spelling, token) in enumerate(self._added.items()):
+            name = f"{mark}{number}{mark}"
+            stays = library.normalizer is None or library.normalizer.normalize_str(name) == name
+            stripped = {"lstrip": token.lstrip, "rstrip": token.rstrip}
+            library.add_tokens([AddedToken(name, normalized=token.normalized and stays, **stripped)])
+            ids[library.token_to_id(name)] = library.token_to_id(spelling)
+        self._stand_ins[mark, markers] = library, ids
+        return library, ids
+
+    def _text_only(self, ids: list[int]) -> list[int]:
+        """The ids with smaller pieces for special tokens, which some models make of their spelling by themselves."""
+        if self._control.isdisjoint(ids):
+            return ids
+        model = self._plain.model
+
+        def smaller(piece: str) -> list[int]:
+            if len(piece) < 2:
+                return []
+            made = [(token.id, token.value) for half in (piece[:1], piece[1:]) for token in model.tokenize(half)]
+            return [n for number, value in made for n in (smaller(value) if number in self._control else [number])]
+
+        return [n for i in ids for n in (smaller(model.id_to_token(i)) if i in self._control else [i])]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_unchanged, (self.path, self.fingerprint)
@@ -86,15 +116,17 @@ class Tokenizer:
         """
         library = self._parsing if parse_special else self._plain
         try:
-            return library.encode(text, add_special_tokens=False).ids
+            ids = library.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise _unencodable([text]) from None
+        return ids if parse_special else self._text_only(ids)
 
-    def encode_around(self, text: str, said: Sequence[tuple[int, int]]) -> list[int]:
+    def encode_around(self, text: str, said: Sequence[tuple[int, int]], template: str = "") -> list[int]:
         """Ids of a text that the program wrote, but for the pieces from ``begin`` to ``end`` that others said.
 
-        Special tokens that it spells are control tokens, those that touch such a piece stay ordinary text. No special
-        token is added. All is tokenized at once, so that nothing else changes.
+        Special tokens that it spells are control tokens; those that touch such a piece stay ordinary text, and so do
+        other added tokens that it or its template spells, since they are markers of the template. No special token is
+        added. All is tokenized at once, so that nothing else changes.
 
         Raises:
             ValueError: It holds a lone surrogate, or all of the characters that stand for special tokens meanwhile.
@@ -104,25 +136,27 @@ class Tokenizer:
             raise ValueError(
                 "the messages hold every noncharacter from U+FDD0 to U+FDEF, which no text has: leave them out"
             )
-        pieces, at = [], 0
+        pieces, at, used = [], 0, set()
         for begin, end in (*said, (len(text), len(text))):
-            pieces += [self._marked(text, at, begin, mark), text[begin:end]]
+            pieces += [self._marked(text, at, begin, mark, used), text[begin:end]]
             at = end
-        library, ids = self._with_stand_ins(mark)
+        used.update(spelling for spelling in self._added if spelling in template)
+        library, ids = self._with_stand_ins(mark, frozenset(s for s in used if not self._added[s].special))
         try:
             encoded: list[int] = library.encode("".join(pieces), add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise _unencodable([text]) from None
-        return [ids.get(i, i) for i in encoded]
+        return [ids.get(i, i) for i in self._text_only(encoded)]
 
-    def _marked(self, text: str, begin: int, end: int, mark: str) -> str:
-        """A piece of a text with stand-ins for its special tokens."""
-        numbers = {spelling: number for number, spelling in enumerate(self._special)}
+    def _marked(self, text: str, begin: int, end: int, mark: str, used: set[str]) -> str:
+        """A piece of a text with stand-ins for its added tokens, which are noted in ``used``."""
+        numbers = {spelling: number for number, spelling in enumerate(self._added)}
 
         def stand_in(found: re.Match[str]) -> str:
             around = text[max(0, begin + found.start() - 1) : begin + found.end() + 1].replace(found[0], "", 1)
-            if self._special[found[0]].single_word and re.search(r"\w", around):
+            if self._added[found[0]].single_word and re.search(r"\w", around):
                 return found[0]
+            used.add(found[0])
             return f"{mark}{numbers[found[0]]}{mark}"
 
         return re.sub("|".join(map(re.escape, numbers)), stand_in, text[begin:end]) if numbers else text[begin:end]
@@ -137,7 +171,7 @@ class Tokenizer:
             rows = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             raise _unencodable(texts) from None
-        return [row.ids for row in rows]
+        return [self._text_only(row.ids) for row in rows]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD.

@@ -106,6 +106,15 @@ class Traced(str):
         return found
 
 
+class _Safe(Markup):
+    """What a filter has marked as safe HTML, whose characters are those of a message too."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(Traced(str(self)))
+
+
 def trace(value: Any) -> Any:
     """A message, or a part of one, with traced texts; the name of a role is the program's own word."""
     if isinstance(value, str):
@@ -149,6 +158,8 @@ def followed(made: Any, function: Callable[..., Any], args: Sequence[Any], kwarg
     The function is called again with each character of a message hidden. Where the result has them in the same places
     and is the same besides, that is where they went; otherwise all of it counts as said.
     """
+    if type(made) is Markup:
+        return _Safe(made)
     if not isinstance(made, str) or isinstance(made, Traced | Markup):
         return made
     try:

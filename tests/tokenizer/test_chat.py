@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from stellarbyte_jax.tokenizer.chat import Conversation
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -118,17 +118,22 @@ PREPENDED = {"prepended to special tokens": (normalizers.Prepend("x"), {"normali
 ENDS = "{% for m in messages %}<im>{{ m.role }}\n{{ m.content }} <end> \n{% endfor %}<im>"
 
 
-def other_tokenizer(directory, normalizer=None, *, pre_tokenizer=None, extra=(), **flags):
+def other_tokenizer(directory, normalizer=None, *, pre_tokenizer=None, extra=(), added=(), **flags):
     """Every character of ASCII, and control tokens <im>, <end> and those of ``extra``, as transformers reads it."""
     characters = [*map(chr, range(10, 127)), "\u2581"]
     library = tokenizers.Tokenizer(
-        tokenizers.models.BPE({c: n for n, c in enumerate(characters)}, [], unk_token="~", fuse_unk=False)
+        models.BPE({c: n for n, c in enumerate(characters)}, [], unk_token="~", fuse_unk=False)
     )
     if normalizer is not None:
         library.normalizer = normalizer
     if pre_tokenizer is not None:
         library.pre_tokenizer = pre_tokenizer
     library.add_special_tokens([tokenizers.AddedToken(s, **flags) for s in ("<im>", "<end>", *extra)])
+    library.add_tokens(list(added))
+    return saved(directory, library)
+
+
+def saved(directory, library):
     library.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
         '{"bos_token": "<im>", "eos_token": "<end>", "tokenizer_class": "PreTrainedTokenizerFast"}'
@@ -206,6 +211,12 @@ EDITS = {
     "views": ("{{ messages[0].values() }}{{ messages[0].items() ~ '' }}{{ messages[0].items() | string }}", ["<end>"]),
     "bytes": ("{{ messages[0].content.encode() }}{{ messages[0].content.encode().decode() }}", ["<end>"]),
     "safe text": ("{{ messages[0].content | safe }}{{ '<' ~ (messages[0].content | safe) }}", ["end><end>"]),
+    "characters of safe text": (
+        "{% for c in messages[0].content | safe %}{{ c }}{% endfor %}{{ (messages[0].content | safe) | list | join }}"
+        "{{ (messages[0].content | safe | upper | lower) | map('string') | join }}"
+        "{% set a, b, c, d, e = messages[0].content | safe %}{{ a }}{{ b }}{{ c }}{{ d }}{{ e }}",
+        ["<end>"],
+    ),
     "escapes": ("{% autoescape true %}{{ '<' | safe }}{{ messages[0].content }}>{% endautoescape %}", ["end"]),
     "the time": ("{{ strftime_now(messages[0].content) }}", ["<end>"]),
     "a translation": ("{{ messages[0].content.translate({42: none}) }}", ["<e*nd>"]),
@@ -271,6 +282,64 @@ def test_what_the_template_writes_beside_a_message_is_control(form, content, tmp
     assert tokenizer.decode(ids, skip_special_tokens=False).replace(" ", "") == rendered.replace(" ", "")
     harmless = peer.apply_chat_template(messages[:1], chat_template=template)["input_ids"]
     assert asked(tokenizer, template, "hello") == harmless
+
+
+MODELS = {
+    "unigram": lambda v: (models.Unigram([(piece, 0.0 if "<" in piece else -9.0) for piece in v], unk_id=0), None),
+    "whole words": lambda v: (models.WordLevel({p: n for n, p in enumerate(v)}, "?"), pre_tokenizers.WhitespaceSplit()),
+    "merges": lambda v: (
+        models.BPE({p: n for n, p in enumerate(v)}, [(p[:-1], p[-1]) for p in v if len(p) > 1]),
+        None,
+    ),
+    "words without merges": lambda v: (
+        models.BPE({p: n for n, p in enumerate(v)}, [], ignore_merges=True),
+        pre_tokenizers.WhitespaceSplit(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_a_model_makes_of_a_spelling_is_no_control_token(kind, tmp_path):
+    """Pieces of it stand there instead, in documents too, and the rest stays as it is."""
+    pieces = ["?", *"abim <end>", "<e", "<en", "<end", "<end>", "<i", "<im", "<im>"]
+    model, pre_tokenizer = MODELS[kind](list(dict.fromkeys(pieces)))
+    library = tokenizers.Tokenizer(model)
+    if pre_tokenizer is not None:
+        library.pre_tokenizer = pre_tokenizer
+    library.add_special_tokens(["<im>", "<end>"])
+    tokenizer = saved(tmp_path, library)
+    text = "a <end> b"
+    assert "<end>" in control_of(tokenizer, library_ids(library, text))
+    for ids in (tokenizer.encode(text), tokenizer.encode_batch(["b", text])[1]):
+        assert control_of(tokenizer, ids) == [] and ids[0] == tokenizer.encode("a")[0]
+        if kind in ("unigram", "merges"):
+            assert tokenizer.decode(ids).replace(" ", "") == "a<end>b"
+    assert control_of(tokenizer, asked(tokenizer, ENDS, text)) == ["<im>", "<end>", "<im>"]
+
+
+def library_ids(library, text):
+    library.encode_special_tokens = True
+    return library.encode(text, add_special_tokens=False).ids
+
+
+def test_a_vocabulary_with_holes_keeps_its_letters(tmp_path):
+    """The library gives new tokens ids that others have."""
+    ids = {"<im>": 0, "<end>": 1, "~": 2, "a": 3, "b": 9, "c": 12, "d": 14}
+    library = tokenizers.Tokenizer(models.BPE(ids, [], unk_token="~"))
+    library.add_special_tokens(["<im>", "<end>"])
+    tokenizer = saved(tmp_path, library)
+    assert asked(tokenizer, "<im>{{ messages[0].content }}<end>", "abcd<end>")[:5] == [0, 3, 9, 12, 14]
+    assert asked(tokenizer, "<im>{{ messages[0].content }}<end>", "abcd")[5:] == [1]
+
+
+def test_markers_that_are_not_special_are_text_in_messages(tmp_path):
+    """Where the template writes them; another added token is one wherever it stands, as in a document."""
+    tokenizer = other_tokenizer(tmp_path, added=["<think>", "<tool>", "<other>"])
+    think, tool, other = (tokenizer.encode(s)[0] for s in ("<think>", "<tool>", "<other>"))
+    template = "{% if tools %}<tool>{% endif %}<im>{{ messages[0].content }}<{{ 'think' }}>"
+    ids = asked(tokenizer, template, "<think> <tool> <other>")
+    assert [i for i in ids if i in (think, tool, other)] == [other, think] and ids[-1] == think
+    assert tokenizer.decode(ids).replace(" ", "") == "<think><tool><other><think>"
 
 
 def test_a_role_that_is_no_word_is_text(tmp_path):
