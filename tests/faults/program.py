@@ -14,7 +14,6 @@ from pathlib import Path
 
 from helpers.runs import ROOT
 from helpers.tiny_documents import save_byte_tokenizer
-from helpers.xla import QUICK
 
 LIMIT = 300  # seconds that a run may take, however busy the machine is
 STEPS = 20
@@ -93,12 +92,11 @@ class Program:
     def __init__(self, place, number, stdout=None):
         self.place = place
         self._out, self._err = place.folder / f"out-{number}", place.folder / f"err-{number}"
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
         environment |= {
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(place.cache),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": QUICK,
             "HF_HUB_OFFLINE": "1",
         }
         command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(place.config)]
