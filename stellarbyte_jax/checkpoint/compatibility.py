@@ -74,9 +74,9 @@ def _architecture(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def _windows(config: ByteConfig) -> tuple[int | None, ...]:
-    """The windows that hide something of the longest text; where there is a memory they are its own."""
+    """The windows that hide something of the longest text; memories, whose own they may be, are compared too."""
     longest = config.max_position_embeddings
-    return tuple(None if w is not None and w >= longest and not config.has_memory else w for w in config.windows)
+    return tuple(None if w is not None and w >= longest else w for w in config.windows)
 
 
 def _scaling(config: ByteConfig) -> RopeScaling:

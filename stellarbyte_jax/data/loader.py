@@ -296,7 +296,7 @@ def check_targets(groups: grain.MapDataset, files: Sequence[str]) -> None:
         if not any((group["lengths"] > 1).any() for group in made):
             raise DataError(
                 f"data.validation={listed(files)} holds no token to predict: its documents are empty, one token long "
-                "or skipped; name other files, or data.validation=[] for none"
+                "or skipped; name other files, or none, and leave the settings of evaluation and keep_best out"
             )
 
 

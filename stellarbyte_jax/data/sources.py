@@ -83,7 +83,7 @@ class LineSource:
         except RecursionError as error:
             raise BadRecordError("JSON nested too deeply") from error
         except ValueError as error:  # Python reads no integer of more than 4,300 digits
-            raise BadRecordError(f"not readable JSON ({error})") from error
+            raise BadRecordError("JSON with an integer of more than 4,300 digits") from error
         if not isinstance(value, dict):
             raise BadRecordError(f"a line must hold a JSON object with the fields, not a {type(value).__name__}")
         return value

@@ -34,6 +34,7 @@ FILES = (
     GENERATION_CONFIG,
 )
 
+_PLAIN = {"special": False, "normalized": False}  # a token of ADDED_TOKENS, unless other settings name it
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 SPECIAL_IDS = tuple(f"{name}_id" for name in SPECIAL_TOKENS)  # their names in a model's settings
 
@@ -103,6 +104,7 @@ class TokenizerDirectory:
                 known.add(token["content"])
                 wanted.append((name, None, token))
         added = []
+        taken = set(library.get_vocab(with_added_tokens=True).values()) if wanted else set()
         for name, number, token in wanted:
             special = bool(token["special"])
             is_new = library.token_to_id(token["content"]) is None
@@ -115,6 +117,12 @@ class TokenizerDirectory:
                     f"{self.path}: the added token {shown(token['content'])} has id {number}, but the next free one of "
                     f"{LIBRARY} is {given}: the files belong to different tokenizers"
                 )
+            if is_new and given in taken:  # the library counts tokens, whichever ids are left out
+                raise ValueError(
+                    f"{self.path}: the special token {shown(token['content'])} has no id, and the one that is next, "
+                    f"{given}, is another token's: give it an id of its own in {LIBRARY}"
+                )
+            taken.add(given)
             if is_new or not special:  # else texts have the same ids as before
                 added.append((given, token["content"], special))
         return added
@@ -225,13 +233,15 @@ class TokenizerDirectory:
         for file, entries in ((ADDED_TOKENS, older), (CONFIG, config.get("added_tokens_decoder") or {})):
             try:
                 for key, value in entries.items():
-                    number, token = (value, {"content": key}) if file == ADDED_TOKENS else (int(key), dict(value))
+                    number, token = (
+                        (value, {"content": key, **_PLAIN}) if file == ADDED_TOKENS else (int(key), dict(value))
+                    )
                     if type(number) is not int:
                         raise ValueError(f"the id is {shown(number)}")
                     if not isinstance(token["content"], str) or not token["content"]:
                         raise ValueError("content must be a spelling")
                     token["content"].encode()  # half of a surrogate pair is no text
-                    found[number] = {"special": file == ADDED_TOKENS, **token}
+                    found[number] = {"special": False, **token}
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{self.path / file}: added tokens must be an id and a spelling each: {clipped(str(error))}"

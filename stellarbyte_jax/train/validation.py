@@ -65,5 +65,5 @@ def check_comparable(before: Mapping[str, Any] | None, loader: Loader, limit: in
         advice = f"set evaluation.batches={'none' if count is None else count}"
     raise DataError(
         f"data.validation: {other}. Losses could not be compared with those before, by which the best checkpoint and "
-        f"evaluation.patience go: {advice}, go on without validation (data.validation=[]), or start a new run"
+        f"evaluation.patience go: {advice}, or start a new run"
     )

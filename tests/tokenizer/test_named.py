@@ -116,6 +116,14 @@ def test_what_is_no_token_is_one_line(tmp_path, config, tokens_map, message):
         load_tokenizer(_directory(tmp_path, config, tokens_map))
 
 
+def test_a_named_token_gets_no_id_of_another_one(tmp_path):
+    library = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 3}, unk_token="a"))
+    _directory(tmp_path, {"extra_special_tokens": {"image_token": "<image>"}})
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"'<image>' has no id, and the one that is next, 3, is another token's"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_named_token_is_a_control_token(tmp_path):
     """Also one that tokenizer.json holds as a word: what a document spells is text, and it stands for no bytes."""
     before = load_tokenizer(_directory(tmp_path, {}))

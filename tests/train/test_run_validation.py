@@ -169,11 +169,11 @@ def test_validation_on_other_rows_is_refused_when_a_run_goes_on(scripted, config
     assert cli(config_file, *settings, "steps=1") == 0
     capsys.readouterr()
     assert cli(config_file, *settings, "steps=2", "evaluation.batches=3") == 1
-    assert one_error(capsys, "data.validation: evaluation.batches was 2 and is 3", "set evaluation.batches=2, go on")
+    assert one_error(capsys, "data.validation: evaluation.batches was 2 and is 3", "set evaluation.batches=2, or start")
     before = rows.read_text()
     rows.write_text(before + '{"text": "more"}\n')
     assert cli(config_file, *settings, "steps=2") == 1
-    assert one_error(capsys, f"data.validation: {rows}: other content than before", "data.validation=[]")
+    assert one_error(capsys, f"data.validation: {rows}: other content than before", "put them back as they were")
     other = f"data.validation={ROOT / 'data' / 'tiny_bilingual_train.jsonl'}"
     assert cli(config_file, *settings[:1], "steps=2", other) == 1
     assert one_error(capsys, "data.validation: the files were valid.jsonl and are now tiny_bilingual_train.jsonl")
