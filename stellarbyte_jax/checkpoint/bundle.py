@@ -69,4 +69,6 @@ def load_bundle(path: str | Path, step: int | None = None) -> Bundle:
         tokenizer = load_tokenizer(tokenizer_of(run, config))
         add_bos = config.data.add_bos
     check_vocabulary(tokenizer, model.config.vocab_size)
-    return Bundle(model, params, tokenizer, stop_ids(tokenizer.path, tokenizer.eos_id), add_bos)
+    # An end that the model has no row for never comes.
+    ends = [i for i in stop_ids(tokenizer.path, tokenizer.eos_id) if 0 <= i < model.config.vocab_size]
+    return Bundle(model, params, tokenizer, ends, add_bos)

@@ -91,10 +91,11 @@ def document_groups(
     documents = grain.MapDataset.range(count)
     if seed is not None:
         documents = documents.shuffle(seed=seed % 2**32)
-    documents = documents.repeat(epochs)
     if process_count > 1:
-        documents = documents[process_index::process_count]
-    return documents.batch(GROUP_DOCUMENTS, batch_fn=list)
+        documents = documents.repeat(epochs)[process_index::process_count]
+        return documents.batch(GROUP_DOCUMENTS, batch_fn=list)
+    # A group ends with its epoch, so that more epochs go on where fewer ended.
+    return documents.batch(GROUP_DOCUMENTS, batch_fn=list).repeat(epochs)
 
 
 def iterate_groups(groups: grain.MapDataset, workers: int) -> Workers | Generator[Any, None, None]:

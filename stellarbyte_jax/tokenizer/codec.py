@@ -49,11 +49,13 @@ class Tokenizer:
 
     @cached_property
     def _control(self) -> frozenset[int]:
-        """Ids of special tokens; the one of unknown text is none that a text must not have."""
-        model = self._plain.model
-        unknown = getattr(model, "unk_id", None), getattr(model, "unk_token", None)
-        ids = {self._plain.token_to_id(s): s for s, token in self._added.items() if token.special}
-        return frozenset(number for number, spelling in ids.items() if number != unknown[0] and spelling != unknown[1])
+        """Ids of special tokens, but for the one that stands for unknown text."""
+        try:
+            unknown = {token.id for token in self._plain.model.tokenize(_NONCHARACTERS[0])}
+        except Exception:  # the library's way to say that there is none
+            unknown = set()
+        ids = {self._plain.token_to_id(s) for s, token in self._added.items() if token.special}
+        return frozenset(ids - unknown)
 
     @cached_property
     def _stand_ins(self) -> dict[tuple[str, frozenset[str]], tuple[Any, dict[int, int]]]:

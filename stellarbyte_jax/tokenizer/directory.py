@@ -18,6 +18,7 @@ LIBRARY = "tokenizer.json"  # read by the tokenizers library
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of further ones, by their names
 ADDED_TOKENS = "added_tokens.json"
 GENERATION_CONFIG = "generation_config.json"  # of a model; it names the ids that end a text
 MODEL_CONFIG = "config.json"  # of a model; it may name them too
@@ -58,7 +59,8 @@ class TokenizerDirectory:
     @property
     def files(self) -> list[str]:
         """Those of :data:`FILES` that it holds."""
-        return [name for name in FILES if (self.path / name).is_file()]
+        more = sorted(f"{MORE_TEMPLATES}/{file.name}" for file in self.path.glob(f"{MORE_TEMPLATES}/*.jinja"))
+        return [*(name for name in FILES if (self.path / name).is_file()), *more]
 
     @property
     def is_complete(self) -> bool:
@@ -302,9 +304,9 @@ def _replace(path: Path, text: str) -> None:
 def copy_tokenizer(
     source: str | Path, target: str | Path, ids: Mapping[str, int | list[int]] = MappingProxyType({})
 ) -> list[str]:
-    """Gives ``target``, made where needed, those of :data:`FILES` that ``source`` has.
+    """Gives ``target``, made where needed, the files of a tokenizer that ``source`` has.
 
-    Others of these names in ``target`` are removed, since they would speak of another tokenizer. A source without any
+    Others of such names in ``target`` are removed, since they would speak of another tokenizer. A source without any
     of them, and whose ``config.json`` names no ends of a text, changes nothing.
 
     Args:
@@ -323,11 +325,11 @@ def copy_tokenizer(
     ids = {**(directory.generation_ids() if (source / MODEL_CONFIG).is_file() else {}), **ids}
     if (present or ids) and source.resolve() != target.resolve():
         target.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if name in present:
-                shutil.copyfile(source / name, target / name)
-            else:
-                (target / name).unlink(missing_ok=True)
+        for name in set(TokenizerDirectory(target).files) - set(present):
+            (target / name).unlink()
+        for name in present:
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
         given = directory._read_object(GENERATION_CONFIG) if ids else {}
         if given | ids != given:
             write_json(target / GENERATION_CONFIG, given | ids)

@@ -34,7 +34,7 @@ def special_ids(path: str | Path, vocab_size: int) -> dict[str, int | list[int]]
     """Ids of special tokens under their names in a model's ``config.json``.
 
     What the directory's ``generation_config.json`` says goes first: there may be several ends of a text. Without a
-    ``tokenizer.json`` it is all that can be said.
+    ``tokenizer.json`` it is all that can be said. Ids that the model has no row for are left out.
 
     Args:
       path: the tokenizer's directory, with ``tokenizer.json`` or any other of its files.
@@ -45,8 +45,9 @@ def special_ids(path: str | Path, vocab_size: int) -> dict[str, int | list[int]]
         token.
     """
     directory = TokenizerDirectory(path)
+    stated = _with_rows(directory.generation_ids(), vocab_size)
     if directory.files and not directory.has_library:
-        return directory.generation_ids()
+        return stated
     vocabulary: dict[str, int] = directory.read_library()[1].get_vocab(with_added_tokens=True)
     size = vocabulary_size(vocabulary.values())
     if size > vocab_size:
@@ -54,7 +55,13 @@ def special_ids(path: str | Path, vocab_size: int) -> dict[str, int | list[int]]
             f"{directory.path / LIBRARY} has {size} tokens, the model's vocab_size is {vocab_size}: "
             "this tokenizer belongs to another model, or the model's vocabulary must be resized"
         )
-    return {**named_ids(directory, vocabulary), **directory.generation_ids()}
+    return {**named_ids(directory, vocabulary), **stated}
+
+
+def _with_rows(stated: Mapping[str, int | list[int]], vocab_size: int) -> dict[str, int | list[int]]:
+    """Without the ids that a model of this size has no row for, such as -1 for no padding."""
+    rows = {name: [i for i in as_list(ids) if 0 <= i < vocab_size] for name, ids in stated.items()}
+    return {name: ids if isinstance(stated[name], list) else ids[0] for name, ids in rows.items() if ids}
 
 
 def stop_ids(path: str | Path, eos_id: int | None) -> list[int]:

@@ -41,6 +41,15 @@ def recover(config: TrainConfig) -> None:
     clear_abandoned(Path(config.output_dir) / _EXPORT, alone=True)
 
 
+def forget(config: TrainConfig) -> None:
+    """What was done at an earlier end is to be done again, since weights change: also at a step of the same number."""
+    note = Path(config.output_dir) / _NOTE
+    try:
+        note.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_failure(note, error) from error
+
+
 def finish(
     config: TrainConfig, model: ByteTransformer, params: Params, step: int, say: Callable[[str], None]
 ) -> Path | None:

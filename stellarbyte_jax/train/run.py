@@ -206,6 +206,8 @@ def _loop(run: _Run, start: int) -> Finished:
         batch = next(run.loader, None)
         if batch is None:
             return _data_ended(run, step - 1, saved)
+        if step == start + 1:
+            finish.forget(config)
         run.state, metrics = run.train_step(run.state, batch)
         run.meter.push(step, metrics)
         if step == start + 1:

@@ -145,6 +145,14 @@ def test_each_epoch_is_shuffled_anew_and_a_seed_repeats():
     assert numbers_of(document_groups(count, seed=3 + 2**32, epochs=2)) == numbers, "seeds of more than 32 bits"
 
 
+@pytest.mark.parametrize("count", [5, GROUP_DOCUMENTS, GROUP_DOCUMENTS + 8])
+def test_more_epochs_go_on_where_fewer_ended(count):
+    one, two = (document_groups(count, seed=3, epochs=epochs) for epochs in (1, 2))
+    assert [two[i] for i in range(len(one))] == [one[i] for i in range(len(one))]
+    left = [number for i in range(len(one), len(two)) for number in two[i]]
+    assert sorted(left) == list(range(count))
+
+
 def test_without_an_end_the_epochs_go_on():
     groups = document_groups(GROUP_DOCUMENTS, seed=3, epochs=None)
     assert len(groups) > 10**9

@@ -133,10 +133,10 @@ def other_tokenizer(directory, normalizer=None, *, pre_tokenizer=None, extra=(),
     return saved(directory, library)
 
 
-def saved(directory, library):
+def saved(directory, library, bos="<im>", eos="<end>"):
     library.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
-        '{"bos_token": "<im>", "eos_token": "<end>", "tokenizer_class": "PreTrainedTokenizerFast"}'
+        json.dumps({"bos_token": bos, "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"})
     )
     return load_tokenizer(directory)
 
@@ -306,15 +306,26 @@ def test_what_a_model_makes_of_a_spelling_is_no_control_token(kind, tmp_path):
     library = tokenizers.Tokenizer(model)
     if pre_tokenizer is not None:
         library.pre_tokenizer = pre_tokenizer
-    library.add_special_tokens(["<im>", "<end>"])
+    library.add_special_tokens(["<im>", "<end>", "?"])  # that which stands for unknown text too
     tokenizer = saved(tmp_path, library)
     text = "a <end> b"
     assert "<end>" in control_of(tokenizer, library_ids(library, text))
+    assert tokenizer.encode("\u00e9") == library_ids(library, "\u00e9")
     for ids in (tokenizer.encode(text), tokenizer.encode_batch(["b", text])[1]):
-        assert control_of(tokenizer, ids) == [] and ids[0] == tokenizer.encode("a")[0]
+        assert set(control_of(tokenizer, ids)) <= {"?"} and ids[0] == tokenizer.encode("a")[0]
         if kind in ("unigram", "merges"):
             assert tokenizer.decode(ids).replace(" ", "") == "a<end>b"
-    assert control_of(tokenizer, asked(tokenizer, ENDS, text)) == ["<im>", "<end>", "<im>"]
+    assert [s for s in control_of(tokenizer, asked(tokenizer, ENDS, text)) if s != "?"] == ["<im>", "<end>", "<im>"]
+
+
+def test_a_piece_of_a_piece_is_no_control_token_either(tmp_path):
+    """Where no smaller one is left, nothing stands for it."""
+    vocabulary = {p: n for n, p in enumerate(["a", "<", "e>", "<e>", ">", "e"])}
+    library = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["<e>", "e>", ">"])
+    tokenizer = saved(tmp_path, library, "<e>", "e>")
+    assert tokenizer.encode("a <e> a") == [0, 1, 5, 0] and tokenizer.encode("a > a") == [0, 0]
 
 
 def library_ids(library, text):
@@ -324,11 +335,11 @@ def library_ids(library, text):
 
 def test_a_vocabulary_with_holes_keeps_its_letters(tmp_path):
     """The library gives new tokens ids that others have."""
-    ids = {"<im>": 0, "<end>": 1, "~": 2, "a": 3, "b": 9, "c": 12, "d": 14}
+    ids = {"<im>": 0, "<end>": 1, "~": 2, "a": 3, "b": 9, "c": 8, "d": 7}
     library = tokenizers.Tokenizer(models.BPE(ids, [], unk_token="~"))
     library.add_special_tokens(["<im>", "<end>"])
     tokenizer = saved(tmp_path, library)
-    assert asked(tokenizer, "<im>{{ messages[0].content }}<end>", "abcd<end>")[:5] == [0, 3, 9, 12, 14]
+    assert asked(tokenizer, "<im>{{ messages[0].content }}<end>", "abcd<end>")[:5] == [0, 3, 9, 8, 7]
     assert asked(tokenizer, "<im>{{ messages[0].content }}<end>", "abcd")[5:] == [1]
 
 
@@ -340,6 +351,9 @@ def test_markers_that_are_not_special_are_text_in_messages(tmp_path):
     ids = asked(tokenizer, template, "<think> <tool> <other>")
     assert [i for i in ids if i in (think, tool, other)] == [other, think] and ids[-1] == think
     assert tokenizer.decode(ids).replace(" ", "") == "<think><tool><other><think>"
+    ids = asked(tokenizer, "{{ messages[0].content }}", "<think> <tool>")
+    assert [i for i in ids if i in (think, tool, other)] == [think, tool]
+    assert control_of(tokenizer, asked(tokenizer, "<im>{{ messages[0].content }}", "<im><other>")) == ["<im>"]
 
 
 def test_a_role_that_is_no_word_is_text(tmp_path):

@@ -86,6 +86,21 @@ def test_a_copy_has_every_file_of_a_tokenizer_and_nothing_else(tmp_path):
     assert {"chat_template.jinja", "generation_config.json", "special_tokens_map.json"} < set(directory.FILES)
 
 
+def test_a_copy_has_every_chat_template(tmp_path):
+    """Those that transformers 5 writes into a folder beside the first one."""
+    import transformers
+
+    source, target = Path(save_byte_tokenizer(tmp_path / "source")), tmp_path / "target"
+    peer = transformers.AutoTokenizer.from_pretrained(source)
+    peer.chat_template = {"default": "a", "tool_use": "b"}
+    peer.save_pretrained(source)
+    (target / "additional_chat_templates").mkdir(parents=True)
+    (target / "additional_chat_templates" / "earlier.jinja").write_text("c")
+    assert "additional_chat_templates/tool_use.jinja" in copy_tokenizer(source, target)
+    assert transformers.AutoTokenizer.from_pretrained(target).chat_template == peer.chat_template
+    assert load_tokenizer(target).chat_template == "a"
+
+
 def test_a_copy_holds_no_file_of_an_earlier_tokenizer(tmp_path):
     source = save_byte_tokenizer(tmp_path / "source")
     target = tmp_path / "target"

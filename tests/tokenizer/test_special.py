@@ -35,9 +35,16 @@ def test_ids_that_end_a_text(words):
     assert stop_ids(words, 2) == [2, 8]
     _write(words / "config.json", {"eos_token_id": [7, 8], "pad_token_id": 5})
     assert stop_ids(words, 2) == [2, 8, 7]
-    assert special_ids(words, 4)["eos_token_id"] == [8, 7] and special_ids(words, 4)["pad_token_id"] == 5
+    assert special_ids(words, 9)["eos_token_id"] == [8, 7] and special_ids(words, 9)["pad_token_id"] == 5
     file.unlink()
     assert stop_ids(words, 2) == [2, 7, 8]
+
+
+def test_ids_that_the_model_has_no_row_for_are_not_stated(words):
+    _write(words / "generation_config.json", {"eos_token_id": [2, 99], "pad_token_id": -1, "bos_token_id": [7]})
+    assert special_ids(words, 8) == {"eos_token_id": [2], "bos_token_id": [7]}
+    _write(words / "tokenizer_config.json", {"pad_token": "<p>"})
+    assert special_ids(words, 8)["pad_token_id"] == 3
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, true]}'])

@@ -7,12 +7,14 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers.runs import child, cli, copy_of, log_of, one_error, same_weights
 from helpers.training import settings
 
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
+from stellarbyte_jax.hf.directory import from_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.train import resume
 from stellarbyte_jax.train.meter import DivergedError
@@ -175,6 +177,19 @@ def test_the_end_of_a_run_is_done_later_where_a_signal_kept_it_from_being_done(c
     assert (run / "hf" / "config.json").is_file() and not list(run.glob(".hf*"))
     assert cli(config_file, *end) == 0
     assert "sample: a|" not in capsys.readouterr().out
+
+
+def test_what_was_made_of_weights_that_are_trained_again_is_made_again(config_file, tmp_path, capsys):
+    """Also at a step of the same number, as where the newest checkpoint was damaged."""
+    run, end = tmp_path / "run", ("steps=4", "export_at_end=true", "sample_prompts=a", "evaluation.interval=2")
+    assert cli(config_file, *end, "checkpoint.interval=2") == 0
+    shutil.rmtree(run / "checkpoints" / "4" / "params")
+    capsys.readouterr()
+    assert cli(config_file, *end, "optimizer.learning_rate=0.1") == 0
+    out = capsys.readouterr().out
+    assert "resumed at step 2" in out and "sample: a|" in out
+    exported = from_pretrained(run / "hf")[1]["embed"]["embedding"]
+    np.testing.assert_array_equal(exported, load_weights(run)[1]["embed"]["embedding"])
 
 
 def test_a_checkpoint_that_holds_nan_is_set_aside(tmp_path, monkeypatch):
