@@ -356,6 +356,12 @@ def test_markers_that_are_not_special_are_text_in_messages(tmp_path):
     assert control_of(tokenizer, asked(tokenizer, "<im>{{ messages[0].content }}", "<im><other>")) == ["<im>"]
 
 
+def test_one_tokenizer_serves_several_templates(tmp_path):
+    tokenizer = other_tokenizer(tmp_path, added=["<think>"])
+    for template, count in (("<think>", 0), ("", 1), ("<think>", 0)):
+        assert tokenizer.encode_around("a<think>", [(0, 8)], template).count(tokenizer.encode("<think>")[0]) == count
+
+
 def test_a_role_that_is_no_word_is_text(tmp_path):
     tokenizer = other_tokenizer(tmp_path)
     conversation = Conversation(dataclasses.replace(tokenizer, chat_template=ENDS))
