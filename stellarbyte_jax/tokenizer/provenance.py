@@ -106,13 +106,19 @@ class Traced(str):
         return found
 
 
-class _Safe(Markup):
+class Safe(Markup):
     """What a filter has marked as safe HTML, whose characters are those of a message too."""
 
     __slots__ = ()
 
+    def __str__(self) -> Traced:
+        return Traced(str.__str__(self))
+
     def __iter__(self) -> Iterator[str]:
-        return iter(Traced(str(self)))
+        return iter(str(self))
+
+    def __repr__(self) -> str:
+        return repr(Markup(str.__str__(self)))
 
 
 def trace(value: Any) -> Any:
@@ -159,9 +165,10 @@ def followed(made: Any, function: Callable[..., Any], args: Sequence[Any], kwarg
     and is the same besides, that is where they went; otherwise all of it counts as said.
     """
     if type(made) is Markup:
-        return _Safe(made)
-    if not isinstance(made, str) or isinstance(made, Traced | Markup):
+        return Safe(made)
+    if not isinstance(made, str) or isinstance(made, Markup):
         return made
+    made = str.__str__(made)  # a function may have put together a part of it without a trace
     try:
         hidden = function(*_hide(tuple(args)), **_hide(dict(kwargs)))
     except Exception:  # as different as can be

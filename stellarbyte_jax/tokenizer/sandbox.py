@@ -14,13 +14,15 @@ from jinja2.runtime import LoopContext, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import generate_lorem_ipsum
 from jinja2.visitor import NodeTransformer
+from markupsafe import Markup
 
 from stellarbyte_jax.tokenizer import costs
-from stellarbyte_jax.tokenizer.provenance import Traced, followed, is_said, joined
+from stellarbyte_jax.tokenizer.provenance import Safe, Traced, followed, is_said, joined
 
 _NODES_A_STEP = 16
 _STEPS_OF_A_CALL = 4
 _OF_JINJA = ("_loop_vars", "_block_vars")  # it hands them to every call inside of a loop or a block
+_WHOLE = ("max", "min", "string", "trim")  # filters whose texts are one of those that they were given, or cut from it
 _TEXTS = (str, bytes, bytearray)
 _BUILT_IN = (str, bytes, bytearray, int, float, list, tuple, dict)
 
@@ -108,11 +110,12 @@ class Environment(ImmutableSandboxedEnvironment):
         tree.set_environment(self)
         return tree
 
-    @pass_eval_context
-    def _written(self, context: Any, value: Any) -> Any:
+    def _written(self, value: Any) -> Any:
         """What is put into the text, which is escaped afterwards where the template has switched that on."""
         said = self.budget.spend_on(value)
-        return Traced(str(value)) if said and not (context.autoescape or isinstance(value, Traced)) else value
+        if isinstance(value, Markup):
+            return Safe(value)
+        return Traced(str(value)) if said and not isinstance(value, str) else value
 
     def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
         """One text, of a block, a macro or all."""
@@ -186,7 +189,7 @@ class Environment(ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def filtered(*args: Any, **kwargs: Any) -> Any:
             before, value, rest = args[:passed], args[passed], args[passed + 1 :]
-            if isinstance(value, Iterator) and not shallow:
+            if isinstance(value, Iterator) and not (shallow or isinstance(value, LoopContext)):
                 value = list(value)
             said = not shallow and self.budget.spend_on(value, slow=name in costs.SLOW_FILTERS)
             if shallow and name not in costs.FREE_FILTERS:
@@ -198,7 +201,7 @@ class Environment(ImmutableSandboxedEnvironment):
             if isinstance(made, Iterator):
                 return self.counted(made, self.budget.spend_on_top)
             self.budget.spend_on_top(made)
-            if said:
+            if said and not (isinstance(made, Traced) and (shallow or name in _WHOLE)):
                 return followed(made, functools.partial(function, *before), (value, *rest), kwargs)
             return made
 

@@ -222,6 +222,7 @@ EDITS = {
     "a translation": ("{{ messages[0].content.translate({42: none}) }}", ["<e*nd>"]),
     "keys": ("{% for k in messages[0] %}{{ k }}{% endfor %}<{{ messages[0].content }}>", ["end"]),
     "an attribute": ("<{{ messages | map(attribute='content') | first }}>", ["end"]),
+    "lines that are indented": ("{{ messages[0].content | indent(2) }}", ["x\n<end>"]),
     "a trimmed block": ("{{ ('<' ~ messages[0].content) | trim }}>", [" end"]),
 }
 

@@ -42,6 +42,7 @@ TEMPLATES = {
     "sets": "{% set x %}{% for m in messages %}{{ m.role }}{% endfor %}{% endset %}{{ x | upper }}{{ x ~ 1 ~ none }}"
     "{% filter lower %}ABC{{ x }}{% endfilter %}{% set a, b = 1, [2] %}{{ a + b[0] }}{{ (b + [a])[::-1] }}",
     "recursive loop": "{% for m in [1, [2, [3]]] recursive %}({{ loop(m) if m is iterable else m }}){% endfor %}",
+    "a loop": "{% for m in messages %}{{ loop | string | length }}{{ m.role }}{% endfor %}",
     "safe text": "{{ messages[0].content + ('!' | safe) }}{{ ('<' | safe) + messages[0].content }}"
     "{% autoescape true %}{{ ('<' | safe) ~ messages[0].content }}{{ messages[0].content ~ '<' }}{% endautoescape %}",
     "methods": "{{ messages[0]['content'].split('&')[0].strip() }}{{ '%s-%03d' % ('a', 7) }}{{ 'ab'.center(6, '.') }}"
