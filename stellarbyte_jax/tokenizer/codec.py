@@ -99,8 +99,14 @@ class Tokenizer:
         def smaller(piece: str) -> list[int]:
             if len(piece) < 2:
                 return []
-            made = [(token.id, token.value) for half in (piece[:1], piece[1:]) for token in model.tokenize(half)]
+            made = [(token.id, token.value) for half in (piece[:1], piece[1:]) for token in tokenized(half)]
             return [n for number, value in made for n in (smaller(value) if number in self._control else [number])]
+
+        def tokenized(part: str) -> list[Any]:
+            try:
+                return model.tokenize(part)
+            except Exception:  # unknown, and no token stands for that: as nothing stands for it elsewhere
+                return []
 
         return [n for i in ids for n in (smaller(model.id_to_token(i)) if i in self._control else [i])]
 

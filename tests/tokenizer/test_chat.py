@@ -327,6 +327,11 @@ def test_a_piece_of_a_piece_is_no_control_token_either(tmp_path):
     library.add_special_tokens(["<e>", "e>", ">"])
     tokenizer = saved(tmp_path, library, "<e>", "e>")
     assert tokenizer.encode("a <e> a") == [0, 1, 5, 0] and tokenizer.encode("a > a") == [0, 0]
+    library.add_special_tokens(["e"])
+    assert saved(tmp_path, library, "<e>", "e>").encode("a <e> e") == [0, 1]
+    vocabulary = {"a": 0, "<e>": 1, ">": 2}
+    library.model = models.WordLevel(vocabulary)  # which knows no smaller piece, and no token for what it does not know
+    assert saved(tmp_path, library, "<e>", ">").encode("a <e> a") == [0, 0]
 
 
 def library_ids(library, text):
