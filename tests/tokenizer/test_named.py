@@ -4,7 +4,7 @@ import json
 from importlib.metadata import version
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from stellarbyte_jax.tokenizer.chat import Conversation
 from stellarbyte_jax.tokenizer.codec import load_tokenizer, token_byte_lengths
@@ -122,6 +122,32 @@ def test_a_named_token_gets_no_id_of_another_one(tmp_path):
     library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"'<image>' has no id, and the one that is next, 3, is another token's"):
         load_tokenizer(tmp_path)
+
+
+def test_new_ids_follow_the_order_of_transformers(tmp_path):
+    names = {"image_token": "<i>", "mask_token": "<m>", "cls_token": "<c>", "unk_token": "<u>"}
+    ours = load_tokenizer(_directory(tmp_path, names))
+    text = "".join(names.values())
+    assert ours.encode(text, parse_special=True) == _peer(tmp_path)(text, add_special_tokens=False).input_ids
+
+
+def test_tokens_that_are_listed_again_change_nothing(tmp_path):
+    """Runs that began before they were go on."""
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
+    library = Tokenizer(models.WordLevel(WORDS, unk_token="a"))
+    library.add_tokens([AddedToken("<word>", normalized=False)])
+    _directory(tmp_path, {})
+    library.save(str(tmp_path / "tokenizer.json"))
+    before = load_tokenizer(tmp_path).fingerprint
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {"6": {"content": "<word>", **flags}}})
+    )
+    assert load_tokenizer(tmp_path).fingerprint == before
+
+
+def test_added_tokens_come_in_any_order(tmp_path):
+    ours = load_tokenizer(_directory(tmp_path, {}, None, {"<z>": 7, "<y>": 6}))
+    assert ours.encode("<y><z>") == [6, 7] == _peer(tmp_path)("<y><z>", add_special_tokens=False).input_ids
 
 
 def test_a_named_token_is_a_control_token(tmp_path):

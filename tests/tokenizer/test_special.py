@@ -7,7 +7,7 @@ from helpers.tiny_documents import save_byte_tokenizer
 from tokenizers import Tokenizer, models, processors
 
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
-from stellarbyte_jax.tokenizer.special import adds_bos, special_ids, stop_ids
+from stellarbyte_jax.tokenizer.special import adds_bos, kept_ids, special_ids, stop_ids
 
 WORDS = {"a": 0, "<b>": 1, "<e>": 2, "<p>": 3}
 
@@ -146,6 +146,30 @@ def test_padding_that_the_library_asks_for_is_no_beginning(words):
     library.enable_padding(direction="left", length=8, pad_id=3, pad_token="<p>")
     library.save(str(words / "tokenizer.json"))
     assert adds_bos(words, 1, 2) and not adds_bos(words, 3, None)
+
+
+def test_an_eos_that_a_short_library_cuts_off_is_told(words, caplog):
+    library = Tokenizer(models.WordLevel(WORDS, unk_token="a"))
+    library.post_processor = processors.TemplateProcessing(single="<b> $A <e>", special_tokens=[("<b>", 1), ("<e>", 2)])
+    library.enable_truncation(2)
+    library.save(str(words / "tokenizer.json"))
+    assert adds_bos(words, 1, 2) and "adds eos after a text" in caplog.text
+
+
+def test_an_eos_that_stands_for_unknown_text_is_no_end(words, caplog):
+    library = Tokenizer(models.WordLevel({"<b>": 0, "<e>": 1}, unk_token="<e>"))
+    library.post_processor = processors.TemplateProcessing(single="<b> $A", special_tokens=[("<b>", 0)])
+    library.save(str(words / "tokenizer.json"))
+    assert adds_bos(words, 0, 1) and not caplog.messages
+
+
+def test_ends_that_another_tokenizer_keeps_have_rows_and_are_not_its_own(words):
+    before = words / "before"
+    before.mkdir()
+    _write(before / "config.json", {"eos_token_id": [2, -1]})
+    assert kept_ids(before, words, 4) == {"eos_token_id": 2}
+    _write(words / "tokenizer_config.json", {"eos_token": "<e>"})
+    assert kept_ids(before, words, 4) == {}
 
 
 def test_one_token_that_begins_and_ends_texts_is_told_apart(words, caplog):

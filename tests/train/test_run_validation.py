@@ -12,6 +12,7 @@ import pytest
 from helpers.runs import ROOT, cli, log_of, one_error, same_weights
 
 from stellarbyte_jax.checkpoint.weights import load_weights
+from stellarbyte_jax.config import override
 from stellarbyte_jax.data.files import DataError
 from stellarbyte_jax.train import meter, resume, run
 from stellarbyte_jax.train.validation import check_comparable, measured_on
@@ -45,6 +46,7 @@ def steps_of(directory):
     return sorted(int(p.name) for p in (directory / "checkpoints").glob("[0-9]*"))
 
 
+NO_VALIDATION = ("data.validation=[]", "evaluation.interval=500", "evaluation.batches=50")
 EVERY_STEP = ("evaluation.interval=1", "checkpoint.interval=1")
 
 
@@ -112,8 +114,7 @@ def test_a_validation_that_was_broken_off_is_no_longer_due_after_steps_without_a
     settings = ("schedule.warmup_steps=1",)
     scripted([None])
     assert cli(config_file, *settings, "steps=5", "evaluation.interval=2") == 143
-    without = ("data.validation=[]", "evaluation.interval=500", "evaluation.batches=50")
-    assert cli(config_file, *settings, "steps=3", *without) == 0
+    assert cli(config_file, *settings, "steps=3", *NO_VALIDATION) == 0
     scripted([4.0])
     assert cli(config_file, *settings, "steps=5") == 0
     assert log_of(tmp_path / "run")[1] == {5: 4.0}
@@ -152,9 +153,38 @@ def test_a_signal_breaks_off_the_validation_at_the_end_of_the_data(scripted, con
         assert log_of(tmp_path / "run")[1] == {step: 4.0}
 
 
+def test_a_checkpoint_is_written_where_the_loss_is_better(scripted, config_file, tmp_path):
+    """Between those that are due, and at the end; not where it is only not the worst."""
+    scripted([5.0, 6.0, 4.0, 7.0, 8.0])
+    kept = ("checkpoint.interval=100", "checkpoint.keep_latest=9", "checkpoint.keep_best=2")
+    assert cli(config_file, "steps=5", "evaluation.interval=1", "schedule.warmup_steps=1", *kept) == 0
+    assert steps_of(tmp_path / "run") == [1, 3, 5]
+
+
+def test_a_complete_run_puts_back_what_a_killed_export_had_moved(config_file, tmp_path, capsys):
+    settings = (*NO_VALIDATION, "steps=2", "schedule.warmup_steps=1")
+    assert cli(config_file, *settings, "export_at_end=true") == 0
+    directory = tmp_path / "run"
+    (directory / "hf").rename(directory / ".hf.old-1")
+    capsys.readouterr()
+    assert cli(config_file, *settings) == 0
+    out = capsys.readouterr().out
+    assert "is complete: 2 of 2 steps" in out and "resumed" not in out and "summary" not in out
+    assert [path.name for path in directory.glob("*hf*")] == ["hf"]
+    config = override(load_weights(directory)[0], ["steps=1", "schedule.warmup_steps=0"])
+    assert run.train(config) == run.Finished(0, 2, "steps")
+
+
+def test_a_constant_schedule_has_no_end_that_the_data_could_miss(config_file, tmp_path, capsys):
+    (tmp_path / "few.jsonl").write_text('{"text": "a few words"}\n' * 30)
+    few = (f"data.train={tmp_path / 'few.jsonl'}", "data.epochs=1", "steps=9")
+    assert cli(config_file, *few, *NO_VALIDATION, "schedule.name=constant", "schedule.warmup_steps=0") == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "the data ended" in line)
+    assert line.endswith("of 9")
+
+
 def test_the_last_step_is_validated_of_a_run_that_was_to_be_longer(scripted, config_file, tmp_path, capsys):
-    without = ("data.validation=[]", "evaluation.interval=500", "evaluation.batches=50")
-    assert cli(config_file, "steps=1", "schedule.warmup_steps=0", *without) == 0
+    assert cli(config_file, "steps=1", "schedule.warmup_steps=0", *NO_VALIDATION) == 0
     scripted([4.0])
     for _ in range(2):
         assert cli(config_file, "steps=1", "schedule.warmup_steps=0") == 0
@@ -177,8 +207,7 @@ def test_validation_on_other_rows_is_refused_when_a_run_goes_on(scripted, config
     other = f"data.validation={ROOT / 'data' / 'tiny_bilingual_train.jsonl'}"
     assert cli(config_file, *settings[:1], "steps=2", other) == 1
     assert one_error(capsys, "data.validation: the files were valid.jsonl and are now tiny_bilingual_train.jsonl")
-    without = ("data.validation=[]", "evaluation.interval=500", "evaluation.batches=50")
-    assert cli(config_file, *settings[:1], "steps=2", *without) == 0
+    assert cli(config_file, *settings[:1], "steps=2", *NO_VALIDATION) == 0
     capsys.readouterr()
     assert cli(config_file, *settings, "steps=3") == 1  # the best is still that of the first rows
     assert one_error(capsys, f"{rows}: other content than before")
