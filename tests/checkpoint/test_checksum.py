@@ -152,6 +152,16 @@ def test_a_checkpoint_that_lost_an_item_is_set_aside(run, tmp_path, item, listin
     assert int(found.state.step) == 1 and f"FileNotFoundError: {item} of it is missing" in said[0]
 
 
+@pytest.mark.parametrize("listing", [b"{", b"{}"])
+def test_a_checkpoint_that_lost_its_format_and_its_list_is_damaged(run, tmp_path, listing):
+    directory, _, read = run
+    shutil.copytree(directory, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "2" / "format")
+    (tmp_path / "copy" / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_bytes(listing)
+    found, said = read(tmp_path / "copy")
+    assert int(found.state.step) == 1 and "format of it is missing" in said[0]
+
+
 def test_checkpoints_that_all_lost_their_format_are_damaged_and_none_of_old(run, tmp_path):
     directory, _, read = run
     shutil.copytree(directory, tmp_path / "copy")

@@ -185,6 +185,17 @@ def test_restoring_other_data_is_refused(data, tmp_path):
         loader.restore({**state, "stream": earlier})  # from before contents were noted
 
 
+@pytest.mark.parametrize("changes", [{"fields": None}, {"fields": 3}, {"template": 3}, {"fields": ["a", 3]}], ids=str)
+def test_a_state_whose_fields_are_damaged_is_refused(data, changes):
+    with _loader(data) as loader:
+        state = loader.state()
+        with pytest.raises(DataError, match="cannot continue the data where it stopped"):
+            loader.restore({**state, "stream": {**state["stream"], **changes}})
+        del state["stream"]["fields"]
+        with pytest.raises(DataError, match="fields was None"):
+            loader.restore(state)
+
+
 def test_of_several_files_those_that_changed_are_named(data, tmp_path):
     paths = [tmp_path / f"{name}.jsonl" for name in "xyz"]
     for path in paths:

@@ -11,8 +11,9 @@ from helpers.tiny_documents import save_byte_tokenizer
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data.loader import make_loader
 from stellarbyte_jax.data.shards import prepare
-from stellarbyte_jax.data.sources import DataError
+from stellarbyte_jax.data.sources import DataError, open_corpus
 from stellarbyte_jax.data.text import TextFormat
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.training import format as tokenizer_format
 
 TEXTS = [f"[{i}] 春眠不覚暁 spring {'.' * (i % 9)}" for i in range(100)]
@@ -56,6 +57,23 @@ def test_shards_give_the_batches_of_the_text(tmp_path, source, tokenizer, shard_
         for key in b:
             assert a[key].dtype == b[key].dtype
             np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_the_content_of_a_shard_is_that_of_both_of_its_files(tmp_path, source, tokenizer):
+    _prepare(tmp_path, source, tokenizer)
+
+    def contents():
+        options = {"setting": "data.train", "columns": ["text"], "fingerprint": load_tokenizer(tokenizer).fingerprint}
+        return dict(open_corpus([str(tmp_path / "out")], **options).contents)
+
+    before = contents()
+    assert len(before) == 2
+    for path in before:
+        content = bytearray(Path(path).read_bytes())
+        content[:2] = content[2:4] if content[:2] != content[2:4] else content[4:6]
+        Path(path).write_bytes(content)
+        assert [name for name, found in contents().items() if found != before[name]] == [path]
+        before = contents()
 
 
 def test_a_large_vocabulary_takes_wider_tokens(tmp_path, source, tokenizer):

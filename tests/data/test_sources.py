@@ -175,8 +175,21 @@ def test_the_content_of_files_is_their_size_beginning_and_end(tmp_path):
     lines = [b'{"text": "%07d"}\n' % i for i in range(20_000)]
     found = content(b"".join(lines))
     assert content(b"".join(lines), "b.jsonl") == found
-    for changed in (lines[:-1], [lines[1], *lines[1:]], [*lines[:-1], lines[0]]):
+    for changed in (lines[:-1], [lines[1], *lines[1:]], [*lines[:-1], lines[0]], [*lines[:9000], *lines[9001:]]):
         assert content(b"".join(changed)) != found
+
+
+def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"a text {i}" for i in range(2000)]}), path, compression="gzip")
+    content = bytearray(path.read_bytes())
+    content[500:600] = bytes(100)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read as Parquet"):
+        _open(tmp_path, path)
 
 
 BAD_FILES = {
