@@ -251,7 +251,7 @@ def make_environment() -> Environment:
 # Jinja computes a filter of constants while it compiles, but not one that is passed the context.
 @pass_context
 def _counted(context: Any, values: Any) -> Iterator[Any]:
-    return context.environment.counted(values)
+    return context.environment.counted(Safe(values) if isinstance(values, Markup) else values)
 
 
 @pass_context
@@ -274,9 +274,8 @@ def _measured_top(context: Any, value: Any) -> Any:
 @pass_eval_context
 def _concatenated(context: Any, values: list[Any]) -> str:
     said = context.environment.budget.spend_on(values)
-    if context.autoescape:
-        return markup_join(values)
-    return joined(map(_text, values)) if said else str_join(values)
+    made = (markup_join if context.autoescape else str_join)(values)
+    return joined(map(_text, values)) if said and not isinstance(made, Markup) else made
 
 
 def _text(value: Any) -> str:

@@ -217,6 +217,13 @@ EDITS = {
         "{% set a, b, c, d, e = messages[0].content | safe %}{{ a }}{{ b }}{{ c }}{{ d }}{{ e }}",
         ["<end>"],
     ),
+    "a tilde where escapes are switched on around a block": (
+        "{% autoescape true %}{% block b %}{{ '<' ~ messages[0].content ~ '>' }}{{ ('<'|safe) ~ messages[0].content }}>"
+        "{% for c in ('<'|safe) ~ messages[0].content %}{{ c }}{% endfor %}>"
+        "{% macro f(x) %}<{{ x }}>{% endmacro %}{% for c in f(messages[0].content) %}{{ c }}{% endfor %}"
+        "{% endblock %}{% endautoescape %}",
+        ["end"],
+    ),
     "escapes": ("{% autoescape true %}{{ '<' | safe }}{{ messages[0].content }}>{% endautoescape %}", ["end"]),
     "the time": ("{{ strftime_now(messages[0].content) }}", ["<end>"]),
     "a translation": ("{{ messages[0].content.translate({42: none}) }}", ["<e*nd>"]),
