@@ -58,7 +58,7 @@ class TokenizerDirectory:
 
     @property
     def files(self) -> list[str]:
-        """Those of :data:`FILES` that it holds."""
+        """Names of the files of a tokenizer that it holds: of :data:`FILES`, and of the folder of further templates."""
         more = sorted(f"{MORE_TEMPLATES}/{file.name}" for file in self.path.glob(f"{MORE_TEMPLATES}/*.jinja"))
         return [*(name for name in FILES if (self.path / name).is_file()), *more]
 

@@ -79,7 +79,7 @@ def test_the_runs_own_tokenizer_goes_before_that_of_its_settings(copies: Path) -
 @pytest.mark.parametrize("kind", ["hf", "run"])
 def test_every_end_of_a_text_is_known(kind: str, copies: Path) -> None:
     directory = copies / ("hf" if kind == "hf" else "words")
-    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 2]}')
+    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 99, 2, -1]}')  # two have no row
     if kind == "run":
         shutil.copytree(copies / "words", copies / "run" / TOKENIZER)
     assert load_bundle(copies / kind).stop_ids == [2, 3]
@@ -99,6 +99,23 @@ def test_whether_texts_begin_with_bos(copies: Path) -> None:
     }
     file.write_text(json.dumps(library))
     assert load_bundle(copies / "hf").add_bos
+
+
+def test_an_eos_after_texts_is_told(copies: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = copies / "hf" / "tokenizer.json"
+    library = json.loads(file.read_text())
+    assert load_bundle(copies / "hf").tokenizer.eos_id is not None and "adds eos" not in caplog.text
+    library["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<e>", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<e>": {"id": "<e>", "ids": [load_bundle(copies / "hf").tokenizer.eos_id], "tokens": ["<e>"]}
+        },
+    }
+    file.write_text(json.dumps(library))
+    load_bundle(copies / "hf")
+    assert "adds eos after a text" in caplog.text
 
 
 def test_a_step_of_a_converted_model(directories: Path) -> None:

@@ -191,6 +191,11 @@ def test_a_state_whose_fields_are_damaged_is_refused(data, changes):
         state = loader.state()
         with pytest.raises(DataError, match="cannot continue the data where it stopped"):
             loader.restore({**state, "stream": {**state["stream"], **changes}})
+
+
+def test_a_state_without_fields_is_refused(data):
+    with _loader(data) as loader:
+        state = loader.state()
         del state["stream"]["fields"]
         with pytest.raises(DataError, match="fields was None"):
             loader.restore(state)

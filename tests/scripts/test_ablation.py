@@ -120,7 +120,7 @@ def test_cost_of_smaller_caches(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "VARIANTS", {"everything kept": {}})
     line = json.dumps({"text": "spring wind " * 40}).encode()
     assert read(b"\xef\xbb\xbf", line, b"\r\n \r\n\n", line) == 0
-    assert json.loads(output.read_text())["texts"] == 3
+    assert json.loads(output.read_text())["texts"] == 3 and list((tmp_path / "cache").iterdir())
     capsys.readouterr()
     for bad, message in (
         (b'{"text": 3}', "field 'text' must be a string"),

@@ -160,6 +160,9 @@ def test_ends_of_texts_go_into_a_resized_vocabulary(
     convert: Callable[..., int], bare: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, words = bare.parent / "resized", run_dir.parent / "words"
+    edit_config(bare, eos_token_id=1)  # what the tokenizer says too
+    assert convert("resize", bare, bare.parent / "same", "--tokenizer", words) == 0
+    assert "no longer any" not in capsys.readouterr().out
     edit_config(bare, eos_token_id=[3, 2, 39])
     assert convert("resize", bare, run, "--tokenizer", words) == 0
     assert load_bundle(run).stop_ids == [1, 3, 2, 39]

@@ -72,6 +72,7 @@ def test_bad_lines_are_skipped_and_counted_as_prepare_data_does(script, tmp_path
     bad = '{"text": "x\\ud83d"}\n{"text": 3}\nnonsense\n'
     assert _train(script, tmp_path, bad + GOOD, "--on-error", "skip") == 0
     assert "distinct pieces, 3 lines skipped\n" in capsys.readouterr().out
+    assert list((tmp_path / "cache").iterdir())
     first = (tmp_path / "out" / "tokenizer.json").read_bytes()
     assert _train(script, tmp_path, GOOD) == 0
     assert "lines skipped" not in capsys.readouterr().out

@@ -103,8 +103,9 @@ def test_a_copy_has_every_chat_template(tmp_path):
     peer.save_pretrained(source)
     (target / "additional_chat_templates").mkdir(parents=True)
     (target / "additional_chat_templates" / "earlier.jinja").write_text("c")
-    assert "additional_chat_templates/tool_use.jinja" in copy_tokenizer(source, target)
-    assert transformers.AutoTokenizer.from_pretrained(target).chat_template == peer.chat_template
+    for place in (target, tmp_path / "new"):
+        assert "additional_chat_templates/tool_use.jinja" in copy_tokenizer(source, place)
+        assert transformers.AutoTokenizer.from_pretrained(place).chat_template == peer.chat_template
     assert load_tokenizer(target).chat_template == "a"
 
 
