@@ -148,7 +148,7 @@ class Checkpointer:
         )
         self._replaced = run_dir.absolute() / "replaced"
         self._put_back()
-        self._lost = self._drop_unreadable_metrics()
+        self._lost = self._drop_unreadable_lists() + self._drop_unreadable_metrics()
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _put_back(self) -> None:
@@ -158,6 +158,20 @@ class Checkpointer:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 path.rename(self.directory / path.name)
         shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _drop_unreadable_lists(self) -> list[str]:
+        """Removes orbax's notes of a step that keep it from opening the directory; items are read without them."""
+        lost = []
+        for path in sorted(self.directory.glob("[0-9]*/_CHECKPOINT_METADATA")):
+            try:
+                ocp.metadata.get_step_metadata(path.parent)
+            except Exception as error:  # orbax checks each field in its own way
+                path.unlink()
+                lost.append(
+                    f"checkpoint {path.parent.name}: orbax's list of its items is unreadable ({first_line(error)}), "
+                    "so it was removed; they are read without it"
+                )
+        return lost
 
     def _drop_unreadable_metrics(self) -> list[str]:
         """Removes validation losses that orbax could not read, and so not open the directory; returns what to tell."""
