@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.hf_models import edit_config, save_words
 from safetensors import safe_open
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import GenerationConfig
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
@@ -105,6 +105,19 @@ def test_ends_and_beginnings_of_texts_go_both_ways(convert: Callable[..., int], 
         bundle = load_bundle(directory)
         assert (bundle.stop_ids, bundle.add_bos) == (expected.stop_ids, expected.add_bos)
     assert GenerationConfig.from_pretrained(again).eos_token_id == [3, 4, 2]
+
+
+def test_an_eos_that_the_tokenizer_adds_to_texts_is_told(
+    convert: Callable[..., int], run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hf = run_dir.parent / "hf"
+    assert convert("to-hf", run_dir, hf) == 0
+    assert convert("from-hf", hf, run_dir.parent / "plain") == 0 and "adds eos" not in caplog.text
+    library = Tokenizer.from_file(str(hf / "tokenizer.json"))
+    library.post_processor = processors.TemplateProcessing(single="$A <e>", special_tokens=[("<e>", 1)])
+    library.save(str(hf / "tokenizer.json"))
+    assert convert("from-hf", hf, run_dir.parent / "again") == 0
+    assert "adds eos after a text" in caplog.text
 
 
 @pytest.fixture
