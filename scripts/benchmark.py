@@ -111,10 +111,10 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
 
         from stellarbyte_jax.launch import environment
         from stellarbyte_jax.model.decoder import ByteTransformer
-        from stellarbyte_jax.train.metrics import count_parameters, flops_per_token, memory_metrics, peak_flops
-        from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
-        from stellarbyte_jax.train.state import create_state
-        from stellarbyte_jax.train.step import make_train_step
+        from stellarbyte_jax.training.metrics import count_parameters, flops_per_token, memory_metrics, peak_flops
+        from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+        from stellarbyte_jax.training.state import create_state
+        from stellarbyte_jax.training.step import make_train_step
 
     model = ByteTransformer(config.model)
     optimizer = make_optimizer(config, model)
@@ -327,9 +327,9 @@ def _checkpoint(verify: bool) -> Callable[[TrainConfig, int], dict[str, Any]]:
             from stellarbyte_jax.checkpoint.store import Checkpointer
             from stellarbyte_jax.launch import environment
             from stellarbyte_jax.model.decoder import ByteTransformer
-            from stellarbyte_jax.train import resume
-            from stellarbyte_jax.train.optimizer import make_optimizer
-            from stellarbyte_jax.train.state import create_state, state_shapes
+            from stellarbyte_jax.training import resume
+            from stellarbyte_jax.training.optimizer import make_optimizer
+            from stellarbyte_jax.training.state import create_state, state_shapes
 
         model = ByteTransformer(config.model)
         optimizer = make_optimizer(config, model)

@@ -22,8 +22,8 @@ def main() -> int:
     arguments = parser.parse_args()
     config = load(arguments.config, arguments.set)
     with imports():
-        from stellarbyte_jax.train.guard import run_guarded
-        from stellarbyte_jax.train.run import train
+        from stellarbyte_jax.training.guard import run_guarded
+        from stellarbyte_jax.training.run import train
 
     def run() -> int:
         finished = train(config)

@@ -14,9 +14,9 @@ from stellarbyte_jax.model.decoder import ByteTransformer, init_params
 from stellarbyte_jax.model.io import Inputs
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.state.memory import Memory
-from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.train.state import create_state
-from stellarbyte_jax.train.step import make_train_step
+from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.training.state import create_state
+from stellarbyte_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.gpu
 

@@ -17,9 +17,9 @@ from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import CheckpointConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.train import resume
-from stellarbyte_jax.train.optimizer import make_optimizer
-from stellarbyte_jax.train.state import create_state, state_shapes
+from stellarbyte_jax.training import resume
+from stellarbyte_jax.training.optimizer import make_optimizer
+from stellarbyte_jax.training.state import create_state, state_shapes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8", "float16", "uint8"])

@@ -17,9 +17,9 @@ from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, Stor
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import CheckpointConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.train import resume
-from stellarbyte_jax.train.resume import Progress
-from stellarbyte_jax.train.state import state_shapes
+from stellarbyte_jax.training import resume
+from stellarbyte_jax.training.resume import Progress
+from stellarbyte_jax.training.state import state_shapes
 
 
 def not_embedding(path):

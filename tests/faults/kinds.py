@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 
-from stellarbyte_jax.train.console import OUTPUT_CLOSED
+from stellarbyte_jax.training.console import OUTPUT_CLOSED
 
 from .program import STEPS, documents
 

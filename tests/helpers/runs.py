@@ -79,7 +79,7 @@ def child(config_file, before="", *settings):
 import sys
 sys.argv = ["scripts/train.py", "--config", {str(config_file)!r}, *{["--set", *settings] if settings else []!r}]
 import os, signal
-from stellarbyte_jax.train.console import Reporter
+from stellarbyte_jax.training.console import Reporter
 def at_step(number, act):
     shown = Reporter.step
     def step(self, step, *args, **kwargs):

@@ -13,9 +13,9 @@ import optax
 from stellarbyte_jax.config import ByteConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import IsTrainable, all_trainable
-from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.train.state import TrainState, create_state
-from stellarbyte_jax.train.step import make_train_step
+from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.training.state import TrainState, create_state
+from stellarbyte_jax.training.step import make_train_step
 
 MODEL = ByteConfig(
     vocab_size=67,

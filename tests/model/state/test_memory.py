@@ -14,7 +14,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer, forward
 from stellarbyte_jax.model.io import Inputs, State
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.state.memory import LayerMemory, Memory
-from stellarbyte_jax.train.loss import batch_loss
+from stellarbyte_jax.training.loss import batch_loss
 
 M = 6
 KINDS = {

@@ -9,8 +9,8 @@ import numpy as np
 from stellarbyte_jax.data.files import DataError
 from stellarbyte_jax.data.loader import Loader
 from stellarbyte_jax.model.io import State
-from stellarbyte_jax.train.console import Reporter
-from stellarbyte_jax.train.metrics import validation_metrics
+from stellarbyte_jax.training.console import Reporter
+from stellarbyte_jax.training.metrics import validation_metrics
 
 
 def evaluate(

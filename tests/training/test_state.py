@@ -11,8 +11,8 @@ from helpers.training import MODEL, flat, packed_batch, settings, start
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
 from stellarbyte_jax.model.io import State
-from stellarbyte_jax.train.optimizer import make_optimizer
-from stellarbyte_jax.train.state import TrainState, create_state, state_shapes
+from stellarbyte_jax.training.optimizer import make_optimizer
+from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
 
 
 def not_embedding(path):

@@ -12,7 +12,7 @@ from helpers.update_rules import AdamW, Lion, Muon, clipped, each_matrix
 
 from stellarbyte_jax.config import ByteConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
-from stellarbyte_jax.train.optimizer import make_optimizer
+from stellarbyte_jax.training.optimizer import make_optimizer
 
 EVERY_KIND = ByteConfig(
     vocab_size=11,

@@ -17,10 +17,10 @@ from stellarbyte_jax.inference.api import generate, remember
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.state.memory import Memory
-from stellarbyte_jax.train import resume
-from stellarbyte_jax.train.optimizer import make_optimizer
-from stellarbyte_jax.train.run import evaluate
-from stellarbyte_jax.train.state import state_shapes
+from stellarbyte_jax.training import resume
+from stellarbyte_jax.training.optimizer import make_optimizer
+from stellarbyte_jax.training.run import evaluate
+from stellarbyte_jax.training.state import state_shapes
 
 SETTINGS = (
     "data.arrangement=contiguous",

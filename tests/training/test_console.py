@@ -12,8 +12,8 @@ import pytest
 from helpers.training import settings
 
 from stellarbyte_jax.config import DataConfig
-from stellarbyte_jax.train import console
-from stellarbyte_jax.train.console import OUTPUT_CLOSED, Reporter, format_metrics
+from stellarbyte_jax.training import console
+from stellarbyte_jax.training.console import OUTPUT_CLOSED, Reporter, format_metrics
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 NOTES = logging.getLogger("stellarbyte_jax.ops.somewhere")
@@ -78,7 +78,7 @@ def test_a_line_is_printed_and_logged_as_it_is(log, capsys):
 
 CLOSED = """
 import pathlib, sys
-from stellarbyte_jax.train.console import Reporter
+from stellarbyte_jax.training.console import Reporter
 with Reporter(pathlib.Path(sys.argv[1])) as report:
     for text in "abc":
         report.line(text)

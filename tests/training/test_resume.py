@@ -16,10 +16,10 @@ from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.hf.directory import from_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.train import resume
-from stellarbyte_jax.train.meter import DivergedError
-from stellarbyte_jax.train.optimizer import make_optimizer
-from stellarbyte_jax.train.state import create_state, state_shapes
+from stellarbyte_jax.training import resume
+from stellarbyte_jax.training.meter import DivergedError
+from stellarbyte_jax.training.optimizer import make_optimizer
+from stellarbyte_jax.training.state import create_state, state_shapes
 
 DIES_WHILE_SAVING = """
 from orbax.checkpoint._src.path import atomicity
@@ -66,7 +66,7 @@ def test_resume_is_exact(config_file, straight, tmp_path, capsys):
 
 
 IN_VALIDATION = """
-from stellarbyte_jax.train import run
+from stellarbyte_jax.training import run
 evaluate, calls = run.evaluate, []
 def interrupted(eval_step, params, batches, limit, report, state, stopped):
     def step(*values):

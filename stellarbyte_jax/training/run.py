@@ -23,16 +23,16 @@ from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
 from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.train import finish, resume
-from stellarbyte_jax.train.console import Reporter, format_metrics
-from stellarbyte_jax.train.meter import Meter
-from stellarbyte_jax.train.metrics import count_parameters
-from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.train.resume import Progress, Resumed
-from stellarbyte_jax.train.state import TrainState, create_state, state_shapes
-from stellarbyte_jax.train.step import make_eval_step, make_train_step
-from stellarbyte_jax.train.trackers import make_trackers
-from stellarbyte_jax.train.validation import check_comparable, evaluate, measured_on
+from stellarbyte_jax.training import finish, resume
+from stellarbyte_jax.training.console import Reporter, format_metrics
+from stellarbyte_jax.training.meter import Meter
+from stellarbyte_jax.training.metrics import count_parameters
+from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.training.resume import Progress, Resumed
+from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
+from stellarbyte_jax.training.step import make_eval_step, make_train_step
+from stellarbyte_jax.training.trackers import make_trackers
+from stellarbyte_jax.training.validation import check_comparable, evaluate, measured_on
 
 
 @dataclass(frozen=True)

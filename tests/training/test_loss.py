@@ -12,7 +12,7 @@ from helpers.training import MODEL, packed_batch
 from stellarbyte_jax.config import LossConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, forward, init_params, logits
 from stellarbyte_jax.model.io import Aux, Inputs
-from stellarbyte_jax.train.loss import auxiliary_loss, batch_loss, next_token_targets
+from stellarbyte_jax.training.loss import auxiliary_loss, batch_loss, next_token_targets
 
 
 def test_labels_are_shifted_once():

@@ -17,7 +17,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.directory import FILES, copy_tokenizer
 from stellarbyte_jax.tokenizer.special import stop_ids
-from stellarbyte_jax.train.run import train
+from stellarbyte_jax.training.run import train
 
 
 @pytest.fixture

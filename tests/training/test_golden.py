@@ -11,9 +11,9 @@ from helpers.groups import one_group_each, stacked
 from stellarbyte_jax.config import ByteConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.data.loader import make_loader
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
-from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.train.state import create_state
-from stellarbyte_jax.train.step import make_train_step
+from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.training.state import create_state
+from stellarbyte_jax.training.step import make_train_step
 
 ROOT = Path(__file__).parents[2]
 # Steps until which the last bit of a sum does not matter; then the gradient becomes large and makes much of it.
@@ -21,7 +21,7 @@ STEADY = 9
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 RENEW = (
     "The first losses moved. If the change was not meant to move them, it is wrong: find out why. If it was, say so in "
-    "the commit and renew the file: STELLARBYTE_RENEW_GOLDEN=1 python -m pytest tests/train/test_golden.py"
+    "the commit and renew the file: STELLARBYTE_RENEW_GOLDEN=1 python -m pytest tests/training/test_golden.py"
 )
 
 

@@ -6,8 +6,8 @@ import pytest
 from helpers.training import settings
 
 from stellarbyte_jax.config import LoggingConfig
-from stellarbyte_jax.train import meter
-from stellarbyte_jax.train.meter import DivergedError, Meter
+from stellarbyte_jax.training import meter
+from stellarbyte_jax.training.meter import DivergedError, Meter
 
 
 class Clock:

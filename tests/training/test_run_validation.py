@@ -14,8 +14,8 @@ from helpers.runs import ROOT, cli, log_of, one_error, same_weights
 from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import override
 from stellarbyte_jax.data.files import DataError
-from stellarbyte_jax.train import meter, resume, run
-from stellarbyte_jax.train.validation import check_comparable, measured_on
+from stellarbyte_jax.training import meter, resume, run
+from stellarbyte_jax.training.validation import check_comparable, measured_on
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import cli, data_setting, one_error
 
-from stellarbyte_jax.train.guard import run_guarded
+from stellarbyte_jax.training.guard import run_guarded
 
 MISTAKES = {
     "missing data file": (lambda t: ["data.train=nowhere.jsonl"], ["nowhere.jsonl"]),

@@ -9,7 +9,7 @@ from helpers.runs import ROOT, cli, data_setting, log_of, same_weights
 
 from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import override
-from stellarbyte_jax.train.run import Finished, train
+from stellarbyte_jax.training.run import Finished, train
 
 
 def test_what_a_run_leaves_and_says(straight, capsys):

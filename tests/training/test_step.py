@@ -26,12 +26,12 @@ from helpers.training import (
 from stellarbyte_jax.config import DataConfig, LossConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, forward, logits
 from stellarbyte_jax.model.io import Aux, Inputs, State
-from stellarbyte_jax.train import step as step_module
-from stellarbyte_jax.train.loss import batch_loss
-from stellarbyte_jax.train.metrics import validation_metrics
-from stellarbyte_jax.train.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.train.state import create_state
-from stellarbyte_jax.train.step import make_eval_step, make_train_step
+from stellarbyte_jax.training import step as step_module
+from stellarbyte_jax.training.loss import batch_loss
+from stellarbyte_jax.training.metrics import validation_metrics
+from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.training.state import create_state
+from stellarbyte_jax.training.step import make_eval_step, make_train_step
 
 
 def test_fifty_steps_equal_torch():

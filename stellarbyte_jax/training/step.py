@@ -11,8 +11,8 @@ from stellarbyte_jax.config import LossConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import Params, merge
-from stellarbyte_jax.train.loss import auxiliary_loss, batch_loss, next_token_targets
-from stellarbyte_jax.train.state import TrainState
+from stellarbyte_jax.training.loss import auxiliary_loss, batch_loss, next_token_targets
+from stellarbyte_jax.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
 

@@ -11,9 +11,9 @@ from helpers.training import MODEL
 
 from stellarbyte_jax.config import LossConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
-from stellarbyte_jax.train import metrics
-from stellarbyte_jax.train.loss import batch_loss
-from stellarbyte_jax.train.metrics import (
+from stellarbyte_jax.training import metrics
+from stellarbyte_jax.training.loss import batch_loss
+from stellarbyte_jax.training.metrics import (
     count_parameters,
     flops_per_token,
     memory_metrics,

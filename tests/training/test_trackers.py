@@ -8,7 +8,7 @@ import pytest
 from helpers.training import settings
 
 from stellarbyte_jax.config import LoggingConfig
-from stellarbyte_jax.train.trackers import JsonlTracker, make_trackers
+from stellarbyte_jax.training.trackers import JsonlTracker, make_trackers
 
 
 def run_of(directory, *trackers):

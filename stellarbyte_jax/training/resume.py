@@ -15,9 +15,9 @@ from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import partition, paths
-from stellarbyte_jax.train.meter import diverged
-from stellarbyte_jax.train.state import TrainState
-from stellarbyte_jax.train.step import all_finite
+from stellarbyte_jax.training.meter import diverged
+from stellarbyte_jax.training.state import TrainState
+from stellarbyte_jax.training.step import all_finite
 
 
 @dataclass
