@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
@@ -28,9 +29,10 @@ MENDABLE = (MendableError, ValueError, OSError, NotImplementedError, ImportError
 def imports() -> Iterator[None]:
     """Ctrl-C inside ends the program without a word: imports take seconds, and would show where they were.
 
-    Does nothing where Ctrl-C is ignored or handled already.
+    Does nothing where Ctrl-C is ignored or handled already, nor in another thread than the main one.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -113,6 +113,41 @@ def _files(patterns: Sequence[str]) -> list[Path] | Sequence[str]:
         return patterns
 
 
+def check_same_model(
+    before: ByteConfig,
+    config: ByteConfig,
+    where: str | Path,
+    initial: bool,
+    say: Callable[[str], None],
+    advice: str = "Use the same settings, or another output_dir",
+) -> None:
+    """Checks that weights of one model are weights of another.
+
+    Args:
+      before: settings that the weights were made with.
+      config: those of now.
+      where: the weights lie, for messages.
+      initial: whether a run begins with them; such a run may have other positions.
+      say: told what changes.
+      advice: the end of a refusal.
+
+    Raises:
+      CheckpointError: settings differ that must not; the message lists them.
+    """
+    there = _architecture(before)
+    differ = {
+        name: f"model.{name} is {shown(there[name][1])} there and {shown(value)} here"
+        for name, (meaning, value) in _architecture(config).items()
+        if there[name][0] != meaning and there[name][1] != value
+    }
+    if initial:
+        for name in _POSITION_FIELDS:
+            if name in differ:
+                say(f"the weights in {where} get other positions: {differ.pop(name)}")
+    if differ:
+        raise CheckpointError(f"{where} holds another model: {'; '.join(differ.values())}. {advice}")
+
+
 def check_resumable(
     stored: Mapping[str, Any], config: TrainConfig, path: Path, initial: bool, say: Callable[[str], None]
 ) -> None:
@@ -125,28 +160,27 @@ def check_resumable(
       config: those of now.
       path: for messages.
       initial: whether it holds foreign weights without any training; such a run may have other positions and data.
-      say: told what changes.
+      say: told what changes, a line for each setting.
 
     Raises:
       CheckpointError: settings differ that must not; the message lists them.
     """
     before = TrainConfig.from_dict(stored)  # settings that are newer than it have their defaults
-    there = _architecture(before.model)
-    differ = {
-        name: f"model.{name} is {shown(there[name][1])} there and {shown(value)} here"
-        for name, (meaning, value) in _architecture(config.model).items()
-        if there[name][0] != meaning and there[name][1] != value
-    }
-    if initial:
-        for name in _POSITION_FIELDS:
-            if name in differ:
-                say(f"the weights in {path} get other positions: {differ.pop(name)}")
-    if differ:
-        raise CheckpointError(
-            f"{path} holds another model: {'; '.join(differ.values())}. Use the same settings, or another output_dir"
-        )
+    check_same_model(before.model, config.model, path, initial, say)
     if initial:
         return
+    refused = _refused(before, config)
+    if refused:
+        raise CheckpointError(
+            f"{path} cannot be continued with these settings: {'; '.join(refused)}. "
+            "Use the same ones, or another output_dir"
+        )
+    for line in _changes(before, config):
+        say(line)
+
+
+def _refused(before: TrainConfig, config: TrainConfig) -> list[str]:
+    """What differs of the settings that a run must keep, besides those of the model."""
     changed = [
         name
         for name in _ORDER_FIELDS
@@ -169,8 +203,27 @@ def check_resumable(
         differ.append(f"optimizer.gradient_clip_norm was {clips[0]} and is {clips[1]}")
     if (stored["ema_decay"] is None) != (now["ema_decay"] is None):
         differ.append(f"ema_decay was {stored['ema_decay']} and is {now['ema_decay']}")
-    if differ:
-        raise CheckpointError(
-            f"{path} cannot be continued with these settings: {'; '.join(differ)}. "
-            "Use the same ones, or another output_dir"
-        )
+    return differ
+
+
+def _changes(before: TrainConfig, config: TrainConfig) -> list[str]:
+    """A line for each setting that means something else than before, of two runs that may be one."""
+    there, here = _architecture(before.model), _architecture(config.model)
+    same = {f"model.{name}" for name, (meaning, _) in here.items() if there[name][0] == meaning}
+    same |= {f"data.{name}" for name in _ORDER_FIELDS if _order(name, before.data) == _order(name, config.data)}
+    if Path(before.output_dir).resolve() == Path(config.output_dir).resolve():
+        same.add("output_dir")
+    stored, now = _flat(before.to_dict()), _flat(config.to_dict())
+    return [
+        f"setting changed: {name} {shown(stored[name])} -> {shown(value)}"
+        + (" (without effect: the run goes on with its own weights)" if name == "init_from" else "")
+        for name, value in now.items()
+        if stored[name] != value and not any(name == s or name.startswith(f"{s}.") for s in same)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -133,6 +133,7 @@ class ByteConfig(Section):
     """
 
     _aliases = _ALIASES
+    _example = "hidden_size"
 
     vocab_size: Size = 32000
     vocab_size_multiple: Size = 1  # embedding and head get rows up to a multiple, which no token ever uses

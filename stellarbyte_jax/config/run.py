@@ -159,6 +159,9 @@ class TrainConfig(Section):
 
     output_dir: str
     steps: PositiveInt  # optimizer steps
+    # Weights to begin with: a run, RUN/checkpoints/STEP, or a Hugging Face directory or hub name. They count only where
+    # the run has no checkpoint of its own; the model and the tokenizer, where they are left out, come from there too.
+    init_from: str | None = None
     global_batch_size: PositiveInt = 32  # sequences in one optimizer step, over all devices and accumulation steps
     gradient_accumulation_steps: PositiveInt = 1
     seed: NonNegativeInt = 0
@@ -175,15 +178,12 @@ class TrainConfig(Section):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def _check(self) -> None:
+        require(self.output_dir.strip() != "", "output_dir is empty: name a directory for the run, such as runs/first")
+        require(self.init_from != "", "init_from is empty: name a directory, or none")
         require(
             self.global_batch_size % self.gradient_accumulation_steps == 0,
             f"global_batch_size {self.global_batch_size} is not divisible by "
             f"gradient_accumulation_steps {self.gradient_accumulation_steps}",
-        )
-        require(
-            self.data.sequence_length <= self.model.max_position_embeddings,
-            f"data.sequence_length {self.data.sequence_length} is longer than "
-            f"model.max_position_embeddings {self.model.max_position_embeddings}",
         )
         require(
             self.schedule.warmup_steps + (self.schedule.decay_steps or 0) <= self.steps,
@@ -206,6 +206,21 @@ class TrainConfig(Section):
                 f"{', '.join(unread)} would change nothing without data.validation: name validation files, or set "
                 f"{defaults}, the default",
             )
+        if not self.leaves_model_out:
+            self.check_model()
+
+    @property
+    def leaves_model_out(self) -> bool:
+        """Whether the model is that of ``init_from``, which is not known yet."""
+        return self.init_from is not None and self.model == ByteConfig()
+
+    def check_model(self) -> None:
+        """Raises ConfigError where the model and other sections contradict each other."""
+        require(
+            self.data.sequence_length <= self.model.max_position_embeddings,
+            f"data.sequence_length {self.data.sequence_length} is longer than "
+            f"model.max_position_embeddings {self.model.max_position_embeddings}",
+        )
         require(
             self.data.arrangement == "contiguous" or not self.model.has_memory,
             "model.memory needs rows that continue each other: set data.arrangement=contiguous",

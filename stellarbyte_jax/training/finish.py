@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.checkpoint.bundle import tokenizer_of
+from stellarbyte_jax.checkpoint.source import tokenizer_of
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from helpers.hf_models import assert_same_tree, random_model, save_words
 
-from stellarbyte_jax.checkpoint.bundle import TOKENIZER, load_bundle
+from stellarbyte_jax.checkpoint.bundle import load_bundle
+from stellarbyte_jax.checkpoint.source import TOKENIZER
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import save_initial
 from stellarbyte_jax.config import CheckpointConfig, DataConfig, TrainConfig
