@@ -25,6 +25,7 @@ from stellarbyte_jax.config.section import ConfigError, Section, fits, hints, is
 AnySection = TypeVar("AnySection", bound=Section)
 
 
+_SUFFIXES = (".py", ".json")
 # (init_from, output_dir) -> what a run takes over: settings and whole sections by their dotted names.
 Inherit = Callable[[str, str], Mapping[str, Any]]
 
@@ -37,7 +38,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), inherit: Inherit | Non
     Values are read as the field's type; lists as JSON or comma-separated words; ``none`` is None.
 
     Args:
-      path: a Python file with ``def config() -> TrainConfig``, or a JSON file such as ``RUN/train_config.json``.
+      path: a Python file with ``def config() -> TrainConfig``, a JSON file such as ``RUN/train_config.json``, or the
+        name of a file that comes with the package, such as ``quickstart``.
       overrides: settings that go before the file's.
       inherit: see :func:`compose`.
 
@@ -82,20 +84,7 @@ def read(path: str | Path) -> TrainConfig:
     Raises:
       ConfigError: it is missing or fails, or holds no settings of a run.
     """
-    path = Path(path)
-    if path.is_dir():
-        settings = path / "train_config.json"
-        hint = f"; the settings of this run are in {settings}" if settings.is_file() else ""
-        raise ConfigError(f"config file {path} is a directory{hint}")
-    if not path.is_file():
-        nearby = sorted(p.name for p in path.parent.glob("*.*")) if path.parent.is_dir() else []
-        guess = difflib.get_close_matches(path.name, [n for n in nearby if n.endswith((".py", ".json"))], n=1)
-        hint = f"; did you mean {path.parent / guess[0]}?" if guess else ""
-        raise ConfigError(f"config file {absent(path)}{hint}")
-    require(
-        path.suffix in (".py", ".json"),
-        f"config file {path} must be a Python file, ending in .py, or the train_config.json of a run",
-    )
+    path = _find(Path(path))
     if path.suffix == ".json":
         return _from_json(path)
     try:
@@ -116,6 +105,37 @@ def _from_json(path: Path) -> TrainConfig:
         raise ConfigError(f"{path} holds no settings of a run, as train_config.json does: {error}") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def shipped(folder: str) -> Path:
+    """A folder that comes with the package, ``configs``, ``data`` or ``tokenizer``: in a clone the one at its root."""
+    package = Path(__file__).parents[1]
+    installed = package / "shipped" / folder
+    return installed if installed.is_dir() else package.parent / folder
+
+
+def _find(path: Path) -> Path:
+    """The config file that a path means, or the name of one that comes with the package."""
+    named = shipped("configs") / f"{path.name}.py"
+    if not path.is_file() and path.parent == Path() and not path.suffix and named.is_file():
+        return named
+    if path.is_dir():
+        settings = path / "train_config.json"
+        hint = f"; the settings of this run are in {settings}" if settings.is_file() else ""
+        raise ConfigError(f"config file {path} is a directory{hint}")
+    if not path.is_file():
+        nearby = sorted(p for p in path.parent.glob("*.*") if p.suffix in _SUFFIXES) if path.parent.is_dir() else []
+        known = {each.name: str(each) for each in nearby} | {
+            each.stem: each.stem for each in shipped("configs").glob("*.py")
+        }
+        guess = difflib.get_close_matches(path.name, known, n=1)
+        hint = f"; did you mean {known[guess[0]]}?" if guess else ""
+        raise ConfigError(f"config file {absent(path)}{hint}")
+    require(
+        path.suffix in _SUFFIXES,
+        f"config file {path} must be a Python file, ending in .py, or the train_config.json of a run",
+    )
+    return path
 
 
 def beside(file: str, relative: str) -> str:

@@ -152,7 +152,7 @@ def _check_no_run(directory: Path) -> None:
     hint = f", or give its export {exported}" if (exported / "config.json").is_file() else ""
     raise ValueError(
         f"{directory} is a {'checkpoint of a run' if inside else 'run directory'}, not a Hugging Face directory: load "
-        f"it with stellarbyte_jax.checkpoint.bundle.load_bundle({str(directory)!r}){hint}"
+        f"it with stellarbyte_jax.load_run({str(directory)!r}){hint}"
     )
 
 
