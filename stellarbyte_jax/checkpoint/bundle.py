@@ -20,6 +20,7 @@ class Bundle:
       tokenizer: the model's.
       stop_ids: ids that end a text.
       add_bos: whether texts begin with bos.
+      plain_text: whether it is known that they were trained on plain text alone, not on conversations.
     """
 
     model: ByteTransformer
@@ -27,6 +28,7 @@ class Bundle:
     tokenizer: Tokenizer
     stop_ids: list[int]
     add_bos: bool
+    plain_text: bool
 
 
 def load_bundle(path: str | Path, step: int | None = None, *, revision: str | None = None) -> Bundle:
@@ -48,4 +50,4 @@ def load_bundle(path: str | Path, step: int | None = None, *, revision: str | No
     check_vocabulary(tokenizer, config.vocab_size)
     # An end that the model has no row for never comes.
     ends = [i for i in stop_ids(tokenizer.path, tokenizer.eos_id) if 0 <= i < config.vocab_size]
-    return Bundle(ByteTransformer(config), params, tokenizer, ends, add_bos)
+    return Bundle(ByteTransformer(config), params, tokenizer, ends, add_bos, source.is_plain_text())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.checkpoint.store import CheckpointError
+from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.data.sources import DataError, expand
@@ -166,6 +166,7 @@ def check_resumable(
       CheckpointError: settings differ that must not; the message lists them.
     """
     before = TrainConfig.from_dict(stored)  # settings that are newer than it have their defaults
+    config = _with_original(before, config, path.parents[1])
     check_same_model(before.model, config.model, path, initial, say)
     if initial:
         return
@@ -177,6 +178,13 @@ def check_resumable(
         )
     for line in _changes(before, config):
         say(line)
+
+
+def _with_original(before: TrainConfig, config: TrainConfig, run: Path) -> TrainConfig:
+    """The settings, with the tokenizer of before where they name the copy that the run keeps of it."""
+    if Path(config.data.tokenizer).resolve() != (run / TOKENIZER).resolve():
+        return config
+    return replace(config, data=replace(config.data, tokenizer=before.data.tokenizer))
 
 
 def _refused(before: TrainConfig, config: TrainConfig) -> list[str]:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stellarbyte_jax.checkpoint.weights import load_config, load_weights, run_and_step
-from stellarbyte_jax.config import ByteConfig, TrainConfig
+from stellarbyte_jax.checkpoint.store import EXPORT, TOKENIZER, CheckpointError
+from stellarbyte_jax.checkpoint.weights import load_config, load_weights, run_and_step, stored_steps
+from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig
 from stellarbyte_jax.hf.directory import from_pretrained
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.hf.settings import read_config
@@ -12,8 +13,6 @@ from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory
 from stellarbyte_jax.tokenizer.special import adds_bos
-
-TOKENIZER = "tokenizer"  # the folder of a run that holds its tokenizer
 
 
 def tokenizer_of(run: str | Path, config: TrainConfig) -> Path:
@@ -58,6 +57,22 @@ class Source:
             return config.model, params
         model, params = from_pretrained(self.path)
         return model.config, params
+
+    def is_plain_text(self) -> bool:
+        """Whether it is known that the weights were trained here, on plain text: those of a run, or of its export.
+
+        What came before a run that began with other weights is not known, nor what a template makes of its records.
+        """
+        run = self.path if self.is_run else self.path.parent
+        steps = stored_steps(run)
+        if not steps or not (self.is_run or self.path.name == EXPORT):
+            return False
+        step = steps[-1] if self.step is None else self.step
+        try:
+            config = load_config(run, step)
+        except (CheckpointError, ConfigError):
+            return False
+        return step > 0 and config.init_from is None and config.data.template is None
 
     def _begins_with_bos(self) -> bool:
         if not TokenizerDirectory(self.path).is_complete:

@@ -13,7 +13,8 @@ from stellarbyte_jax.command import command, imports
 with imports():
     import jax
 
-    from stellarbyte_jax.checkpoint.source import TOKENIZER, tokenizer_of
+    from stellarbyte_jax.checkpoint.source import tokenizer_of
+    from stellarbyte_jax.checkpoint.store import TOKENIZER
     from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
     from stellarbyte_jax.config import DataConfig
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained

@@ -125,6 +125,12 @@ def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:
         settings["memory"] = remember(model, params, [text] * max(1, len(prompts)), segment_length=length)
         bos = bool(options.bos)  # prompts go on with the text
     texts = {**settings, "stop_texts": options.stop}
+    if options.chat and bundle.plain_text:
+        print(
+            f"warning: {options.model} was trained on plain text, not on conversations: expect it to go on with the "
+            "messages, not to answer them",
+            file=sys.stderr,
+        )
 
     def conversation() -> Conversation:
         return Conversation(tokenizer, system=options.system, parse_contents=options.parse_contents)

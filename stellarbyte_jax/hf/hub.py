@@ -46,7 +46,7 @@ def local_directory(name: str | Path, revision: str | None = None) -> Path:
         raise ValueError(f"revision {revision!r} is of a name of the Hugging Face hub, and {name} is a local path")
     path = Path(name)
     if not path.exists():
-        raise ValueError(f"{absent(path)}: give a local directory, or a name of the Hugging Face hub as owner/name")
+        raise ValueError(f"{absent(name)}: give a local directory, or a name of the Hugging Face hub as owner/name")
     if not path.is_dir():
         raise ValueError(f"{path} is a file: give the directory that holds it")
     return path

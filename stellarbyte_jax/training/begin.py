@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from stellarbyte_jax.checkpoint.compatibility import check_same_model
-from stellarbyte_jax.checkpoint.source import find_source
+from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
 from stellarbyte_jax.checkpoint.store import CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
-from stellarbyte_jax.data.sources import expand
+from stellarbyte_jax.data.sources import expand_all
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.training import finish
 from stellarbyte_jax.training.resume import Resumed, begin_with
@@ -37,7 +37,7 @@ def inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:
             own = load_config(output_dir, step)
         except CheckpointError:
             continue  # the run will tell, and take the one before it
-        return _base(own.model, own.data.tokenizer, own.data.add_bos)
+        return _base(own.model, tokenizer_of(output_dir, own), own.data.add_bos)
     return _base(*find_source(init_from).settings())
 
 
@@ -59,15 +59,15 @@ def check(config: TrainConfig) -> None:
     """
     run_dir = Path(config.output_dir)
     _check_place(run_dir)
-    finish.check(config)
-    check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
-    if not run_dir.exists():
-        for setting, patterns in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-            for pattern in patterns:
-                expand(pattern, setting)
     if config.init_from is not None and not stored_steps(run_dir):
         there, *_ = find_source(config.init_from).settings()
         _check_same_model(config, there, lambda _: None)
+    check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
+    finish.check(config)
+    if not run_dir.exists():
+        expand_all(config.data.train, "data.train")
+        if config.data.validation:
+            expand_all(config.data.validation, "data.validation")
 
 
 def _check_same_model(config: TrainConfig, there: ByteConfig, say: Callable[[str], None]) -> None:

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stellarbyte_jax.checkpoint.source import TOKENIZER
-from stellarbyte_jax.checkpoint.store import Checkpointer
+from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries, write_failure

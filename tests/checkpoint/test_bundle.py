@@ -8,8 +8,7 @@ import pytest
 from helpers.hf_models import assert_same_tree, random_model, save_words
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
-from stellarbyte_jax.checkpoint.source import TOKENIZER
-from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
+from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import save_initial
 from stellarbyte_jax.config import CheckpointConfig, DataConfig, TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
