@@ -104,7 +104,10 @@ def from_weights(
     _check_same_model(config, there, say)
     say(f"starting from the weights in {config.init_from}")
     # Copied, since the step writes into its state: arrays in the memory of a file that was read are no such place.
-    return begin_with(jax.tree.map(jnp.copy, params), config, shapes, optimizer)
+    try:
+        return begin_with(jax.tree.map(jnp.copy, params), config, shapes, optimizer)
+    except FloatingPointError as error:
+        raise CheckpointError(f"{config.init_from} cannot begin a run: {error}. Name another checkpoint") from None
 
 
 def tell_unused_rows(config: TrainConfig, say: Callable[[str], None]) -> None:
