@@ -60,7 +60,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_NEEDED))
     except Exception as error:  # the hub's own kinds, those of its HTTP library and of the file system
         version = f" at revision {revision}" if revision else ""
-        if constants.is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             reason, advice = (
                 f"the hub's cache {constants.HF_HUB_CACHE} lacks it, and HF_HUB_OFFLINE forbids to ask",
                 ("fetch it where there is a network, or unset HF_HUB_OFFLINE"),

@@ -213,7 +213,9 @@ def test_a_project_is_no_place_for_a_run(held, tmp_path, tokenizer, monkeypatch)
     place.mkdir()
     (place / held).touch()
     monkeypatch.chdir(place)
-    message = rf"^output_dir \. \({place}\) holds a project \({held}\): name a directory of the run's own, such as runs/"
+    message = (
+        rf"^output_dir \. \({place}\) holds a project \({held}\): name a directory of the run's own, such as runs/"
+    )
     with pytest.raises(ConfigError, match=message):
         train(settings(tmp_path, tokenizer, output_dir="."))
     assert [p.name for p in place.iterdir()] == [held]
@@ -249,8 +251,8 @@ def test_rows_that_no_token_uses_are_told(rows, multiple, tokens, told, tmp_path
     model = ByteConfig(vocab_size=rows, vocab_size_multiple=multiple)
     begin.tell_unused_rows(settings(tmp_path, "words", model=model), said.append)
     assert said == [
-        f"warning: the tokenizer in words has {tokens:,} tokens, model.vocab_size is {rows:,}: {rows - tokens:,} rows of "
-        f"embedding and head are never used; model.vocab_size={tokens} leaves them out"
+        f"warning: the tokenizer in words has {tokens:,} tokens, model.vocab_size is {rows:,}: {rows - tokens:,} "
+        f"rows of embedding and head are never used; model.vocab_size={tokens} leaves them out"
     ] * int(told)
 
 
