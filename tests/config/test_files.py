@@ -273,7 +273,7 @@ def test_without_init_from_nothing_is_inherited(inherit):
 def test_what_is_inherited_must_fit_the_rest(inherit):
     """Also a model of which the config could not know, being left out."""
     long = DataConfig(sequence_length=4096)
-    with pytest.raises(ConfigError, match="sequence_length 4096 is longer than model.max_position_embeddings 512"):
+    with pytest.raises(ConfigError, match=r"sequence_length 4096 is longer than model.max_position_embeddings 512"):
         compose(made(init_from="runs/a", data=long), [], inherit)
-    with pytest.raises(ConfigError, match="sequence_length 4096 is longer than model.max_position_embeddings 2048"):
+    with pytest.raises(ConfigError, match=r"sequence_length 4096 is longer than model.max_position_embeddings 2048"):
         compose(made(init_from="x", data=long), [], lambda *_: {"model": ByteConfig().to_dict()})
