@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stellarbyte_jax.cli.program import new_parser, typed
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config import TrainConfig, load
+from stellarbyte_jax.config.reference import listed, matching
 
 if TYPE_CHECKING:
     from stellarbyte_jax.training.run import Finished
@@ -64,10 +65,32 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="begin with the weights, the model and the tokenizer of a run, RUN/checkpoints/STEP, a Hugging Face "
         "directory or owner/name of the hub; the same as --set init_from=DIR",
     )
+    parser.add_argument(
+        "--list-settings",
+        nargs="?",
+        const="",
+        action=_ListSettings,
+        metavar="PATTERN",
+        help="print the settings whose name or meaning holds a text, or all, and leave",
+    )
     options = parser.parse_args(arguments)
     if options.init_from is not None:
         options.set.append(f"init_from={options.init_from}")
     return options
+
+
+class _ListSettings(argparse.Action):
+    """Prints settings and ends the program, as ``--help`` does, whatever else is missing."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: str | None = None
+    ) -> None:
+        del namespace, option
+        chosen = matching(values)
+        if not chosen:
+            parser.error(f"no setting matches {values!r}")
+        print(listed(chosen))
+        parser.exit()
 
 
 def next_commands(config: TrainConfig, finished: "Finished", options: argparse.Namespace) -> str:
