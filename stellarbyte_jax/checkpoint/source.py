@@ -35,6 +35,14 @@ class Source:
     is_run: bool
     step: int | None = None
 
+    def model_config(self) -> ByteConfig:
+        """Settings of the model.
+
+        Raises:
+          ValueError, CheckpointError: the directory is incomplete or cannot be read.
+        """
+        return load_config(self.path, self.step).model if self.is_run else read_config(self.path)[1]
+
     def settings(self) -> tuple[ByteConfig, Path, bool]:
         """Settings of the model, directory of its tokenizer, and whether its texts begin with bos.
 
@@ -44,7 +52,7 @@ class Source:
         if self.is_run:
             config = load_config(self.path, self.step)
             return config.model, tokenizer_of(self.path, config), config.data.add_bos
-        return read_config(self.path)[1], self.path, self._begins_with_bos()
+        return self.model_config(), self.path, self._begins_with_bos()
 
     def weights(self) -> tuple[ByteConfig, Params]:
         """Settings and weights of the model; of a run the averaged ones, where it keeps an average.

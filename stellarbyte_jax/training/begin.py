@@ -60,8 +60,7 @@ def check(config: TrainConfig) -> None:
     run_dir = Path(config.output_dir)
     _check_place(run_dir)
     if config.init_from is not None and not stored_steps(run_dir):
-        there, *_ = find_source(config.init_from).settings()
-        _check_same_model(config, there, lambda _: None)
+        _check_same_model(config, find_source(config.init_from).model_config(), lambda _: None)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
     finish.check(config)
     if not run_dir.exists():
