@@ -1,0 +1,24 @@
+"""Ctrl-C while a program starts. Imports next to nothing, so that it is in place at once."""
+
+import signal
+from contextlib import contextmanager
+
+
+@contextmanager
+def imports():
+    """Ctrl-C inside ends the program without a word: imports take seconds, and would show where they were.
+
+    Does nothing where Ctrl-C is ignored or handled already, nor in another thread than the main one.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # another thread than the main one
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
