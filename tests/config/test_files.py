@@ -179,7 +179,7 @@ def test_a_config_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
         load("quikstart")
     with pytest.raises(ConfigError, match=rf"quickstart\.py does not .*{tmp_path}\); did you mean quickstart\?"):
         load("quickstart.py")
-    with pytest.raises(ConfigError, match=r"configs/quickstart does not exist in"):
+    with pytest.raises(ConfigError, match=r"configs/quickstart does not exist \(looked from"):
         load("configs/quickstart")
     (tmp_path / "quickstart").write_text("")  # a file that is there is what is meant
     with pytest.raises(ConfigError, match="must be a Python file"):
