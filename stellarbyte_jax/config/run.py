@@ -22,11 +22,13 @@ from stellarbyte_jax.config.section import (
 class DataConfig(Section):
     """Documents, and how they become [batch, sequence_length] arrays."""
 
-    # Paths or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, or directories made by scripts/prepare_data.py.
+    # Paths or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt, or of directories that
+    # scripts/prepare_data.py or save_to_disk of the datasets package made.
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"
     fields: tuple[str, ...] = ("text",)  # joined by a newline where there is no template
+    text_documents: Literal["file", "paragraph"] = "file"  # of .txt; paragraph: blank lines part documents
     template: str | None = None  # such as "Question: {question}\nAnswer: {answer}"
     sequence_length: PositiveInt = 1024
     # packed: each row holds what comes next. contiguous: row b continues row b of the batch before, which memory needs.

@@ -48,6 +48,7 @@ def prepare(
     text: TextFormat,
     workers: int = 1,
     on_error: Literal["raise", "skip"] = "raise",
+    text_documents: Literal["file", "paragraph"] = "file",
     shard_tokens: int = 50_000_000,
     overwrite: bool = False,
     cache_dir: str | None = None,
@@ -64,6 +65,7 @@ def prepare(
       text: how a record becomes text.
       workers: processes that tokenise; 0: this one.
       on_error: "skip" leaves unusable lines out and counts them.
+      text_documents: what a document of a .txt file is.
       shard_tokens: a shard is closed when it holds at least so many.
       overwrite: replaces what an earlier run left in the directory.
       cache_dir: as ``data.cache_dir``.
@@ -77,7 +79,12 @@ def prepare(
         raise DataError(f"shard_tokens must be positive, got {shard_tokens}")
     vocabulary = load_tokenizer(tokenizer)
     corpus = open_corpus(
-        inputs, setting="inputs", columns=text.columns, fingerprint=vocabulary.fingerprint, cache_dir=cache_dir
+        inputs,
+        setting="inputs",
+        columns=text.columns,
+        fingerprint=vocabulary.fingerprint,
+        text_documents=text_documents,
+        cache_dir=cache_dir,
     )
     output = _empty_directory(Path(output), overwrite)
     dtype = np.dtype(np.uint16 if vocabulary.vocab_size <= 1 << 16 else np.uint32)
@@ -111,6 +118,7 @@ def prepare(
         "inputs": list(inputs),
         "fields": list(text.columns),
         "template": text.template,
+        "text_documents": text_documents,
         **asdict(prepared),
     }
     partial = output / f".partial-{SHARD_META}"

@@ -261,6 +261,14 @@ def test_one_long_document_is_encoded_once_and_held_once_for_all_rows(data, tmp_
     assert len({id(reading.tokens) for reading in iterator._rows}) == 1
 
 
+def test_fewer_documents_than_rows_are_told(data, texts, caplog):
+    for rows, told in ((len(texts), False), (len(texts) + 1, True)):
+        caplog.clear()
+        _loader(data, batch_size=rows).close()
+        _loader(_replace(data, arrangement="packed"), batch_size=rows).close()
+        assert [f"{len(texts)} documents for {rows} rows" in r.getMessage() for r in caplog.records] == [True] * told
+
+
 def test_validation_starts_again_with_new_documents_in_order(data, texts):
     with _loader(data, split="validation") as loader:
         first = list(loader)

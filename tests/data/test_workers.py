@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from helpers.processes import alive, until
 
-from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.data import workers as workers_module
+from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.data.workers import Workers, signals_blocked
 
 
