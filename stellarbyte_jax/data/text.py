@@ -112,7 +112,7 @@ def read_text(
     source: RecordSource,
     row: int,
     text: TextFormat,
-    skip: str | None = "data.on_error=skip (prepare_data.py: --on-error skip)",
+    skip: str | None = "data.on_error=skip",
 ) -> str:
     """The text of one record; ``skip`` is the setting that leaves out unusable ones, for messages.
 
