@@ -201,6 +201,10 @@ def test_files_of_a_folder_that_was_moved_are_left_to_the_loader(
             assert f"is {train}" in said
     for train in (["new/b.jsonl"], ["new/b.jsonl", "new/a.jsonl"], ["other/*.jsonl"]):
         assert "data.train was" in refusal(explicit, settings(data={"train": train}))
+    os.rename("new", "[x]")  # which exists: no pattern that could have named anything else
+    before = settings(data={"train": ["[x]/a.jsonl"]})
+    assert "data.train was" in refusal(before, settings(data={"train": ["other/b.jsonl"]}))
+    os.rename("[x]", "new")
     assert "seed was 0 and is 4" in refusal(explicit, settings(seed=4, data={"train": ["new/*.jsonl"]}))
 
 
