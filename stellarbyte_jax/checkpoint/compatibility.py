@@ -4,13 +4,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import shown
-from stellarbyte_jax.data.sources import DataError, expand
+from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError, expand
 from stellarbyte_jax.data.text import TextFormat
 
 _RUNTIME_FIELDS = (
@@ -38,6 +39,7 @@ _POSITION_FIELDS = (
 # With another value the position in the data would point elsewhere.
 _ORDER_FIELDS = (
     "train",
+    "text_documents",
     "tokenizer",
     "fields",
     "template",
@@ -93,6 +95,8 @@ def _order(name: str, data: DataConfig) -> Any:
     """What a setting of the data means for the order of its tokens."""
     if name == "train":
         return _files(data.train)
+    if name == "text_documents":
+        return data.text_documents if any(str(file).endswith(TEXT_SUFFIX) for file in _files(data.train)) else None
     if name == "tokenizer":
         return Path(data.tokenizer).resolve()
     if name in ("fields", "template"):
@@ -111,6 +115,15 @@ def _files(patterns: Sequence[str]) -> list[Path] | Sequence[str]:
         return [path.resolve() for pattern in patterns for path in expand(pattern, "data.train")]
     except DataError:
         return patterns
+
+
+def _may_be_moved(before: DataConfig, now: DataConfig) -> bool:
+    """Whether the files of ``before`` have the names of those of now, in other folders.
+
+    What a pattern named in a folder that is gone is not known here; the loader compares names and contents.
+    """
+    names = [[Path(file).name for file in _files(data.train)] for data in (before, now)]
+    return names[0] == names[1] or any(has_magic(str(file)) for file in _files(before.train) if not Path(file).exists())
 
 
 def check_same_model(
@@ -197,6 +210,8 @@ def _refused(before: TrainConfig, config: TrainConfig) -> list[str]:
     ]
     if before.data.on_error == "raise" and "on_error" in changed:
         changed.remove("on_error")  # no line of those that were read is left out now
+    if "train" in changed and _may_be_moved(before.data, config.data):
+        changed.remove("train")
     stored, now = json.loads(before.to_json()), json.loads(config.to_json())
     differ = [f"data.{name} was {shown(stored['data'][name])} and is {shown(now['data'][name])}" for name in changed]
     differ += [
@@ -214,6 +229,12 @@ def _refused(before: TrainConfig, config: TrainConfig) -> list[str]:
     return differ
 
 
+_REMARKS = {
+    "init_from": " (without effect: the run goes on with its own weights)",
+    "data.train": ": the run goes on where the files there have the same names and contents",
+}
+
+
 def _changes(before: TrainConfig, config: TrainConfig) -> list[str]:
     """A line for each setting that means something else than before, of two runs that may be one."""
     there, here = _architecture(before.model), _architecture(config.model)
@@ -221,10 +242,9 @@ def _changes(before: TrainConfig, config: TrainConfig) -> list[str]:
     same |= {f"data.{name}" for name in _ORDER_FIELDS if _order(name, before.data) == _order(name, config.data)}
     if Path(before.output_dir).resolve() == Path(config.output_dir).resolve():
         same.add("output_dir")
-    stored, now = _flat(before.to_dict()), _flat(config.to_dict())
+    stored, now = (_flat(json.loads(each.to_json())) for each in (before, config))
     return [
-        f"setting changed: {name} {shown(stored[name])} -> {shown(value)}"
-        + (" (without effect: the run goes on with its own weights)" if name == "init_from" else "")
+        f"setting changed: {name} {shown(stored[name])} -> {shown(value)}" + _REMARKS.get(name, "")
         for name, value in now.items()
         if stored[name] != value and not any(name == s or name.startswith(f"{s}.") for s in same)
     ]
