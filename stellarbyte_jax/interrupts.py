@@ -8,12 +8,16 @@ from contextlib import contextmanager
 def imports():
     """Ctrl-C inside ends the program without a word: imports take seconds, and would show where they were.
 
-    Does nothing where Ctrl-C is ignored or handled already.
+    Does nothing where Ctrl-C is ignored or handled already, nor in another thread than the main one.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # another thread than the main one
+        yield
+        return
     try:
         yield
     finally:

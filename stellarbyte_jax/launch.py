@@ -92,7 +92,10 @@ def write_failure(path: Path, error: OSError) -> OSError:
 
 
 class Interrupt:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that the loop reads; a second one leaves at once."""
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that the loop reads; a second one leaves at once.
+
+    Python lets the main thread alone handle signals: in another one they do what they did before.
+    """
 
     def __init__(self) -> None:
         """Installs nothing yet: use it as a context manager."""
@@ -115,6 +118,8 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         """Installs the handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: the run is to outlive its terminal

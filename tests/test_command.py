@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,17 @@ def test_no_program_shows_where_its_imports_were(path):
         return found + [name for child in ast.iter_child_nodes(node) for name in slow(child, inside)]
 
     assert slow(ast.parse(path.read_text())) == []
+
+
+def test_imports_in_another_thread_leave_signals_alone():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def act():
+        with imports():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+    assert seen == [before] and signal.getsignal(signal.SIGINT) is before

@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -160,3 +161,17 @@ def test_a_failed_write_is_told_with_what_helps(number, advice, tmp_path):
     assert advice in message and "train.log" in message and os.strerror(number) in message
     assert remedy(ValueError("something else")) is None
     assert "cache_dir" not in remedy(error) and "output_dir" not in remedy(error, "cache_dir")
+
+
+def test_signals_are_the_main_threads():
+    before = signal.getsignal(signal.SIGINT)
+    entered = []
+
+    def act():
+        with Interrupt() as interrupt:
+            entered.append((interrupt.exit_code, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+    assert entered == [(0, before)]

@@ -8,7 +8,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.checkpoint.store import CheckpointError
+from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError, expand
@@ -126,6 +126,41 @@ def _may_be_moved(before: DataConfig, now: DataConfig) -> bool:
     return names[0] == names[1] or any(has_magic(str(file)) for file in _files(before.train) if not Path(file).exists())
 
 
+def check_same_model(
+    before: ByteConfig,
+    config: ByteConfig,
+    where: str | Path,
+    initial: bool,
+    say: Callable[[str], None],
+    advice: str = "Use the same settings, or another output_dir",
+) -> None:
+    """Checks that weights of one model are weights of another.
+
+    Args:
+      before: settings that the weights were made with.
+      config: those of now.
+      where: the weights lie, for messages.
+      initial: whether a run begins with them; such a run may have other positions.
+      say: told what changes.
+      advice: the end of a refusal.
+
+    Raises:
+      CheckpointError: settings differ that must not; the message lists them.
+    """
+    there = _architecture(before)
+    differ = {
+        name: f"model.{name} is {shown(there[name][1])} there and {shown(value)} here"
+        for name, (meaning, value) in _architecture(config).items()
+        if there[name][0] != meaning and there[name][1] != value
+    }
+    if initial:
+        for name in _POSITION_FIELDS:
+            if name in differ:
+                say(f"the weights in {where} get other positions: {differ.pop(name)}")
+    if differ:
+        raise CheckpointError(f"{where} holds another model: {'; '.join(differ.values())}. {advice}")
+
+
 def check_resumable(
     stored: Mapping[str, Any], config: TrainConfig, path: Path, initial: bool, say: Callable[[str], None]
 ) -> None:
@@ -138,28 +173,35 @@ def check_resumable(
       config: those of now.
       path: for messages.
       initial: whether it holds foreign weights without any training; such a run may have other positions and data.
-      say: told what changes.
+      say: told what changes, a line for each setting.
 
     Raises:
       CheckpointError: settings differ that must not; the message lists them.
     """
     before = TrainConfig.from_dict(stored)  # settings that are newer than it have their defaults
-    there = _architecture(before.model)
-    differ = {
-        name: f"model.{name} is {shown(there[name][1])} there and {shown(value)} here"
-        for name, (meaning, value) in _architecture(config.model).items()
-        if there[name][0] != meaning and there[name][1] != value
-    }
-    if initial:
-        for name in _POSITION_FIELDS:
-            if name in differ:
-                say(f"the weights in {path} get other positions: {differ.pop(name)}")
-    if differ:
-        raise CheckpointError(
-            f"{path} holds another model: {'; '.join(differ.values())}. Use the same settings, or another output_dir"
-        )
+    config = _with_original(before, config, path.parents[1])
+    check_same_model(before.model, config.model, path, initial, say)
     if initial:
         return
+    refused = _refused(before, config)
+    if refused:
+        raise CheckpointError(
+            f"{path} cannot be continued with these settings: {'; '.join(refused)}. "
+            "Use the same ones, or another output_dir"
+        )
+    for line in _changes(before, config):
+        say(line)
+
+
+def _with_original(before: TrainConfig, config: TrainConfig, run: Path) -> TrainConfig:
+    """The settings, with the tokenizer of before where they name the copy that the run keeps of it."""
+    if Path(config.data.tokenizer).resolve() != (run / TOKENIZER).resolve():
+        return config
+    return replace(config, data=replace(config.data, tokenizer=before.data.tokenizer))
+
+
+def _refused(before: TrainConfig, config: TrainConfig) -> list[str]:
+    """What differs of the settings that a run must keep, besides those of the model."""
     changed = [
         name
         for name in _ORDER_FIELDS
@@ -170,10 +212,6 @@ def check_resumable(
         changed.remove("on_error")  # no line of those that were read is left out now
     if "train" in changed and _may_be_moved(before.data, config.data):
         changed.remove("train")
-        say(
-            f"data.train was {shown(list(before.data.train))} and is {shown(list(config.data.train))}: the run goes on "
-            "where the files there have the same names and contents"
-        )
     stored, now = json.loads(before.to_json()), json.loads(config.to_json())
     differ = [f"data.{name} was {shown(stored['data'][name])} and is {shown(now['data'][name])}" for name in changed]
     differ += [
@@ -188,8 +226,32 @@ def check_resumable(
         differ.append(f"optimizer.gradient_clip_norm was {clips[0]} and is {clips[1]}")
     if (stored["ema_decay"] is None) != (now["ema_decay"] is None):
         differ.append(f"ema_decay was {stored['ema_decay']} and is {now['ema_decay']}")
-    if differ:
-        raise CheckpointError(
-            f"{path} cannot be continued with these settings: {'; '.join(differ)}. "
-            "Use the same ones, or another output_dir"
-        )
+    return differ
+
+
+_REMARKS = {
+    "init_from": " (without effect: the run goes on with its own weights)",
+    "data.train": ": the run goes on where the files there have the same names and contents",
+}
+
+
+def _changes(before: TrainConfig, config: TrainConfig) -> list[str]:
+    """A line for each setting that means something else than before, of two runs that may be one."""
+    there, here = _architecture(before.model), _architecture(config.model)
+    same = {f"model.{name}" for name, (meaning, _) in here.items() if there[name][0] == meaning}
+    same |= {f"data.{name}" for name in _ORDER_FIELDS if _order(name, before.data) == _order(name, config.data)}
+    if Path(before.output_dir).resolve() == Path(config.output_dir).resolve():
+        same.add("output_dir")
+    stored, now = (_flat(json.loads(each.to_json())) for each in (before, config))
+    return [
+        f"setting changed: {name} {shown(stored[name])} -> {shown(value)}" + _REMARKS.get(name, "")
+        for name, value in now.items()
+        if stored[name] != value and not any(name == s or name.startswith(f"{s}.") for s in same)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

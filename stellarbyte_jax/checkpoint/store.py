@@ -25,6 +25,9 @@ from stellarbyte_jax.config.foreign import clipped, listed, shown
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
 _FORMAT = 2
 
+TOKENIZER = "tokenizer"  # the folder of a run that holds a copy of its tokenizer
+EXPORT = "hf"  # the folder of a run that holds its Hugging Face directory
+
 Result = TypeVar("Result")
 
 

@@ -1,6 +1,7 @@
 """The weights of a run, without the rest of its state."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,36 @@ def run_and_step(source: Path, step: int | None = None) -> tuple[Path, int | Non
     return source, step
 
 
+def load_config(run_dir: str | Path, step: int | None = None) -> TrainConfig:
+    """Settings that a run's newest or named checkpoint was written with.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    with _opened(Path(run_dir), step) as stored:
+        return TrainConfig.from_dict(stored.json("config"))
+
+
 def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainConfig, Params]:
     """Settings and weights (numpy; the average where one was kept) of a run's newest or named checkpoint.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
-    run_dir = Path(run_dir)
+    with _opened(Path(run_dir), step) as stored:
+        config = TrainConfig.from_dict(stored.json("config"))
+        return config, jax.tree.map(np.asarray, _read(stored, config.model))
+
+
+def stored_steps(run_dir: str | Path) -> list[int]:
+    """Steps of the checkpoints in a run directory, ascending; none where it does not exist."""
+    return sorted(int(p.name) for p in (Path(run_dir) / "checkpoints").glob("*") if p.name.isdigit())
+
+
+@contextlib.contextmanager
+def _opened(run_dir: Path, step: int | None) -> Iterator[StoredStep]:
     directory = run_dir.absolute() / "checkpoints"
-    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
+    steps = stored_steps(run_dir)
     if not steps:
         raise CheckpointError(f"{run_dir} holds no checkpoint: expected a run directory with checkpoints/STEP inside")
     chosen = steps[-1] if step is None else step
@@ -40,9 +62,7 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainCon
     options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
     try:
         with ocp.CheckpointManager(directory, options=options) as manager:
-            stored = StoredStep.open(manager, directory, chosen)
-            config = TrainConfig.from_dict(stored.json("config"))
-            return config, jax.tree.map(np.asarray, _read(stored, config.model))
+            yield StoredStep.open(manager, directory, chosen)
     except (ConfigError, CheckpointError):
         raise
     except Exception as error:

@@ -13,10 +13,12 @@ from stellarbyte_jax.command import command, imports
 with imports():
     import jax
 
-    from stellarbyte_jax.checkpoint.bundle import TOKENIZER, tokenizer_of
+    from stellarbyte_jax.checkpoint.source import tokenizer_of
+    from stellarbyte_jax.checkpoint.store import TOKENIZER
     from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
     from stellarbyte_jax.config import DataConfig
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
+    from stellarbyte_jax.hf.hub import local_directory
     from stellarbyte_jax.hf.verify import compare_with_transformers, require_torch
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.model.decoder import ByteTransformer
@@ -42,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "convert",
         "Checkpoints to and from Hugging Face directories, and to another size of the vocabulary.",
         "to-hf RUN OUT [--dtype bfloat16] [--verify]               RUN may also be RUN/checkpoints/STEP",
-        "from-hf DIR RUN [--verify]                                makes a run that training and generation start from",
+        "from-hf DIR RUN [--verify]                                makes a run of DIR, or of owner/name of the hub",
         "resize DIR RUN --tokenizer TOKENIZER                      the same of either, with a row for each token",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -54,8 +56,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="of one file, such as 5GB")
     to_hf.add_argument("--tokenizer", type=Path, help="directory to copy tokenizer files from; the run's where none")
     from_hf = commands.add_parser("from-hf", help="make a run directory from a Hugging Face directory")
-    from_hf.add_argument("source", type=Path, help="Hugging Face directory")
+    from_hf.add_argument("source", help="Hugging Face directory, or owner/name of the hub")
     from_hf.add_argument("target", type=Path, help="run directory to write")
+    from_hf.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
     resize = commands.add_parser("resize", help="make a run directory with another tokenizer and vocabulary size")
     resize.add_argument("source", type=Path, help="Hugging Face directory, run directory, or checkpoints/STEP in one")
     resize.add_argument("target", type=Path, help="run directory to write")
@@ -101,12 +104,13 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     """Writes a run directory; returns how well it agrees with transformers, where asked for."""
     run = arguments.target
     check_target(run, arguments.overwrite)
-    model, params = from_pretrained(arguments.source)
-    check_tokenizer(arguments.source, model.config.vocab_size)
-    write_run(run, model.config, params, arguments.source, begins_with_bos(arguments.source), {})
+    source = local_directory(arguments.source, arguments.revision)
+    model, params = from_pretrained(source)
+    check_tokenizer(source, model.config.vocab_size)
+    write_run(run, model.config, params, source, begins_with_bos(source), {})
     if not arguments.verify:
         return None
-    return compare_with_transformers(arguments.source, model, load_weights(run)[1])
+    return compare_with_transformers(source, model, load_weights(run)[1])
 
 
 def resize(arguments: argparse.Namespace) -> None:

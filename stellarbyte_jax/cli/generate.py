@@ -45,7 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--model path/to/hugging_face_directory --chat",
         "--model runs/quickstart --prompt-file long.txt --set sliding_window=512 sink_tokens=4",
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a run or a Hugging Face directory")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="a run, RUN/checkpoints/STEP, a Hugging Face directory, or owner/name of the hub",
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     parser.add_argument(
@@ -102,11 +108,13 @@ def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     prompts = options.prompt + [_read(file) for file in options.prompt_file]
     if not prompts and not options.chat:
         raise ValueError("no prompt: give --prompt, --prompt-file or --chat")
+    if "" in options.stop:
+        raise ValueError("--stop is empty: give the text that is to end an output")
     for name, needs in (("system", "chat"), ("parse_contents", "chat"), ("segment_length", "remember")):
         if getattr(options, name) not in (None, False) and not getattr(options, needs):
             raise ValueError(f"--{name.replace('_', '-')} belongs to --{needs}")
     overrides = options.set + ([f"compute_dtype={options.compute_dtype}"] if options.compute_dtype else [])
-    bundle = load_bundle(options.model, options.step)
+    bundle = load_bundle(options.model, options.step, revision=options.revision)
     model, params, tokenizer = reconfigure(bundle.model, overrides), bundle.params, bundle.tokenizer
     bos = bundle.add_bos if options.bos is None else options.bos
     settings["stop_tokens"] = bundle.stop_ids + options.stop_token
@@ -117,6 +125,12 @@ def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:
         settings["memory"] = remember(model, params, [text] * max(1, len(prompts)), segment_length=length)
         bos = bool(options.bos)  # prompts go on with the text
     texts = {**settings, "stop_texts": options.stop}
+    if options.chat and bundle.plain_text:
+        print(
+            f"warning: {options.model} was trained on plain text, not on conversations: expect it to go on with the "
+            "messages, not to answer them",
+            file=sys.stderr,
+        )
 
     def conversation() -> Conversation:
         return Conversation(tokenizer, system=options.system, parse_contents=options.parse_contents)

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stellarbyte_jax.cli.program import new_parser, typed
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the training and says what can be done next."""
     options = _parse(arguments)
-    config = load(options.config, options.set)
+    config = load(options.config, options.set, _inherit)
     with imports():
         from stellarbyte_jax.training.guard import run_guarded
         from stellarbyte_jax.training.run import train
@@ -33,21 +33,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_guarded(run, config.output_dir)
 
 
+def _inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:
+    with imports():
+        from stellarbyte_jax.launch import quiet_libraries
+        from stellarbyte_jax.training.begin import inherit
+    quiet_libraries()
+    return inherit(init_from, output_dir)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser(
         "train",
         "Train a model, or continue a run. Typed again, the same command continues an unfinished run.",
         "--config configs/quickstart.py",
+        "--config pretrain --init-from path/to/hugging_face_directory --set data.train=more.jsonl output_dir=runs/more",
         "--config pretrain --set 'data.train=my_corpus/train/*.jsonl' model.hidden_size=512 steps=1000",
     )
     parser.add_argument(
         "--config",
         required=True,
         metavar="FILE",
-        help="a Python file with `def config() -> TrainConfig`, or the name of one that comes with the package",
+        help="a Python file with `def config() -> TrainConfig`, the name of one that comes with the package, or the "
+        "train_config.json of a run",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="section.name=value", help="settings to change"
+    )
+    parser.add_argument(
+        "--init-from",
+        metavar="DIR",
+        help="begin with the weights, the model and the tokenizer of a run, RUN/checkpoints/STEP, a Hugging Face "
+        "directory or owner/name of the hub; the same as --set init_from=DIR",
     )
     parser.add_argument(
         "--list-settings",
@@ -57,7 +73,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="PATTERN",
         help="print the settings whose name or meaning holds a text, or all, and leave",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.init_from is not None:
+        options.set.append(f"init_from={options.init_from}")
+    return options
 
 
 class _ListSettings(argparse.Action):

@@ -5,7 +5,7 @@ A run is a Python file with ``def config() -> TrainConfig``. :func:`load` reads 
 imports neither jax nor the rest of the project, so it costs nothing to import.
 """
 
-from stellarbyte_jax.config.files import beside, load, override
+from stellarbyte_jax.config.files import beside, compose, load, override
 from stellarbyte_jax.config.layers import LayerGroup, LayerSpec
 from stellarbyte_jax.config.model import (
     AttentionImplementation,
@@ -44,6 +44,7 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "beside",
+    "compose",
     "load",
     "override",
 ]

@@ -1,6 +1,7 @@
-"""Config files: Python files with ``def config() -> TrainConfig``, and ``section.name=value`` overrides.
+"""Config files, and ``section.name=value`` overrides.
 
-A config file may import its neighbours: ``from .pretrain import config as pretrain``.
+A config file is a Python file with ``def config() -> TrainConfig``, or the ``train_config.json`` of a run. A Python
+file may import its neighbours: ``from .pretrain import config as pretrain``.
 """
 
 import contextlib
@@ -12,29 +13,80 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from stellarbyte_jax.config.foreign import clipped, shown
-from stellarbyte_jax.config.run import TrainConfig
+from stellarbyte_jax.config.foreign import absent, clipped, json_object, shown
+from stellarbyte_jax.config.run import DataConfig, TrainConfig
 from stellarbyte_jax.config.section import ConfigError, Section, fits, hints, is_section, require, spell, unknown_name
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Runs a config file's ``config()`` and applies ``section.name=value`` overrides.
+_SUFFIXES = (".py", ".json")
+# (init_from, output_dir) -> what a run takes over: settings and whole sections by their dotted names.
+Inherit = Callable[[str, str], Mapping[str, Any]]
 
-    ``path`` may be the name of a file that comes with the package, such as ``quickstart``. The file is read anew at
-    each call, and so is what it imports from its folder.
+
+def load(path: str | Path, overrides: Sequence[str] = (), inherit: Inherit | None = None) -> TrainConfig:
+    """Reads a config file and applies ``section.name=value`` overrides.
+
+    A Python file is run anew at each call, and so is what it imports from its folder.
 
     Values are read as the field's type; lists as JSON or comma-separated words; ``none`` is None.
+
+    Args:
+      path: a Python file with ``def config() -> TrainConfig``, a JSON file such as ``RUN/train_config.json``, or the
+        name of a file that comes with the package, such as ``quickstart``.
+      overrides: settings that go before the file's.
+      inherit: see :func:`compose`.
 
     Raises:
       ConfigError: the file is missing or fails, or an override names no setting or has the wrong type.
     """
+    return compose(read(path), overrides, inherit)
+
+
+def compose(config: TrainConfig, overrides: Sequence[str] = (), inherit: Inherit | None = None) -> TrainConfig:
+    """Applies overrides to a config, and to what it takes over from the directory that ``init_from`` names.
+
+    An override of ``init_from`` replaces the config's model and tokenizer, which go with the weights that the config
+    was made for. An ``init_from`` of the config itself gives the model and the tokenizer that the config leaves out.
+
+    Args:
+      config: to change.
+      overrides: ``section.name=value`` strings.
+      inherit: what a run takes over; not called without ``init_from``. None: nothing.
+
+    Raises:
+      ConfigError: as :func:`load`.
+    """
+    given = parsed(TrainConfig, overrides)
+    source = given.get("init_from", config.init_from)
+    if source is None or inherit is None:
+        return override(config, overrides)
+    replaces = "init_from" in given
+    base = dict(inherit(source, given.get("output_dir", config.output_dir)))
+    if not (replaces or config.leaves_model_out):
+        del base["model"]
+    if not (replaces or config.data.tokenizer == DataConfig().tokenizer):
+        base = {name: value for name, value in base.items() if not name.startswith("data.")}
+    composed = override(config, overrides, base)
+    composed.check_model()
+    return composed
+
+
+def read(path: str | Path) -> TrainConfig:
+    """The settings of a config file.
+
+    Raises:
+      ConfigError: it is missing or fails, or holds no settings of a run.
+    """
     path = _find(Path(path))
+    if path.suffix == ".json":
+        return _from_json(path)
     try:
         made = _run(path)
         require(isinstance(made, TrainConfig), f"config() must return a TrainConfig, got {type(made).__name__}")
@@ -43,7 +95,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         lines += [error.lineno] if isinstance(error, SyntaxError) else []
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         raise ConfigError(f"{path}{f', line {lines[-1]}' if lines else ''}: {kind}{error}") from error
-    return override(made, overrides)
+    return made
+
+
+def _from_json(path: Path) -> TrainConfig:
+    try:
+        return TrainConfig.from_dict(json_object(path.read_bytes(), str(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path} holds no settings of a run, as train_config.json does: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def shipped(folder: str) -> Path:
@@ -58,16 +119,22 @@ def _find(path: Path) -> Path:
     named = shipped("configs") / f"{path.name}.py"
     if not path.is_file() and path.parent == Path() and not path.suffix and named.is_file():
         return named
+    if path.is_dir():
+        settings = path / "train_config.json"
+        hint = f"; the settings of this run are in {settings}" if settings.is_file() else ""
+        raise ConfigError(f"config file {path} is a directory{hint}")
     if not path.is_file():
-        nearby = sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
+        nearby = sorted(p for p in path.parent.glob("*.*") if p.suffix in _SUFFIXES) if path.parent.is_dir() else []
         known = {each.name: str(each) for each in nearby} | {
             each.stem: each.stem for each in shipped("configs").glob("*.py")
         }
         guess = difflib.get_close_matches(path.name, known, n=1)
         hint = f"; did you mean {known[guess[0]]}?" if guess else ""
-        place = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise ConfigError(f"config file {path} does not exist{place}{hint}")
-    require(path.suffix == ".py", f"config file {path} must be a Python file, ending in .py")
+        raise ConfigError(f"config file {absent(path)}{hint}")
+    require(
+        path.suffix in _SUFFIXES,
+        f"config file {path} must be a Python file, ending in .py, or the train_config.json of a run",
+    )
     return path
 
 
@@ -100,26 +167,45 @@ def _run(path: Path) -> Any:
             del sys.modules[name]
 
 
-def override(config: AnySection, overrides: Sequence[str]) -> AnySection:
+def override(
+    config: AnySection, overrides: Sequence[str], base: Mapping[str, Any] = MappingProxyType({})
+) -> AnySection:
     """Returns a config, or one of its sections, with ``section.name=value`` strings applied together, checked once.
+
+    Args:
+      config: what is changed.
+      overrides: the strings.
+      base: settings, or whole sections as mappings, by their dotted names; they replace the config's first.
 
     Raises:
       ConfigError: as :func:`load`.
     """
     values = config.to_dict()
-    settings = _settings(type(config))
+    for name, value in (*base.items(), *parsed(type(config), overrides).items()):
+        *sections, leaf = name.split(".")
+        target = values
+        for section in sections:
+            target = target[section]
+        target[leaf] = value
+    return type(config).from_dict(values)
+
+
+def parsed(cls: type[Section], overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of ``section.name=value`` strings by their dotted names, as settings of ``cls``.
+
+    Raises:
+      ConfigError: as :func:`load`.
+    """
+    settings = _settings(cls)
+    values: dict[str, Any] = {}
     for text in overrides:
         name, equals, raw = (part.strip() for part in text.partition("="))
         require(bool(equals), f"setting {shown(text)}: expected section.name=value")
         require(name in settings, unknown_name(name, settings, f"setting {shown(text)}"))
         readings = [value for value in _readings(raw) if fits(value, settings[name])]
         require(len(readings) > 0, f"setting {name}={clipped(raw)}: {name} must be {spell(settings[name])}")
-        *sections, leaf = name.split(".")
-        target = values
-        for section in sections:
-            target = target[section]
-        target[leaf] = readings[0]
-    return type(config).from_dict(values)
+        values[name] = readings[0]
+    return values
 
 
 def _settings(cls: type, prefix: str = "") -> dict[str, Any]:

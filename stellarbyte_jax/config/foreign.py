@@ -5,6 +5,7 @@ Such a file may be hostile. A message that shows its content stays one short lin
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 _LONGEST_FILE_NAME = 255  # bytes; the operating system refuses to look for a longer one
@@ -36,6 +37,11 @@ def listed(names: Iterable[Any]) -> str:
     names = list(names)
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(clipped(str(name), 100) for name in names[:_MOST_NAMES]) + more
+
+
+def absent(path: str | Path) -> str:
+    """That a path does not exist, and from where a relative one was looked for."""
+    return f"{path} does not exist" + ("" if Path(path).is_absolute() else f" (looked from {Path.cwd()})")
 
 
 def json_object(content: bytes, where: str) -> dict[str, Any]:

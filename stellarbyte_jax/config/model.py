@@ -107,6 +107,7 @@ class ByteConfig(Section):
     """
 
     _aliases = _ALIASES
+    _example = "hidden_size"
 
     vocab_size: Size = 32000
     vocab_size_multiple: Size = 1

@@ -222,6 +222,8 @@ class TrainConfig(Section):
     Attributes:
       output_dir: directory of the run: checkpoints, metrics, logs, exports
       steps: optimizer steps of the run
+      init_from: weights to begin with: a run, RUN/checkpoints/STEP, a Hugging Face directory or owner/name of the hub;
+        model and tokenizer, where they are left out, come from there too; without effect once the run has checkpoints
       global_batch_size: rows of one optimizer step, over all devices and accumulation steps
       gradient_accumulation_steps: parts in which a batch is computed, one after the other; more: less memory
       seed: of initial weights, dropout and the order of documents
@@ -240,6 +242,7 @@ class TrainConfig(Section):
 
     output_dir: str
     steps: PositiveInt
+    init_from: str | None = None
     global_batch_size: PositiveInt = 32
     gradient_accumulation_steps: PositiveInt = 1
     seed: NonNegativeInt = 0
@@ -256,15 +259,12 @@ class TrainConfig(Section):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def _check(self) -> None:
+        require(self.output_dir.strip() != "", "output_dir is empty: name a directory for the run, such as runs/first")
+        require(self.init_from != "", "init_from is empty: name a directory, or none")
         require(
             self.global_batch_size % self.gradient_accumulation_steps == 0,
             f"global_batch_size {self.global_batch_size} is not divisible by "
             f"gradient_accumulation_steps {self.gradient_accumulation_steps}",
-        )
-        require(
-            self.data.sequence_length <= self.model.max_position_embeddings,
-            f"data.sequence_length {self.data.sequence_length} is longer than "
-            f"model.max_position_embeddings {self.model.max_position_embeddings}",
         )
         require(
             self.schedule.warmup_steps + (self.schedule.decay_steps or 0) <= self.steps,
@@ -287,6 +287,21 @@ class TrainConfig(Section):
                 f"{', '.join(unread)} would change nothing without data.validation: name validation files, or set "
                 f"{defaults}, the default",
             )
+        if not self.leaves_model_out:
+            self.check_model()
+
+    @property
+    def leaves_model_out(self) -> bool:
+        """Whether the model is that of ``init_from``, which is not known yet."""
+        return self.init_from is not None and self.model == ByteConfig()
+
+    def check_model(self) -> None:
+        """Raises ConfigError where the model and other sections contradict each other."""
+        require(
+            self.data.sequence_length <= self.model.max_position_embeddings,
+            f"data.sequence_length {self.data.sequence_length} is longer than "
+            f"model.max_position_embeddings {self.model.max_position_embeddings}",
+        )
         require(
             self.data.arrangement == "contiguous" or not self.model.has_memory,
             "model.memory needs rows that continue each other: set data.arrangement=contiguous",

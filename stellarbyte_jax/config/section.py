@@ -48,9 +48,13 @@ class Section:
     """What every settings class can do: check types, turn into plain JSON values and back."""
 
     _aliases: ClassVar[Mapping[str, str]] = {}
+    _example: ClassVar[str | None] = None  # a setting that a message may show; None: the first one
 
-    def __new__(cls, **values: Any) -> Self:
-        """Raises ConfigError on a name that does not exist."""
+    def __new__(cls, *unnamed: Any, **values: Any) -> Self:
+        """Raises ConfigError on a value without a name, and on a name that does not exist."""
+        if unnamed:
+            example = f"{cls.__name__}({cls._example or next(iter(hints(cls)))}={shown(unnamed[0])})"
+            raise ConfigError(f"settings of {cls.__name__} are given by name, such as {example}")
         for name in values:
             if name not in hints(cls):
                 raise ConfigError(unknown_name(name, hints(cls), cls.__name__))

@@ -190,11 +190,9 @@ def open_corpus(
     Raises:
       DataError: nothing is named, or a path is missing, empty, corrupt or of an unknown kind.
     """
-    if not patterns:
-        raise DataError(f"{setting} is empty: name at least one data file, such as {setting}=data/*.jsonl")
     cache = cache_path(cache_dir)
     sources: list[RecordSource | ShardSource] = []
-    for path in (p for pattern in patterns for p in expand(pattern, setting)):
+    for path in expand_all(patterns, setting):
         if is_saved_dataset(path):
             sources += [open_lines(file, cache, columns) for file in data_files(path, setting)]
         elif path.is_dir():
@@ -204,6 +202,17 @@ def open_corpus(
         else:
             sources.append(open_lines(path, cache, columns))
     return Corpus(sources)
+
+
+def expand_all(patterns: Sequence[str], setting: str) -> list[Path]:
+    """The files and directories that the paths and globs of a setting name.
+
+    Raises:
+      DataError: there are no patterns, or there is nothing that one of them names.
+    """
+    if not patterns:
+        raise DataError(f"{setting} is empty: name at least one data file, such as {setting}=data/*.jsonl")
+    return [path for pattern in patterns for path in expand(pattern, setting)]
 
 
 def expand(pattern: str, setting: str) -> list[Path]:

@@ -14,24 +14,32 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.hf.families import Entry, Family, export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
+from stellarbyte_jax.hf.hub import local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
-from stellarbyte_jax.tokenizer.directory import GENERATION_CONFIG, copy_tokenizer
+from stellarbyte_jax.tokenizer.directory import GENERATION_CONFIG, copy_tokenizer, limit_length
 from stellarbyte_jax.tokenizer.special import special_ids
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def from_pretrained(
-    directory: str | Path, *, dtype: str = "float32", verify: bool = True, **overrides: Any
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    verify: bool = True,
+    **overrides: Any,
 ) -> tuple[ByteTransformer, dict[str, Any]]:
     """Reads a Hugging Face directory (Llama or Mistral, safetensors) as a model and its weights.
 
     Host memory holds the weights once, plus one of their leaves.
 
     Args:
-      directory: with ``config.json`` and safetensors files.
+      directory: with ``config.json`` and safetensors files, or ``owner/name`` of the hub, whose files are fetched into
+        its cache; which of them it is, says ``hf.hub.is_hub_name``.
+      revision: branch, tag or commit of a name of the hub.
       dtype: of the weights in memory: ``float32``, ``bfloat16`` or ``float16``.
       verify: tensors are compared with their checksums, where the files have them (those of save_pretrained do).
       **overrides: ByteConfig settings, above all those that a checkpoint does not know, such as ``compute_dtype``.
@@ -44,9 +52,8 @@ def from_pretrained(
       ValueError: a file is missing, broken or damaged, a setting is not implemented, or tensors are missing, unknown or
         misshapen; the message names them.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory: give a local directory with config.json and safetensors files")
+    directory = local_directory(directory, revision)
+    _check_no_run(directory)
     family, config = read_config(directory)
     config = ByteConfig(**(config.to_dict() | overrides))
     model = ByteTransformer(config)
@@ -119,6 +126,8 @@ def save_pretrained(
     with replacing(Path(directory), overwrite) as partial:
         write_json(partial / "config.json", config_json(family, config, dtype, named))
         copied = [] if tokenizer is None else copy_tokenizer(tokenizer, partial, ids)
+        if config.rope_scaling.name == "none":  # with another one, texts may be longer than the settings say
+            limit_length(partial, config.max_position_embeddings)
         if GENERATION_CONFIG not in copied:
             write_json(partial / GENERATION_CONFIG, generation_json(named))
         write_tensors(partial, tensors, max_shard_bytes)
@@ -131,6 +140,20 @@ def round_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     for path, leaf in _flatten(params).items():
         _put(rounded, path, cast(np.asarray(leaf), to, path).astype(np.float32))
     return rounded
+
+
+def _check_no_run(directory: Path) -> None:
+    """Raises ValueError where a run, or a checkpoint of one, was given."""
+    inside = directory.absolute().parent.name == "checkpoints"
+    run = directory.absolute().parents[1] if inside else directory
+    if (directory / "config.json").is_file() or not (run / "checkpoints").is_dir():
+        return
+    exported = run / "hf"
+    hint = f", or give its export {exported}" if (exported / "config.json").is_file() else ""
+    raise ValueError(
+        f"{directory} is a {'checkpoint of a run' if inside else 'run directory'}, not a Hugging Face directory: load "
+        f"it with stellarbyte_jax.load_run({str(directory)!r}){hint}"
+    )
 
 
 def _reader(entry: Entry, leaf: Any, dtype: np.dtype, config: ByteConfig) -> Callable[[], np.ndarray]:

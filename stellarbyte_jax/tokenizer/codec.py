@@ -110,6 +110,12 @@ class Tokenizer:
 
         return [n for i in ids for n in (smaller(model.id_to_token(i)) if i in self._control else [i])]
 
+    def __repr__(self) -> str:
+        """Without the template and the fingerprint, which would fill a screen."""
+        special = f"bos_id={self.bos_id}, eos_id={self.eos_id}, pad_id={self.pad_id}"
+        chat = "yes" if self.chat_template is not None else "no"
+        return f"Tokenizer({self.path!r}, vocab_size={self.vocab_size}, {special}, chat_template={chat})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_unchanged, (self.path, self.fingerprint)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from stellarbyte_jax.config.foreign import clipped, json_object, shown
+from stellarbyte_jax.config.foreign import absent, clipped, json_object, shown
 from stellarbyte_jax.tokenizer.named import SpecialTokens, find_special_tokens, uses_older_files
 
 LIBRARY = "tokenizer.json"  # read by the tokenizers library
@@ -252,7 +252,7 @@ class TokenizerDirectory:
 
     def _library_bytes(self) -> bytes:
         if not self.path.is_dir():
-            raise ValueError(f"tokenizer directory {self.path} does not exist: give a directory that holds {LIBRARY}")
+            raise ValueError(f"tokenizer directory {absent(self.path)}: give a directory that holds {LIBRARY}")
         if not self.has_library:
             raise ValueError(
                 f"{self.path} holds no {LIBRARY}: only tokenizers in that format can be read "
@@ -264,6 +264,17 @@ class TokenizerDirectory:
         """The JSON object in a file; empty where there is no such file."""
         file = self.path / name
         return json_object(file.read_bytes(), str(file)) if file.is_file() else {}
+
+
+def limit_length(directory: str | Path, positions: int) -> None:
+    """Lowers ``model_max_length`` of a directory's ``tokenizer_config.json`` to a model's positions, where it is more.
+
+    ``transformers`` cuts texts to that length where it is asked to.
+    """
+    read = TokenizerDirectory(directory)
+    stated = read._read_object(CONFIG).get("model_max_length")
+    if isinstance(stated, int | float) and stated > positions:
+        write_json(read.path / CONFIG, read._read_object(CONFIG) | {"model_max_length": positions})
 
 
 def vocabulary_size(ids: Iterable[int]) -> int:

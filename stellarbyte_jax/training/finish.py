@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.checkpoint.bundle import tokenizer_of
+from stellarbyte_jax.checkpoint.source import tokenizer_of
+from stellarbyte_jax.checkpoint.store import EXPORT
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family
@@ -18,7 +19,6 @@ from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.directory import write_json
 
-_EXPORT = "hf"
 _NOTE = "finished.json"  # in the run's directory: the last step, and what was done after it
 
 
@@ -38,7 +38,7 @@ def check(config: TrainConfig) -> None:
 
 def recover(config: TrainConfig) -> None:
     """Removes what a killed export left, and puts back what it was about to replace; under the run's lock."""
-    clear_abandoned(Path(config.output_dir) / _EXPORT, alone=True)
+    clear_abandoned(Path(config.output_dir) / EXPORT, alone=True)
 
 
 def forget(config: TrainConfig) -> None:
@@ -67,7 +67,7 @@ def finish(
     """
     note = Path(config.output_dir) / _NOTE
     done = _read(note, step)
-    target = Path(config.output_dir) / _EXPORT
+    target = Path(config.output_dir) / EXPORT
     if config.export_at_end and not (done.get("exported") and target.is_dir()):
         try:
             export(config, model, params)
@@ -85,7 +85,7 @@ def finish(
 
 def export(config: TrainConfig, model: ByteTransformer, params: Params) -> None:
     """Writes ``output_dir/hf`` anew."""
-    target = Path(config.output_dir) / _EXPORT
+    target = Path(config.output_dir) / EXPORT
     save_pretrained(target, model, params, tokenizer=tokenizer_of(config.output_dir, config), overwrite=True)
 
 

@@ -6,13 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stellarbyte_jax.command import MENDABLE, print_error, remedy
+from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.launch import write_failure
 
 
 def run_guarded(act: Callable[[], int], output_dir: str) -> int:
-    """Returns what ``act`` returns, or 1 after printing the message of an error that a user can mend."""
+    """Returns what ``act`` returns, or 1 after printing the message of an error that a user can mend.
+
+    Raises:
+      ConfigError: settings that cannot be; ``output_dir``, where nothing is written then, may be one of them.
+    """
     try:
         return act()
+    except ConfigError:
+        raise
     except MENDABLE as error:
         error = _advised(error, Path(output_dir))
         log, where = Path(output_dir) / "train.log", ""

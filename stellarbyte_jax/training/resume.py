@@ -14,7 +14,7 @@ from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, Stor
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.model.io import State
-from stellarbyte_jax.model.trees import partition, paths
+from stellarbyte_jax.model.trees import Params, partition, paths
 from stellarbyte_jax.training.meter import diverged
 from stellarbyte_jax.training.state import TrainState
 from stellarbyte_jax.training.step import all_finite
@@ -113,15 +113,22 @@ def restore(
     def read(stored: StoredStep) -> Resumed:
         initial = not stored.has("optimizer")
         check_resumable(stored.json("config"), config, stored.path, initial, say)
-        return _from_weights(stored, config, shapes, optimizer) if initial else _whole(stored, shapes)
+        if initial:
+            return begin_with(stored.arrays({"params": shapes.weights})["params"], config, shapes, optimizer)
+        return _whole(stored, shapes)
 
     return checkpointer.restore(read, say)
 
 
-def _from_weights(
-    stored: StoredStep, config: TrainConfig, shapes: TrainState, optimizer: optax.GradientTransformation
+def begin_with(
+    weights: Params, config: TrainConfig, shapes: TrainState, optimizer: optax.GradientTransformation
 ) -> Resumed:
-    found = _finite(stored.arrays({"params": shapes.weights}))
+    """The state before the first step, with these weights and a fresh optimizer.
+
+    Raises:
+      FloatingPointError: a weight is not finite.
+    """
+    found = _finite({"params": weights})
     trained = set(paths(shapes.params))
     params, frozen = partition(found["params"], lambda path: "/".join(path) in trained)
     state = TrainState(

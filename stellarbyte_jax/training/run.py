@@ -13,17 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stellarbyte_jax.checkpoint.bundle import TOKENIZER
-from stellarbyte_jax.checkpoint.store import Checkpointer
+from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries, write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
-from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
+from stellarbyte_jax.tokenizer.codec import token_byte_lengths
 from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.training import finish, resume
+from stellarbyte_jax.training import begin, finish, resume
 from stellarbyte_jax.training.console import Reporter, format_metrics
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.metrics import count_parameters
@@ -82,9 +81,11 @@ def train(config: TrainConfig) -> Finished:
       DivergedError: the loss became NaN or infinite; the checkpoints before it are kept.
     """
     began = time.perf_counter()
+    quiet_libraries()
+    config = begin.complete(config)
+    begin.check(config)
     run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    quiet_libraries()
     with RunLock(run_dir) as lock, Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         prepared = _prepare(config, began, interrupt, lock, report, stack)
@@ -114,18 +115,19 @@ def _prepare(
     cache = CompileCache()
     report.line(environment())
     report.config(config)
-    finish.check(config)
     finish.recover(config)
 
     model = ByteTransformer(config.model)
-    check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
     schedule = make_schedule(config)
     optimizer = make_optimizer(config, model)
     checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
     shapes = state_shapes(config, model, optimizer)
     parameters = count_parameters(shapes.weights)
     found = resume.restore(checkpointer, config, shapes, optimizer, report.line)
-    resumed = found or Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None)
+    resumed = found or begin.from_weights(config, shapes, optimizer, report.line)
+    if resumed is None:
+        begin.tell_unused_rows(config, report.line)
+        resumed = Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None)
     start = int(resumed.state.step)
     total = max(start, config.steps)
     if start == total and resumed.progress.validated != start:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+from stellarbyte_jax.command import MendableError, one_line
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.launch import write_failure
 
@@ -81,9 +82,20 @@ class WandbTracker:
         import wandb  # pyright: ignore[reportMissingImports]
 
         name = Path(config.output_dir).name
-        self._run: Any = wandb.init(
-            project="stellarbyte", name=name, id=name, resume="allow", dir=config.output_dir, config=config.to_dict()
-        )
+        try:
+            self._run: Any = wandb.init(
+                project="stellarbyte",
+                name=name,
+                id=name,
+                resume="allow",
+                dir=config.output_dir,
+                config=config.to_dict(),
+            )
+        except Exception as error:  # wandb's own kinds, whose names differ between its versions
+            raise MendableError(
+                f"logging.trackers names 'wandb', which could not begin ({type(error).__name__}: "
+                f"{one_line(str(error))}): log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Sends scalars."""
@@ -126,6 +138,7 @@ def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = Tru
 
     Raises:
       ModuleNotFoundError: a tracker's package is not installed; the message names the extra.
+      MendableError: a tracker could not begin, such as one that wants a login.
     """
     directory = Path(config.output_dir)
     trackers: list[Tracker] = [JsonlTracker(directory / "metrics.jsonl", start_step, validated=validated)]
@@ -137,9 +150,11 @@ def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = Tru
                 trackers.append(WandbTracker(config))
             else:
                 trackers.append(SwanLabTracker(config))
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, MendableError) as error:
             for tracker in trackers:
                 tracker.close()
+            if isinstance(error, MendableError):
+                raise
             raise ModuleNotFoundError(
                 f"logging.trackers names {name!r}, but {error.name} is not installed: pip install -e '.[trackers]'"
             ) from error

@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.hf_models import assert_same_tree, random_model, save_words
 
-from stellarbyte_jax.checkpoint.bundle import TOKENIZER, load_bundle
-from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
+from stellarbyte_jax.checkpoint.bundle import load_bundle
+from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import save_initial
 from stellarbyte_jax.config import CheckpointConfig, DataConfig, TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
@@ -125,13 +126,14 @@ def test_a_step_of_a_converted_model(directories: Path) -> None:
 
 
 def test_directories_of_neither_kind(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nowhere"):
-        message = (
-            rf"^{path} is neither a Hugging Face directory \(config\.json\) nor a run directory \(checkpoints/\): "
-            "give the output_dir of a run, or a converted model$"
-        )
-        with pytest.raises(ValueError, match=message):
-            load_bundle(path)
+    message = (
+        rf"^{tmp_path} is neither a Hugging Face directory \(config\.json\) nor a run directory \(checkpoints/\): "
+        "give the output_dir of a run, or a converted model$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_bundle(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/nowhere does not exist: give a local directory, or a name of"):
+        load_bundle(tmp_path / "nowhere")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_bundle(tmp_path)
@@ -151,3 +153,25 @@ def test_a_tokenizer_larger_than_the_model(kind: str, copies: Path) -> None:
         save_words(directory, [f"w{i}" for i in range(97)])
     with pytest.raises(ValueError, match=r"has 97 tokens, model\.vocab_size is 96: set model\.vocab_size to at least"):
         load_bundle(copies / kind)
+
+
+def trained(run: Path, step: int, **data: Any) -> None:
+    """Gives a run a checkpoint of weights that were trained in it."""
+    settings = DataConfig(train=("a.jsonl",), sequence_length=16, tokenizer=str(run.parent / "words"), **data)
+    config = TrainConfig(output_dir="run", steps=200, model=MODEL.config, data=settings)
+    checkpointer = Checkpointer(run, CheckpointConfig(keep_latest=9))
+    checkpointer.save(step, {"params": WEIGHTS}, {"config": config.to_dict()}, frozen=[])
+    checkpointer.close()
+
+
+def test_what_is_known_of_a_training_on_plain_text(copies: Path) -> None:
+    run, export = copies / "run", copies / "run" / "hf"
+    shutil.copytree(copies / "hf", export)
+    assert not any(load_bundle(path).plain_text for path in (run, copies / "hf", export))  # foreign weights
+    trained(run, 20)
+    assert load_bundle(run).plain_text and load_bundle(export).plain_text
+    assert not load_bundle(copies / "hf").plain_text and not load_bundle(run, 0).plain_text
+    trained(run, 30, template="Question: {q} Answer: {a}")
+    assert not load_bundle(run).plain_text
+    shutil.rmtree(run / "checkpoints" / "30" / "config")  # a broken run does not keep its export from being loaded
+    assert not load_bundle(export).plain_text

@@ -65,8 +65,39 @@ def test_the_same_settings_go_on(initial: bool) -> None:
 )
 @pytest.mark.parametrize("initial", [False, True])
 def test_what_neither_weights_nor_order_depend_on_may_change(changes: dict[str, Any], initial: bool) -> None:
-    assert check(settings(), settings(**changes), initial) == []
-    assert check(settings(**changes), settings(), initial) == []
+    before, now = settings(), settings(**changes)
+    there, here = flat(json.loads(before.to_json())), flat(json.loads(now.to_json()))
+    changed = [name for name in there if there[name] != here[name]]
+    told = [f"setting changed: {name} {there[name]!r} -> {here[name]!r}" for name in changed if not initial]
+    assert check(before, now, initial) == told and len(changed) >= 3
+    assert len(check(now, before, initial)) == len(told)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def test_only_what_means_something_else_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").touch()
+    spelt = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    now = settings(model=spelt, data={"train": ["./*.jsonl"]}, output_dir=str(tmp_path / "run"), steps=30)
+    assert check(settings(), now) == ["setting changed: steps 20 -> 30"]
+
+
+def test_the_copy_that_a_run_keeps_of_its_tokenizer_stands_for_the_original() -> None:
+    assert check(settings(), settings(data={"tokenizer": "run/tokenizer"})) == []
+    assert "data.tokenizer was" in refusal(settings(), settings(data={"tokenizer": "else/tokenizer"}))
+
+
+def test_other_weights_to_begin_with_are_told_to_be_without_effect() -> None:
+    now = settings(init_from="elsewhere")
+    assert check(settings(), now) == [
+        "setting changed: init_from None -> 'elsewhere' (without effect: the run goes on with its own weights)"
+    ]
 
 
 def test_sizes_may_be_spelt_out_or_derived() -> None:
@@ -197,8 +228,8 @@ def test_files_of_a_folder_that_was_moved_are_left_to_the_loader(
     for before in (explicit, pattern):
         for train in (["new/*.jsonl"], ["new/a.jsonl", str(tmp_path / "new" / "b.jsonl")]):
             (said,) = check(before, settings(data={"train": train}))
-            assert said.startswith("data.train was ['old/") and "the same names and contents" in said
-            assert f"is {train}" in said
+            assert said.startswith("setting changed: data.train ['old/") and "the same names and contents" in said
+            assert f"-> {train}: the run goes on" in said
     for train in (["new/b.jsonl"], ["new/b.jsonl", "new/a.jsonl"], ["other/*.jsonl"]):
         assert "data.train was" in refusal(explicit, settings(data={"train": train}))
     os.rename("new", "[x]")  # which exists: no pattern that could have named anything else
@@ -217,7 +248,7 @@ def test_what_a_document_of_a_text_file_is_may_change_where_there_is_none() -> N
 
 def test_a_run_that_met_a_bad_line_may_begin_to_skip_them() -> None:
     before, now = settings(), settings(data={"on_error": "skip"})
-    assert check(before, now) == []
+    assert check(before, now) == ["setting changed: data.on_error 'raise' -> 'skip'"]
     assert "data.on_error was 'skip' and is 'raise'" in refusal(now, before)
 
 
@@ -325,6 +356,9 @@ def test_another_order_or_optimizer_is_refused_after_training(changes: dict[str,
 
 def test_the_rate_of_an_average_and_of_clipping_may_change() -> None:
     before = settings(ema_decay=0.9, optimizer={"gradient_clip_norm": 0.5})
-    assert check(before, settings(ema_decay=0.99, optimizer={"gradient_clip_norm": 2.0})) == []
+    assert check(before, settings(ema_decay=0.99, optimizer={"gradient_clip_norm": 2.0})) == [
+        "setting changed: ema_decay 0.9 -> 0.99",
+        "setting changed: optimizer.gradient_clip_norm 0.5 -> 2.0",
+    ]
     message = refusal(before, settings(optimizer={"gradient_clip_norm": None}))
     assert "gradient_clip_norm was 0.5 and is None" in message and "ema_decay was 0.9 and is None" in message

@@ -250,8 +250,8 @@ def test_bad_input_is_one_line(
         (("to-hf", tmp_path / "nowhere", tmp_path / "hf"), "nowhere holds no checkpoint"),
         (("to-hf", run_dir, tmp_path / "hf", "--step", 7), "has no checkpoint of step 7; there are 0"),
         (("to-hf", run_dir, tmp_path / "hf", "--tokenizer", tmp_path), "holds no tokenizer.json"),
-        (("from-hf", tmp_path / "nowhere", tmp_path / "new"), "nowhere is no directory"),
-        (("from-hf", run_dir, tmp_path / "new"), "config.json does not exist"),
+        (("from-hf", tmp_path / "nowhere", tmp_path / "new"), "nowhere does not exist: give a local directory"),
+        (("from-hf", run_dir, tmp_path / "new"), "is a run directory, not a Hugging Face directory"),
         (("from-hf", damaged, tmp_path / "new"), "differs from its checksum: the file is damaged. Copy it or export"),
     ]
     for arguments, message in cases:

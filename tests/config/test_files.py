@@ -1,11 +1,12 @@
 """A run is a Python file, and every mistake in it or in an override has one clear message."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 
-from stellarbyte_jax.config import ConfigError, TrainConfig, load, override
+from stellarbyte_jax.config import ByteConfig, ConfigError, DataConfig, TrainConfig, compose, load, override
 
 
 @pytest.fixture
@@ -106,6 +107,9 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
         load(tmp_path / "pretrian.py")
     with pytest.raises(ConfigError, match=r"nowhere/a\.py does not exist$"):
         load(tmp_path / "nowhere" / "a.py")
+    (tmp_path / "train_config.json").touch()
+    with pytest.raises(ConfigError, match=r"did you mean .*/train_config\.json\?$"):
+        load(tmp_path / "train_conf.json")
 
 
 @pytest.mark.parametrize(
@@ -169,11 +173,13 @@ def test_paths_beside_a_config_are_found_from_any_folder(tmp_path, monkeypatch):
 def test_a_config_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load("quickstart").output_dir == "runs/quickstart"
-    with pytest.raises(ConfigError, match=rf"config file quikstart does not exist in {tmp_path}; did you mean quickst"):
+    with pytest.raises(
+        ConfigError, match=rf"file quikstart does not exist \(looked from {tmp_path}\); did you mean quick"
+    ):
         load("quikstart")
-    with pytest.raises(ConfigError, match=rf"quickstart\.py does not exist in {tmp_path}; did you mean quickstart\?"):
+    with pytest.raises(ConfigError, match=rf"quickstart\.py does not .*{tmp_path}\); did you mean quickstart\?"):
         load("quickstart.py")
-    with pytest.raises(ConfigError, match=r"configs/quickstart does not exist in"):
+    with pytest.raises(ConfigError, match=r"configs/quickstart does not exist \(looked from"):
         load("configs/quickstart")
     (tmp_path / "quickstart").write_text("")  # a file that is there is what is meant
     with pytest.raises(ConfigError, match="must be a Python file"):
@@ -185,3 +191,89 @@ def test_the_configs_of_the_repository_work_from_any_folder(name, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     data = load(Path(__file__).parents[2] / "configs" / f"{name}.py").data
     assert all(Path(p).is_file() for p in (*data.train, *data.validation)) and Path(data.tokenizer).is_dir()
+
+
+def test_the_settings_of_a_run_are_a_config_file(tmp_path, run):
+    path = tmp_path / "train_config.json"
+    path.write_text(run.to_json())
+    assert load(path) == run
+    assert load(path, ["steps=3000"]).steps == 3000
+    message = rf"^config file {tmp_path} is a directory; the settings of this run are in {path}$"
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path)
+    path.unlink()
+    with pytest.raises(ConfigError, match=rf"^config file {tmp_path} is a directory$"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"config\.json is not valid JSON: "),
+        ("[]", r"config\.json must hold a JSON object, got list"),
+        (
+            '{"model_type": "llama"}',
+            r"config\.json holds no settings of a run, as train_config\.json does: TrainConfig",
+        ),
+        ('{"output_dir": "a", "steps": 0}', r"train_config\.json does: TrainConfig\.steps must be int"),
+        ('{"output_dir": "a", "steps": 200, "steps": 300}', r"config\.json gives two values for the key 'steps'"),
+    ],
+)
+def test_a_json_file_without_settings_of_a_run(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "config.json")
+
+
+INHERITED = ByteConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512)
+
+
+@pytest.fixture
+def inherit():
+    """What lies in a directory, and a note of each question."""
+
+    def inherit(init_from: str, output_dir: str) -> dict[str, object]:
+        inherit.asked.append((init_from, output_dir))
+        return {"model": INHERITED.to_dict(), "data.tokenizer": "theirs", "data.add_bos": False}
+
+    inherit.asked = []
+    return inherit
+
+
+def made(**settings) -> TrainConfig:
+    return TrainConfig(**({"output_dir": "runs/b", "steps": 1000} | settings))
+
+
+def test_an_override_of_init_from_replaces_model_and_tokenizer(inherit):
+    written = made(model=ByteConfig(qk_norm=True), data=DataConfig(tokenizer="ours", sequence_length=256))
+    overrides = ["init_from=runs/a", "model.hidden_dropout=0.1", "output_dir=runs/c"]
+    composed = compose(written, overrides, inherit)
+    assert composed.model == dataclasses.replace(INHERITED, hidden_dropout=0.1)
+    assert (composed.data.tokenizer, composed.data.add_bos) == ("theirs", False)
+    assert (composed.init_from, composed.data.sequence_length) == ("runs/a", 256)
+    assert inherit.asked == [("runs/a", "runs/c")]
+    explicit = compose(written, [*overrides, "data.tokenizer=mine", "data.add_bos=true"], inherit)
+    assert (explicit.data.tokenizer, explicit.data.add_bos) == ("mine", True)
+
+
+def test_an_init_from_of_the_config_gives_what_it_leaves_out(inherit):
+    bare = compose(made(init_from="runs/a", data=DataConfig(sequence_length=512)), [], inherit)
+    assert (bare.model, bare.data.tokenizer) == (INHERITED, "theirs")
+    whole = made(init_from="runs/a", model=ByteConfig(qk_norm=True), data=DataConfig(tokenizer="ours"))
+    assert compose(whole, [], inherit) == whole
+    assert compose(whole, ["init_from=none"], inherit) == dataclasses.replace(whole, init_from=None)
+    own = made(init_from="runs/a", model=ByteConfig(qk_norm=True))
+    assert compose(own, [], inherit).model == own.model and compose(own, [], inherit).data.tokenizer == "theirs"
+
+
+def test_without_init_from_nothing_is_inherited(inherit):
+    assert compose(made(), ["steps=300"], inherit).steps == 300 and inherit.asked == []
+
+
+def test_what_is_inherited_must_fit_the_rest(inherit):
+    """Also a model of which the config could not know, being left out."""
+    long = DataConfig(sequence_length=4096)
+    with pytest.raises(ConfigError, match=r"sequence_length 4096 is longer than model.max_position_embeddings 512"):
+        compose(made(init_from="runs/a", data=long), [], inherit)
+    with pytest.raises(ConfigError, match=r"sequence_length 4096 is longer than model.max_position_embeddings 2048"):
+        compose(made(init_from="x", data=long), [], lambda *_: {"model": ByteConfig().to_dict()})

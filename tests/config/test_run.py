@@ -46,6 +46,8 @@ from stellarbyte_jax.config import (
         (TrainConfig, {"global_batch_size": 32, "gradient_accumulation_steps": 5}, "32 is not divisible by .* 5"),
         (TrainConfig, {"model": ByteConfig(max_position_embeddings=512)}, "1024 is longer than .* 512"),
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay must be"),
+        (TrainConfig, {"output_dir": " "}, "output_dir is empty: name a directory for the run, such as runs/first"),
+        (TrainConfig, {"init_from": ""}, "init_from is empty: name a directory, or none"),
     ],
 )
 def test_contradictions_are_refused(section, settings, message):

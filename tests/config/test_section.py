@@ -50,3 +50,13 @@ def test_frozen_hashable_and_copied_whole(run):
     assert copy.deepcopy(run) == run and hash(copy.deepcopy(run)) == hash(run)
     with pytest.raises(ConfigError, match="no setting 'stepz'"):
         dataclasses.replace(run, stepz=3)
+
+
+def test_a_value_without_a_name_is_told_to_have_one():
+    for section, value, example in (
+        (ByteConfig, 768, "ByteConfig(hidden_size=768)"),
+        (TrainConfig, "runs/a", "TrainConfig(output_dir='runs/a')"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            section(value)
+        assert str(caught.value) == f"settings of {section.__name__} are given by name, such as {example}"

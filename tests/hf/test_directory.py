@@ -211,7 +211,7 @@ def test_a_stored_copy_of_a_tied_head_must_be_equal(directory: Path) -> None:
 
 
 def test_broken_directories(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere is no directory: give a local directory with config\.json and"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist: give a local directory, or a name of the Hugging"):
         from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, float16, got 'int8'"):
         from_pretrained(directory, dtype="int8")
@@ -352,3 +352,44 @@ def test_memory_holds_the_weights_once(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1.5 * total
     finally:
         tracemalloc.stop()
+
+
+def test_a_run_is_told_from_a_hugging_face_directory(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "3").mkdir(parents=True)
+    for path, what in ((run, "run directory"), (run / "checkpoints" / "3", "checkpoint of a run")):
+        with pytest.raises(ValueError) as caught:
+            from_pretrained(path)
+        expected = (
+            f"{path} is a {what}, not a Hugging Face directory: load it with stellarbyte_jax.load_run({str(path)!r})"
+        )
+        assert str(caught.value) == expected
+    save_pretrained(run / "hf", *random_model())
+    with pytest.raises(ValueError, match=rf"load_run\('{run}'\), or give its export {run / 'hf'}$"):
+        from_pretrained(str(run))
+    from_pretrained(run / "hf")
+
+
+@pytest.mark.parametrize(
+    ("stated", "positions", "scaling", "written"),
+    [
+        (32768, 64, "none", 64),
+        (10**30, 64, "none", 64),  # as transformers writes that there is no limit
+        (48, 64, "none", 48),
+        (None, 64, "none", None),
+        (32768, 64, "linear", 32768),  # longer texts are what the scaling is for
+    ],
+)
+def test_an_export_states_no_longer_texts_than_the_model_has_positions_for(
+    stated: int | None, positions: int, scaling: str, written: int | None, tmp_path: Path
+) -> None:
+    given = {} if stated is None else {"model_max_length": stated}
+    words = save_words(tmp_path / "words", ["x", "y"], padding_side="right", **given)
+    before = (words / "tokenizer_config.json").read_bytes()
+    rope = RopeScaling(name=scaling, factor=2.0) if scaling != "none" else RopeScaling()  # type: ignore[arg-type]
+    save_pretrained(
+        tmp_path / "hf", *random_model(max_position_embeddings=positions, rope_scaling=rope), tokenizer=words
+    )
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings.get("model_max_length") == written and settings["padding_side"] == "right"
+    assert (words / "tokenizer_config.json").read_bytes() == before

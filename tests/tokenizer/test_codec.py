@@ -1,5 +1,6 @@
 """The committed tokenizer, and text to ids and back."""
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -276,3 +277,11 @@ def test_ids_that_no_vocabulary_has_are_refused_before_memory_is_asked_for(tmp_p
     (tmp_path / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not .*: ids must be integers from 0 to 16777215\)"):
         token_byte_lengths(tmp_path)
+
+
+def test_a_tokenizer_is_shown_in_one_short_line(tmp_path):
+    path = save_byte_tokenizer(tmp_path / "bytes")
+    tokenizer = load_tokenizer(path)
+    shown = f"Tokenizer({path!r}, vocab_size=288, bos_id=1, eos_id=2, pad_id=0, chat_template="
+    assert repr(tokenizer) == f"{shown}yes)"
+    assert repr(dataclasses.replace(tokenizer, chat_template=None)) == f"{shown}no)"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import cli, data_setting, one_error
 
+from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.training.guard import run_guarded
 
 MISTAKES = {
@@ -110,3 +111,12 @@ def test_a_tracker_that_is_not_installed(config_file, tmp_path, capsys, monkeypa
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert cli(config_file, "logging.trackers=wandb") == 1
     assert one_error(capsys, "'wandb'", "pip install -e '.[trackers]'")
+
+
+def test_a_place_that_is_no_place_for_a_run_gets_no_log(tmp_path):
+    def act():
+        raise ConfigError("output_dir holds a project")
+
+    with pytest.raises(ConfigError, match="holds a project"):
+        run_guarded(act, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []

@@ -2,11 +2,13 @@
 
 import json
 import sys
+import types
 from types import ModuleType
 
 import pytest
 from helpers.training import settings
 
+from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import LoggingConfig
 from stellarbyte_jax.training.trackers import JsonlTracker, make_trackers
 
@@ -204,3 +206,21 @@ def test_lines_that_are_no_metrics_are_dropped_and_the_file_is_replaced_whole(tm
     tracker.close()
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 6, "loss": 1.0}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["UsageError", "CommError"])
+def test_a_tracker_without_a_login_is_one_line_with_a_way_out(tmp_path, monkeypatch, kind):
+    def init(**settings):
+        raise type(kind, (Exception,), {})("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    closed = []
+    close = JsonlTracker.close
+    monkeypatch.setattr(JsonlTracker, "close", lambda self: closed.append(self) or close(self))
+    with pytest.raises(MendableError) as caught:
+        make_trackers(run_of(tmp_path, "wandb"), 0)
+    assert str(caught.value) == (
+        f"logging.trackers names 'wandb', which could not begin ({kind}: No API key configured. Use `wandb login` to "
+        "log in.): log in with `wandb login`, or set WANDB_MODE=offline"
+    )
+    assert len(closed) == 1

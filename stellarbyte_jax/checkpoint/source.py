@@ -1,0 +1,117 @@
+"""Where weights come from: a Hugging Face directory or name of the hub, a run, or ``RUN/checkpoints/STEP``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stellarbyte_jax.checkpoint.store import EXPORT, TOKENIZER, CheckpointError
+from stellarbyte_jax.checkpoint.weights import load_config, load_weights, run_and_step, stored_steps
+from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig
+from stellarbyte_jax.hf.directory import from_pretrained
+from stellarbyte_jax.hf.hub import is_hub_name, local_directory
+from stellarbyte_jax.hf.settings import read_config
+from stellarbyte_jax.model.trees import Params
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
+from stellarbyte_jax.tokenizer.directory import TokenizerDirectory
+from stellarbyte_jax.tokenizer.special import adds_bos
+
+
+def tokenizer_of(run: str | Path, config: TrainConfig) -> Path:
+    """The directory of a run's tokenizer: its own copy, with the ends of its texts, else that of its settings."""
+    own = Path(run) / TOKENIZER
+    return own if own.is_dir() else Path(config.data.tokenizer)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory with weights; nothing of it is read before it is asked for.
+
+    Attributes:
+      path: the Hugging Face directory, or the run's.
+      is_run: which of them it is.
+      step: checkpoint of the run; None: the newest.
+    """
+
+    path: Path
+    is_run: bool
+    step: int | None = None
+
+    def model_config(self) -> ByteConfig:
+        """Settings of the model.
+
+        Raises:
+          ValueError, CheckpointError: the directory is incomplete or cannot be read.
+        """
+        return load_config(self.path, self.step).model if self.is_run else read_config(self.path)[1]
+
+    def settings(self) -> tuple[ByteConfig, Path, bool]:
+        """Settings of the model, directory of its tokenizer, and whether its texts begin with bos.
+
+        Raises:
+          ValueError, CheckpointError: the directory is incomplete or cannot be read.
+        """
+        if self.is_run:
+            config = load_config(self.path, self.step)
+            return config.model, tokenizer_of(self.path, config), config.data.add_bos
+        return self.model_config(), self.path, self._begins_with_bos()
+
+    def weights(self) -> tuple[ByteConfig, Params]:
+        """Settings and weights of the model; of a run the averaged ones, where it keeps an average.
+
+        Raises:
+          ValueError, CheckpointError: the directory is incomplete or cannot be read.
+        """
+        if self.is_run:
+            config, params = load_weights(self.path, self.step)
+            return config.model, params
+        model, params = from_pretrained(self.path)
+        return model.config, params
+
+    def is_plain_text(self) -> bool:
+        """Whether it is known that the weights were trained here, on plain text: those of a run, or of its export.
+
+        What came before a run that began with other weights is not known, nor what a template makes of its records.
+        """
+        run = self.path if self.is_run else self.path.parent
+        steps = stored_steps(run)
+        if not steps or not (self.is_run or self.path.name == EXPORT):
+            return False
+        step = steps[-1] if self.step is None else self.step
+        try:
+            config = load_config(run, step)
+        except (CheckpointError, ConfigError):
+            return False
+        return step > 0 and config.init_from is None and config.data.template is None
+
+    def _begins_with_bos(self) -> bool:
+        if not TokenizerDirectory(self.path).is_complete:
+            return True
+        tokenizer = load_tokenizer(self.path)
+        return adds_bos(self.path, tokenizer.bos_id, tokenizer.eos_id)
+
+
+def find_source(name: str | Path, step: int | None = None, revision: str | None = None) -> Source:
+    """The weights that a name means.
+
+    Args:
+      name: a Hugging Face directory or ``owner/name`` of the hub, a run directory, or ``RUN/checkpoints/STEP``.
+      step: checkpoint of a run; None for the newest, or for the one that ``name`` names.
+      revision: of a name of the hub.
+
+    Raises:
+      ValueError: it is none of these, or a step or a revision is given where there are none.
+    """
+    if not is_hub_name(name):
+        run, named = run_and_step(Path(name), step)
+        if (run / "checkpoints").is_dir():
+            if revision is not None:
+                raise ValueError(f"revision {revision!r} is of a name of the Hugging Face hub, and {name} is a run")
+            return Source(run, is_run=True, step=named)
+    path = local_directory(name, revision)
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} is neither a Hugging Face directory (config.json) nor a run directory (checkpoints/): "
+            "give the output_dir of a run, or a converted model"
+        )
+    if step is not None:
+        raise ValueError(f"a step belongs to a run directory; {name} is a Hugging Face directory")
+    return Source(path, is_run=False)

@@ -1,0 +1,119 @@
+"""What a run begins with: settings and weights of ``init_from``, and what is checked before its directory is made."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stellarbyte_jax.checkpoint.compatibility import check_same_model
+from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
+from stellarbyte_jax.checkpoint.store import CheckpointError
+from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
+from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
+from stellarbyte_jax.data.sources import expand_all
+from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
+from stellarbyte_jax.training import finish
+from stellarbyte_jax.training.resume import Resumed, begin_with
+from stellarbyte_jax.training.state import TrainState
+
+_PROJECT = (".git", "pyproject.toml")
+_PADDING = 128  # rows; to a multiple of so many, embeddings are commonly padded for the sake of speed
+
+
+def inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:
+    """What a run takes over of the directory that its ``init_from`` names, as the base of ``config.compose``.
+
+    The model, the tokenizer and whether texts begin with bos. Where the run has checkpoints, they are its own: it goes
+    on although that directory was moved.
+
+    Raises:
+      ValueError, CheckpointError: the directory is none with weights, or cannot be read.
+    """
+    for step in reversed(stored_steps(output_dir)):
+        try:
+            own = load_config(output_dir, step)
+        except CheckpointError:
+            continue  # the run will tell, and take the one before it
+        return _base(own.model, tokenizer_of(output_dir, own), own.data.add_bos)
+    return _base(*find_source(init_from).settings())
+
+
+def _base(model: ByteConfig, tokenizer: str | Path, add_bos: bool) -> Mapping[str, Any]:
+    return {"model": model.to_dict(), "data.tokenizer": str(tokenizer), "data.add_bos": add_bos}
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """The settings with the model of ``init_from``, where it is left out."""
+    return compose(config, inherit=inherit) if config.leaves_model_out else config
+
+
+def check(config: TrainConfig) -> None:
+    """Checks what can be known before anything is written.
+
+    Raises:
+      ValueError, OSError, CheckpointError: the run has no place, no data, no tokenizer or no weights to begin with, or
+        could not do what it is to do at its end; the message says where it was looked.
+    """
+    run_dir = Path(config.output_dir)
+    _check_place(run_dir)
+    if config.init_from is not None and not stored_steps(run_dir):
+        _check_same_model(config, find_source(config.init_from).model_config(), lambda _: None)
+    check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
+    finish.check(config)
+    if not run_dir.exists():
+        expand_all(config.data.train, "data.train")
+        if config.data.validation:
+            expand_all(config.data.validation, "data.validation")
+
+
+def _check_same_model(config: TrainConfig, there: ByteConfig, say: Callable[[str], None]) -> None:
+    advice = "Leave these settings out: a run keeps the weights, and so the shape, of the model in init_from"
+    check_same_model(there, config.model, str(config.init_from), initial=True, say=say, advice=advice)
+
+
+def _check_place(run_dir: Path) -> None:
+    """A run does not strew its files into a project, the home directory or the root of the file system."""
+    if (run_dir / "checkpoints").is_dir() or (run_dir / "train_config.json").is_file():
+        return
+    place = run_dir.absolute().resolve()
+    held = [name for name in _PROJECT if (place / name).exists()]
+    what = f"holds a project ({held[0]})" if held else "is your home directory" if place == Path.home() else None
+    what = "is the root of the file system" if place == place.parent else what
+    if what:
+        raise ConfigError(
+            f"output_dir {run_dir} ({place}) {what}: name a directory of the run's own, such as runs/first"
+        )
+
+
+def from_weights(
+    config: TrainConfig, shapes: TrainState, optimizer: optax.GradientTransformation, say: Callable[[str], None]
+) -> Resumed | None:
+    """The state before the first step with the weights that ``init_from`` names, or None without it.
+
+    Raises:
+      ValueError, CheckpointError: they cannot be read, or are another model's.
+    """
+    if config.init_from is None:
+        return None
+    source = find_source(config.init_from)
+    there, params = source.weights()
+    _check_same_model(config, there, say)
+    say(f"starting from the weights in {config.init_from}")
+    # Copied, since the step writes into its state: arrays in the memory of a file that was read are no such place.
+    try:
+        return begin_with(jax.tree.map(jnp.copy, params), config, shapes, optimizer)
+    except FloatingPointError as error:
+        raise CheckpointError(f"{config.init_from} cannot begin a run: {error}. Name another checkpoint") from None
+
+
+def tell_unused_rows(config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Tells of a vocabulary that is larger than the tokenizer's, by more than rows of padding."""
+    rows, tokens = config.model.vocab_size, load_tokenizer(config.data.tokenizer).vocab_size
+    if rows - tokens > max(_PADDING, config.model.vocab_size_multiple, tokens // 100):
+        say(
+            f"warning: the tokenizer in {config.data.tokenizer} has {tokens:,} tokens, model.vocab_size is {rows:,}: "
+            f"{rows - tokens:,} rows of embedding and head are never used; model.vocab_size={tokens} leaves them out"
+        )

@@ -1,0 +1,187 @@
+"""Names of the hub: which ones are, what is asked for, and what is said where nothing came. No test has a network."""
+
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from helpers.hf_models import assert_same_tree, random_model, save_words
+from huggingface_hub import constants
+
+import stellarbyte_jax
+from stellarbyte_jax.checkpoint.source import find_source
+from stellarbyte_jax.checkpoint.weights import load_weights
+from stellarbyte_jax.cli import convert
+from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
+from stellarbyte_jax.hf.hub import is_hub_name, local_directory
+
+MODEL, WEIGHTS = random_model(num_hidden_layers=1)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory and an empty cache of the hub."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The questions that the hub was asked; it answers with a model."""
+    words = save_words(tmp_path / "words", ["x", "<b>", "<e>", "y"], bos_token="<b>", eos_token="<e>")
+    save_pretrained(tmp_path / "snapshot", MODEL, WEIGHTS, tokenizer=words)
+    questions: list[dict[str, Any]] = []
+
+    def download(repo_id: str, **more: Any) -> str:
+        questions.append({"repo_id": repo_id, **more})
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return questions
+
+
+@pytest.mark.parametrize("name", ["org/name", "HuggingFaceTB/SmolLM2-1.7B_x", "a/b"])
+def test_a_name_of_the_hub(name: str) -> None:
+    assert is_hub_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("name", "a/b/c", "./a", "./org/name", "../name", "/org/name", "org/", "/name", "~/name", "org/.name"),
+        *("org/na me", "org//name", "org\\name", "org/name.", "a--b/c", "a/b..c", "", "runs/first", "https://x/y"),
+        "org/näme",
+    ],
+)
+def test_what_is_no_name_of_the_hub_is_never_asked_for(name: str, asked: list[dict[str, Any]]) -> None:
+    assert not is_hub_name(name)
+    with pytest.raises(ValueError, match=r"does not exist|is neither a Hugging Face directory|holds no|is no "):
+        stellarbyte_jax.load_run(name)
+    assert asked == []
+
+
+def test_a_path_stays_a_path(folder: Path, asked: list[dict[str, Any]]) -> None:
+    assert not is_hub_name(Path("org/name"))
+    (folder / "org").mkdir()
+    with pytest.raises(
+        ValueError, match=rf"^org/name does not exist \(looked from {folder}\): give a local directory, "
+    ):
+        local_directory("org/name")
+    (folder / "org" / "name").symlink_to(folder / "nowhere")
+    assert not is_hub_name("org/name")
+    (folder / "org" / "file").touch()
+    with pytest.raises(ValueError, match=r"^org/file is a file: give the directory that holds it$"):
+        local_directory("org/file")
+    assert asked == []
+
+
+def test_a_model_of_the_hub_is_used_by_its_name(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    assert_same_tree(from_pretrained("org/name", revision="v1")[1], WEIGHTS)
+    bundle = stellarbyte_jax.load_run("org/name", revision="v2")
+    assert bundle.tokenizer.encode("y") == [3]
+    assert find_source("org/name").settings()[1] == tmp_path / "snapshot"
+    assert convert.main(["from-hf", "org/name", str(tmp_path / "run"), "--revision", "v3"]) == 0
+    assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)
+    assert [(q["repo_id"], q["revision"]) for q in asked] == [
+        ("org/name", "v1"),
+        ("org/name", "v2"),
+        ("org/name", None),
+        ("org/name", "v3"),
+    ]
+
+
+def test_only_files_that_are_read_are_asked_for(asked: list[dict[str, Any]]) -> None:
+    from_pretrained("org/name")
+    (question,) = asked
+    assert set(question) == {"repo_id", "revision", "allow_patterns"}  # token, endpoint and cache are the hub's own
+    taken = {
+        name: any(fnmatch(name, pattern) for pattern in question["allow_patterns"])
+        for name in [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "tokenizer.model",
+            "chat_template.jinja",
+            "additional_chat_templates/rag.jinja",
+        ]
+    }
+    assert all(taken.values()), taken
+    for name in [
+        "pytorch_model.bin",
+        "model.pt",
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "modeling_x.py",
+        "onnx/model.onnx",
+        "README.md",
+        "training_args.bin",
+    ]:
+        assert not any(fnmatch(name, pattern) for pattern in question["allow_patterns"]), name
+
+
+def test_a_revision_belongs_to_a_name_of_the_hub(tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    for load in (from_pretrained, stellarbyte_jax.load_run):
+        with pytest.raises(ValueError, match=r"^revision 'v1' is of a name of the Hugging Face hub, and .* is a local"):
+            load(str(tmp_path / "snapshot"), revision="v1")
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^revision 'v1' is of a name of the Hugging Face hub, and .* is a run$"):
+        stellarbyte_jax.load_run(str(tmp_path / "run"), revision="v1")
+
+
+def test_offline_with_an_empty_cache(tmp_path: Path, folder: Path) -> None:
+    """The tests run with HF_HUB_OFFLINE=1."""
+    with pytest.raises(ValueError) as caught:
+        from_pretrained("org/name", revision="v1")
+    assert str(caught.value) == (
+        f"org/name at revision v1: there is no such directory here (looked from {folder}), and the hub's cache "
+        f"{tmp_path / 'hub'} lacks it, and HF_HUB_OFFLINE forbids to ask: fetch it where there is a network, or unset "
+        "HF_HUB_OFFLINE"
+    )
+
+
+def test_offline_with_a_cache_that_has_the_model(
+    tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache as huggingface_hub lays it out: references, and a snapshot of links to blobs."""
+    stored = tmp_path / "hub" / "models--org--name"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(tmp_path / "snapshot", stored / "blobs")
+    snapshot = stored / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for blob in (stored / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(os.path.relpath(blob, snapshot))
+    real = huggingface_hub._snapshot_download.snapshot_download
+    found = Path(real("org/name", allow_patterns=["*.json"], cache_dir=tmp_path / "hub"))
+    assert found == snapshot
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", real)
+    assert local_directory("org/name") == local_directory("org/name", COMMIT) == snapshot
+    assert_same_tree(from_pretrained("org/name")[1], WEIGHTS)
+
+
+def test_a_failure_of_the_hub_is_one_line_with_what_was_tried(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def refuses(*_: Any, **__: Any) -> str:
+        raise OSError("401 Client Error.\n\nRepository Not Found for url: ...")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuses)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
+    with pytest.raises(ValueError) as caught:
+        from_pretrained("org/name")
+    assert str(caught.value) == (
+        f"org/name: there is no such directory here (looked from {folder}), and https://hub.example did not give it "
+        "(OSError: 401 Client Error.): mend the name, set HF_TOKEN for a private or gated model, or look after the "
+        "network"
+    )
