@@ -17,6 +17,7 @@ from stellarbyte_jax.checkpoint.bundle import TOKENIZER
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
+from stellarbyte_jax.inspect.costs import count_parameters
 from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries, write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
@@ -26,7 +27,6 @@ from stellarbyte_jax.tokenizer.special import kept_ids
 from stellarbyte_jax.training import finish, resume
 from stellarbyte_jax.training.console import Reporter, format_metrics
 from stellarbyte_jax.training.meter import Meter
-from stellarbyte_jax.training.metrics import count_parameters
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
