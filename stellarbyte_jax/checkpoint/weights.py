@@ -1,8 +1,9 @@
 """The weights of a run, without the rest of its state."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,8 +11,11 @@ import orbax.checkpoint as ocp
 
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep, first_line
 from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, ScheduleConfig, TrainConfig
+from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.model.trees import Params, merge, partition
+
+Result = TypeVar("Result")
 
 
 def run_and_step(source: Path, step: int | None = None) -> tuple[Path, int | None]:
@@ -28,6 +32,36 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainCon
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
+    return _opened(
+        run_dir, step, lambda stored, config: (config, jax.tree.map(np.asarray, _read(stored, config.model)))
+    )
+
+
+def load_training_facts(run_dir: str | Path, step: int | None = None) -> TrainingFacts | None:
+    """What is known of the training of a run's newest or named checkpoint; None of weights that it began with.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+
+    def read(stored: StoredStep, config: TrainConfig) -> TrainingFacts | None:
+        if not stored.has("optimizer"):
+            return None
+        data = stored.json("data")
+        loss = data.get("last_loss") if data.get("validated") == stored.step else None
+        return training_facts(config, stored.step, loss)
+
+    return _opened(run_dir, step, read)
+
+
+def training_facts(config: TrainConfig, step: int, validation_loss: float | None) -> TrainingFacts:
+    """Facts of a run after so many steps."""
+    tokens = step * config.global_batch_size * config.data.sequence_length
+    return TrainingFacts(step, tokens, config.optimizer.name, validation_loss)
+
+
+def _opened(run_dir: str | Path, step: int | None, read: Callable[[StoredStep, TrainConfig], Result]) -> Result:
+    """What ``read`` makes of a checkpoint and the settings in it."""
     run_dir = Path(run_dir)
     directory = run_dir.absolute() / "checkpoints"
     steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit()) if directory.is_dir() else []
@@ -42,7 +76,7 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainCon
         with ocp.CheckpointManager(directory, options=options) as manager:
             stored = StoredStep.open(manager, directory, chosen)
             config = TrainConfig.from_dict(stored.json("config"))
-            return config, jax.tree.map(np.asarray, _read(stored, config.model))
+            return read(stored, config)
     except (ConfigError, CheckpointError):
         raise
     except Exception as error:

@@ -31,7 +31,7 @@ _FAMILIES = (
 
 @functools.cache
 def usable_language(language: Language) -> Language:
-    """The language whose labels charts can show here: English, with one line in the log, where no font has the others."""
+    """The language whose labels charts can show: English, with one line in the log, where no font has the others."""
     if find_font(language) is not None:
         return language
     _log.warning(

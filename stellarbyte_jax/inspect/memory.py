@@ -84,7 +84,7 @@ def weight_bytes(parameters: int, dtype: str) -> int:
 
 
 def optimizer_bytes(model: ByteTransformer, name: OptimizerName, is_trainable: IsTrainable = all_trainable) -> int:
-    """Bytes of the float32 arrays of an optimizer's state; its few counters are left out.
+    """Bytes of the float32 arrays of an optimizer's state; counters and coefficients are left out.
 
     AdamW has two numbers a weight, Lion one, Muon one for the matrices that it orthogonalises and two for the others.
     """
@@ -103,13 +103,14 @@ def _is_use(x: object) -> bool:
 
 
 def activation_bytes(config: ByteConfig, rows: int, length: int) -> int:
-    """An estimate of the activations of a training step, with fused attention and without dropout.
+    """An estimate of what the forward pass keeps for the backward pass, with fused attention and without dropout.
 
     For each token, with c bytes a number of the compute dtype, D, N, K, H, F as elsewhere and L layers:
 
     - ``remat=none``: ``L (c (4 D + 2 N H + 2 K H + 3 F) + 4 N)``: inputs and norms of both branches (of one where they
       are parallel), queries, keys, values, attention's result and its normaliser, gate, up and their product.
-    - ``dots``: ``L c (2 D + N H + 2 K H + 2 F + D)``: each layer's input and the results of products with weights.
+    - ``dots``: ``L c (2 D + N H + 2 K H + 2 F)``: each layer's input and what the backward pass needs of the results of
+      products: ``D`` less where branches are parallel, ``D`` more with deepnorm.
     - ``full``: ``L c D``: each layer's input. The last two make one layer's own activations anew, as of ``none``.
 
     Besides ``2 c D`` for embedding and final norm, and float32 logits and their gradients, ``8 V`` for each of at most
@@ -120,8 +121,9 @@ def activation_bytes(config: ByteConfig, rows: int, length: int) -> int:
     c = jnp.dtype(config.compute_dtype).itemsize
     layers, tokens = config.num_hidden_layers, rows * length
     branches = 1 if config.parallel_residual else 2
+    sums = branches + (config.residual_scaling == "deepnorm")  # of a stream, the layer's input among them
     layer = c * (2 * branches * D + 2 * q + 2 * kv + 3 * F) + _FLOAT32 * config.num_attention_heads
-    kept = {"none": layer, "dots": c * (3 * D + q + 2 * kv + 2 * F), "full": c * D}[config.remat]
+    kept = {"none": layer, "dots": c * (sums * D + q + 2 * kv + 2 * F), "full": c * D}[config.remat]
     again = 0 if config.remat == "none" else layer
     memory = rows * sum(spec.memory_slots for spec in config.layer_specs) * c * (D + 2 * kv)
     return tokens * (layers * kept + again + 2 * c * D) + memory + min(_LOSS_CHUNK, tokens) * 2 * _FLOAT32 * V

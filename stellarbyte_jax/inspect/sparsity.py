@@ -41,7 +41,7 @@ class WeightStatistics:
     @property
     def std(self) -> float:
         """Standard deviation around the mean."""
-        return float(np.sqrt(max(0.0, self.squares / self.count - self.mean**2)))
+        return float(np.sqrt(np.maximum(0.0, self.squares / self.count - self.mean**2)))  # unlike max(), keeps NaN
 
     def share(self, threshold: float) -> float:
         """Share of the weights with a magnitude below a threshold; of the zeros for 0."""
@@ -56,7 +56,7 @@ class WeightStatistics:
             self.count += part.size
             self.total += float(part.sum())
             self.squares += float(np.square(part).sum())
-            self.largest = float(np.maximum(self.largest, size.max()))  # unlike max(), keeps NaN
+            self.largest = float(np.maximum(self.largest, size.max()))
             self.zeros += int((size == 0).sum())
             for threshold in thresholds:
                 self.below[threshold] = self.below.get(threshold, 0) + int((size < threshold).sum())

@@ -287,7 +287,8 @@ def _finish(run: _Run, ended: Finished) -> Finished:
     if ended.ended_by == "patience":
         report.line(_early(run.progress, ended.step))
     run.lock.check()
-    exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line)
+    loss = run.progress.loss_at(ended.step)
+    exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, loss)
     report.table("summary", _summary(run, ended.step, exported))
     return ended
 
@@ -303,7 +304,7 @@ def _over(config: TrainConfig, model: ByteTransformer, resumed: Resumed, report:
         )
     else:
         report.line(f"{_early(resumed.progress, step)}. A larger evaluation.patience goes on")
-    finish.finish(config, model, resumed.state.averaged, step, report.line)
+    finish.finish(config, model, resumed.state.averaged, step, report.line, resumed.progress.loss_at(step))
     return Finished(0, step, "steps" if step >= config.steps else "patience")
 
 
