@@ -66,7 +66,7 @@ def test_an_older_checkpoint_tells_by_its_loss_whether_its_step_was_validated(ch
     config = settings()
     shapes = state_shapes(config, ByteTransformer(config.model), RECORDER)
     read = StoredStep.json
-    newer = ("unvalidated", "validated", "validation")
+    newer = ("unvalidated", "validated", "validation", "last_loss")
     monkeypatch.setattr(
         StoredStep,
         "json",
