@@ -1,6 +1,7 @@
 """Does a program end as its users expect: by Ctrl-C, where nobody reads, and with one line about what is wrong?"""
 
 import ast
+import io
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stellarbyte_jax.cli import program as cli
-from stellarbyte_jax.command import MendableError, command, imports, one_line, spelled
+from stellarbyte_jax.command import MendableError, command, imports, one_line, print_error, spelled
 from stellarbyte_jax.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,22 @@ def test_what_a_user_can_mend_is_one_line_and_a_status(error, code, line, capsys
 
     assert main() == code
     assert capsys.readouterr().err == line
+
+
+def test_the_word_error_is_red_on_a_terminal_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    long = "[bold]a:b " + "c" * 500
+    for kind, expected in ((Terminal, f"\x1b[1;31merror:\x1b[0m {long}\n"), (io.StringIO, f"error: {long}\n")):
+        shown = kind()
+        monkeypatch.setattr(sys, "stderr", shown)
+        print_error(ValueError(long))
+        assert shown.getvalue() == expected
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
