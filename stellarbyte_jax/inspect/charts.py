@@ -15,7 +15,7 @@ from stellarbyte_jax.config import ByteConfig, LayerSpec
 from stellarbyte_jax.inspect.costs import PARTS, ParameterCounts
 from stellarbyte_jax.inspect.fonts import find_font, usable_language
 from stellarbyte_jax.inspect.labels import Language, label
-from stellarbyte_jax.inspect.numbers import percent, short
+from stellarbyte_jax.inspect.numbers import factor, percent, short
 from stellarbyte_jax.inspect.sparsity import Statistics
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def comparison_radar(ratios: Mapping[str, float], language: Language) -> bytes:
         rings, [f"{2.0**n:g}×" if n >= 0 else f"1/{2**-n}×" for n in rings], color="#555555", **canvas.text(8)
     )
     axes.set_rlabel_position(180 / len(logs))
-    names = [f"{canvas.word(key)}\n{ratio:.3g}×" for key, ratio in ratios.items()]
+    names = [f"{canvas.word(key)}\n{factor(ratio)}" for key, ratio in ratios.items()]
     axes.set_xticks(angles, names, **canvas.text(10))
     axes.tick_params(axis="x", pad=14)
     canvas.title("radar_title")

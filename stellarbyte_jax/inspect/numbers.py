@@ -29,3 +29,8 @@ def short(count: float) -> str:
 def percent(share: float) -> str:
     """``0.1234`` as ``12.34 %``."""
     return f"{100 * share:.2f} %"
+
+
+def factor(ratio: float) -> str:
+    """``0.3333`` as ``0.333×``, ``1900`` as ``1,900×``."""
+    return f"{ratio:,.0f}×" if ratio >= 1000 else f"{ratio:.3g}×"

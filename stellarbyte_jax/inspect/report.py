@@ -18,7 +18,7 @@ from stellarbyte_jax.inspect.memory import (
     training_bytes,
     weight_bytes,
 )
-from stellarbyte_jax.inspect.numbers import of_bytes, percent, short
+from stellarbyte_jax.inspect.numbers import factor, of_bytes, percent, short
 from stellarbyte_jax.inspect.sparsity import Statistics, WeightStatistics
 from stellarbyte_jax.inspect.speed import Speed
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -271,7 +271,7 @@ class ReportWriter:
         ratios = {key: ours[key] / theirs[key] for key in ours}
         sized = {"cache_short": of_bytes, "training_short": of_bytes}
         rows = tuple(
-            (self.word(key), *(sized.get(key, short)(value) for value in (ours[key], theirs[key])), f"{ratio:.3g}×")
+            (self.word(key), *(sized.get(key, short)(value) for value in (ours[key], theirs[key])), factor(ratio))
             for key, ratio in ratios.items()
         )
         columns = (self.word("quantity"), self.word("this_model"), self.word("reference"), self.word("ratio"))

@@ -1,6 +1,8 @@
+"""Numbers as a reader wants them."""
+
 import pytest
 
-from stellarbyte_jax.inspect.numbers import of_bytes, percent, short
+from stellarbyte_jax.inspect.numbers import factor, of_bytes, percent, short
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,7 @@ def test_short_numbers(count, text):
 
 def test_percent():
     assert (percent(1), percent(0.12345)) == ("100.00 %", "12.35 %")
+
+
+def test_factors():
+    assert [factor(x) for x in (1.0, 1 / 3, 21.3333, 1899.6)] == ["1×", "0.333×", "21.3×", "1,900×"]
