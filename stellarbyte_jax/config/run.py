@@ -23,10 +23,11 @@ class DataConfig(Section):
     """Documents, and how they become [batch, sequence_length] arrays.
 
     Attributes:
-      train: paths or globs of .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, or directories of prepared
-        shards
+      train: paths or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt files, or of directories
+        of prepared shards or of a data set of Hugging Face datasets (save_to_disk)
       validation: the same, of texts to validate with; none: no validation
       tokenizer: directory of the tokenizer
+      text_documents: what a document of a .txt file is: the file, or each paragraph, which blank lines part
       fields: fields of a record that are its text, joined by a newline
       template: text of a record, such as "Question: {question} Answer: {answer}"; none: fields are joined
       sequence_length: tokens of a row
@@ -46,6 +47,7 @@ class DataConfig(Section):
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"
+    text_documents: Literal["file", "paragraph"] = "file"
     fields: tuple[str, ...] = ("text",)
     template: str | None = None
     sequence_length: PositiveInt = 1024
