@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep, first_line
 from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, ScheduleConfig, TrainConfig
+from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.model.trees import Params, merge, partition
 
@@ -42,6 +43,26 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainCon
     with _opened(Path(run_dir), step) as stored:
         config = TrainConfig.from_dict(stored.json("config"))
         return config, jax.tree.map(np.asarray, _read(stored, config.model))
+
+
+def load_training_facts(run_dir: str | Path, step: int | None = None) -> TrainingFacts | None:
+    """What is known of the training of a run's newest or named checkpoint; None of weights that it began with.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    with _opened(Path(run_dir), step) as stored:
+        if not stored.has("optimizer"):
+            return None
+        config, data = TrainConfig.from_dict(stored.json("config")), stored.json("data")
+        loss = data.get("last_loss") if data.get("validated") == stored.step else None
+        return training_facts(config, stored.step, loss)
+
+
+def training_facts(config: TrainConfig, step: int, validation_loss: float | None) -> TrainingFacts:
+    """Facts of a run after so many steps."""
+    tokens = step * config.global_batch_size * config.data.sequence_length
+    return TrainingFacts(step, tokens, config.optimizer.name, validation_loss)
 
 
 def stored_steps(run_dir: str | Path) -> list[int]:

@@ -14,9 +14,10 @@ with imports():
     import jax
 
     from stellarbyte_jax.checkpoint.source import tokenizer_of
-    from stellarbyte_jax.checkpoint.store import TOKENIZER
-    from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
+    from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
+    from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights, run_and_step, save_initial
     from stellarbyte_jax.config import DataConfig
+    from stellarbyte_jax.hf.card import TrainingFacts
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
     from stellarbyte_jax.hf.hub import local_directory
     from stellarbyte_jax.hf.verify import compare_with_transformers, require_torch
@@ -93,11 +94,21 @@ def to_hf(arguments: argparse.Namespace) -> Any:
         tokenizer=tokenizer,
         ids=ids,
         overwrite=arguments.overwrite,
+        training=facts_of(run, step),
     )
     report(arguments.target, params)
     if not arguments.verify:
         return None
     return compare_with_transformers(arguments.target, model, round_params(params, arguments.dtype))
+
+
+def facts_of(run: Path, step: int | None) -> TrainingFacts | None:
+    """What the model card tells of the training; without those facts weights are converted all the same."""
+    try:
+        return load_training_facts(run, step)
+    except CheckpointError as error:
+        print(f"the model card tells nothing of the training: {error}")
+        return None
 
 
 def from_hf(arguments: argparse.Namespace) -> Any:

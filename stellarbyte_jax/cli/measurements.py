@@ -37,9 +37,10 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
     with imports():
         import jax
 
+        from stellarbyte_jax.inspect.costs import count_parameters, flops_per_token
         from stellarbyte_jax.launch import environment
         from stellarbyte_jax.model.decoder import ByteTransformer
-        from stellarbyte_jax.training.metrics import count_parameters, flops_per_token, memory_metrics, peak_flops
+        from stellarbyte_jax.training.metrics import memory_metrics, peak_flops
         from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
         from stellarbyte_jax.training.state import create_state
         from stellarbyte_jax.training.step import make_train_step

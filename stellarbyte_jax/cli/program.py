@@ -31,6 +31,7 @@ COMMANDS = {
     "convert": Command("convert", "convert.py", "checkpoints to and from the Hugging Face format"),
     "tokenizer": Command("tokenizer", "train_tokenizer.py", "train a tokenizer"),
     "prepare": Command("prepare", "prepare_data.py", "tokenize data once, before training"),
+    "info": Command("info", "model_info.py", "tell what a model is and costs"),
     "benchmark": Command("benchmark", "benchmark.py", "measure speed on this machine"),
 }
 

@@ -12,13 +12,19 @@ import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
 from stellarbyte_jax.hf.families import Entry, Family, export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
 from stellarbyte_jax.hf.hub import local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
-from stellarbyte_jax.tokenizer.directory import GENERATION_CONFIG, copy_tokenizer, limit_length
+from stellarbyte_jax.tokenizer.directory import (
+    GENERATION_CONFIG,
+    TokenizerDirectory,
+    copy_tokenizer,
+    limit_length,
+)
 from stellarbyte_jax.tokenizer.special import special_ids
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -93,10 +99,12 @@ def save_pretrained(
     tokenizer: str | Path | None = None,
     ids: Mapping[str, int | list[int]] = MappingProxyType({}),
     overwrite: bool = False,
+    training: TrainingFacts | None = None,
 ) -> None:
     """Writes a model as a Hugging Face directory that ``AutoModelForCausalLM`` loads without custom code.
 
-    The directory appears complete or not at all. Tensors are converted and written one after another.
+    A ``README.md`` in it says what the model is, as a card of the Hugging Face Hub. The directory appears complete or
+    not at all. Tensors are converted and written one after another.
 
     Args:
       directory: to be made.
@@ -106,7 +114,8 @@ def save_pretrained(
       max_shard_bytes: size at which another file is begun.
       tokenizer: directory whose tokenizer files are copied and whose special tokens are named in the settings.
       ids: special tokens that go before those, such as ``{"eos_token_id": [1, 2]}``.
-      overwrite: an earlier export there is replaced.
+      overwrite: an earlier export there is replaced, its README.md too.
+      training: facts for the README.md, where the run is known.
 
     Raises:
       ValueError: no family can express the model, the weights are another model's or do not fit the dtype, or the
@@ -130,6 +139,15 @@ def save_pretrained(
             limit_length(partial, config.max_position_embeddings)
         if GENERATION_CONFIG not in copied:
             write_json(partial / GENERATION_CONFIG, generation_json(named))
+        card = model_card(
+            config,
+            architecture=family.architecture,
+            parameters=sum(tensor.size for tensor in tensors),
+            dtype=dtype,
+            has_tokenizer=TokenizerDirectory(partial).is_complete,
+            training=training,
+        )
+        (partial / CARD).write_text(card, encoding="utf-8")
         write_tensors(partial, tensors, max_shard_bytes)
 
 

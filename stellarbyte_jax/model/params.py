@@ -42,6 +42,11 @@ class WeightUse:
         return bool(self.contracted)
 
     @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it is a matrix from activations to activations: no table and no head."""
+        return self.is_matrix and "vocab" not in self.axes
+
+    @property
     def output(self) -> tuple[int, ...]:
         """Dimensions of a matrix's results."""
         return tuple(i for i in range(len(self.axes)) if i not in (*self.contracted, *self.batch))

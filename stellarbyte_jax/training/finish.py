@@ -7,7 +7,9 @@ from typing import Any
 
 from stellarbyte_jax.checkpoint.source import tokenizer_of
 from stellarbyte_jax.checkpoint.store import EXPORT
+from stellarbyte_jax.checkpoint.weights import training_facts
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family
 from stellarbyte_jax.hf.files import clear_abandoned
@@ -51,7 +53,12 @@ def forget(config: TrainConfig) -> None:
 
 
 def finish(
-    config: TrainConfig, model: ByteTransformer, params: Params, step: int, say: Callable[[str], None]
+    config: TrainConfig,
+    model: ByteTransformer,
+    params: Params,
+    step: int,
+    say: Callable[[str], None],
+    validation_loss: float | None = None,
 ) -> Path | None:
     """Exports and prints samples as the settings ask for, unless that was done after this step already.
 
@@ -61,6 +68,7 @@ def finish(
       params: its weights.
       step: the last one.
       say: takes the samples' lines.
+      validation_loss: of these weights, where it is known.
 
     Returns:
       The exported directory, where one is asked for.
@@ -70,7 +78,7 @@ def finish(
     target = Path(config.output_dir) / EXPORT
     if config.export_at_end and not (done.get("exported") and target.is_dir()):
         try:
-            export(config, model, params)
+            export(config, model, params, training_facts(config, step, validation_loss))
         except OSError as error:
             raise write_failure(target, error) from error
         done["exported"] = True
@@ -83,10 +91,10 @@ def finish(
     return target if config.export_at_end else None
 
 
-def export(config: TrainConfig, model: ByteTransformer, params: Params) -> None:
-    """Writes ``output_dir/hf`` anew."""
-    target = Path(config.output_dir) / EXPORT
-    save_pretrained(target, model, params, tokenizer=tokenizer_of(config.output_dir, config), overwrite=True)
+def export(config: TrainConfig, model: ByteTransformer, params: Params, training: TrainingFacts | None = None) -> None:
+    """Writes ``output_dir/hf`` anew; its model card tells the facts of ``training``."""
+    target, tokenizer = Path(config.output_dir) / EXPORT, tokenizer_of(config.output_dir, config)
+    save_pretrained(target, model, params, tokenizer=tokenizer, overwrite=True, training=training)
 
 
 def samples(config: TrainConfig, model: ByteTransformer, params: Params, say: Callable[[str], None]) -> None:

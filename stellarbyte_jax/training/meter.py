@@ -9,7 +9,8 @@ import numpy as np
 
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.training.metrics import flops_per_token, memory_metrics, speed_metrics
+from stellarbyte_jax.inspect.costs import flops_per_token
+from stellarbyte_jax.training.metrics import memory_metrics, speed_metrics
 
 Metrics = dict[str, jax.Array]
 

@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 
-from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.inspect.costs import FlopsPerToken
 
 # Dense bfloat16 TFLOP/s from the vendors' data sheets, by a part of jax's device_kind.
 _PEAK_TFLOPS = {
@@ -40,37 +38,6 @@ def validation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     return result
 
 
-@dataclass(frozen=True)
-class FlopsPerToken:
-    """Floating-point operations of a training step by token, forward and backward: two for a multiply-add.
-
-    Attributes:
-      causal: ``6 (parameters - embedding) + 6 L T N H``: causal attention counted by the half that is computed, and
-        where there is a memory of M tokens, ``12 L M N H``; reading the memory's keys is not counted.
-      full: the same with attention counted as if it were not causal, as in the PaLM paper (2022,
-        https://arxiv.org/abs/2204.02311, appendix B).
-    """
-
-    causal: float
-    full: float
-
-
-def flops_per_token(config: ByteConfig, parameters: int, sequence_length: int) -> FlopsPerToken:
-    """Counts the operations of a model with so many parameters; a tied table counts once, as the head.
-
-    The head is computed for the padding of the vocabulary too.
-    """
-    matrices = parameters if config.tie_word_embeddings else parameters - config.padded_vocab_size * config.hidden_size
-    width = config.num_attention_heads * config.head_size
-    attention = 0.0
-    for spec in config.layer_specs:
-        keys = sequence_length if spec.window is None else min(2 * spec.window, sequence_length)
-        if spec.recent:  # the same number of keys for every token of a segment
-            keys = 2 * spec.memory_slots
-        attention += 6.0 * keys * width
-    return FlopsPerToken(6.0 * matrices + attention, 6.0 * matrices + 2 * attention)
-
-
 def peak_flops() -> float | None:
     """Peak bfloat16 operations a second of the device in use, None where it is not known."""
     kind = jax.devices()[0].device_kind
@@ -92,8 +59,3 @@ def memory_metrics() -> dict[str, float]:
     """Peak device memory in GiB, where the device tells."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return {"peak_memory_gib": stats["peak_bytes_in_use"] / 2**30} if "peak_bytes_in_use" in stats else {}
-
-
-def count_parameters(params: Any) -> int:
-    """Number of weights in a tree."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

@@ -104,6 +104,6 @@ def _mixing_types(update: Callable[..., Any]) -> Callable[..., Any]:
 
 def _muon_dimensions(use: WeightUse) -> optax.contrib.MuonDimensionNumbers | None:
     """The axes between which a matrix is orthogonalised; None for what takes AdamW, the head among it."""
-    if not use.is_matrix or "vocab" in use.axes:
+    if not use.is_hidden_matrix:
         return None
     return optax.contrib.MuonDimensionNumbers(reduction_axis=use.contracted, output_axis=use.output)

@@ -30,6 +30,7 @@ class Progress:
       unvalidated: a validation that was due after the last step was not finished.
       validated: step of the last validation.
       validation: what that was measured on.
+      last_loss: that validation's loss; None where it was not finite, or a version wrote this that did not keep it.
     """
 
     best_loss: float | None = None
@@ -37,12 +38,18 @@ class Progress:
     unvalidated: bool = False
     validated: int | None = None
     validation: dict[str, Any] | None = None
+    last_loss: float | None = None
 
     def measured(self, step: int, loss: float, on: dict[str, Any]) -> None:
         """Counts a validation loss; ``stale`` is 0 where it is the best so far."""
         better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         self.best_loss, self.stale = (loss, 0) if better else (self.best_loss, self.stale + 1)
         self.unvalidated, self.validated, self.validation = False, step, on
+        self.last_loss = loss if math.isfinite(loss) else None
+
+    def loss_at(self, step: int) -> float | None:
+        """The validation loss of the weights after this step; None where it is not known."""
+        return self.last_loss if self.validated == step else None
 
     def exhausted(self, patience: int | None) -> bool:
         """Whether there were so many validations without a better one that the run is over."""
@@ -168,6 +175,7 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
         unvalidated=data.get("unvalidated", False),
         validated=data.get("validated", validated),
         validation=data.get("validation"),
+        last_loss=data.get("last_loss"),
     )
     return Resumed(state, progress, data["loader"])
 

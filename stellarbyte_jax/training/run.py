@@ -16,6 +16,7 @@ import numpy as np
 from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
+from stellarbyte_jax.inspect.costs import count_parameters
 from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries, write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
@@ -25,7 +26,6 @@ from stellarbyte_jax.tokenizer.special import kept_ids
 from stellarbyte_jax.training import begin, finish, resume
 from stellarbyte_jax.training.console import Reporter, format_metrics
 from stellarbyte_jax.training.meter import Meter
-from stellarbyte_jax.training.metrics import count_parameters
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
@@ -290,7 +290,8 @@ def _finish(run: _Run, ended: Finished) -> Finished:
     if ended.ended_by == "patience":
         report.line(_early(run.progress, ended.step))
     run.lock.check()
-    exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line)
+    loss = run.progress.loss_at(ended.step)
+    exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, loss)
     report.table("summary", _summary(run, ended.step, exported))
     return ended
 
@@ -306,7 +307,7 @@ def _over(config: TrainConfig, model: ByteTransformer, resumed: Resumed, report:
         )
     else:
         report.line(f"{_early(resumed.progress, step)}. A larger evaluation.patience goes on")
-    finish.finish(config, model, resumed.state.averaged, step, report.line)
+    finish.finish(config, model, resumed.state.averaged, step, report.line, resumed.progress.loss_at(step))
     return Finished(0, step, "steps" if step >= config.steps else "patience")
 
 

@@ -48,11 +48,12 @@ def test_frozen_weights_are_an_item_of_their_own(checkpointer, tmp_path):
     config = settings(ema_decay=0.5)
     state, step = start(config, RECORDER, not_embedding)
     state, _ = step(state, packed_batch())
-    resume.save(checkpointer, config, state, 1, {"group": 3}, Progress(2.5, 1))
+    progress = Progress(2.5, 1, last_loss=2.75)
+    resume.save(checkpointer, config, state, 1, {"group": 3}, progress)
     checkpointer.wait()
     found = restore(checkpointer, config, not_embedding)
     assert_same(found.state, state)
-    assert found.data == {"group": 3} and found.progress == Progress(2.5, 1)
+    assert found.data == {"group": 3} and found.progress == progress
     directory = tmp_path / "run" / "checkpoints" / "1"
     with ocp.StandardCheckpointer() as reader:
         for item, held in (("params", False), ("ema", False), ("optimizer", False), ("frozen", True)):
@@ -66,7 +67,7 @@ def test_an_older_checkpoint_tells_by_its_loss_whether_its_step_was_validated(ch
     config = settings()
     shapes = state_shapes(config, ByteTransformer(config.model), RECORDER)
     read = StoredStep.json
-    newer = ("unvalidated", "validated", "validation")
+    newer = ("unvalidated", "validated", "validation", "last_loss")
     monkeypatch.setattr(
         StoredStep,
         "json",

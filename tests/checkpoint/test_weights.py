@@ -11,8 +11,9 @@ import pytest
 from helpers.hf_models import assert_same_tree, random_model, small_config
 
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
-from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
+from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights, run_and_step, save_initial
 from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, TrainConfig
+from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.model.trees import merge, partition
 
 CONFIG = small_config(num_hidden_layers=1)
@@ -150,3 +151,30 @@ def test_a_run_that_has_checkpoints_does_not_begin_again(tmp_path: Path) -> None
         save_initial(tmp_path, CONFIG, times(2))
     assert os.listdir(tmp_path / "checkpoints") == ["0"]
     assert_same_tree(load_weights(tmp_path)[1], WEIGHTS)
+
+
+def write_trained(run: Path, facts: dict[int, dict[str, Any]]) -> None:
+    """Checkpoints with an optimizer and with what training remembers of its validations."""
+    settings = TrainConfig(output_dir=str(run), steps=200, model=CONFIG, data=DataConfig(sequence_length=16))
+    checkpointer = Checkpointer(run, CheckpointConfig(keep_latest=9))
+    arrays = {"params": WEIGHTS, "optimizer": {"count": np.zeros((), np.int32)}}
+    for step, data in facts.items():
+        checkpointer.save(step, arrays, {"config": settings.to_dict(), "data": data}, frozen=[])
+    checkpointer.close()
+
+
+def test_what_is_known_of_the_training(tmp_path: Path) -> None:
+    """The validation loss is told where it is of this very step; of weights that a run began with nothing is."""
+    measured = {"best_loss": 2.5, "stale": 1, "validated": 20, "last_loss": 2.75}
+    older = {"best_loss": 2.5, "stale": 0}
+    write_trained(tmp_path / "run", {3: older, 20: measured, 30: measured})
+    assert load_training_facts(tmp_path / "run") == TrainingFacts(30, 30 * 32 * 16, "adamw", None)
+    assert load_training_facts(tmp_path / "run", 20) == TrainingFacts(20, 20 * 32 * 16, "adamw", 2.75)
+    assert load_training_facts(tmp_path / "run", 3) == TrainingFacts(3, 3 * 32 * 16, "adamw", None)
+    save_initial(tmp_path / "foreign", CONFIG, WEIGHTS)
+    assert load_training_facts(tmp_path / "foreign") is None
+    data = tmp_path / "run" / "checkpoints" / "20" / "data" / "metadata"
+    data.write_text(data.read_text().replace("2.75", "1.75"))
+    with pytest.raises(CheckpointError, match="data differs from its checksum"):
+        load_training_facts(tmp_path / "run", 20)
+    assert_same_tree(load_weights(tmp_path / "run", 20)[1], WEIGHTS)

@@ -15,9 +15,11 @@ from tokenizers import Tokenizer, models, processors
 from transformers import GenerationConfig
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
+from stellarbyte_jax.checkpoint.store import CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.cli import convert as script
 from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 
 SMALL = ByteConfig(
@@ -64,6 +66,8 @@ def test_to_hf_and_back(
     assert f"wrote {hf}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters" in printed
     assert json.loads((hf / "config.json").read_text())["eos_token_id"] == 1
     assert (hf / "tokenizer.json").is_file()
+    card = (hf / "README.md").read_text(encoding="utf-8")
+    assert "AutoTokenizer" in card and "Training" not in card  # nothing is known of it
 
     assert convert("from-hf", hf, again) == 0
     config, back = load_weights(again)
@@ -76,6 +80,22 @@ def test_to_hf_and_back(
     assert (run_dir.parent / "hf2" / "tokenizer_config.json").is_file()
     with safe_open(run_dir.parent / "hf2" / "model.safetensors", framework="np") as handle:
         assert handle.get_tensor("lm_head.weight").dtype == "bfloat16"
+
+
+def test_weights_are_converted_without_what_cannot_be_told_of_their_training(
+    convert: Callable[..., int], run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def facts(run: Path, step: int | None) -> TrainingFacts:
+        if step is None:
+            raise CheckpointError("data of it is damaged")
+        return TrainingFacts(step + 30, 4096, "lion", 1.25)
+
+    monkeypatch.setattr(script, "load_training_facts", facts)
+    assert convert("to-hf", run_dir, run_dir.parent / "a") == 0
+    assert "the model card tells nothing of the training: data of it is damaged" in capsys.readouterr().out
+    assert "Training" not in (run_dir.parent / "a" / "README.md").read_text()
+    assert convert("to-hf", run_dir / "checkpoints" / "0", run_dir.parent / "b") == 0
+    assert "| steps | 30 |" in (run_dir.parent / "b" / "README.md").read_text()
 
 
 def test_ends_and_beginnings_of_texts_go_both_ways(convert: Callable[..., int], run_dir: Path) -> None:

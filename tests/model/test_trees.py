@@ -22,10 +22,10 @@ from helpers.training import (
 from helpers.update_rules import AdamW, clipped
 
 from stellarbyte_jax.config import LossConfig, OptimizerConfig
+from stellarbyte_jax.inspect.costs import count_parameters
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import all_trainable, merge, partition
 from stellarbyte_jax.training.loss import batch_loss, next_token_targets
-from stellarbyte_jax.training.metrics import count_parameters
 
 TREES = [
     {},

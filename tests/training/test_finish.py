@@ -161,10 +161,10 @@ def test_a_folder_that_is_moved_while_an_export_is_written_gets_none_in_its_plac
     assert not list((tmp_path / "run").iterdir())
 
 
-def finished(config, step=5, params=None):
+def finished(config, step=5, params=None, loss=None):
     """What is said, and what is exported, at the end of a run."""
     said = []
-    made = finish.finish(config, ByteTransformer(config.model), params or weights(config), step, said.append)
+    made = finish.finish(config, ByteTransformer(config.model), params or weights(config), step, said.append, loss)
     return said, made
 
 
@@ -187,6 +187,17 @@ def test_what_is_done_is_not_repeated_for_the_same_step(run, tmp_path):
     assert len(finished(dataclasses.replace(config, sample_prompts=("a", "b")))[0]) == 2
     assert len(finished(config, step=6)[0]) == 1
     assert (target / "model.safetensors").stat().st_mtime_ns > written
+
+
+def test_the_model_card_tells_the_run(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = run(export_at_end=True)
+    for step, loss in ((1234, 2.5), (1235, None)):
+        _, target = finished(config, step, loss=loss)
+        card = (target / "README.md").read_text(encoding="utf-8")
+        assert f"| steps | {step:,} |" in card and f"| tokens | {step * 4 * 16:,} (padding included) |" in card
+        assert ("| validation loss | 2.5000 nats a token |" in card) == (loss is not None)
+        assert "AutoTokenizer" in card
 
 
 def test_what_is_missing_is_done_later(run, tmp_path, monkeypatch):

@@ -324,3 +324,13 @@ def test_training_starts_from_converted_weights(straight, config_file, tmp_path,
     assert "starting from the weights in" in capsys.readouterr().out
     first = {run: log_of(run)[0][1][0] for run in (straight, tmp_path / "run")}
     assert first[tmp_path / "run"] < first[straight] - 0.2
+
+
+def test_a_validation_loss_is_of_its_step():
+    progress = resume.Progress()
+    assert progress.loss_at(0) is None
+    progress.measured(5, 3.0, {})
+    progress.measured(7, 3.5, {})  # no better one, but that of these weights
+    assert (progress.best_loss, progress.loss_at(5), progress.loss_at(7), progress.loss_at(8)) == (3.0, None, 3.5, None)
+    progress.measured(9, float("nan"), {})
+    assert progress.loss_at(9) is None

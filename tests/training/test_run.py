@@ -7,7 +7,7 @@ import signal
 
 from helpers.runs import ROOT, cli, data_setting, log_of, same_weights
 
-from stellarbyte_jax.checkpoint.weights import load_weights
+from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights
 from stellarbyte_jax.config import override
 from stellarbyte_jax.training.run import Finished, train
 
@@ -81,6 +81,10 @@ def test_the_end_of_the_data_ends_the_run(config_file, tmp_path, capsys):
         assert list(validated) == [last] and last < 200 and load_weights(tmp_path / "run", last)
         assert (tmp_path / "run" / "checkpoints" / str(last) / "metrics").is_dir()  # it may be the best
         assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"step": last, "exported": True}
+        card = (tmp_path / "run" / "hf" / "README.md").read_text(encoding="utf-8")
+        assert f"| steps | {last} |" in card and f"| validation loss | {validated[last]:.4f} nats a token |" in card
+        facts = load_training_facts(tmp_path / "run")
+        assert facts is not None and (facts.steps, facts.validation_loss) == (last, validated[last])
     rate = 0.1 + 0.9 * (1 + math.cos(math.pi * (last - 1 - 3) / (200 - 1 - 3))) / 2
     assert said == 2 * [
         f"the data ended after 2 epochs, at step {last} of 200, with the learning rate at {rate:.3g} of its peak: the "

@@ -1,0 +1,106 @@
+"""The model card of an export: a README.md that says what the files are, and claims nothing that is not known."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stellarbyte_jax.config import ByteConfig
+
+CARD = "README.md"
+
+_FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+"""
+_LOAD_HF = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+```"""
+_LOAD_HF_TEXT = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```"""
+_LOAD_OURS = """```python
+from stellarbyte_jax import from_pretrained
+
+model, params = from_pretrained("path/to/this/directory")
+```"""
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What is known of the run that the weights are of.
+
+    Attributes:
+      steps: optimizer steps.
+      tokens: positions that those steps read, padding included.
+      optimizer: name of the update rule.
+      validation_loss: mean cross-entropy of these weights, in nats a token; None where it was not measured.
+    """
+
+    steps: int
+    tokens: int
+    optimizer: str
+    validation_loss: float | None = None
+
+
+def model_card(
+    config: ByteConfig,
+    *,
+    architecture: str,
+    parameters: int,
+    dtype: str,
+    has_tokenizer: bool,
+    training: TrainingFacts | None = None,
+) -> str:
+    """Markdown with the front matter of the Hugging Face Hub, without language, licence or data, which are not known.
+
+    Args:
+      config: of the model.
+      architecture: the class of transformers that loads it.
+      parameters: number of weights in the files.
+      dtype: of the weights in the files.
+      has_tokenizer: whether the export holds a tokenizer.
+      training: facts of the run; None where there was none.
+    """
+    rows = [
+        ("architecture", architecture),
+        ("parameters", f"{parameters:,} ({dtype})"),
+        ("layers", f"{config.num_hidden_layers}"),
+        ("hidden size", f"{config.hidden_size:,}"),
+        ("attention heads", f"{config.num_attention_heads}, {config.kv_heads} of keys and values"),
+        ("feed-forward size", f"{config.mlp_size:,}"),
+        ("context length", f"{config.max_position_embeddings:,} tokens"),
+        ("vocabulary", f"{config.vocab_size:,} tokens"),
+    ]
+    sections = [
+        "# Model card",
+        f"A decoder-only language model, exported by stellarbyte_jax for `{architecture}`.",
+        _table(("", ""), rows),
+        "## Use",
+        "With transformers:",
+        _LOAD_HF_TEXT if has_tokenizer else _LOAD_HF,
+        "With stellarbyte_jax:",
+        _LOAD_OURS,
+    ]
+    if training is not None:
+        sections += ["## Training", _table(("", ""), _facts(training))]
+    return _FRONT + "\n" + "\n\n".join(sections) + "\n"
+
+
+def _facts(training: TrainingFacts) -> list[tuple[str, str]]:
+    rows = [
+        ("optimizer", training.optimizer),
+        ("steps", f"{training.steps:,}"),
+        ("tokens", f"{training.tokens:,} (padding included)"),
+    ]
+    if training.validation_loss is not None:
+        rows.append(("validation loss", f"{training.validation_loss:.4f} nats a token"))
+    return rows
+
+
+def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in (head, ("---", "---"), *rows))

@@ -1,0 +1,144 @@
+"""Parameters and floating-point operations of a model, from the shapes of its weights alone; no weight is needed."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, partition
+
+PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
+_OF_MODULE = {"embed": "embedding", "lm_head": "head", "attn": "attention", "mlp": "mlp"}
+
+
+class Piece(NamedTuple):
+    """A weight, or what one layer has of a stacked one.
+
+    Attributes:
+      part: one of :data:`PARTS`.
+      layer: its number, None for what is outside of the layers.
+      leaf: the whole array, or its shape.
+      at: of this piece in the leaf; None for all of it.
+    """
+
+    part: str
+    layer: int | None
+    leaf: Any
+    at: int | None
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.leaf.shape if self.at is None else self.leaf.shape[1:])
+
+
+def pieces(config: ByteConfig, params: Params) -> Iterator[Piece]:
+    """Every weight of a tree of arrays or shapes, stacks layer by layer."""
+    first, depth = {}, 0
+    for number, group in enumerate(config.layer_groups):
+        first[str(number)] = depth
+        depth += len(group.specs)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [key.key for key in path]
+        if names[0] == "layers":
+            for index in range(leaf.shape[0]):
+                yield Piece(part_of(names[2:]), first[names[1]] + index, leaf, index)
+        else:
+            yield Piece(part_of(names), None, leaf, None)
+
+
+def part_of(names: Sequence[str]) -> str:
+    """Which of :data:`PARTS` a weight belongs to, by the names of its path behind the number of the group.
+
+    Norms are those of a layer, of a head, of the MLP and the last one. ``other`` is LayerScale. A tied head has no
+    weights of its own, its table counts as the embedding.
+    """
+    if any(name.endswith("norm") for name in names[:-1]):
+        return "norms"
+    return _OF_MODULE.get(names[0], "other")
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of weights by part.
+
+    Attributes:
+      outside: of embedding, last norm and head.
+      layers: of each layer.
+      trainable: of those that are trained, in all.
+    """
+
+    outside: Mapping[str, int]
+    layers: tuple[Mapping[str, int], ...]
+    trainable: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The sums over the model, in the order of :data:`PARTS`, without parts that have no weight."""
+        sums = sum((Counter(layer) for layer in self.layers), Counter(self.outside))
+        return {part: sums[part] for part in PARTS if sums[part]}
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.parts.values())
+
+
+def parameter_counts(model: ByteTransformer, is_trainable: IsTrainable = all_trainable) -> ParameterCounts:
+    """Counts the weights of a model by part and layer; rows that pad the vocabulary are weights too."""
+    shapes = param_shapes(model)
+    outside: Counter[str] = Counter()
+    layers: list[Counter[str]] = [Counter() for _ in model.config.layer_specs]
+    for piece in pieces(model.config, shapes):
+        (outside if piece.layer is None else layers[piece.layer])[piece.part] += piece.size
+    trainable, _ = partition(shapes, is_trainable)
+    return ParameterCounts(outside, tuple(layers), count_parameters(trainable))
+
+
+def count_parameters(params: Any) -> int:
+    """Number of weights in a tree."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Floating-point operations of a training step by token, forward and backward: two for a multiply-add.
+
+    The backward pass counts as two forward ones, so the forward pass is a third; what rematerialisation computes again
+    is not counted.
+
+    Attributes:
+      causal: ``6 (parameters - embedding) + 6 L T N H``: causal attention counted by the half that is computed, and
+        where there is a memory of M tokens, ``12 L M N H``; reading the memory's keys is not counted.
+      full: the same with attention counted as if it were not causal, as in the PaLM paper (2022,
+        https://arxiv.org/abs/2204.02311, appendix B).
+    """
+
+    causal: float
+    full: float
+
+    @property
+    def forward(self) -> "FlopsPerToken":
+        """Those of the forward pass alone."""
+        return FlopsPerToken(self.causal / 3, self.full / 3)
+
+
+def flops_per_token(config: ByteConfig, parameters: int, sequence_length: int) -> FlopsPerToken:
+    """Counts the operations of a model with so many parameters; a tied table counts once, as the head.
+
+    The head is computed for the padding of the vocabulary too.
+    """
+    matrices = parameters if config.tie_word_embeddings else parameters - config.padded_vocab_size * config.hidden_size
+    width = config.num_attention_heads * config.head_size
+    attention = 0.0
+    for spec in config.layer_specs:
+        keys = sequence_length if spec.window is None else min(2 * spec.window, sequence_length)
+        if spec.recent:  # the same number of keys for every token of a segment
+            keys = 2 * spec.memory_slots
+        attention += 6.0 * keys * width
+    return FlopsPerToken(6.0 * matrices + attention, 6.0 * matrices + 2 * attention)

@@ -1,0 +1,96 @@
+"""The model card of an export, read with the Hub's own library; its commands run as they stand there."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from helpers.training import MODEL
+from huggingface_hub import ModelCard
+
+from stellarbyte_jax.hf.card import TrainingFacts, model_card
+from stellarbyte_jax.hf.directory import save_pretrained
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+
+CONFIG = dataclasses.replace(MODEL, num_key_value_heads=2, max_position_embeddings=2048)
+FACTS = TrainingFacts(steps=1500, tokens=12_288_000, optimizer="muon", validation_loss=3.14159)
+
+
+def card(**changes):
+    settings = {"architecture": "LlamaForCausalLM", "parameters": 12345, "dtype": "bfloat16", "has_tokenizer": True}
+    return model_card(CONFIG, **(settings | changes))
+
+
+def rows(text):
+    return dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.M))
+
+
+def test_front_matter_says_what_is_known_and_no_more():
+    read = ModelCard(card())
+    assert read.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert yaml.safe_load(card().split("---")[1]) == read.data.to_dict()
+
+
+def test_what_the_model_is():
+    found = rows(card())
+    assert found["architecture"] == "LlamaForCausalLM" and found["parameters"] == "12,345 (bfloat16)"
+    assert found["layers"] == str(CONFIG.num_hidden_layers) and found["context length"] == "2,048 tokens"
+    assert found["attention heads"] == f"{CONFIG.num_attention_heads}, 2 of keys and values"
+    assert found["vocabulary"] == f"{CONFIG.vocab_size} tokens"
+
+
+def test_training_is_told_where_it_is_known():
+    found = rows(card(training=FACTS))
+    assert (found["optimizer"], found["steps"]) == ("muon", "1,500")
+    assert found["tokens"] == "12,288,000 (padding included)" and found["validation loss"] == "3.1416 nats a token"
+    assert "validation loss" not in card(training=dataclasses.replace(FACTS, validation_loss=None))
+    assert "Training" not in card() and "tokens" not in rows(card())
+
+
+def test_a_tokenizer_is_loaded_where_there_is_one():
+    assert "AutoTokenizer" in card() and "AutoTokenizer" not in card(has_tokenizer=False)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = ByteTransformer(MODEL)
+    params = jax.device_get(init_params(model, jax.random.key(0)))
+    save_pretrained(tmp_path / "hf", model, params, training=FACTS)
+    return model, params, tmp_path / "hf"
+
+
+def test_an_export_has_a_card_with_its_own_numbers(saved):
+    _, params, target = saved
+    text = (target / "README.md").read_text(encoding="utf-8")
+    total = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+    assert rows(text)["parameters"] == f"{total:,} (float32)" and rows(text)["steps"] == "1,500"
+    assert "AutoTokenizer" not in text
+
+
+def test_its_commands_work(saved):
+    _, params, target = saved
+    text = (target / "README.md").read_text(encoding="utf-8")
+    hf, ours = (
+        code.replace("path/to/this/directory", str(target)) for code in re.findall(r"```python\n(.*?)```", text, re.S)
+    )
+    names = {}
+    exec(ours, names)
+    jax.tree.map(np.testing.assert_array_equal, names["params"], params)
+    pytest.importorskip("torch")
+    exec(hf, names)
+    assert sum(p.numel() for p in names["model"].parameters()) == sum(map(np.size, jax.tree.leaves(params)))
+
+
+def test_a_card_is_replaced_as_the_other_files_are(saved):
+    model, params, target = saved
+    (target / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        save_pretrained(target, model, params)
+    assert (target / "README.md").read_text() == "mine"
+    save_pretrained(target, model, params, overwrite=True)
+    assert (
+        "Training" not in (target / "README.md").read_text()
+        and "LlamaForCausalLM" in (target / "README.md").read_text()
+    )

@@ -1,0 +1,146 @@
+"""Bytes of training and caches, against real optimizer states, real caches, and what jax and a GPU report."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.training import settings
+from helpers.variants import BASE, VARIANTS, init
+
+from stellarbyte_jax.config import ByteConfig, LossConfig, OptimizerConfig, load
+from stellarbyte_jax.inspect.memory import (
+    CACHE_DTYPES,
+    OPTIMIZERS,
+    CacheGrowth,
+    activation_bytes,
+    cache_bytes,
+    cache_growth,
+    optimizer_bytes,
+    training_bytes,
+    weight_bytes,
+)
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.state.cache import make_cache
+from stellarbyte_jax.model.trees import partition
+from stellarbyte_jax.training.loss import batch_loss
+from stellarbyte_jax.training.optimizer import make_optimizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "variant", ["llama", "tied", "mixed windows, qk norm, bias", "deepnorm, learned xpos, padded vocabulary"]
+)
+def test_optimizers_hold_what_optax_makes(name, variant):
+    model = ByteTransformer(dataclasses.replace(BASE, **VARIANTS[variant]))
+    config = settings(optimizer=OptimizerConfig(name=name))
+    for is_trainable in (lambda path: True, lambda path: "attn" in path):
+        params, _ = partition(init(model), is_trainable)
+        state = make_optimizer(config, model, is_trainable).init(params)
+        arrays = [x for x in jax.tree.leaves(state) if x.ndim > 0 and x.shape != (3,)]  # three coefficients of Muon's
+        assert optimizer_bytes(model, name, is_trainable) == sum(x.nbytes for x in arrays)
+
+
+def test_training_is_the_sum_of_its_parts():
+    model = ByteTransformer(BASE)
+    total = sum(np.size(leaf) for leaf in jax.tree.leaves(init(model)))
+    found = training_bytes(model, optimizer="lion", rows=3, length=16)
+    assert (found.weights, found.gradients, found.optimizer, found.average) == (4 * total, 4 * total, 4 * total, 0)
+    assert found.activations == activation_bytes(BASE, 3, 16)
+    assert found.total == 12 * total + found.activations
+    averaged = training_bytes(model, optimizer="lion", rows=3, length=16, average=True)
+    assert averaged.total - found.total == averaged.average == 4 * total
+    only_q = training_bytes(
+        model, optimizer="adamw", rows=3, length=16, average=True, is_trainable=lambda p: p[-1] == "q"
+    )
+    q = 4 * 4 * 32 * 32
+    assert (only_q.weights, only_q.gradients, only_q.optimizer, only_q.average) == (4 * total, q, 2 * q, q)
+
+
+def test_weights_by_dtype():
+    assert [weight_bytes(10, dtype) for dtype in ("float32", "bfloat16", "float16")] == [40, 20, 20]
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("residual", [{}, {"parallel_residual": True}, {"residual_scaling": "deepnorm"}])
+def test_rematerialised_layers_keep_what_jax_keeps(remat, residual):
+    """The residuals of the loss' vjp, of eight layers more and sixteen tokens more: what a layer keeps of a token."""
+
+    def kept(layers, length):
+        config = ByteConfig(
+            vocab_size=64,
+            hidden_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=384,
+            attention_implementation="reference",
+            remat=remat,
+            **residual,
+        )
+        model = ByteTransformer(config)
+        batch = {"tokens": jax.ShapeDtypeStruct((4, length), jnp.int32)}
+        backward = jax.eval_shape(
+            lambda p, b: jax.vjp(lambda p: batch_loss(model, p, b, LossConfig())[0], p)[1], param_shapes(model), batch
+        )
+        theirs = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+        return np.array([theirs, activation_bytes(config, 4, length)])
+
+    theirs, ours = kept(16, 32) - kept(16, 16) - kept(8, 32) + kept(8, 16)
+    assert ours == theirs
+
+
+def test_a_training_step_takes_what_a_gpu_reported():
+    """The peak that scripts/benchmark.py measured of configs/pretrain.py on an H100, all rows at once."""
+    measured = json.loads((ROOT / "benchmarks" / "train.json").read_text())
+    assert measured["config"] == {"file": "configs/pretrain.py", "set": []}
+    run = load(ROOT / "configs" / "pretrain.py")
+    found = training_bytes(ByteTransformer(run.model), optimizer="adamw", rows=32, length=1024)
+    assert found.total / 2**30 == pytest.approx(measured["results"]["synthetic"]["peak_memory_gib"], rel=0.1)
+
+
+def test_activations_grow_with_tokens_and_memory():
+    small = dataclasses.replace(BASE, vocab_size=8)
+    assert activation_bytes(small, 2, 64) == 2 * activation_bytes(small, 1, 64) == 4 * activation_bytes(small, 1, 32)
+    remembering = dataclasses.replace(small, memory={"length": (0, 10, 0, 20)})
+    more = activation_bytes(remembering, 3, 16) - activation_bytes(small, 3, 16)
+    assert more == 3 * 30 * 4 * (32 + 2 * 2 * 8)
+
+
+CACHES = {
+    "full": {},
+    "window": {"sliding_window": 7},
+    "window and sinks": {"sliding_window": 7, "sink_tokens": 2},
+    "mixed": {"sliding_window": 7, "layer_types": ("sliding_attention", "full_attention") * 2},
+    "pruned": {"cache": {"recent": 4, "heavy_hitters": 3}},
+    "memory": {"memory": {"length": (0, 6, 6, 6), "recent_share": 0.5}},
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("dtype", ["compute", *CACHE_DTYPES])
+def test_caches_have_the_bytes_of_real_ones(kind, dtype):
+    config = dataclasses.replace(BASE, compute_dtype="bfloat16", **CACHES[kind])
+    cache = dataclasses.replace(config.cache, dtype=dtype)
+    for batch_size, length in ((1, 5), (3, 40)):
+        real = make_cache(dataclasses.replace(config, cache=cache), batch_size, length)
+        assert cache_bytes(config, batch_size, length, dtype) == real.nbytes
+
+
+def test_how_caches_grow():
+    """Keys and values of two heads of 8 numbers in each layer, with one float32 scale each where they are 8 bits."""
+    bfloat16, int8 = 2 * 2 * 8 * 2, 2 * 2 * (8 + 4)
+
+    def grown(kind, dtype):
+        return cache_growth(dataclasses.replace(BASE, **CACHES[kind]), dtype)
+
+    assert grown("full", "bfloat16") == CacheGrowth(4 * bfloat16, 4 * bfloat16)
+    assert grown("full", "int8") == grown("full", "float8_e4m3fn") == CacheGrowth(4 * int8, 4 * int8)
+    assert grown("mixed", "bfloat16") == CacheGrowth(4 * bfloat16, 2 * bfloat16)
+    assert grown("window", "int8") == CacheGrowth(4 * int8, 0)
+    assert grown("pruned", "bfloat16") == CacheGrowth(0, 0)
