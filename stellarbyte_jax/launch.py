@@ -15,6 +15,7 @@ from typing import Self
 
 import jax
 
+import stellarbyte_jax
 from stellarbyte_jax.command import remedy
 
 
@@ -72,6 +73,20 @@ def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:
     half_made = getattr(failure.object, "__qualname__", None) == "BaseEventLoop.__del__"
     if not abandoned and not half_made and str(failure.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(failure)
+
+
+def environment_facts() -> dict[str, str | int]:
+    """What a run stands on: versions, cores and devices, by name."""
+    devices = jax.devices()
+    return {
+        "stellarbyte_jax": stellarbyte_jax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count() or 0,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+    }
 
 
 def environment() -> str:

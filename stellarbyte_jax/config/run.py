@@ -164,7 +164,9 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 0
     ema_decay: Fraction | None = None  # keeps an average of the weights, used for validation and export
     sample_prompts: tuple[str, ...] = ()  # continued at the end of the run
+    sample_interval: PositiveInt | None = None  # optimizer steps: sample_prompts are also continued during training
     export_at_end: bool = False  # writes output_dir/hf; the model must be one that a Hugging Face family expresses
+    report_at_end: bool = False  # writes output_dir/report.html, a page with plots; needs matplotlib
     model: ByteConfig = field(default_factory=ByteConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -179,6 +181,11 @@ class TrainConfig(Section):
             self.global_batch_size % self.gradient_accumulation_steps == 0,
             f"global_batch_size {self.global_batch_size} is not divisible by "
             f"gradient_accumulation_steps {self.gradient_accumulation_steps}",
+        )
+        require(
+            self.sample_interval is None or len(self.sample_prompts) > 0,
+            f"sample_interval={self.sample_interval} would change nothing without sample_prompts: name prompts, or set "
+            "sample_interval=none",
         )
         require(
             self.data.sequence_length <= self.model.max_position_embeddings,

@@ -30,6 +30,9 @@ class Progress:
       unvalidated: a validation that was due after the last step was not finished.
       validated: step of the last validation.
       validation: what that was measured on.
+      seconds: of training, over all starts; what a kill made of no use is not among them. None: an older version began
+        the run, and did not count.
+      tokens: that were trained on, without padding, over all starts; None likewise.
     """
 
     best_loss: float | None = None
@@ -37,6 +40,8 @@ class Progress:
     unvalidated: bool = False
     validated: int | None = None
     validation: dict[str, Any] | None = None
+    seconds: float | None = 0.0
+    tokens: int | None = 0
 
     def measured(self, step: int, loss: float, on: dict[str, Any]) -> None:
         """Counts a validation loss; ``stale`` is 0 where it is the best so far."""
@@ -161,6 +166,8 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
         unvalidated=data.get("unvalidated", False),
         validated=data.get("validated", validated),
         validation=data.get("validation"),
+        seconds=data.get("seconds"),
+        tokens=data.get("tokens"),
     )
     return Resumed(state, progress, data["loader"])
 

@@ -1,0 +1,15 @@
+"""Writes a page with the plots of a run, or of several; the console command ``stellarbyte report`` is the same.
+
+python scripts/report.py runs/quickstart
+python scripts/report.py runs/a runs/b --x time --output comparison.html
+"""
+
+import sys
+
+from stellarbyte_jax.command import imports
+
+with imports():
+    from stellarbyte_jax.cli.report import main
+
+if __name__ == "__main__":
+    sys.exit(main())

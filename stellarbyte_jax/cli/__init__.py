@@ -1,0 +1,1 @@
+"""The commands, behind ``stellarbyte NAME`` and ``python scripts/FILE.py``: each parses, builds and calls."""

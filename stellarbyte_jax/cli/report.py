@@ -1,0 +1,31 @@
+"""Draws the report of a run, or lays several runs over each other."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from stellarbyte_jax.command import command
+from stellarbyte_jax.config import ConfigError
+from stellarbyte_jax.training.record import AXES
+from stellarbyte_jax.training.report import REPORT, write_report
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, writes the page and says where it is."""
+    parser = argparse.ArgumentParser(
+        description="Write a page with a run's plots, settings and samples; several runs lie over each other."
+    )
+    parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.html", help=f"default: RUN/{REPORT}, of several runs ./{REPORT}"
+    )
+    parser.add_argument("--x", choices=list(AXES), default="steps", help="what curves are drawn over (default: steps)")
+    options = parser.parse_args(arguments)
+    output = options.output or (options.run[0] / REPORT if len(options.run) == 1 else Path(REPORT))
+    if output.suffix != ".html":
+        raise ConfigError(f"--output {output} is a page, and replaces a file of that name: let the name end in .html")
+    for note in write_report(options.run, output, options.x):
+        print(f"note: {note}")
+    print(f"report: {output}")
+    return 0
