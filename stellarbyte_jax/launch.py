@@ -15,7 +15,6 @@ from typing import Self
 
 import jax
 
-import stellarbyte_jax
 from stellarbyte_jax.command import remedy
 
 
@@ -79,7 +78,6 @@ def environment_facts() -> dict[str, str | int]:
     """What a run stands on: versions, cores and devices, by name."""
     devices = jax.devices()
     return {
-        "stellarbyte_jax": stellarbyte_jax.__version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -15,10 +15,10 @@ COLORS = (
 )
 DASHES = ("solid", "dashed", "dotted")  # of the runs past those that colors tell apart
 MOST_POINTS = 2000  # of a curve; a plot is 800 pixels wide
-_MARKED = 40  # curves of so few points show them
+_MARKED = 25  # curves of so few points show them
 _LOG_RATIO = 50  # a scale whose values differ by more is logarithmic
-_SMOOTH_SHARE = 0.02  # of a series, after which a value counts half in the average
-_LEAST_SMOOTHED = 20
+_HALF_LIFE = 0.005  # of a series, after which a value counts half in the average
+LEAST_SMOOTHED = 20
 
 Scale = Literal["free", "zero", "share"]
 
@@ -38,30 +38,34 @@ class Curve:
     """``y`` over ``x``, both float64 [N].
 
     Attributes:
-      look: a line; a thin one behind others; or marks joined by a line.
+      look: a line; a thin one behind others; or a dashed one of a metric that is measured now and then.
       number: of the run, which chooses color and dashes.
       shade: in [0, 1], one of several curves of a run: from dark to light, in place of the run's color.
     """
 
     x: np.ndarray
     y: np.ndarray
-    look: Literal["line", "thin", "marks"] = "line"
+    look: Literal["line", "thin", "rare"] = "line"
     number: int = 0
     shade: float | None = None
 
 
 def smoothed(values: np.ndarray) -> np.ndarray | None:
-    """An exponential average of a series [N], without bias at its start; None where it is too short for one.
+    """An average of a series [N] that does not lag behind it; None where it is too short for one.
 
-    A value counts half after 2 % of the series.
+    Exponential from both sides: weights halve over 0.5 % of the series.
     """
-    if len(values) < _LEAST_SMOOTHED:
+    if len(values) < LEAST_SMOOTHED:
         return None
-    keep = 0.5 ** (1 / max(1.0, _SMOOTH_SHARE * len(values)))
+    return (_averaged(values) + _averaged(values[::-1])[::-1]) / 2
+
+
+def _averaged(values: np.ndarray) -> np.ndarray:
+    keep = 0.5 ** (1 / max(1.0, _HALF_LIFE * len(values)))
     total = weight = 0.0
     result = np.empty(len(values))
     for i, value in enumerate(values.tolist()):
-        total, weight = keep * total + value, keep * weight + 1
+        total, weight = keep * total + value, keep * weight + 1  # no bias at the start
         result[i] = total / weight
     return result
 
@@ -76,34 +80,36 @@ def decimated(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np
     return x[index], y[index]
 
 
-def draw(curves: Sequence[Curve], x_label: str, scale: Scale = "free") -> bytes:
+def draw(curves: Sequence[Curve], x_label: str, x_end: float, scale: Scale = "free") -> bytes:
     """A PNG image of curves, 800 x 400 pixels.
 
     Args:
-      curves: in the order in which they cover each other.
+      curves: of one plot; thin ones lie behind.
       x_label: what ``x`` is.
+      x_end: where its axis, which begins at 0, ends.
       scale: of ``y``. share: of 1, in percent; zero: begins at 0; free: logarithmic where positive values differ much.
     """
     import matplotlib  # pyright: ignore[reportMissingImports]
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter  # pyright: ignore[reportMissingImports]
+    from matplotlib.ticker import FuncFormatter, MaxNLocator  # pyright: ignore[reportMissingImports]
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not what a user's matplotlibrc asks for: it may need programs that are not here
         figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         axes: Any = figure.add_subplot()
-        for curve in curves:
+        for curve in sorted(curves, key=lambda curve: curve.look != "thin"):
             x, y = decimated(curve.x, curve.y)
             axes.plot(x, y, **_style(curve, len(x)))
         axes.set_xlabel(x_label)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=_whole(curves)))
+        axes.set_xlim(-0.01 * x_end, 1.02 * x_end)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=_whole(curves)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         if scale == "free" and _is_wide(curves):
             axes.set_yscale("log")
         elif scale == "share":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{short(100 * value)}%"))
         elif scale == "zero":
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         else:
@@ -133,10 +139,12 @@ def _style(curve: Curve, points: int) -> dict[str, Any]:
         color = matplotlib.colormaps["viridis"](0.9 * curve.shade)
     style: dict[str, Any] = {"color": color, "linestyle": DASHES[curve.number // len(COLORS) % len(DASHES)]}
     if curve.look == "thin":
-        return {**style, "linewidth": 0.8, "alpha": 0.35}
-    if curve.look == "marks" or points <= _MARKED:
-        style |= {"marker": "o", "markersize": 5 if curve.look == "marks" else 3.5}
-    return {**style, "linewidth": 1.2 if curve.look == "marks" else 1.6}
+        return {**style, "linewidth": 1.0, "alpha": 0.35}
+    if points <= _MARKED:
+        style |= {"marker": "o", "markersize": 4}
+    if curve.look == "rare":
+        return {**style, "linewidth": 1.0, "linestyle": "dashed", "markerfacecolor": "white"}
+    return {**style, "linewidth": 1.6}
 
 
 def _whole(curves: Sequence[Curve]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from stellarbyte_jax import __version__
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import json_object
 from stellarbyte_jax.config.section import Section
@@ -25,7 +26,7 @@ _MOST_NAMES = 200  # of metrics; a run has a few dozen
 
 def about(parameters: int) -> dict[str, Any]:
     """What :data:`ABOUT` holds: facts that neither settings nor metrics tell."""
-    return {"parameters": parameters, "environment": environment_facts()}
+    return {"parameters": parameters, "environment": {"stellarbyte_jax": __version__, **environment_facts()}}
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,16 +40,16 @@ class _Plot:
     title: str
     scale: Scale = "free"
     smooth: bool = False
-    beside: str | None = None  # a metric that is measured more rarely, as marks
+    beside: str | None = None  # a metric that is measured more rarely, dashed
 
 
 _PLOTS = (
-    _Plot("loss", "Training loss, and validation loss as dots", smooth=True, beside="validation/loss"),
+    _Plot("loss", "Training loss", smooth=True, beside="validation/loss"),
     _Plot("validation/loss", "Validation loss"),
     _Plot("learning_rate", "Learning rate", "zero"),
     _Plot("gradient_norm", "Gradient norm", smooth=True),
-    _Plot("tokens_per_second", "Tokens a second", "zero"),
-    _Plot("padding", "Share of padding", "share"),
+    _Plot("tokens_per_second", "Tokens a second", "zero", smooth=True),
+    _Plot("padding", "Share of padding", "share", smooth=True),
 )
 _SHARES = ("accuracy", "validation/accuracy", "mfu", "mfu_full_attention")
 _STYLE = """
@@ -62,6 +62,7 @@ figcaption span { font-weight: 400; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; }
 td, th { border-bottom: 1px solid #ddd; padding: .3em 1.2em .3em 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; } td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; max-width: 44em; }
+.legend { position: sticky; top: 0; background: #fff; padding: .4em 0; }
 .legend span { display: inline-block; margin-right: 1.6em; }
 .legend i { display: inline-block; width: 2em; border-top: 3px; margin-right: .5em; vertical-align: middle; }
 .sample { margin: .4em 0 1em; white-space: pre-wrap; overflow-wrap: anywhere; } .sample b { color: #06c; }
@@ -262,16 +263,33 @@ def _figures(records: Sequence[Record], x: Axis) -> str:
                 f"{record.name}: no line of its metrics.jsonl has {AXES[x]!r}, since an earlier version began the run: "
                 "draw over steps"
             )
-    label, unit = _axis(records, x)
+    end = max(float(np.nanmax(s.at[x], initial=0)) for r in records for s in r.series.values())
+    label, unit = _axis(x, end)
     others = dict.fromkeys(_group(name) for record in records for name in sorted(record.series))
-    others = [name for name in others if name not in {plot.name for plot in _PLOTS}]
-    wanted = [*_PLOTS, *(_Plot(n, n, "share" if n in _SHARES else "free") for n in others)]
+    others = [name for name in others if name not in {plot.name for plot in _PLOTS} and _tells(name, records)]
+    wanted = [*_PLOTS, *(_further(name) for name in others)]
     made = []
     for plot in wanted:
-        curves = [c for number, record in enumerate(records) for c in _curves(record, plot, x, unit, number, records)]
+        curves = [
+            c
+            for number, record in enumerate(records)
+            for c in _curves(record, plot, x, unit, number, alone=len(records) == 1)
+        ]
         if any(len(curve.x) for curve in curves) and len(made) < _MOST_PLOTS:
-            made.append(_figure(plot, plots.draw(curves, label, plot.scale), _caption(records, plot)))
+            made.append(_figure(plot, plots.draw(curves, label, end / unit, plot.scale), _caption(records, plot)))
     return f'<div class="grid">{"".join(made)}</div>'
+
+
+def _further(name: str) -> _Plot:
+    return _Plot(name, name, "share" if name in _SHARES else "free", smooth=not name.startswith("validation/"))
+
+
+def _tells(name: str, records: Sequence[Record]) -> bool:
+    """Whether a metric tells more than others: with no further loss, the cross entropy is the loss."""
+    if name != "cross_entropy":
+        return name != "target_tokens"  # padding says it, whatever the size of a batch
+    pairs = [(r.series[name], r.series["loss"]) for r in records if name in r.series and "loss" in r.series]
+    return not all(np.array_equal(a.values, b.values) for a, b in pairs)
 
 
 def _figure(plot: _Plot, image: bytes, caption: str) -> str:
@@ -282,12 +300,11 @@ def _figure(plot: _Plot, image: bytes, caption: str) -> str:
     )
 
 
-def _axis(records: Sequence[Record], x: Axis) -> tuple[str, float]:
-    """The axis' label, and what its numbers are divided by."""
+def _axis(x: Axis, end: float) -> tuple[str, float]:
+    """The axis' label, and what its numbers, of which ``end`` is the last, are divided by."""
     if x != "time":
         return ("optimizer step" if x == "steps" else "tokens (without padding)"), 1.0
-    longest = max(float(np.nanmax(s.at["time"], initial=0)) for r in records for s in r.series.values())
-    unit, seconds = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if longest >= 2 * s or s == 1)
+    unit, seconds = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if end >= 2 * s or s == 1)
     return f"time of training ({unit})", float(seconds)
 
 
@@ -297,21 +314,24 @@ def _group(name: str) -> str:
     return stem if stem and index.isdecimal() else name
 
 
-def _curves(record: Record, plot: _Plot, x: Axis, unit: float, number: int, records: Sequence[Record]) -> list[Curve]:
-    names = [name for name in record.series if name == plot.name or _group(name) == plot.name]
-    names.sort(key=lambda name: (len(name), name))  # load/2 before load/10
-    found = []
+def _curves(record: Record, plot: _Plot, x: Axis, unit: float, number: int, *, alone: bool) -> list[Curve]:
+    names, found = _entries(record, plot), []
     for index, name in enumerate(names):
         at, values = _points(record.series[name], x, unit)
-        mean = plots.smoothed(values) if plot.smooth else None
-        shade = index / (len(names) - 1) if len(names) > 1 and len(records) == 1 else None
-        look = "marks" if name.startswith("validation/") else "line" if mean is None else "thin"
-        found.append(Curve(at, values, look, number, shade))
+        mean = plots.smoothed(values) if plot.smooth and len(names) == 1 else None
+        shade = index / (len(names) - 1) if len(names) > 1 and alone else None
+        found.append(Curve(at, values, "line" if mean is None else "thin", number, shade))
         if mean is not None:
             found.append(Curve(at, mean, "line", number))
     if plot.beside in record.series:
-        found.append(Curve(*_points(record.series[plot.beside], x, unit), "marks", number))
+        found.append(Curve(*_points(record.series[plot.beside], x, unit), "rare", number))
     return found
+
+
+def _entries(record: Record, plot: _Plot) -> list[str]:
+    """The metrics of a plot: one, or the entries of a vector in their order."""
+    names = [name for name in record.series if name == plot.name or _group(name) == plot.name]
+    return sorted(names, key=lambda name: (len(name), name))  # load/2 before load/10
 
 
 def _points(series: Series, x: Axis, unit: float) -> tuple[np.ndarray, np.ndarray]:
@@ -321,13 +341,17 @@ def _points(series: Series, x: Axis, unit: float) -> tuple[np.ndarray, np.ndarra
 
 def _caption(records: Sequence[Record], plot: _Plot) -> str:
     """What a reader must know of the curves: averaging, thinning, shades."""
-    series = [s for r in records for name, s in r.series.items() if _group(name) == plot.name or name == plot.name]
-    longest = max((len(s.values) for s in series), default=0)
+    entries = [_entries(record, plot) for record in records]
+    longest = max(len(r.series[name].values) for r, names in zip(records, entries, strict=True) for name in names)
     parts = []
-    if plot.smooth and longest >= 20:
-        parts.append("thick: exponential average, a value counts half after 2 % of the run")
+    if plot.beside is not None and any(plot.beside in record.series for record in records):
+        parts.append("dashed: validation")
+    if plot.smooth and longest >= plots.LEAST_SMOOTHED and min(map(len, entries)) < 2:
+        parts.append("thick: average over about 1 % of the run")
     if longest > plots.MOST_POINTS:
         parts.append(f"{plots.MOST_POINTS:,} of {longest:,} points: the least and the greatest of each stretch")
-    if len(records) == 1 and len(series) > 1:
-        parts.append(f"entries 0 (dark) to {len(series) - 1} (light)")
+    if len(records) == 1 and len(entries[0]) > 1:
+        parts.append(
+            f"entries {entries[0][0].rpartition('/')[2]} (dark) to {entries[0][-1].rpartition('/')[2]} (light)"
+        )
     return "; ".join(parts)
