@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,17 +56,19 @@ def smoothed(values: np.ndarray) -> np.ndarray | None:
     """
     if len(values) < LEAST_SMOOTHED:
         return None
-    return (_averaged(values) + _averaged(values[::-1])[::-1]) / 2
+    (before, before_weights), (after, after_weights) = _summed(values), _summed(values[::-1])
+    return (before + after[::-1]) / (before_weights + after_weights[::-1])
 
 
-def _averaged(values: np.ndarray) -> np.ndarray:
+def _summed(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of each value of [N] and those before it, which count less and less, and the sums of their weights."""
     keep = 0.5 ** (1 / max(1.0, _HALF_LIFE * len(values)))
     total = weight = 0.0
-    result = np.empty(len(values))
+    sums, weights = np.empty(len(values)), np.empty(len(values))
     for i, value in enumerate(values.tolist()):
-        total, weight = keep * total + value, keep * weight + 1  # no bias at the start
-        result[i] = total / weight
-    return result
+        total, weight = keep * total + value, keep * weight + 1
+        sums[i], weights[i] = total, weight
+    return sums, weights
 
 
 def decimated(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +85,7 @@ def draw(curves: Sequence[Curve], x_label: str, x_end: float, scale: Scale = "fr
     """A PNG image of curves, 800 x 400 pixels.
 
     Args:
-      curves: of one plot; thin ones lie behind.
+      curves: of one plot, at least one of them with a point; thin ones lie behind.
       x_label: what ``x`` is.
       x_end: where its axis, which begins at 0, ends.
       scale: of ``y``. share: of 1, in percent; zero: begins at 0; free: logarithmic where positive values differ much.
@@ -103,19 +104,10 @@ def draw(curves: Sequence[Curve], x_label: str, x_end: float, scale: Scale = "fr
             x, y = decimated(curve.x, curve.y)
             axes.plot(x, y, **_style(curve, len(x)))
         axes.set_xlabel(x_label)
-        axes.set_xlim(-0.01 * x_end, 1.02 * x_end)
+        axes.set_xlim(-0.01 * (x_end or 1.0), 1.02 * (x_end or 1.0))
         axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=_whole(curves)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        if scale == "free" and _is_wide(curves):
-            axes.set_yscale("log")
-        elif scale == "share":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{short(100 * value)}%"))
-        elif scale == "zero":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        else:
-            axes.ticklabel_format(axis="y", useOffset=False)
-        if scale != "free":
-            axes.set_ylim(bottom=0)
+        _set_scale(axes, curves, scale, FuncFormatter)
         axes.grid(True, color="#dddddd", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         image = io.BytesIO()
@@ -147,11 +139,21 @@ def _style(curve: Curve, points: int) -> dict[str, Any]:
     return {**style, "linewidth": 1.6}
 
 
+def _set_scale(axes: Any, curves: Sequence[Curve], scale: Scale, formatter: Any) -> None:
+    if scale != "free":
+        in_percent = formatter(lambda value, _: f"{short(100 * value)}%")
+        axes.yaxis.set_major_formatter(in_percent if scale == "share" else formatter(lambda value, _: short(value)))
+        axes.set_ylim(bottom=0)
+        return
+    values = [curve.y for curve in curves if len(curve.y)]
+    least, most = min(float(y.min()) for y in values), max(float(y.max()) for y in values)
+    if least > 0 and most > _LOG_RATIO * least:
+        axes.set_yscale("log")
+        return
+    axes.ticklabel_format(axis="y", useOffset=False)
+    if most - least <= 1e-6 * abs(most):  # a constant, whose rounding is not to be seen
+        axes.set_ylim(least - 0.1 * abs(least), most + 0.1 * abs(most) or 1.0)
+
+
 def _whole(curves: Sequence[Curve]) -> bool:
     return all(bool(np.all(curve.x == np.floor(curve.x))) for curve in curves)
-
-
-def _is_wide(curves: Sequence[Curve]) -> bool:
-    values = [curve.y for curve in curves if len(curve.y)]
-    least = min((float(y.min()) for y in values), default=math.nan)
-    return least > 0 and max(float(y.max()) for y in values) > _LOG_RATIO * least

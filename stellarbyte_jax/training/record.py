@@ -21,6 +21,7 @@ from stellarbyte_jax.training.samples import SAMPLES
 ABOUT = "about.json"  # in the run's directory
 Axis = Literal["steps", "tokens", "time"]
 AXES: dict[Axis, str] = {"steps": "step", "tokens": "tokens", "time": "wall_seconds"}  # and their names in a line
+_LARGEST = 1e100  # no metric comes near it, and sums of such numbers stay floats
 _MOST_NAMES = 200  # of metrics; a run has a few dozen
 
 
@@ -166,13 +167,10 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:
 
 
 def _number(value: object) -> float | None:
-    """The number as a float; None for what is none, or not finite."""
+    """The number as a float; None for what is none, not finite, or too large to draw."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) < _LARGEST else None  # false for NaN
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
