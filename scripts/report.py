@@ -1,8 +1,4 @@
-"""Writes a page with the plots of a run, or of several; the console command ``stellarbyte report`` is the same.
-
-python scripts/report.py runs/quickstart
-python scripts/report.py runs/a runs/b --x time --output comparison.html
-"""
+"""Writes a page with the plots of a run, or of several; the console command ``stellarbyte report`` is the same."""
 
 import sys
 

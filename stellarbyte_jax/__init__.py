@@ -7,28 +7,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stellarbyte_jax.config import ByteConfig
+    from stellarbyte_jax.checkpoint.bundle import load_bundle as load_run
+    from stellarbyte_jax.config import ByteConfig, TrainConfig
     from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
     from stellarbyte_jax.inference.api import generate
     from stellarbyte_jax.model.decoder import ByteTransformer
+    from stellarbyte_jax.training.run import train
 
 __version__ = "0.1.0"
 
-__all__ = ["ByteConfig", "ByteTransformer", "from_pretrained", "generate", "save_pretrained"]
+__all__ = [
+    "ByteConfig",
+    "ByteTransformer",
+    "TrainConfig",
+    "from_pretrained",
+    "generate",
+    "load_run",
+    "save_pretrained",
+    "train",
+]
 
 _HOME = {
-    "ByteConfig": "stellarbyte_jax.config",
-    "ByteTransformer": "stellarbyte_jax.model.decoder",
-    "from_pretrained": "stellarbyte_jax.hf.directory",
-    "generate": "stellarbyte_jax.inference.api",
-    "save_pretrained": "stellarbyte_jax.hf.directory",
+    "ByteConfig": ("stellarbyte_jax.config", "ByteConfig"),
+    "ByteTransformer": ("stellarbyte_jax.model.decoder", "ByteTransformer"),
+    "TrainConfig": ("stellarbyte_jax.config", "TrainConfig"),
+    "from_pretrained": ("stellarbyte_jax.hf.directory", "from_pretrained"),
+    "generate": ("stellarbyte_jax.inference.api", "generate"),
+    "load_run": ("stellarbyte_jax.checkpoint.bundle", "load_bundle"),
+    "save_pretrained": ("stellarbyte_jax.hf.directory", "save_pretrained"),
+    "train": ("stellarbyte_jax.training.run", "train"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, attribute = _HOME[name]
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

@@ -67,8 +67,13 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
 
 
 def print_error(error: BaseException, more: str = "") -> None:
-    """Prints the message of an error, in one line, on standard error."""
-    print(f"error: {one_line(str(error) or type(error).__name__)}{more}", file=sys.stderr)
+    """Prints the message of an error, in one line, on standard error: its first word in red on a terminal."""
+    from rich.console import Console  # takes a while, and is needed here alone
+    from rich.text import Text
+
+    message = f" {one_line(str(error) or type(error).__name__)}{more}"
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error:", "bold red"), message))
 
 
 def drop_output() -> None:

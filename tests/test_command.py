@@ -1,6 +1,7 @@
 """Does a program end as its users expect: by Ctrl-C, where nobody reads, and with one line about what is wrong?"""
 
 import ast
+import io
 import os
 import signal
 import subprocess
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from stellarbyte_jax.command import MendableError, command, imports, one_line, spelled
+from stellarbyte_jax.cli import program as cli
+from stellarbyte_jax.command import MendableError, command, imports, one_line, print_error, spelled
 from stellarbyte_jax.config import ConfigError
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+COMMANDS = [ROOT / "stellarbyte_jax" / "cli" / f"{m}.py" for m in sorted({c.module for c in cli.COMMANDS.values()})]
 
 
 def _program(code: str, **more) -> subprocess.Popen:
@@ -42,6 +46,22 @@ def test_what_a_user_can_mend_is_one_line_and_a_status(error, code, line, capsys
 
     assert main() == code
     assert capsys.readouterr().err == line
+
+
+def test_the_word_error_is_red_on_a_terminal_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    long = "[bold]a:b " + "c" * 500
+    for kind, expected in ((Terminal, f"\x1b[1;31merror:\x1b[0m {long}\n"), (io.StringIO, f"error: {long}\n")):
+        shown = kind()
+        monkeypatch.setattr(sys, "stderr", shown)
+        print_error(ValueError(long))
+        assert shown.getvalue() == expected
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
@@ -101,18 +121,31 @@ def test_control_characters_are_spelled_out():
     assert spelled("a\tb\nc\x00\x1b\x7f\x9b中") == "a\tb\nc\\x00\\x1b\\x7f\\x9b中"
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in SCRIPTS.glob("*.py")))
-def test_every_script_is_such_a_program(script):
-    text = (SCRIPTS / script).read_text()
-    assert "@command\ndef main(" in text and "sys.exit(main())" in text
+@pytest.mark.parametrize("path", [*SCRIPTS, *COMMANDS], ids=lambda path: path.name)
+def test_every_program_ends_so(path):
+    """A script is a program of its own, or runs a command, as which it is named."""
+    text = path.read_text()
+    if "import main" in text:
+        command = next(c for c in cli.COMMANDS.values() if c.script == path.name)
+        assert f"from stellarbyte_jax.cli.{command.module} import main" in text
+    else:
+        assert "@command\ndef main(" in text
+    assert path in COMMANDS or "sys.exit(main())" in text
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in SCRIPTS.glob("*.py")))
-def test_no_script_shows_where_its_imports_were(script):
+def test_every_command_has_its_script():
+    assert {c.script for c in cli.COMMANDS.values()} <= {path.name for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *COMMANDS], ids=lambda path: path.name)
+def test_no_program_shows_where_its_imports_were(path):
     """What takes long to import is imported inside of ``imports()``; what makes that available is quick."""
-    quick = {*sys.stdlib_module_names, "stellarbyte_jax.command", "stellarbyte_jax.config"}
+    quick = {"stellarbyte_jax.command", "stellarbyte_jax.config", "stellarbyte_jax.cli.program"}
+    quick |= {*sys.stdlib_module_names, "stellarbyte_jax.cli.measurements"}
 
     def slow(node, inside=False):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return []
         if isinstance(node, ast.With):
             inside = inside or any(ast.unparse(item.context_expr) == "imports()" for item in node.items)
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -120,4 +153,4 @@ def test_no_script_shows_where_its_imports_were(script):
         found = [] if inside else [n for n in names if not {n, n.partition(".")[0]} & quick]
         return found + [name for child in ast.iter_child_nodes(node) for name in slow(child, inside)]
 
-    assert slow(ast.parse((SCRIPTS / script).read_text())) == []
+    assert slow(ast.parse(path.read_text())) == []

@@ -1,10 +1,6 @@
 """Vocabularies of another size: old tokens keep their logits, new ones take little, and convert.py resize."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +11,8 @@ from helpers.variants import call
 from tokenizers import Tokenizer, models
 
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
+from stellarbyte_jax.cli.convert import main
+from stellarbyte_jax.cli.generate import main as generate_main
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer, head_kernel, param_shapes
@@ -160,22 +158,10 @@ def test_fitting_grows_only_what_is_too_small(tmp_path):
     assert (config.vocab_size, padded["embed"]["embedding"].shape) == (40, (64, 16))
 
 
-def _script(name) -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_script", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def convert(monkeypatch):
-    script = _script("convert")
-
+def convert():
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        return script.main()
+        return main([*map(str, arguments)])
 
     return run
 
@@ -267,7 +253,7 @@ def test_a_tokenizer_that_is_too_large_is_refused_by_every_script(convert, direc
     assert too_large in capsys.readouterr().err
     assert not (directories / "out").exists()
     (directories / "t50").rename(directories / "run" / "tokenizer")
-    generate = _script("generate").main
+    generate = generate_main
     for kind in ("run", "hf"):
         assert generate(["--model", str(directories / kind), "--prompt", "w1"]) == 1
         assert too_large in capsys.readouterr().err

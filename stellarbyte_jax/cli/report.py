@@ -1,9 +1,9 @@
 """Draws the report of a run, or lays several runs over each other."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from stellarbyte_jax.cli.program import new_parser
 from stellarbyte_jax.command import command
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.training.record import AXES
@@ -13,8 +13,11 @@ from stellarbyte_jax.training.report import REPORT, write_report
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, writes the page and says where it is."""
-    parser = argparse.ArgumentParser(
-        description="Write a page with a run's plots, settings and samples; several runs lie over each other."
+    parser = new_parser(
+        "report",
+        "Write a page with the plots, settings and samples of a run; several runs lie over each other.",
+        "runs/quickstart",
+        "runs/a runs/b --x time --output comparison.html",
     )
     parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
     parser.add_argument(

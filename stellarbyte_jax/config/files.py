@@ -26,20 +26,15 @@ AnySection = TypeVar("AnySection", bound=Section)
 def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Runs a config file's ``config()`` and applies ``section.name=value`` overrides.
 
-    The file is read anew at each call, and so is what it imports from its folder.
+    ``path`` may be the name of a file that comes with the package, such as ``quickstart``. The file is read anew at
+    each call, and so is what it imports from its folder.
 
     Values are read as the field's type; lists as JSON or comma-separated words; ``none`` is None.
 
     Raises:
       ConfigError: the file is missing or fails, or an override names no setting or has the wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        nearby = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        guess = difflib.get_close_matches(path.name, nearby, n=1)
-        hint = f"; did you mean {path.parent / guess[0]}?" if guess else ""
-        raise ConfigError(f"config file {path} does not exist{hint}")
-    require(path.suffix == ".py", f"config file {path} must be a Python file, ending in .py")
+    path = _find(Path(path))
     try:
         made = _run(path)
         require(isinstance(made, TrainConfig), f"config() must return a TrainConfig, got {type(made).__name__}")
@@ -49,6 +44,31 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         raise ConfigError(f"{path}{f', line {lines[-1]}' if lines else ''}: {kind}{error}") from error
     return override(made, overrides)
+
+
+def shipped(folder: str) -> Path:
+    """A folder that comes with the package, ``configs``, ``data`` or ``tokenizer``: in a clone the one at its root."""
+    package = Path(__file__).parents[1]
+    installed = package / "shipped" / folder
+    return installed if installed.is_dir() else package.parent / folder
+
+
+def _find(path: Path) -> Path:
+    """The config file that a path means, or the name of one that comes with the package."""
+    named = shipped("configs") / f"{path.name}.py"
+    if not path.is_file() and path.parent == Path() and not path.suffix and named.is_file():
+        return named
+    if not path.is_file():
+        nearby = sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
+        known = {each.name: str(each) for each in nearby} | {
+            each.stem: each.stem for each in shipped("configs").glob("*.py")
+        }
+        guess = difflib.get_close_matches(path.name, known, n=1)
+        hint = f"; did you mean {known[guess[0]]}?" if guess else ""
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise ConfigError(f"config file {path} does not exist{place}{hint}")
+    require(path.suffix == ".py", f"config file {path} must be a Python file, ending in .py")
+    return path
 
 
 def beside(file: str, relative: str) -> str:

@@ -11,13 +11,14 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from stellarbyte_jax.command import drop_output, spelled
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.launch import write_failure
 
 _REDRAW_SECONDS = 0.2
+_NARROWEST_BAR = 8  # characters
 OUTPUT_CLOSED = "standard output is closed; the run goes on and writes to its train.log"
 _package = logging.getLogger("stellarbyte_jax")
 
@@ -52,6 +53,7 @@ class Reporter:
         self._log = log_path.open("a", encoding="utf-8")
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._taken = 0  # characters of the bar's line that are no numbers
         self._drawn = 0.0
         self._notes = _Notes(self.line)
         self._level, self._propagate = _package.level, _package.propagate
@@ -104,15 +106,18 @@ class Reporter:
         """Shows a bar on a terminal; elsewhere does nothing."""
         if not self._console.is_terminal:
             return
+        # Expanded: the bar takes what the other columns leave, and is what grows narrow first.
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
             console=self._console,
             transient=True,
+            expand=True,
         )
+        self._taken = len(title) + 2 * len(str(total)) + len("/  00:00:00  ") + _NARROWEST_BAR + 3
         self._task = self._progress.add_task(title, total=total, completed=done, numbers="")
         self._progress.start()
 
@@ -122,16 +127,24 @@ class Reporter:
             self._progress.stop()
             self._progress = None
 
+    def compiling(self) -> None:
+        """Says that the next step takes long, in the bar or as a line."""
+        text = "compiling the first step"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, numbers=text)
+        else:
+            self.line(text)
+
     def step(self, step: int, total: int, metrics: Mapping[str, float], *, due: bool) -> None:
         """Moves the bar; where the numbers are ``due``, logs them, and prints them if there is no bar."""
-        text = format_metrics(metrics)
         if self._progress is not None and self._task is not None:
             now = time.monotonic()
             if due or now - self._drawn > _REDRAW_SECONDS:
-                self._progress.update(self._task, completed=step, numbers=text)
+                numbers = fitting_metrics(metrics, self._console.width - self._taken)
+                self._progress.update(self._task, completed=step, numbers=numbers)
                 self._drawn = now
         if due:
-            line = f"step {step}/{total}  {text}"
+            line = f"step {step}/{total}  {format_metrics(metrics)}"
             if self._progress is None:
                 self._print(line)
             self.log(line)
@@ -178,6 +191,20 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
         if name in metrics:
             parts.append(f"{label} {form.format(metrics[name])}")
     return "  ".join(parts)
+
+
+# What a narrow terminal can do without, in the order in which it goes.
+_LEFT_OUT = ("accuracy", "gradient_norm", "mfu", "perplexity", "bits_per_byte", "learning_rate", "tokens_per_second")
+
+
+def fitting_metrics(metrics: Mapping[str, float], width: int) -> str:
+    """As many of these numbers as ``width`` characters hold; the loss always."""
+    left = dict(metrics)
+    for name in _LEFT_OUT:
+        if len(format_metrics(left)) <= width:
+            break
+        left.pop(name, None)
+    return format_metrics(left)
 
 
 def _plain(value: object) -> str:

@@ -223,6 +223,7 @@ def _loop(run: _Run, start: int) -> Finished:
             return _data_ended(run, step - 1, saved)
         if step == start + 1:
             finish.forget(config)
+            run.report.compiling()
         run.state, metrics = run.train_step(run.state, batch)
         run.meter.push(step, metrics)
         if step == start + 1:

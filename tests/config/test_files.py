@@ -166,6 +166,20 @@ def test_paths_beside_a_config_are_found_from_any_folder(tmp_path, monkeypatch):
         assert found == expected and Path(found).read_text() == "here"
 
 
+def test_a_config_of_the_package_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("quickstart").output_dir == "runs/quickstart"
+    with pytest.raises(ConfigError, match=rf"config file quikstart does not exist in {tmp_path}; did you mean quickst"):
+        load("quikstart")
+    with pytest.raises(ConfigError, match=rf"quickstart\.py does not exist in {tmp_path}; did you mean quickstart\?"):
+        load("quickstart.py")
+    with pytest.raises(ConfigError, match=r"configs/quickstart does not exist in"):
+        load("configs/quickstart")
+    (tmp_path / "quickstart").write_text("")  # a file that is there is what is meant
+    with pytest.raises(ConfigError, match="must be a Python file"):
+        load("quickstart")
+
+
 @pytest.mark.parametrize("name", ["quickstart", "pretrain", "stellarbyte"])
 def test_the_configs_of_the_repository_work_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

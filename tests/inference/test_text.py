@@ -1,6 +1,5 @@
 """Text in, text out: characters over token borders, stop texts, chat, and the script."""
 
-import importlib.util
 import io
 import re
 import shutil
@@ -16,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from stellarbyte_jax import ByteConfig, ByteTransformer, generate, save_pretrained
 from stellarbyte_jax.checkpoint.weights import save_initial
+from stellarbyte_jax.cli.generate import main
 from stellarbyte_jax.inference.reconfigure import reconfigure
 from stellarbyte_jax.inference.text import TextStream, continue_text, encode_prompt, generate_text
 from stellarbyte_jax.model.decoder import init_params
@@ -151,11 +151,7 @@ def test_text_is_that_of_the_new_tokens(tiny, letters):
 
 @pytest.fixture(scope="session")
 def script():
-    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return main
 
 
 @pytest.fixture(scope="session")

@@ -106,15 +106,21 @@ def test_every_line_of_a_text_has_its_time_and_later_runs_append(log, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_notes_of_the_package_are_shown_as_long_as_it_reports(log, package, capsys):
+def test_notes_of_the_package_are_shown_once_as_long_as_it_reports(log, package, capsys, request):
     handlers = list(package.handlers)
     NOTES.info("before")
+    root = io.StringIO()
+    shown_by_another = logging.StreamHandler(root)
+    logging.getLogger().addHandler(shown_by_another)
+    request.addfinalizer(lambda: logging.getLogger().removeHandler(shown_by_another))
     with Reporter(log):
         NOTES.info("attention: using %s", "xla")
         NOTES.debug("details")
         logging.getLogger("stellarbyte_jax.elsewhere").info("resumed")
         logging.getLogger("another.package").info("not ours")
+    logging.getLogger().removeHandler(shown_by_another)
     NOTES.info("after")
+    assert root.getvalue() == ""
     assert capsys.readouterr().out == "attention: using xla\nresumed\n"
     assert logged(log) == ["attention: using xla", "resumed"]
     assert (package.level, package.handlers) == (logging.ERROR, handlers)
@@ -196,6 +202,53 @@ def test_a_terminal_has_a_bar_and_the_log_none_of_it(log, terminal, clock):
     assert "step 10/20" not in shown
     assert logged(log) == ["step 10/20  loss 1.0000", "above the bar"]
     assert report._progress is None, "it ends with the report"
+
+
+NUMBERS = {
+    "loss": 5.8612,
+    "perplexity": 351.1,
+    "accuracy": 0.123,
+    "gradient_norm": 1.23,
+    "learning_rate": 6e-4,
+    "tokens_per_second": 423_000.0,
+    "mfu": 0.39,
+}
+
+
+@pytest.mark.parametrize(
+    ("columns", "numbers"),
+    [
+        (48, "loss 5.8612"),
+        (60, "loss 5.8612"),
+        (80, "loss 5.8612  tok/s 423,000"),
+        (100, "loss 5.8612  ppl 351.10  lr 6.00e-04  tok/s 423,000"),
+        (150, "loss 5.8612  ppl 351.10  acc 0.123  grad 1.23  lr 6.00e-04  tok/s 423,000  mfu 39.0%"),
+    ],
+)
+def test_a_narrow_terminal_keeps_step_time_and_loss(columns, numbers, log, terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with Reporter(log) as report:
+        report.start_bar("training", 20_000, 0)
+        report.step(4000, 20_000, NUMBERS, due=True)
+        report._progress.refresh()
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue())
+    lines = [line.strip() for line in re.split(r"[\r\n]+", shown)]
+    assert max(map(len, lines)) <= columns
+    assert [re.sub("[━╸╺]+", "=", line) for line in lines if "4000" in line] == [
+        f"training =  4000/20000 --:-- {numbers}"
+    ] * sum("4000" in line for line in lines)
+    assert any("4000" in line for line in lines)
+    assert logged(log)[0].endswith("mfu 39.0%"), "the log has them all"
+
+
+def test_the_wait_for_the_first_step_is_explained(log, terminal, capsys):
+    with Reporter(log) as report:
+        report.compiling()
+        report.start_bar("training", 20, 0)
+        report.compiling()
+        assert report._progress.tasks[0].fields["numbers"] == "compiling the first step"
+    assert terminal.getvalue().startswith("compiling the first step\n")
+    assert logged(log) == ["compiling the first step"]
 
 
 def test_a_terminal_has_lines_again_when_the_bar_has_ended(log, terminal, clock):

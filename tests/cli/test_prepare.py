@@ -1,27 +1,16 @@
-"""scripts/prepare_data.py: what it writes and says."""
+"""The command prepare: what it writes and says."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
-import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+from stellarbyte_jax.cli import prepare as script
+
 TEXTS = [f"[{i}] 春眠不覚暁 spring {'.' * (i % 9)}" for i in range(100)]
 
 
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("prepare_data_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_prepares_and_reports(script, tmp_path, capsys):
+def test_the_script_prepares_and_reports(tmp_path, capsys):
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": t, "title": "T"}) + "\n" for t in TEXTS), encoding="utf-8")
     tokenizer = save_byte_tokenizer(tmp_path / "tokenizer")

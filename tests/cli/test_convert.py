@@ -1,11 +1,9 @@
-"""scripts/convert.py: checkpoints to Hugging Face and back, what it prints, and its errors."""
+"""The command convert: checkpoints to Hugging Face and back, what it prints, and its errors."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,30 +16,20 @@ from transformers import GenerationConfig
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
+from stellarbyte_jax.cli import convert as script
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
 SMALL = ByteConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8
 )
 NEEDS_TORCH = "--verify compares with transformers on torch: pip install -e '.[torch]'"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def convert(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def convert() -> Callable[..., int]:
     def run(*arguments: Any) -> int:
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        return script.main()
+        return script.main([*map(str, arguments)])
 
     return run
 
@@ -273,7 +261,7 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "new").exists()
 
 
-def test_sizes(script: ModuleType) -> None:
+def test_sizes() -> None:
     assert [script.size(t) for t in ("5GB", "500MiB", "1.5kb", "12")] == [5 * 10**9, 500 * 2**20, 1500, 12]
     for text in ("five", "0GB", "5XB", "-1"):
         with pytest.raises(script.argparse.ArgumentTypeError, match="is no size"):

@@ -1,6 +1,5 @@
-"""scripts/train_tokenizer.py: the same files each time, and one line for each mistake."""
+"""The command tokenizer: the same files each time, and one line for each mistake."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,19 +9,11 @@ from pathlib import Path
 import pytest
 from helpers.tokenizer_samples import CHINESE, ENGLISH, FIXED
 
+from stellarbyte_jax.cli import tokenizer as script
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_tokenizer.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_tokenizer_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_script_trains_the_same_files_again(tmp_path):
@@ -55,32 +46,32 @@ def test_script_trains_the_same_files_again(tmp_path):
 GOOD = "".join(json.dumps({"text": f"the cat and the dog {i}"}) + "\n" for i in range(100))
 
 
-def _train(script, tmp_path, content, *more):
+def _train(tmp_path, content, *more):
     path = tmp_path / "a[1].jsonl"
     path.write_text(content)
     places = ["--output", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache")]
     return script.main(["--corpus", f"t={path}", "--stage", f"{FIXED + 5}:t", *places, *more])
 
 
-def test_a_blank_line_at_the_end_is_no_document(script, tmp_path, capsys):
-    assert _train(script, tmp_path, GOOD + "\n") == 0
+def test_a_blank_line_at_the_end_is_no_document(tmp_path, capsys):
+    assert _train(tmp_path, GOOD + "\n") == 0
     assert "round trip 100.00%" in capsys.readouterr().out
     assert load_tokenizer(tmp_path / "out").vocab_size == FIXED + 5
 
 
-def test_bad_lines_are_skipped_and_counted_as_prepare_data_does(script, tmp_path, capsys):
+def test_bad_lines_are_skipped_and_counted_as_prepare_data_does(tmp_path, capsys):
     bad = '{"text": "x\\ud83d"}\n{"text": 3}\nnonsense\n'
-    assert _train(script, tmp_path, bad + GOOD, "--on-error", "skip") == 0
+    assert _train(tmp_path, bad + GOOD, "--on-error", "skip") == 0
     assert "distinct pieces, 3 lines skipped\n" in capsys.readouterr().out
     assert list((tmp_path / "cache").iterdir())
     first = (tmp_path / "out" / "tokenizer.json").read_bytes()
-    assert _train(script, tmp_path, GOOD) == 0
+    assert _train(tmp_path, GOOD) == 0
     assert "lines skipped" not in capsys.readouterr().out
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == first
 
 
-def test_without_text_that_is_held_out_there_are_no_figures_of_it(script, tmp_path, capsys):
-    assert _train(script, tmp_path, GOOD, "--held-out-megabytes", "0") == 0
+def test_without_text_that_is_held_out_there_are_no_figures_of_it(tmp_path, capsys):
+    assert _train(tmp_path, GOOD, "--held-out-megabytes", "0") == 0
     shown = capsys.readouterr().out
     assert "bytes a token" not in shown and "round trip" not in shown
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -97,7 +88,7 @@ def test_without_text_that_is_held_out_there_are_no_figures_of_it(script, tmp_pa
         ("", ["--corpus", "u=absent.txt"], "corpus 'u': absent.txt does not exist"),
     ],
 )
-def test_a_mistake_is_one_line(script, tmp_path, capsys, line, more, message):
-    assert _train(script, tmp_path, GOOD + line, *more) == 1
+def test_a_mistake_is_one_line(tmp_path, capsys, line, more, message):
+    assert _train(tmp_path, GOOD + line, *more) == 1
     error = capsys.readouterr().err
     assert re.search("^error: .*" + message, error) and error.count("\n") == 1

@@ -1,0 +1,205 @@
+"""Checkpoints to and from Hugging Face directories, and to another size of the vocabulary."""
+
+import argparse
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.command import command, imports
+
+with imports():
+    import jax
+
+    from stellarbyte_jax.checkpoint.bundle import TOKENIZER, tokenizer_of
+    from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
+    from stellarbyte_jax.config import DataConfig
+    from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
+    from stellarbyte_jax.hf.verify import compare_with_transformers
+    from stellarbyte_jax.launch import quiet_libraries
+    from stellarbyte_jax.model.decoder import ByteTransformer
+    from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
+    from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer
+    from stellarbyte_jax.tokenizer.special import adds_bos, as_list, kept_ids, stop_ids
+    from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(text: str) -> int:
+    """Bytes of a text such as ``5GB`` or ``500MiB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if not match or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected a number and KB, MB, GB, KiB, MiB or GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = new_parser(
+        "convert",
+        "Checkpoints to and from Hugging Face directories, and to another size of the vocabulary.",
+        "to-hf RUN OUT [--dtype bfloat16] [--verify]               RUN may also be RUN/checkpoints/STEP",
+        "from-hf DIR RUN [--verify]                                makes a run that training and generation start from",
+        "resize DIR RUN --tokenizer TOKENIZER                      the same of either, with a row for each token",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_hf = commands.add_parser("to-hf", help="write a checkpoint as a Hugging Face directory")
+    to_hf.add_argument("source", type=Path, help="run directory, or checkpoints/STEP in one")
+    to_hf.add_argument("target", type=Path, help="directory to write")
+    to_hf.add_argument("--step", type=int, help="checkpoint to take; the newest where none is named")
+    to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="of one file, such as 5GB")
+    to_hf.add_argument("--tokenizer", type=Path, help="directory to copy tokenizer files from; the run's where none")
+    from_hf = commands.add_parser("from-hf", help="make a run directory from a Hugging Face directory")
+    from_hf.add_argument("source", type=Path, help="Hugging Face directory")
+    from_hf.add_argument("target", type=Path, help="run directory to write")
+    resize = commands.add_parser("resize", help="make a run directory with another tokenizer and vocabulary size")
+    resize.add_argument("source", type=Path, help="Hugging Face directory, run directory, or checkpoints/STEP in one")
+    resize.add_argument("target", type=Path, help="run directory to write")
+    resize.add_argument("--step", type=int, help="checkpoint of a run to take; the newest where none is named")
+    resize.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer from now on")
+    resize.add_argument("--vocab-size", type=int, help="default: the model's, or the tokenizer's where that is larger")
+    resize.add_argument("--multiple", type=int, help="rows are padded to a multiple of this; default: as before")
+    for each in (to_hf, from_hf):
+        each.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
+    for each in (to_hf, from_hf, resize):
+        each.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
+    return parser.parse_args(arguments)
+
+
+def to_hf(arguments: argparse.Namespace) -> Any:
+    """Writes a Hugging Face directory; returns how well it agrees with transformers, where asked for."""
+    run, step = run_and_step(arguments.source, arguments.step)
+    config, params = load_weights(run, step)
+    model = ByteTransformer(config.model)
+    tokenizer, own = arguments.tokenizer, tokenizer_of(run, config)
+    if tokenizer is None and TokenizerDirectory(own).files:
+        tokenizer = own
+    print(f"tokenizer: {tokenizer or 'none found, so the export has none; give --tokenizer DIR to add one'}")
+    check_tokenizer(tokenizer, config.model.vocab_size)
+    ids = {} if tokenizer in (None, own) else kept_ids(own, tokenizer, config.model.vocab_size)
+    save_pretrained(
+        arguments.target,
+        model,
+        params,
+        dtype=arguments.dtype,
+        max_shard_bytes=arguments.max_shard_size,
+        tokenizer=tokenizer,
+        ids=ids,
+        overwrite=arguments.overwrite,
+    )
+    report(arguments.target, params)
+    if not arguments.verify:
+        return None
+    return compare_with_transformers(arguments.target, model, round_params(params, arguments.dtype))
+
+
+def from_hf(arguments: argparse.Namespace) -> Any:
+    """Writes a run directory; returns how well it agrees with transformers, where asked for."""
+    run = arguments.target
+    check_target(run, arguments.overwrite)
+    model, params = from_pretrained(arguments.source)
+    check_tokenizer(arguments.source, model.config.vocab_size)
+    write_run(run, model.config, params, arguments.source, begins_with_bos(arguments.source), {})
+    if not arguments.verify:
+        return None
+    return compare_with_transformers(arguments.source, model, load_weights(run)[1])
+
+
+def resize(arguments: argparse.Namespace) -> None:
+    """Writes a run directory whose model has a row for each token of the given tokenizer."""
+    source, run = arguments.source, arguments.target
+    for path in (source, arguments.tokenizer):
+        if path.resolve().is_relative_to(run.resolve()):
+            raise ValueError(f"{path} lies in {run}, which is to be written: give another target directory")
+    check_target(run, arguments.overwrite)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    if (source / "config.json").is_file():
+        if arguments.step is not None:
+            raise ValueError(f"--step belongs to a run directory; {source} is a Hugging Face directory")
+        model, params = from_pretrained(source)
+        config, add_bos = model.config, begins_with_bos(arguments.tokenizer)
+        before = source
+    else:
+        directory, step = run_and_step(source, arguments.step)
+        stored, params = load_weights(directory, step)
+        before = tokenizer_of(directory, stored)
+        config, add_bos = stored.model, stored.data.add_bos
+    wanted, multiple = arguments.vocab_size, arguments.multiple
+    if wanted is None:
+        resized, params = fit_tokenizer(config, params, tokenizer, vocab_size_multiple=multiple)
+    elif wanted < tokenizer.vocab_size:
+        raise ValueError(
+            f"--vocab-size {wanted} is less than the {tokenizer.vocab_size} tokens of {arguments.tokenizer}: "
+            f"give at least {tokenizer.vocab_size}, or a smaller tokenizer"
+        )
+    else:
+        resized, params = resize_vocabulary(config, params, wanted, vocab_size_multiple=multiple)
+    ids = kept_ids(before, arguments.tokenizer, resized.vocab_size)
+    ends = {*stop_ids(arguments.tokenizer, tokenizer.eos_id), *as_list(ids.get("eos_token_id", []))}
+    left_out = [i for i in stop_ids(before, None) if i not in ends]
+    if left_out:
+        print(
+            f"ends of texts: {left_out} of {before} are no longer any, by what {arguments.tokenizer} says of these ids"
+        )
+    write_run(run, resized, params, arguments.tokenizer, add_bos, ids)
+    print(
+        f"vocabulary: {config.vocab_size:,} tokens in {config.padded_vocab_size:,} rows before, "
+        f"{resized.vocab_size:,} in {resized.padded_vocab_size:,} now; the tokenizer has {tokenizer.vocab_size:,}"
+    )
+
+
+def check_target(run: Path, overwrite: bool) -> None:
+    """Raises ValueError where a run directory may not be written."""
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if not overwrite:
+            raise ValueError(f"{run} is not empty: give another directory, or --overwrite to replace its checkpoints")
+        if not (run / "checkpoints").is_dir():
+            raise ValueError(f"{run} holds something that is no run (no checkpoints), so it is not overwritten")
+
+
+def check_tokenizer(directory: Path | None, vocab_size: int) -> None:
+    """Raises ValueError where a directory holds a tokenizer that is larger than the model's vocabulary."""
+    # Weights may be converted with half a tokenizer or none: only what reads texts needs a whole one.
+    if directory and TokenizerDirectory(directory).is_complete:
+        check_vocabulary(load_tokenizer(directory), vocab_size)
+
+
+def begins_with_bos(tokenizer: Path) -> bool:
+    """Whether the tokenizer of a Hugging Face directory begins texts with bos; without a whole one, as in training."""
+    if not TokenizerDirectory(tokenizer).is_complete:
+        return DataConfig().add_bos
+    loaded = load_tokenizer(tokenizer)
+    return adds_bos(tokenizer, loaded.bos_id, loaded.eos_id)
+
+
+def write_run(run: Path, config: Any, params: Any, tokenizer: Path, add_bos: bool, ids: dict[str, Any]) -> None:
+    """Writes weights as step 0 of a run directory, with what a directory holds of a tokenizer and further ids."""
+    for part in ("checkpoints", TOKENIZER):
+        shutil.rmtree(run / part, ignore_errors=True)
+    copied = copy_tokenizer(tokenizer, run / TOKENIZER, ids)
+    save_initial(run, config, params, str(run / TOKENIZER) if copied else None, add_bos=add_bos)
+    report(run, params)
+
+
+def report(target: Path, params: dict[str, Any]) -> None:
+    """Prints what was written, and the number of parameters."""
+    for part in sorted(target.iterdir()):
+        files = [part] if part.is_file() else [p for p in part.rglob("*") if p.is_file()]
+        print(f"{sum(p.stat().st_size for p in files):>16,} bytes  {part}{'' if part.is_file() else '/'}")
+    print(f"wrote {target}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses and converts."""
+    options = parse(arguments)
+    quiet_libraries()
+    jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
+    agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
+    if agreement is not None:
+        print(f"verify: {agreement}: {'agrees with transformers' if agreement.ok else 'DOES NOT AGREE'}")
+    return 0 if agreement is None or agreement.ok else 1

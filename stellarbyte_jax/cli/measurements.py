@@ -1,0 +1,321 @@
+"""What ``benchmark`` measures, each in a process of its own.
+
+FLOPs of a token are 6 (parameters - embedding) + 6 L T D, causal attention counted by the half that is computed.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stellarbyte_jax.command import imports
+from stellarbyte_jax.config import ByteConfig, CacheConfig, TrainConfig
+
+REPEATS = 5
+
+
+def _timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
+    """Median tokens a second of ``run(steps)``, which returns when the work is done."""
+    rates = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run(steps)
+        rates.append(tokens * steps / (time.perf_counter() - start))
+    return {
+        "tokens_per_second": round(statistics.median(rates)),
+        "lowest": round(min(rates)),
+        "highest": round(max(rates)),
+        "repeats": REPEATS,
+        "steps": steps,
+    }
+
+
+def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
+    with imports():
+        import jax
+
+        from stellarbyte_jax.launch import environment
+        from stellarbyte_jax.model.decoder import ByteTransformer
+        from stellarbyte_jax.training.metrics import count_parameters, flops_per_token, memory_metrics, peak_flops
+        from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+        from stellarbyte_jax.training.state import create_state
+        from stellarbyte_jax.training.step import make_train_step
+
+    model = ByteTransformer(config.model)
+    optimizer = make_optimizer(config, model)
+    state = jax.jit(lambda: create_state(config, model, optimizer))()
+    run_step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config)), donate_argnums=0)
+    start = time.perf_counter()
+    state, metrics = jax.block_until_ready(run_step(state, next(batches)))
+    first = time.perf_counter() - start
+
+    def run(count: int) -> None:
+        nonlocal state, metrics
+        for _ in range(count):
+            state, metrics = run_step(state, next(batches))
+        jax.block_until_ready(metrics)
+
+    run(5)
+    result = _timed(run, config.global_batch_size * config.data.sequence_length, steps)
+    flops = flops_per_token(config.model, count_parameters(state.weights), config.data.sequence_length)
+    peak = peak_flops()
+    if peak is not None:
+        result["mfu"] = round(result["tokens_per_second"] * flops.causal / peak, 4)
+    memory = {name: round(value, 2) for name, value in memory_metrics().items()}
+    return {
+        **result,
+        **memory,
+        "first_step_seconds": round(first, 1),
+        "loss": float(metrics["loss"]),
+        "on": environment(),
+    }
+
+
+def _synthetic(config: TrainConfig, steps: int) -> dict[str, Any]:
+    import itertools
+
+    with imports():
+        import jax
+        import numpy as np
+
+    shape = (config.global_batch_size, config.data.sequence_length)
+    random = np.random.default_rng(0)
+    made = [
+        {"tokens": jax.device_put(random.integers(0, config.model.vocab_size, shape, dtype=np.int32))} for _ in range(4)
+    ]
+    return _ours(config, steps, itertools.cycle(made))
+
+
+def _real(config: TrainConfig, steps: int) -> dict[str, Any]:
+    with imports():
+        import jax
+
+        from stellarbyte_jax.data.loader import make_loader
+
+    loader = make_loader(
+        config.data, split="train", batch_size=config.global_batch_size, seed=0, transform=jax.device_put
+    )
+    try:
+        return _ours(config, steps, loader)
+    finally:
+        loader.close()
+
+
+def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
+    with imports():
+        import numpy as np
+        import torch
+        import transformers
+
+    c = config.model
+    settings = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.mlp_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.kv_heads,
+        hidden_act=c.hidden_act,
+        max_position_embeddings=c.max_position_embeddings,
+        tie_word_embeddings=c.tie_word_embeddings,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    model: Any = transformers.LlamaForCausalLM(settings)
+    model = torch.compile(model.to(device), disable=not on_gpu)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    half = on_gpu and config.model.compute_dtype == "bfloat16"
+    shape = (config.global_batch_size, config.data.sequence_length)
+    random = np.random.default_rng(0)
+    batches = [torch.from_numpy(random.integers(0, c.vocab_size, shape)).to(device) for _ in range(4)]
+    loss: Any = None
+
+    def run(count: int) -> None:
+        nonlocal loss
+        for index in range(count):
+            tokens = batches[index % 4]
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    start = time.perf_counter()
+    run(1)
+    first = time.perf_counter() - start
+    run(10)
+    on = f"{torch.cuda.get_device_name()}, compiled" if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    memory = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
+    return {
+        **_timed(run, shape[0] * shape[1], steps),
+        **memory,
+        "first_step_seconds": round(first, 1),
+        "loss": float(loss),
+        "on": f"torch {torch.__version__}, transformers {transformers.__version__}, {on}",
+    }
+
+
+def _rounded(result: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4 if value < 100 else None) for name, value in result.items()}
+
+
+def _jsonl(config: TrainConfig, steps: int) -> dict[str, Any]:
+    del steps
+    with imports():
+        from stellarbyte_jax.data.loader import measure_loader
+
+    return _rounded(measure_loader(config.data, batch_size=config.global_batch_size, seconds=15))
+
+
+def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
+    del steps
+    import dataclasses
+
+    with imports():
+        from stellarbyte_jax.data.loader import measure_loader
+        from stellarbyte_jax.data.shards import prepare
+        from stellarbyte_jax.data.text import TextFormat
+
+    data = config.data
+    with tempfile.TemporaryDirectory() as directory:
+        text = TextFormat(data.fields, data.template)
+        prepare(data.train, Path(directory) / "shards", data.tokenizer, text=text, workers=data.workers)
+        data = dataclasses.replace(config.data, train=(str(Path(directory) / "shards"),))
+        return _rounded(measure_loader(data, batch_size=config.global_batch_size, seconds=15))
+
+
+# 1.10B parameters; weights and cache in bfloat16.
+GENERATE = ByteConfig(
+    hidden_size=2048,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=8192,
+    max_position_embeddings=2048,
+)
+CACHE = ByteConfig(
+    hidden_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    intermediate_size=1024,
+    max_position_embeddings=2048,
+    compute_dtype="float32",
+)
+
+
+def _decode(model_config: ByteConfig, batch_size: int, prompt: int, new: int) -> dict[str, Any]:
+    """Median tokens a second of whole calls of ``generate`` with random weights, prompts and compilation left out."""
+    with imports():
+        import jax
+        import numpy as np
+
+        from stellarbyte_jax import ByteTransformer, generate
+        from stellarbyte_jax.launch import environment
+        from stellarbyte_jax.model.decoder import init_params
+
+    model = ByteTransformer(model_config)
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+    params = jax.tree.map(lambda x: x.astype(model_config.compute_dtype), params)
+    tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, (batch_size, prompt), dtype=np.int32)
+    results = [generate(model, params, tokens, max_new_tokens=new) for _ in range(REPEATS + 1)][1:]
+    rates = [batch_size * new / result.decode_seconds for result in results]
+    whole = [batch_size * new / (result.decode_seconds + result.prefill_seconds) for result in results]
+    return {
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "with_prefill": round(statistics.median(whole), 1),
+        "lowest": round(min(rates), 1),
+        "highest": round(max(rates), 1),
+        "repeats": REPEATS,
+        "prompt": prompt,
+        "new": new,
+        "on": environment(),
+    }
+
+
+def _generate(model: ByteConfig, batch_size: int) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    return lambda config, steps: _decode(model, batch_size, 128, 256 if model is GENERATE else 64)
+
+
+def _cache(dtype: Any) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    return lambda config, steps: _decode(replace(CACHE, cache=CacheConfig(dtype=dtype)), 4, 512, 64)
+
+
+def _checkpoint(verify: bool) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
+        """Median seconds; saving blocks training until the state is copied, the rest goes on beside it."""
+        del steps
+        import contextlib
+
+        with imports():
+            import jax
+
+            from stellarbyte_jax.checkpoint.checksum import array_checksums
+            from stellarbyte_jax.checkpoint.store import Checkpointer
+            from stellarbyte_jax.launch import environment
+            from stellarbyte_jax.model.decoder import ByteTransformer
+            from stellarbyte_jax.training import resume
+            from stellarbyte_jax.training.optimizer import make_optimizer
+            from stellarbyte_jax.training.state import create_state, state_shapes
+
+        model = ByteTransformer(config.model)
+        optimizer = make_optimizer(config, model)
+        state = jax.block_until_ready(jax.jit(lambda: create_state(config, model, optimizer))())
+        shapes = state_shapes(config, model, optimizer)
+        seconds: dict[str, list[float]] = {name: [] for name in ("checksums", "save_blocks", "save", "restore")}
+
+        @contextlib.contextmanager
+        def timed(name: str) -> Iterator[None]:
+            start = time.perf_counter()
+            yield
+            seconds[name].append(time.perf_counter() - start)
+
+        settings = replace(config.checkpoint, verify=verify)
+        with tempfile.TemporaryDirectory() as directory:
+            for step in range(1, REPEATS + 2):  # the first one compiles
+                with contextlib.closing(Checkpointer(Path(directory), settings)) as checkpointer:
+                    with timed("checksums"):
+                        array_checksums((state.params, state.opt_state))
+                    with timed("save"):
+                        with timed("save_blocks"):
+                            resume.save(checkpointer, config, state, step, {}, resume.Progress(), 1.0)
+                        checkpointer.wait()
+                    with timed("restore"):
+                        found = resume.restore(checkpointer, config, shapes, optimizer, print)
+                        jax.block_until_ready(found and found.state)
+        size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        medians = {name: round(statistics.median(values[1:]), 4) for name, values in seconds.items()}
+        return {"gib": round(size / 2**30, 2), **medians, "repeats": REPEATS, "on": environment()}
+
+    return measure
+
+
+def _device(config: TrainConfig, steps: int) -> dict[str, Any]:
+    del config, steps
+    with imports():
+        import jax
+
+    return {"platform": jax.default_backend()}
+
+
+WORKERS = {
+    "device": _device,
+    "verified": _checkpoint(True),
+    "unverified": _checkpoint(False),
+    **{f"batch_{size}": _generate(GENERATE, size) for size in (1, 8, 32, 128)},
+    **{f"small_batch_{size}": _generate(CACHE, size) for size in (1, 8)},
+    **{dtype: _cache(dtype) for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn")},
+    "synthetic": _synthetic,
+    "real": _real,
+    "huggingface": _huggingface,
+    "jsonl": _jsonl,
+    "shards": _shards,
+}

@@ -1,0 +1,83 @@
+"""Trains a model, or continues a run."""
+
+import argparse
+import contextlib
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from stellarbyte_jax.cli.program import new_parser, typed
+from stellarbyte_jax.command import command, imports
+from stellarbyte_jax.config import TrainConfig, load
+
+if TYPE_CHECKING:
+    from stellarbyte_jax.training.run import Finished
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, runs the training and says what can be done next."""
+    options = _parse(arguments)
+    config = load(options.config, options.set)
+    with imports():
+        from stellarbyte_jax.training.guard import run_guarded
+        from stellarbyte_jax.training.run import train
+
+    def run() -> int:
+        finished = train(config)
+        if finished.exit_code == 0:
+            print(next_commands(config, finished, options))
+        return finished.exit_code
+
+    return run_guarded(run, config.output_dir)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = new_parser(
+        "train",
+        "Train a model, or continue a run. Typed again, the same command continues an unfinished run.",
+        "--config configs/quickstart.py",
+        "--config pretrain --set 'data.train=my_corpus/train/*.jsonl' model.hidden_size=512 steps=1000",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a Python file with `def config() -> TrainConfig`, or the name of one that comes with the package",
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="section.name=value", help="settings to change"
+    )
+    return parser.parse_args(arguments)
+
+
+def next_commands(config: TrainConfig, finished: "Finished", options: argparse.Namespace) -> str:
+    """The commands that make sense after the run, to copy and paste."""
+    with imports():
+        from stellarbyte_jax.hf.families import export_family
+
+    run = shlex.quote(config.output_dir)
+    prompt = shlex.quote(config.sample_prompts[0] if config.sample_prompts else "Once upon a time")
+    lines = [
+        "next:",
+        f"  go on:     {typed('train')} {_longer(config, finished, options)}",
+        f"  generate:  {typed('generate')} --model {run} --prompt {prompt} --temperature 0.8 --top-p 0.95",
+    ]
+    with contextlib.suppress(ValueError):
+        export_family(config.model)
+        lines.append(f"  convert:   {typed('convert')} to-hf {run} {shlex.quote(config.output_dir + '-hf')}")
+    return "\n".join(lines)
+
+
+def _longer(config: TrainConfig, finished: "Finished", options: argparse.Namespace) -> str:
+    """What was typed, with more of what ended the run."""
+    more = {}
+    if finished.ended_by == "patience":
+        more["evaluation.patience"] = 2 * (config.evaluation.patience or 1)
+    elif finished.ended_by == "data":
+        more["data.epochs"] = 2 * (config.data.epochs or 1)
+    else:
+        more["steps"] = 2 * max(config.steps, finished.step)
+    kept = [setting for setting in options.set if setting.partition("=")[0].strip() not in more]
+    settings = [*kept, *(f"{name}={value}" for name, value in more.items())]
+    return f"--config {shlex.quote(options.config)} --set {' '.join(map(shlex.quote, settings))}"
