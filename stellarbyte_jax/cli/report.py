@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stellarbyte_jax.cli.program import new_parser
-from stellarbyte_jax.command import command
+from stellarbyte_jax.command import command, remedy
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.training.record import AXES
-from stellarbyte_jax.training.report import REPORT, write_report
+from stellarbyte_jax.training.report import REPORT, make_page, write_page
 
 
 @command
@@ -28,7 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or (options.run[0] / REPORT if len(options.run) == 1 else Path(REPORT))
     if output.suffix != ".html":
         raise ConfigError(f"--output {output} is a page, and replaces a file of that name: let the name end in .html")
-    for note in write_report(options.run, output, options.x):
+    page, notes = make_page(options.run, options.x)
+    try:
+        write_page(output, page)
+    except OSError as error:
+        advice = remedy(error, "folder with --output") or "choose another one with --output"
+        raise OSError(f"{output} could not be written: {error.strerror or error}; {advice}") from error
+    for note in notes:
         print(f"note: {note}")
     print(f"report: {output}")
     return 0

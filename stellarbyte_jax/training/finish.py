@@ -15,7 +15,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.directory import write_json
 from stellarbyte_jax.training import plots, samples
-from stellarbyte_jax.training.report import REPORT, write_report
+from stellarbyte_jax.training.report import REPORT, make_page, write_page
 from stellarbyte_jax.training.samples import Sampler
 
 _EXPORT = "hf"
@@ -79,7 +79,11 @@ def finish(
     if config.sample_prompts:
         sampler.sample(params, step, say)
     if config.report_at_end and not sampler.stopped() and not (done.get("reported") and report.is_file()):
-        write_report([run_dir], report)
+        page, _ = make_page([run_dir])
+        try:
+            write_page(report, page)
+        except OSError as error:
+            raise write_failure(report, error) from error
         say(f"report: {report}")
         done["reported"] = True
         _write(note, done)

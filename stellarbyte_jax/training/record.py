@@ -76,13 +76,16 @@ def read_record(directory: Path, name: str) -> Record:
     """Reads a run, also one that is under way or of which files are missing.
 
     Raises:
-      ValueError: the directory holds no ``metrics.jsonl``, or none with a line that can be read.
+      ValueError: the directory holds no ``metrics.jsonl``, or none that can be read and has a line with numbers.
     """
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the directory of a run (its output_dir) that made its first steps")
     notes: list[str] = []
-    series = _read_metrics(path, notes)
+    try:
+        series = _read_metrics(path, notes)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; make it readable") from error
     if not series:
         raise ValueError(f"{path} holds no line with numbers: wait for the run's first line (logging.interval)")
     config = None
@@ -95,17 +98,17 @@ def read_record(directory: Path, name: str) -> Record:
     return Record(name, series, config, facts, _read_samples(directory / SAMPLES, notes), notes)
 
 
-def differing(config: Section, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The settings that differ from their defaults, and those without any, by name: value and default."""
-    found: dict[str, tuple[Any, Any]] = {}
+def differing(config: Section, prefix: str = "") -> list[str]:
+    """Names, such as ``data.train``, of the settings that differ from their defaults, and of those without any."""
+    found: list[str] = []
     for setting in dataclasses.fields(config):  # type: ignore[arg-type]
         value, default = getattr(config, setting.name), setting.default
         if setting.default_factory is not dataclasses.MISSING:
             default = setting.default_factory()
         if isinstance(value, Section):
-            found |= differing(value, f"{prefix}{setting.name}.")
+            found += differing(value, f"{prefix}{setting.name}.")
         elif value != default:
-            found[prefix + setting.name] = (value, None if default is dataclasses.MISSING else default)
+            found.append(prefix + setting.name)
     return found
 
 
@@ -187,7 +190,12 @@ def _read_samples(path: Path, notes: list[str]) -> list[Continuation]:
     if not path.is_file():
         return []  # a run without prompts has none
     found, damaged = [], 0
-    for _, line in read_lines(path):
+    try:
+        lines = list(read_lines(path))
+    except OSError as error:
+        notes.append(f"{path} cannot be read: {error.strerror}")
+        return []
+    for _, line in lines:
         texts = [line.get("prompt"), line.get("text")] if line is not None else [None]
         if line is None or not all(isinstance(text, str) for text in texts):
             damaged += 1

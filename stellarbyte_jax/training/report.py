@@ -12,7 +12,6 @@ import numpy as np
 
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.config.foreign import clipped
-from stellarbyte_jax.launch import write_failure
 from stellarbyte_jax.training import plots
 from stellarbyte_jax.training.plots import Curve, Scale
 from stellarbyte_jax.training.record import (
@@ -69,32 +68,27 @@ th { font-weight: 600; } td { font-variant-numeric: tabular-nums; overflow-wrap:
 """
 
 
-def write_report(directories: Sequence[Path], output: Path, x: Axis = "steps") -> list[str]:
-    """Writes the page, in one step: a reader never finds half of it.
+def make_page(directories: Sequence[Path], x: Axis = "steps") -> tuple[str, list[str]]:
+    """The page, and what is missing in it or was left out, a line each.
 
     Args:
       directories: of runs; with more than one, their curves lie over each other.
-      output: the file.
       x: what curves are drawn over: optimizer steps, tokens without padding, or time of training.
-
-    Returns:
-      What is missing in the page or was left out, a line each.
 
     Raises:
       ValueError: a directory holds no metrics, or none over ``x``; or it is given twice.
       ModuleNotFoundError: matplotlib is not installed.
-      OSError: the file cannot be written.
     """
     plots.check("a report")
     records = [read_record(path, name) for path, name in zip(directories, _names(directories), strict=True)]
-    page = _page(records, x)
+    return _page(records, x), [note for record in records for note in record.notes]
+
+
+def write_page(output: Path, page: str) -> None:
+    """Writes it in one step: a reader never finds half of it. Raises OSError where that fails."""
     partial = output.with_name(output.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, output)
-    except OSError as error:
-        raise write_failure(output, error) from error
-    return [note for record in records for note in record.notes]
+    partial.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(partial, output)
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
@@ -115,7 +109,6 @@ def _page(records: Sequence[Record], x: Axis) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>"
     )
-    figures = _figures(records, x)  # it may add notes
     notes = [note for record in records for note in record.notes]
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")
     return "\n".join(
@@ -125,7 +118,7 @@ def _page(records: Sequence[Record], x: Axis) -> str:
             _legend(records),
             *(f'<p class="note">{_text(note)}</p>' for note in notes),
             "<h2>Final numbers</h2>" + _table(records, _numbers(records)),
-            "<h2>Course</h2>" + figures,
+            "<h2>Course</h2>" + _figures(records, x),
             "<h2>Settings that differ from their defaults</h2>" + _settings(records),
             "<h2>Environment of the last start</h2>" + _table(records, _environment(records)),
             *(_samples(record, several=len(records) > 1) for record in records if record.samples),
@@ -219,10 +212,7 @@ def _duration(seconds: float) -> str:
 
 def _settings(records: Sequence[Record]) -> str:
     configs = [record.config for record in records]
-    names: dict[str, object] = {}
-    for config in configs:
-        if config is not None:
-            names |= {name: default for name, (_, default) in differing(config).items()}
+    names = dict.fromkeys(name for config in configs if config is not None for name in differing(config))
     rows = [
         (name, ["–" if c is None else clipped(spelled_setting(setting(c, name)), 500) for c in configs])
         for name in names

@@ -15,7 +15,7 @@ from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.hf import directory
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
-from stellarbyte_jax.training import finish, plots
+from stellarbyte_jax.training import finish
 from stellarbyte_jax.training.samples import Sampler
 
 
