@@ -157,7 +157,7 @@ def _table(records: Sequence[Record], rows: Iterable[tuple[str, Sequence[str]]])
 
 def _numbers(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
     rows: list[tuple[str, Callable[[Record], str | None]]] = [
-        ("steps", _steps),
+        ("steps done", _steps),
         ("tokens (without padding)", lambda r: _end(r, "tokens", lambda v: f"{v:,.0f}")),
         ("time of training", lambda r: _end(r, "time", _duration)),
         ("parameters", lambda r: _whole(r.about.get("parameters"))),

@@ -46,6 +46,7 @@ from stellarbyte_jax.config import (
         (TrainConfig, {"global_batch_size": 32, "gradient_accumulation_steps": 5}, "32 is not divisible by .* 5"),
         (TrainConfig, {"model": ByteConfig(max_position_embeddings=512)}, "1024 is longer than .* 512"),
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay must be"),
+        (TrainConfig, {"sample_interval": 5}, "sample_interval=5 would change nothing without sample_prompts: name"),
     ],
 )
 def test_contradictions_are_refused(section, settings, message):
