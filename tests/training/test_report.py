@@ -15,7 +15,10 @@ from stellarbyte_jax.training import plots
 from stellarbyte_jax.training.record import about
 from stellarbyte_jax.training.report import make_page
 
-pytest.importorskip("matplotlib", reason="pip install -e '.[report]'")
+
+@pytest.fixture
+def matplotlib():
+    pytest.importorskip("matplotlib", reason="pip install -e '.[report]'")
 
 
 class Page(html.parser.HTMLParser):
@@ -81,11 +84,12 @@ def page_of(*directories, x="steps"):
 def drawn(monkeypatch):
     """Curves of each plot, which is not drawn, so that the test is quick."""
     calls = []
+    monkeypatch.setattr(plots, "check", lambda asked: None)
     monkeypatch.setattr(plots, "draw", lambda *args: calls.append(args) or b"png")
     return calls
 
 
-def test_a_page_has_numbers_plots_settings_and_environment(tmp_path):
+def test_a_page_has_numbers_plots_settings_and_environment(tmp_path, matplotlib):
     page, notes = page_of(write_run(tmp_path / "small"))
     assert notes == [] and all(image.startswith(b"\x89PNG") for image in page.images)
     titles = ["Training loss", "Validation loss", "Learning rate", "Gradient norm", "Tokens a second"]
@@ -126,7 +130,7 @@ def test_runs_lie_over_each_other(tmp_path, drawn):
     assert page.table[""] == ["c", "run"]
 
 
-def test_a_run_is_named_once(tmp_path):
+def test_a_run_is_named_once(tmp_path, drawn):
     with pytest.raises(ValueError, match="a run is given twice"):
         make_page([write_run(tmp_path / "a"), tmp_path / "b" / ".." / "a"])
 
@@ -156,7 +160,7 @@ def test_time_has_a_unit_that_fits(tmp_path, drawn, seconds, unit, end):
     assert label == f"time of training ({unit})" and found == pytest.approx(end, abs=0.01) == curves[0].x[0]
 
 
-def test_an_axis_that_no_line_has_is_an_error(tmp_path):
+def test_an_axis_that_no_line_has_is_an_error(tmp_path, drawn):
     run = write_run(tmp_path / "old")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -233,7 +237,7 @@ def test_what_is_missing_is_told_in_the_page(tmp_path, drawn):
     assert page.table["steps done"] == ["3"]
 
 
-def test_a_run_makes_its_report_at_its_end_and_later_what_is_missing(config_file, tmp_path, capsys):
+def test_a_run_makes_its_report_at_its_end_and_later_what_is_missing(config_file, tmp_path, capsys, matplotlib):
     run = tmp_path / "run"
     settings = ("steps=4", "logging.interval=2", "evaluation.interval=2", "sample_prompts=春", "report_at_end=true")
     assert cli(config_file, *settings) == 0
