@@ -76,8 +76,9 @@ def finish(
             raise write_failure(target, error) from error
         done["exported"] = True
         _write(note, done)
-    if config.sample_prompts:
+    if sampler.missing(step):
         sampler.sample(params, step, say)
+        done.pop("reported", None)  # it lacks them
     if config.report_at_end and not sampler.stopped() and not (done.get("reported") and report.is_file()):
         page, _ = make_page([run_dir])
         try:
@@ -88,6 +89,13 @@ def finish(
         done["reported"] = True
         _write(note, done)
     return target if config.export_at_end else None
+
+
+def is_done(config: TrainConfig, step: int, sampler: Sampler) -> bool:
+    """Whether nothing is left of what :func:`finish` does after this step."""
+    run_dir = Path(config.output_dir)
+    reported = not config.report_at_end or _read(run_dir / _NOTE, step).get("reported", False)
+    return reported and not sampler.missing(step)
 
 
 def export(config: TrainConfig, model: ByteTransformer, params: Params) -> None:

@@ -29,6 +29,7 @@ from stellarbyte_jax.training.record import (
 REPORT = "report.html"  # in the run's directory
 _MOST_PLOTS, _MOST_ROUNDS = 60, 50
 _LONGEST_TEXT = 5000  # characters of a sample
+_UNPRINTABLE = "\n\t\u3000\xa0\u200c\u200d"  # what texts hold nevertheless: spaces, and joiners of characters
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def _page(records: Sequence[Record], x: Axis) -> str:
 
 
 def _text(value: object) -> str:
-    """Escaped for the page; control characters but line breaks and tabs are spelled out."""
-    text = "".join(c if c.isprintable() or c in "\n\t\u3000\xa0" else repr(c)[1:-1] for c in str(value))
+    """Escaped for the page; control characters, and those that turn the direction of writing, are spelled out."""
+    text = "".join(c if c.isprintable() or c in _UNPRINTABLE else repr(c)[1:-1] for c in str(value))
     return html.escape(text)
 
 

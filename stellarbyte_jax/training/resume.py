@@ -30,8 +30,8 @@ class Progress:
       unvalidated: a validation that was due after the last step was not finished.
       validated: step of the last validation.
       validation: what that was measured on.
-      seconds: of training, over all starts; what a kill made of no use is not among them. None: an older version began
-        the run, and did not count.
+      seconds: of training, over all starts, without steps that a kill lost; None: an older version began the run, and
+        did not count.
       tokens: that were trained on, without padding, over all starts; None likewise.
     """
 

@@ -290,7 +290,7 @@ def _finish(run: _Run, ended: Finished) -> Finished:
     run.lock.check()
     exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, run.sampler)
     report.table("summary", _summary(run, ended.step, exported))
-    return ended if run.interrupt.signal is None else _stopped(run, ended.step)
+    return ended if finish.is_done(config, ended.step, run.sampler) else _stopped(run, ended.step)
 
 
 def _stopped(run: _Run, step: int) -> Finished:
@@ -316,7 +316,7 @@ def _over(
         report.line(f"{_early(resumed.progress, step)}. A larger evaluation.patience goes on")
     sampler = Sampler(config, model, step, lambda: interrupt.signal is not None)
     finish.finish(config, model, resumed.state.averaged, step, report.line, sampler)
-    if interrupt.signal is not None:
+    if not finish.is_done(config, step, sampler):
         return Finished(interrupt.exit_code, step, "signal")
     return Finished(0, step, "steps" if step >= config.steps else "patience")
 

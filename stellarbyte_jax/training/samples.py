@@ -95,14 +95,17 @@ class Sampler:
         self.stopped = stopped
 
     def due(self, step: int) -> bool:
-        """Whether a round belongs after this step, and was not made yet."""
+        """Whether a round belongs after this step of a run that goes on, and was not made yet."""
         interval = self._config.sample_interval
-        return interval is not None and step > 0 and step % interval == 0 and not self._has(step)
+        return interval is not None and step > 0 and step % interval == 0 and self.missing(step)
+
+    def missing(self, step: int) -> bool:
+        """Whether there are prompts, and no round of them after this step."""
+        prompts = self._config.sample_prompts
+        return len(prompts) > 0 and not self._file.has(step, prompts)
 
     def sample(self, params: Params, step: int, say: Callable[[str], None]) -> None:
-        """Makes the round of this step, unless that was done: a line for each prompt, and the file."""
-        if self._has(step):
-            return
+        """Makes the round of this step: a line for each prompt, and the file."""
         made = []
         for prompt, text in self._continued(params):
             say(f"sample: {prompt}|{text}")
@@ -110,9 +113,6 @@ class Sampler:
         if len(made) == len(self._config.sample_prompts):
             self._file.write(step, made)
             self._publish(step, made)
-
-    def _has(self, step: int) -> bool:
-        return self._file.has(step, self._config.sample_prompts)
 
     def _continued(self, params: Params) -> Iterator[Sample]:
         """Prompts and texts, which follow from the weights alone: nothing of the run's random numbers is used."""

@@ -145,7 +145,7 @@ def test_every_setting_is_printed_a_paragraph_a_section(log, capsys):
     assert [line.partition(": ")[0] for line in lines] == sections
     run, model, data = lines[:3]
     assert run.startswith("run: output_dir=unused steps=50 ") and run.endswith(
-        "ema_decay=None sample_prompts=[a,春] export_at_end=False"
+        "ema_decay=None sample_prompts=[a,春] sample_interval=None export_at_end=False report_at_end=False"
     )
     assert "vocab_size=67 " in model and "layer_types=None" in model
     assert data.startswith("data: train=[x.jsonl,y.jsonl] validation=[] tokenizer=tokenizer fields=[text] ")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.hf import directory
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
-from stellarbyte_jax.training import finish
+from stellarbyte_jax.training import finish, plots
 from stellarbyte_jax.training.samples import Sampler
 
 
@@ -104,10 +105,10 @@ def test_a_folder_that_is_moved_while_an_export_is_written_gets_none_in_its_plac
     assert not list((tmp_path / "run").iterdir())
 
 
-def finished(config, step=5, params=None):
+def finished(config, step=5, params=None, stopped=False):
     """What is said, and what is exported, at the end of a run."""
     said, model = [], ByteTransformer(config.model)
-    sampler = Sampler(config, model, step, lambda: False)
+    sampler = Sampler(config, model, step, lambda: stopped)
     made = finish.finish(config, model, params or weights(config), step, said.append, sampler)
     return said, made
 
@@ -180,3 +181,28 @@ def test_a_model_that_no_family_expresses_is_refused_at_the_start(run):
     with pytest.raises(ValueError, match="position_embedding is 'xpos', only 'rope' exists there; qk_norm is true, "):
         finish.check(config)
     finish.check(dataclasses.replace(config, export_at_end=False))
+
+
+def test_a_report_needs_matplotlib_at_the_start(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    finish.check(run())
+    with pytest.raises(ModuleNotFoundError, match=r"report_at_end=true needs matplotlib, .*'\.\[report\]'"):
+        finish.check(run(report_at_end=True))
+
+
+def test_what_a_signal_leaves_undone_is_done_later_and_a_report_has_what_came_after_it(run, tmp_path, monkeypatch):
+    config, report = run(sample_prompts=("a",), report_at_end=True), tmp_path / "run" / "report.html"
+    report.parent.mkdir()
+    (report.parent / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n')
+    monkeypatch.setattr(plots, "check", lambda asked: None)
+    monkeypatch.setattr(plots, "draw", lambda *args: b"png")
+    sampler = Sampler(config, ByteTransformer(config.model), 5, lambda: True)
+    assert finished(config, stopped=True) == ([], None) and not report.exists()
+    assert not finish.is_done(config, 5, sampler)
+    assert finished(config)[0][1:] == [f"report: {report}"]
+    assert finish.is_done(config, 5, Sampler(config, ByteTransformer(config.model), 5, lambda: True))
+    assert "<b>a</b>" in report.read_text(encoding="utf-8")
+    assert finished(config) == ([], None)
+    more = dataclasses.replace(config, sample_prompts=("a", "b"))
+    assert len(finished(more)[0]) == 3 and "<b>b</b>" in report.read_text(encoding="utf-8")

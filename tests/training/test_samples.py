@@ -17,7 +17,7 @@ from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.inference.text import generate_text
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
-from stellarbyte_jax.training import samples
+from stellarbyte_jax.training import finish, samples
 from stellarbyte_jax.training.samples import SampleFile, Sampler
 
 
@@ -122,10 +122,12 @@ def test_a_round_that_a_signal_breaks_off_is_made_whole_later(run, tokenizer, tm
     params = always_saying(config, tokenizer.encode("x")[0])
     assert len(said_by(config, params, 3, stopped=lambda: next(answers), published=published)) == 1
     assert not (tmp_path / "samples.jsonl").exists() and published == []
+    assert not finish.is_done(config, 3, sampler_of(config, 3))
     again = sampler_of(config, 3)
     assert again.due(3)
     again.sample(params, 3, lambda text: None)
     assert not again.due(3) and not sampler_of(config, 3).due(3)
+    assert finish.is_done(config, 3, again)
     assert [line["prompt"] for line in lines_of(tmp_path)] == ["a", "b"]
 
 
@@ -170,7 +172,7 @@ def test_a_prompt_that_cannot_be_continued_is_refused(run, prompt, add_bos, mess
 
 SAMPLED = ('sample_prompts=["春", "Call me"]', "sample_interval=7")
 IN_SAMPLES = """
-from stellarbyte_jax.training import samples
+from stellarbyte_jax.training import finish, samples
 generate = samples.generate_text
 def interrupted(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
