@@ -215,7 +215,7 @@ def _loop(run: _Run, start: int) -> Finished:
     if run.progress.unvalidated and (ended := _make_up(run, start)) is not None:
         return ended
     _sample(run, start)  # a signal may have come before, or among them
-    if run.sampler.due(start):
+    if run.interrupt.signal is not None and run.sampler.due(start):
         return Finished(run.interrupt.exit_code, start, "signal")
     for step in range(start + 1, config.steps + 1):
         batch = next(run.loader, None)
@@ -290,7 +290,9 @@ def _finish(run: _Run, ended: Finished) -> Finished:
     run.lock.check()
     exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, run.sampler)
     report.table("summary", _summary(run, ended.step, exported))
-    return ended if finish.is_done(config, ended.step, run.sampler) else _stopped(run, ended.step)
+    if run.interrupt.signal is None or finish.is_done(config, ended.step, run.sampler):
+        return ended
+    return _stopped(run, ended.step)
 
 
 def _stopped(run: _Run, step: int) -> Finished:
@@ -316,7 +318,7 @@ def _over(
         report.line(f"{_early(resumed.progress, step)}. A larger evaluation.patience goes on")
     sampler = Sampler(config, model, step, lambda: interrupt.signal is not None)
     finish.finish(config, model, resumed.state.averaged, step, report.line, sampler)
-    if not finish.is_done(config, step, sampler):
+    if interrupt.signal is not None and not finish.is_done(config, step, sampler):
         return Finished(interrupt.exit_code, step, "signal")
     return Finished(0, step, "steps" if step >= config.steps else "patience")
 
