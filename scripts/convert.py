@@ -1,10 +1,10 @@
 """Converts checkpoints to and from the Hugging Face format; the console command ``stellarbyte convert`` is the same."""
 
-import sys
-
-from stellarbyte_jax.command import imports
+from stellarbyte_jax.interrupts import imports
 
 with imports():
+    import sys
+
     from stellarbyte_jax.cli.convert import main
 
 if __name__ == "__main__":

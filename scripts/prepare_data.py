@@ -1,10 +1,10 @@
 """Tokenizes text files once, before training; the console command ``stellarbyte prepare`` is the same."""
 
-import sys
-
-from stellarbyte_jax.command import imports
+from stellarbyte_jax.interrupts import imports
 
 with imports():
+    import sys
+
     from stellarbyte_jax.cli.prepare import main
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ The public names below are imported when they are first used, so that importing 
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing takes long to import, and Ctrl-C in it would show where it was
 if TYPE_CHECKING:
     from stellarbyte_jax.checkpoint.bundle import load_bundle as load_run
     from stellarbyte_jax.config import ByteConfig, TrainConfig
@@ -39,7 +39,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOME[name]

@@ -1,15 +1,17 @@
 """What all command line programs do: import quietly, end quietly, and say in one line what a user can mend."""
 
-import contextlib
 import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import ParamSpec
 
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.interrupts import imports
+
+__all__ = ["command", "drop_output", "imports", "one_line", "print_error", "remedy", "spelled"]
 
 Arguments = ParamSpec("Arguments")
 
@@ -22,22 +24,6 @@ class MendableError(Exception):
 
 
 MENDABLE = (MendableError, ValueError, OSError, NotImplementedError, ImportError)
-
-
-@contextlib.contextmanager
-def imports() -> Iterator[None]:
-    """Ctrl-C inside ends the program without a word: imports take seconds, and would show where they were.
-
-    Does nothing where Ctrl-C is ignored or handled already.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:

@@ -99,6 +99,18 @@ def test_an_interrupted_import_is_silent():
     assert (process.communicate(timeout=60), process.returncode) == (("", ""), -signal.SIGINT)
 
 
+def test_a_program_is_deaf_to_ctrl_c_before_it_imports_anything():
+    """What comes first is quick, and so are the lines that lead to it."""
+    code = "import sys; before = set(sys.modules); import stellarbyte_jax.interrupts; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    brought = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not brought & {"typing", "dataclasses", "argparse", "inspect", "rich", "jax"} and len(brought) < 40
+    for path in [*SCRIPTS, ROOT / "stellarbyte_jax" / "__main__.py"]:
+        if "import main" in path.read_text():
+            first = ast.parse(path.read_text()).body[1]
+            assert ast.unparse(first) == "from stellarbyte_jax.interrupts import imports"
+
+
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler, lambda *_: None])
 def test_imports_leave_ctrl_c_as_it_was(handler):
     before = signal.signal(signal.SIGINT, handler)
@@ -140,8 +152,13 @@ def test_every_command_has_its_script():
 @pytest.mark.parametrize("path", [*SCRIPTS, *COMMANDS], ids=lambda path: path.name)
 def test_no_program_shows_where_its_imports_were(path):
     """What takes long to import is imported inside of ``imports()``; what makes that available is quick."""
-    quick = {"stellarbyte_jax.command", "stellarbyte_jax.config", "stellarbyte_jax.cli.program"}
-    quick |= {*sys.stdlib_module_names, "stellarbyte_jax.cli.measurements"}
+    quick = {
+        "stellarbyte_jax.interrupts",
+        "stellarbyte_jax.command",
+        "stellarbyte_jax.config",
+        "stellarbyte_jax.cli.program",
+    }
+    quick |= {*sys.stdlib_module_names, "stellarbyte_jax.config.reference", "stellarbyte_jax.cli.measurements"}
 
     def slow(node, inside=False):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -4,13 +4,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.checkpoint.store import CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import shown
-from stellarbyte_jax.data.sources import DataError, expand
+from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError, expand
 from stellarbyte_jax.data.text import TextFormat
 
 _RUNTIME_FIELDS = (
@@ -38,6 +39,7 @@ _POSITION_FIELDS = (
 # With another value the position in the data would point elsewhere.
 _ORDER_FIELDS = (
     "train",
+    "text_documents",
     "tokenizer",
     "fields",
     "template",
@@ -93,6 +95,8 @@ def _order(name: str, data: DataConfig) -> Any:
     """What a setting of the data means for the order of its tokens."""
     if name == "train":
         return _files(data.train)
+    if name == "text_documents":
+        return data.text_documents if any(str(file).endswith(TEXT_SUFFIX) for file in _files(data.train)) else None
     if name == "tokenizer":
         return Path(data.tokenizer).resolve()
     if name in ("fields", "template"):
@@ -111,6 +115,15 @@ def _files(patterns: Sequence[str]) -> list[Path] | Sequence[str]:
         return [path.resolve() for pattern in patterns for path in expand(pattern, "data.train")]
     except DataError:
         return patterns
+
+
+def _may_be_moved(before: DataConfig, now: DataConfig) -> bool:
+    """Whether the files of ``before`` have the names of those of now, in other folders.
+
+    What a pattern named in a folder that is gone is not known here; the loader compares names and contents.
+    """
+    names = [[Path(file).name for file in _files(data.train)] for data in (before, now)]
+    return names[0] == names[1] or any(has_magic(str(file)) for file in _files(before.train) if not Path(file).exists())
 
 
 def check_resumable(
@@ -155,6 +168,12 @@ def check_resumable(
     ]
     if before.data.on_error == "raise" and "on_error" in changed:
         changed.remove("on_error")  # no line of those that were read is left out now
+    if "train" in changed and _may_be_moved(before.data, config.data):
+        changed.remove("train")
+        say(
+            f"data.train was {shown(list(before.data.train))} and is {shown(list(config.data.train))}: the run goes on "
+            "where the files there have the same names and contents"
+        )
     stored, now = json.loads(before.to_json()), json.loads(config.to_json())
     differ = [f"data.{name} was {shown(stored['data'][name])} and is {shown(now['data'][name])}" for name in changed]
     differ += [

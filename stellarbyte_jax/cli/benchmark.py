@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "huggingface" in names and not options.only:
         missing = [] if options.no_peer else [n for n in ("torch",) if importlib.util.find_spec(n) is None]
         if missing:
-            print("no peer: torch is not installed, pip install -e '.[torch]' brings it")
+            print("no peer: torch is not installed (pip install torch)")
         if options.no_peer or missing:
             names = [name for name in names if name != "huggingface"]
     results = {name: _run_worker(name, options) for name in names}

@@ -17,7 +17,7 @@ with imports():
     from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step, save_initial
     from stellarbyte_jax.config import DataConfig
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
-    from stellarbyte_jax.hf.verify import compare_with_transformers
+    from stellarbyte_jax.hf.verify import compare_with_transformers, require_torch
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.model.decoder import ByteTransformer
     from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
@@ -197,6 +197,8 @@ def report(target: Path, params: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses and converts."""
     options = parse(arguments)
+    if getattr(options, "verify", False):
+        require_torch()  # before anything is written
     quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
     agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)

@@ -178,7 +178,7 @@ def _show(row: int, text: str) -> None:
 
 
 def _read(file: Path) -> str:
-    return read_plain(file).replace("\r\n", "\n").removesuffix("\n")
+    return read_plain(file).removesuffix("\n")
 
 
 def _likelihoods(generated: Generated) -> str:

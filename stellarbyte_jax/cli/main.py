@@ -29,7 +29,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with imports():
         module = importlib.import_module(f"stellarbyte_jax.cli.{chosen.module}")
     return module.main([*chosen.options, *words[1:]])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -159,7 +159,7 @@ def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
         **_timed(run, shape[0] * shape[1], steps),
         **memory,
         "first_step_seconds": round(first, 1),
-        "loss": float(loss),
+        "loss": loss.item(),
         "on": f"torch {torch.__version__}, transformers {transformers.__version__}, {on}",
     }
 

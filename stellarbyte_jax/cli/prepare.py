@@ -1,16 +1,22 @@
 """Tokenises text files once, into shards that training reads without further work."""
 
+import argparse
+import re
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.cli.program import new_parser, typed
 from stellarbyte_jax.command import command, imports
 
 with imports():
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from stellarbyte_jax.data.shards import prepare
+    from stellarbyte_jax.data.shards import Prepared, prepare
     from stellarbyte_jax.data.text import TextFormat
+
+_FLAGS = {"fields", "template", "tokenizer", "text_documents", "workers", "on_error", "cache_dir"}
 
 
 @command
@@ -20,40 +26,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "prepare",
         "Tokenise text files once, into shards for data.train.",
         "--input 'my_corpus/train/*.jsonl' --output prepared --tokenizer tokenizer",
+        "--input 'books/*.txt' --output prepared --on-error skip",
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help=".jsonl[.gz|.zst] or .parquet")
-    parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty directory")
-    parser.add_argument("--tokenizer", default="tokenizer", metavar="DIR", help="directory (default: %(default)s)")
+    add = parser.add_argument
+    kinds = ".jsonl[.gz|.zst], .parquet, .arrow, .txt, or the directory of a data set (save_to_disk)"
+    add("--input", nargs="+", required=True, metavar="GLOB", help=kinds)
+    add("--output", required=True, metavar="DIR", help="a new or empty directory")
+    add("--tokenizer", default="tokenizer", metavar="DIR", help="directory (default: %(default)s)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--fields", nargs="+", default=["text"], metavar="NAME", help="joined by a newline")
     form.add_argument("--template", help='such as "Question: {question}\\nAnswer: {answer}"')
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
-    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad lines")
-    parser.add_argument("--shard-tokens", type=int, default=50_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--cache-dir", metavar="DIR", help="default: ~/.cache/stellarbyte_jax")
-    parser.add_argument("--overwrite", action="store_true", help="replace the shards of an earlier run")
+    documents = "what a document of a .txt file is; blank lines part paragraphs (default: %(default)s)"
+    add("--text-documents", choices=("file", "paragraph"), default="file", help=documents)
+    add("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    add("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad lines")
+    add("--shard-tokens", type=int, default=50_000_000, metavar="N", help="default: %(default)s")
+    add("--cache-dir", metavar="DIR", help="default: ~/.cache/stellarbyte_jax")
+    add("--overwrite", action="store_true", help="replace the shards of an earlier run")
     options = parser.parse_args(arguments)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns) as bar:
-            task = bar.add_task("tokenising", total=None)
-            prepared = prepare(
-                options.input,
-                options.output,
-                options.tokenizer,
-                text=TextFormat(tuple(options.fields), options.template),
-                workers=options.workers,
-                on_error=options.on_error,
-                shard_tokens=options.shard_tokens,
-                overwrite=options.overwrite,
-                cache_dir=options.cache_dir,
-                progress=lambda read, tokens, total: bar.update(
-                    task, completed=read, total=total, description=f"{tokens:,} tokens"
-                ),
-            )
+        prepared = _prepare(options)
     except KeyboardInterrupt:
-        print(f"interrupted: {options.output} is incomplete, run again with --overwrite", file=sys.stderr)
+        begun = any(Path(options.output).glob("tokens-*.npy"))
+        left = f": {options.output} is incomplete, run again with --overwrite" if begun else ""
+        print(f"interrupted{left}", file=sys.stderr)
         return 130
-    skipped = f", {prepared.skipped:,} lines skipped" if prepared.skipped else ""
+    except ValueError as error:
+        raise ValueError(with_flags(str(error))) from error
+    skipped = f", {prepared.skipped:,} unusable ones skipped" if prepared.skipped else ""
     print(f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {len(prepared.shards)} shards{skipped}")
+    used = f"data.train={shlex.quote(options.output)} data.tokenizer={shlex.quote(options.tokenizer)}"
+    print(f"next:\n  train:  {typed('train')} --config CONFIG --set {used}")
     return 0
+
+
+def _prepare(options: argparse.Namespace) -> Prepared:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, transient=True)
+    task = bar.add_task("tokenising", total=None)
+
+    def show(read: int, tokens: int, total: int) -> None:
+        if bar.console.is_terminal:
+            bar.start()  # not before: what is wrong is told first
+        bar.update(task, completed=read, total=total, description=f"{tokens:,} tokens")
+
+    try:
+        return prepare(
+            options.input,
+            options.output,
+            options.tokenizer,
+            text=TextFormat(tuple(options.fields), options.template),
+            text_documents=options.text_documents,
+            workers=options.workers,
+            on_error=options.on_error,
+            shard_tokens=options.shard_tokens,
+            overwrite=options.overwrite,
+            cache_dir=options.cache_dir,
+            progress=show,
+        )
+    finally:
+        if bar.live.is_started:  # to stop one that is not prints an empty line
+            bar.stop()
+
+
+def with_flags(message: str) -> str:
+    """A message about settings of a run or arguments of ``prepare``, with the options of this command instead."""
+    names = "|".join(sorted(_FLAGS))
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
+
+    message = re.sub(rf"(?<![\w./])data\.({names})\b(?:=([^\s;,:)]+))?", flag, message)
+    message = re.sub(r"(?<![\w./])(cache_dir|shard_tokens)\b()", flag, message)
+    message = re.sub(r"^inputs:", "--input:", message).replace(" inputs=", " --input ")
+    return message.replace("; the checkpoints are kept", "").replace("ask to overwrite it", "add --overwrite")

@@ -34,17 +34,18 @@ describes them::
 
 import argparse
 import functools
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from stellarbyte_jax.cli.program import typed
-from stellarbyte_jax.command import command, imports
+from stellarbyte_jax.command import command, imports, remedy
 
 with imports():
     from stellarbyte_jax.data.tokenizer_corpus import TokenizerCorpus, draw
-    from stellarbyte_jax.tokenizer.directory import write_json
+    from stellarbyte_jax.tokenizer.directory import LIBRARY, write_json
     from stellarbyte_jax.tokenizer.training.evaluation import evaluate, pieces_of
     from stellarbyte_jax.tokenizer.training.format import build, save
     from stellarbyte_jax.tokenizer.training.stages import Stage, check_stages, train
@@ -96,6 +97,19 @@ def parse_stage(argument: str) -> Stage:
         raise ValueError(f"--stage {argument}: write SIZE:NAME=SHARE,NAME=SHARE such as 20000:en=3,zh=2") from None
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises OSError or ValueError where a tokenizer could not be written, or would replace one."""
+    if (output / LIBRARY).exists() and not overwrite:
+        raise ValueError(f"{output} holds a tokenizer already: give another --output, or --overwrite to replace it")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        advice = remedy(error, "--output") or "choose another --output"
+        raise OSError(f"{output} cannot be written: {error.strerror or error}; {advice}") from error
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, trains, evaluates on held-out documents and writes the directory."""
@@ -121,8 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--max-token-length", type=int, default=24, help="in bytes (default: %(default)s)")
     add("--model-max-length", type=int, default=32768, help="written to the config (default: %(default)s)")
     add("--baselines", action="store_true", help="also train GPT-2-like and lossy tokenizers to compare with")
+    add("--overwrite", action="store_true", help="replace an earlier tokenizer in --output")
     options = parser.parse_args(arguments)
 
+    check_output(options.output, options.overwrite)
     corpora = parse_corpora(options.corpus, options.only, options.text_field, options.cache_dir, options.on_error)
     stages = [parse_stage(s) for s in options.stage]
     check_stages(stages, corpora)

@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stellarbyte_jax.cli.program import new_parser, typed
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config import TrainConfig, load
+from stellarbyte_jax.config.reference import listed, matching
 
 if TYPE_CHECKING:
     from stellarbyte_jax.training.run import Finished
@@ -48,7 +49,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="section.name=value", help="settings to change"
     )
+    parser.add_argument(
+        "--list-settings",
+        nargs="?",
+        const="",
+        action=_ListSettings,
+        metavar="PATTERN",
+        help="print the settings whose name or meaning holds a text, or all, and leave",
+    )
     return parser.parse_args(arguments)
+
+
+class _ListSettings(argparse.Action):
+    """Prints settings and ends the program, as ``--help`` does, whatever else is missing."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: str | None = None
+    ) -> None:
+        del namespace, option
+        chosen = matching(values)
+        if not chosen:
+            parser.error(f"no setting matches {values!r}")
+        print(listed(chosen))
+        parser.exit()
 
 
 def next_commands(config: TrainConfig, finished: "Finished", options: argparse.Namespace) -> str:

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.config.layers import LayerGroup, LayerSpec
+from stellarbyte_jax.config.model_parts import CacheConfig, MemoryConfig, RopeScaling
 from stellarbyte_jax.config.section import (
     Fraction,
     PositiveFloat,
     PositiveInt,
     Rule,
     Section,
-    Share,
     Size,
     SizeOrZero,
     require,
@@ -43,153 +43,119 @@ _ALIASES: Mapping[str, str] = {
 }
 
 
-# Settings of rotary scaling that only these kinds read.
-_SCALING_SETTINGS: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("yarn", "llama3"): ("original_max_position_embeddings",),
-    ("llama3",): ("low_freq_factor", "high_freq_factor"),
-    ("yarn",): ("beta_fast", "beta_slow", "attention_factor"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling(Section):
-    """Rotary frequencies for more positions than the model was trained with."""
-
-    # dynamic: by the length of each text so far. Tokens read before it grew past the trained length were rotated by
-    # other frequencies, so a cache agrees with a full pass in the first layer alone.
-    name: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
-    factor: PositiveFloat = 1.0  # how many times longer
-    original_max_position_embeddings: Size | None = None  # yarn, llama3; None: max_position_embeddings
-    low_freq_factor: PositiveFloat = 1.0  # llama3: waves longer than original / this are stretched
-    high_freq_factor: PositiveFloat = 4.0  # llama3: waves shorter than original / this stay
-    beta_fast: PositiveFloat = 32.0  # yarn: pairs with more rotations over the original length are left as they are
-    beta_slow: PositiveFloat = 1.0  # yarn: pairs with fewer rotations are stretched
-    attention_factor: PositiveFloat | None = None  # yarn: of queries and keys; None: 0.1 ln(factor) + 1
-
-    def _check(self) -> None:
-        require(self.factor >= 1, f"rope_scaling.factor must be at least 1, got {self.factor}")
-        require(
-            self.name != "none" or not self.given(),
-            f"rope_scaling.name is 'none', but {', '.join(self.given())} is given: name one of linear, dynamic, yarn, "
-            "llama3",
-        )
-        for owners, settings in _SCALING_SETTINGS.items():
-            stray = [name for name in settings if name in self.given() and self.name not in owners]
-            require(
-                not stray,
-                f"rope_scaling.{', '.join(stray)} belongs to {' and '.join(owners)}, the name is {self.name!r}",
-            )
-        require(
-            self.name in ("none", "dynamic") or self.factor > 1 or self.attention_factor is not None,
-            f"rope_scaling.name={self.name} with factor 1 changes nothing: give rope_scaling.factor, or leave both out",
-        )
-        require(
-            self.beta_fast > self.beta_slow,
-            f"rope_scaling.beta_fast {self.beta_fast} must be above beta_slow {self.beta_slow}",
-        )
-        require(
-            self.high_freq_factor > self.low_freq_factor,
-            f"rope_scaling.high_freq_factor {self.high_freq_factor} must be above low_freq_factor "
-            f"{self.low_freq_factor}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryConfig(Section):
-    """Segment memory: states of earlier tokens that a layer attends to, carried from segment to segment.
-
-    Dai et al. 2019, https://arxiv.org/abs/1901.02860.
-    """
-
-    # Tokens before a token that each layer remembers and attends to; a list gives each layer its own. 0: none.
-    length: SizeOrZero | tuple[SizeOrZero, ...] = 0
-    recent_share: Share = 1.0  # of the slots, for the newest states; the others hold compressed older ones
-    compression_weight: Share = 0.7  # of a compressed slot's old content when older states are added to it
-    batch_policy: Literal["strict", "select", "repeat"] = (
-        "strict"  # when the batch changes size; see Memory.match_batch
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig(Section):
-    """The key/value cache of generation."""
-
-    dtype: Literal["compute", "float32", "bfloat16", "int8", "float8_e4m3fn"] = "compute"  # 8 bits: half the memory
-    heavy_hitters: SizeOrZero | None = None  # keep so many keys that got most attention, drop other old ones
-    recent: Size | None = None  # with heavy_hitters: the newest keys, which always stay
-
-    def _check(self) -> None:
-        require(
-            (self.heavy_hitters is None) == (self.recent is None),
-            f"cache.heavy_hitters and cache.recent belong together, got {self.heavy_hitters} and {self.recent}",
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class ByteConfig(Section):
     """The network. Field names are Hugging Face's where one exists.
 
     ``None`` means "derived": see the properties ``kv_heads``, ``head_size`` and ``mlp_size``.
+
+    Attributes:
+      vocab_size: number of tokens: the largest id of the tokenizer + 1
+      vocab_size_multiple: embedding and head get rows up to a multiple of this, which no token ever uses
+      hidden_size: channels of the residual stream
+      num_hidden_layers: number of layers
+      num_attention_heads: query heads of a layer
+      num_key_value_heads: key/value heads; fewer than query heads: grouped-query attention with a smaller
+        cache; none: as many
+      head_dim: channels of a head; none: hidden_size / num_attention_heads
+      intermediate_size: channels inside the MLP; none: 4 x hidden_size
+      hidden_act: activation of the MLP's gate: silu is SwiGLU, gelu is GEGLU
+      mlp_style: gated: down(act(gate) * up); stellarbyte: the original's own, silu(up) * sigmoid(gate) between
+        an inner norm and an inner residual
+      max_position_embeddings: longest text that the model is trained for, in tokens
+      tie_word_embeddings: the head uses the embedding's weights
+      position_embedding: xpos: attention decays with distance; stellarbyte: the original's mixed pairing, for
+        its checkpoints only
+      rope_theta: base of the rotary frequencies; larger: slower waves, for longer texts
+      rope_pairing: half: channel i is rotated with i + head_dim/2, as in Hugging Face; interleaved: with i + 1
+      rope_scaling: rotary frequencies for longer texts than in training
+      xpos_scale_base: distance scale of XPos, in tokens; smaller: attention decays faster
+      xpos_learnable: each layer learns its rates of decay, from the paper's on
+      rms_norm_eps: added to the mean square in RMSNorm
+      rms_norm_eps_rule: add: eps is added to the mean square; clamp: it is its least value, as in the original
+      attention_bias: biases of q, k and v
+      attention_output_bias: bias of the attention's output
+      mlp_bias: biases of the MLP
+      qk_norm: RMSNorm over each head of q and k: tames growing attention logits
+      sliding_window: tokens that a windowed layer sees, itself included; none: all
+      layer_types: "full_attention" or "sliding_attention" for each layer; none: sliding_window is of every
+        layer
+      sink_tokens: first tokens of a document, which a window never hides; refuses cudnn
+      attention_logit_softcap: attention logits become cap tanh(logits / cap); refuses the fused kernels
+      attention_prune_below: attention weights below this fraction of the largest are masked; refuses the fused
+        kernels
+      memory: segment memory
+      parallel_residual: attention and MLP read the same norm and are added together
+      residual_scaling: branch: each branch is divided by sqrt(2 layers); deepnorm: norm(alpha x + branch), as
+        in the paper
+      layer_scale_init: first value of a learned factor for each channel of a branch; none: no such factor
+      drop_path: rate at which the last layer's branches are left out in training; it grows with depth from 0 in
+        the first layer
+      initialization: depth: outputs of branches smaller by sqrt(2 layers); stellarbyte: all matrices; deepnorm:
+        the paper's; none: deepnorm where residual_scaling is, else depth
+      initializer_range: standard deviation of weights at the start
+      attention_dropout: share of attention weights set to 0 in training; refuses the fused kernels
+      hidden_dropout: share of the outputs of embedding and MLP set to 0 in training
+      residual_dropout: share of the attention's output set to 0 in training
+      compute_dtype: type of activations and matrix products; weights, norms, softmax and loss stay float32
+      attention_implementation: auto takes the fastest that supports the settings and says which; a named one is
+        taken or refused
+      remat: what the backward pass computes again; full: least memory, about a third more time
+      scan_unroll: layers in one step of the loop over layers; none: all; faster steps on small models, longer
+        compilation
+      cache: key/value cache of generation
     """
 
     _aliases = _ALIASES
 
     vocab_size: Size = 32000
-    vocab_size_multiple: Size = 1  # embedding and head get rows up to a multiple, which no token ever uses
+    vocab_size_multiple: Size = 1
     hidden_size: Size = 768
     num_hidden_layers: LayerCount = 12
     num_attention_heads: Size = 12
-    num_key_value_heads: Size | None = None  # fewer than the heads: grouped-query attention, a smaller KV cache
+    num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     intermediate_size: Size | None = None
-    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"  # silu: SwiGLU; gelu: GEGLU
-    # stellarbyte: the original's own, silu(up) * sigmoid(gate) between an inner norm and an inner residual.
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"
     mlp_style: Literal["gated", "stellarbyte"] = "gated"
     max_position_embeddings: Size = 2048
     tie_word_embeddings: bool = False
 
-    # xpos: attention decays with distance. stellarbyte: the original's mixed pairing, for its checkpoints only.
     position_embedding: Literal["rope", "xpos", "stellarbyte"] = "rope"
     rope_theta: PositiveFloat = 10000.0
-    rope_pairing: Literal["half", "interleaved"] = "half"  # half: channel i is rotated with i + H/2, as in Hugging Face
+    rope_pairing: Literal["half", "interleaved"] = "half"
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    xpos_scale_base: PositiveFloat = 512.0  # smaller: attention decays faster with distance
-    xpos_learnable: bool = False  # each layer learns its rates of decay, from the paper's on
+    xpos_scale_base: PositiveFloat = 512.0
+    xpos_learnable: bool = False
 
     rms_norm_eps: PositiveFloat = 1e-5
     rms_norm_eps_rule: Literal["add", "clamp"] = "add"
-    attention_bias: bool = False  # on q, k and v
+    attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head of q and k: tames growing attention logits
+    qk_norm: bool = False
     sliding_window: Size | None = None
-    layer_types: tuple[str, ...] | None = None  # "full_attention" | "sliding_attention" for each layer
-    sink_tokens: SizeOrZero = 0  # first tokens of a document, which a window never hides; refuses cudnn
-    attention_logit_softcap: PositiveFloat | None = None  # refuses the fused kernels
-    attention_prune_below: Fraction = (
-        0.0  # weights below this fraction of the largest are masked; refuses the fused kernels
-    )
+    layer_types: tuple[str, ...] | None = None
+    sink_tokens: SizeOrZero = 0
+    attention_logit_softcap: PositiveFloat | None = None
+    attention_prune_below: Fraction = 0.0
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
-    parallel_residual: bool = False  # attention and MLP read the same norm and are added together
-    # branch: each branch is divided by sqrt(2 layers). deepnorm: norm(alpha x + branch), as in the paper.
+    parallel_residual: bool = False
     residual_scaling: Literal["none", "branch", "deepnorm"] = "none"
-    layer_scale_init: PositiveFloat | None = None  # a learned factor for each channel of a branch
-    drop_path: Fraction = 0.0  # rate at which the last layer's branches are left out in training; layer 0 never is
-    # depth: residual outputs smaller by sqrt(2 layers). stellarbyte: all matrices. deepnorm: the paper's.
-    # None: deepnorm where residual_scaling is, else depth.
+    layer_scale_init: PositiveFloat | None = None
+    drop_path: Fraction = 0.0
     initialization: Literal["normal", "depth", "stellarbyte", "deepnorm"] | None = None
     initializer_range: PositiveFloat = 0.02
 
-    attention_dropout: Fraction = 0.0  # refuses the fused kernels
+    attention_dropout: Fraction = 0.0
     hidden_dropout: Fraction = 0.0
     residual_dropout: Fraction = 0.0
 
-    # How it is computed; none of this changes the function or the checkpoint.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention_implementation: AttentionImplementation = "auto"
-    remat: Literal["none", "dots", "full"] = "none"  # full: least memory, about a third more time
-    scan_unroll: PositiveInt | None = 1  # None: all layers; faster steps on small models, longer compilation
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_unroll: PositiveInt | None = 1
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def _check(self) -> None:

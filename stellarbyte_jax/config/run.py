@@ -20,26 +20,47 @@ from stellarbyte_jax.config.section import (
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Documents, and how they become [batch, sequence_length] arrays."""
+    """Documents, and how they become [batch, sequence_length] arrays.
 
-    # Paths or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, or directories made by scripts/prepare_data.py.
+    Attributes:
+      train: paths or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt files, or of directories
+        of prepared shards or of a data set of Hugging Face datasets (save_to_disk)
+      validation: the same, of texts to validate with; none: no validation
+      tokenizer: directory of the tokenizer
+      text_documents: what a document of a .txt file is: the file, or each paragraph, which blank lines part
+      fields: fields of a record that are its text, joined by a newline
+      template: text of a record, such as "Question: {question} Answer: {answer}"; none: fields are joined
+      sequence_length: tokens of a row
+      arrangement: packed: each row holds what comes next; contiguous: row b continues row b of the batch
+        before, which memory needs
+      add_bos: documents begin with the token bos
+      add_eos: documents end with the token eos
+      max_documents_per_sequence: a row that would hold more documents is closed early and padded
+      shuffle: documents come in another order each epoch
+      epochs: times that each document is read; none: as many as the steps need
+      on_error: what a bad line does: raise ends the run, skip leaves it out and counts it in the log
+      workers: processes that tokenize; 0: the training process does; batches do not depend on it
+      prefetch: batches prepared ahead of the device
+      cache_dir: directory of decompressed files and line indexes; none: ~/.cache/stellarbyte_jax
+    """
+
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"
-    fields: tuple[str, ...] = ("text",)  # joined by a newline where there is no template
-    template: str | None = None  # such as "Question: {question}\nAnswer: {answer}"
+    text_documents: Literal["file", "paragraph"] = "file"
+    fields: tuple[str, ...] = ("text",)
+    template: str | None = None
     sequence_length: PositiveInt = 1024
-    # packed: each row holds what comes next. contiguous: row b continues row b of the batch before, which memory needs.
     arrangement: Literal["packed", "contiguous"] = "packed"
     add_bos: bool = True
     add_eos: bool = True
-    max_documents_per_sequence: PositiveInt = 16  # a row that would hold more is closed early and padded
+    max_documents_per_sequence: PositiveInt = 16
     shuffle: bool = True
-    epochs: PositiveInt | None = None  # None: as many as the steps need
-    on_error: Literal["raise", "skip"] = "raise"  # skip: bad lines are left out and counted in the log
-    workers: NonNegativeInt = 1  # processes that tokenise; 0: in the training process. The batches do not depend on it
-    prefetch: PositiveInt = 2  # batches prepared ahead of the device
-    cache_dir: str | None = None  # decompressed files and line indexes; None: ~/.cache/stellarbyte_jax
+    epochs: PositiveInt | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    workers: NonNegativeInt = 1
+    prefetch: PositiveInt = 2
+    cache_dir: str | None = None
 
     def _check(self) -> None:
         require(self.sequence_length >= 2, "data.sequence_length must be at least 2: one token predicts the next")
@@ -57,6 +78,16 @@ class OptimizerConfig(Section):
     ``b1`` and ``b2`` are decay rates of averages: of gradients and their squares in AdamW; in Lion ``b1`` mixes the
     update and ``b2`` the momentum; in Muon both are those of the AdamW rule for what is no matrix inside a layer, whose
     momentum is optax's 0.95 there.
+
+    Attributes:
+      name: update rule
+      learning_rate: peak of the schedule
+      b1: decay rate of the average of gradients; see above
+      b2: decay rate of the average of squared gradients; see above
+      eps: added to the root of the second average (adamw, muon)
+      weight_decay: decay rate of matrices; norms, biases and scales are left alone
+      decay_embeddings: weight decay is of embeddings too
+      gradient_clip_norm: gradients of a larger norm are scaled down to it; none: never
     """
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
@@ -64,7 +95,7 @@ class OptimizerConfig(Section):
     b1: Fraction = 0.9
     b2: Fraction = 0.95
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1  # only on matrices: norms, biases and scales are left alone
+    weight_decay: NonNegativeFloat = 0.1
     decay_embeddings: bool = True
     gradient_clip_norm: PositiveFloat | None = 1.0
 
@@ -82,14 +113,23 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Section):
-    """Learning rate over optimizer steps, counted after accumulation."""
+    """Learning rate over optimizer steps, counted after accumulation.
+
+    Attributes:
+      name: form of the learning rate
+      warmup_steps: optimizer steps from 0 to the peak
+      final_ratio: share of the peak at the last step, even where the warm-up would reach so far
+      decay_steps: optimizer steps of the last phase of wsd; none: a fifth of the run
+      cycles: number of cycles of cosine_restarts
+      cycle_decay: each cycle's peak is this times the last one's (cosine_restarts)
+    """
 
     name: Literal["cosine", "cosine_restarts", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 100
-    final_ratio: Share = 0.1  # of the peak, at the last step, even where the warm-up would reach so far
-    decay_steps: PositiveInt | None = None  # wsd: length of the last phase; None: a fifth of the run
-    cycles: PositiveInt = 1  # cosine_restarts
-    cycle_decay: PositiveFloat = 1.0  # cosine_restarts: each cycle's peak is this times the last one's
+    final_ratio: Share = 0.1
+    decay_steps: PositiveInt | None = None
+    cycles: PositiveInt = 1
+    cycle_decay: PositiveFloat = 1.0
 
     def _check(self) -> None:
         require(
@@ -112,40 +152,62 @@ class ScheduleConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Section):
-    """What is minimised."""
+    """What is minimised.
+
+    Attributes:
+      label_smoothing: share of the target that is spread over all tokens
+      z_loss: weight of log(Z)^2, which keeps logits near zero; 1e-4 is usual
+      xpos_regularization: weight of the mean squared distance of learned XPos rates to the paper's
+    """
 
     label_smoothing: Fraction = 0.0
-    z_loss: NonNegativeFloat = 0.0  # weight of log(Z)^2, keeps logits near zero; 1e-4 is usual
-    xpos_regularization: NonNegativeFloat = (
-        0.0  # weight of the mean squared distance of learned XPos rates to the paper's
-    )
+    z_loss: NonNegativeFloat = 0.0
+    xpos_regularization: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """Validation during training."""
+    """Validation during training.
 
-    interval: PositiveInt = 500  # optimizer steps
-    batches: PositiveInt | None = 50  # of global_batch_size rows; None: the whole validation set
-    patience: PositiveInt | None = None  # stop after so many validations without a better loss
+    Attributes:
+      interval: optimizer steps between validations
+      batches: batches of global_batch_size rows in a validation; none: all there are
+      patience: validations without a better loss after which the run stops; none: it goes on
+    """
+
+    interval: PositiveInt = 500
+    batches: PositiveInt | None = 50
+    patience: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-    """What is kept on disk."""
+    """What is kept on disk.
 
-    interval: PositiveInt = 500  # optimizer steps
+    Attributes:
+      interval: optimizer steps between checkpoints
+      keep_latest: number of newest checkpoints that are kept
+      keep_best: number of checkpoints with the lowest validation loss that are kept
+      verify: arrays are compared with their checksums when a checkpoint is read
+    """
+
+    interval: PositiveInt = 500
     keep_latest: PositiveInt = 2
-    keep_best: NonNegativeInt = 1  # by validation loss
-    verify: bool = True  # compares arrays with their checksums when a checkpoint is read
+    keep_best: NonNegativeInt = 1
+    verify: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Section):
-    """Where metrics go. The console and ``metrics.jsonl`` are always written."""
+    """Where metrics go. The console and ``metrics.jsonl`` are always written.
 
-    interval: PositiveInt = 10  # optimizer steps
-    trackers: tuple[str, ...] = ()  # of "tensorboard", "wandb", "swanlab"
+    Attributes:
+      interval: optimizer steps between lines of metrics
+      trackers: further places for metrics: tensorboard, wandb, swanlab
+    """
+
+    interval: PositiveInt = 10
+    trackers: tuple[str, ...] = ()
 
     def _check(self) -> None:
         known = ("tensorboard", "wandb", "swanlab")
@@ -155,18 +217,39 @@ class LoggingConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
-    """One complete run."""
+    """One complete run.
+
+    Attributes:
+      output_dir: directory of the run: checkpoints, metrics, logs, exports
+      steps: optimizer steps of the run
+      global_batch_size: rows of one optimizer step, over all devices and accumulation steps
+      gradient_accumulation_steps: parts in which a batch is computed, one after the other; more: less memory
+      seed: of initial weights, dropout and the order of documents
+      ema_decay: decay rate of an average of the weights, used for validation and export; none: no average
+      sample_prompts: texts that are continued at the end of the run
+      sample_interval: optimizer steps between rounds of sample_prompts during training; none: no round before the end
+      export_at_end: writes output_dir/hf at the end; the model must be one that a Hugging Face family expresses
+      report_at_end: writes output_dir/report.html at the end, a page with plots; needs the extra report
+      model: the network
+      data: documents, and how they become batches
+      optimizer: the update rule
+      schedule: the learning rate over the run
+      loss: what is minimised
+      evaluation: validation during training
+      checkpoint: what is kept on disk
+      logging: where metrics go
+    """
 
     output_dir: str
-    steps: PositiveInt  # optimizer steps
-    global_batch_size: PositiveInt = 32  # sequences in one optimizer step, over all devices and accumulation steps
+    steps: PositiveInt
+    global_batch_size: PositiveInt = 32
     gradient_accumulation_steps: PositiveInt = 1
     seed: NonNegativeInt = 0
-    ema_decay: Fraction | None = None  # keeps an average of the weights, used for validation and export
-    sample_prompts: tuple[str, ...] = ()  # continued at the end of the run
-    sample_interval: PositiveInt | None = None  # optimizer steps: sample_prompts are also continued during training
-    export_at_end: bool = False  # writes output_dir/hf; the model must be one that a Hugging Face family expresses
-    report_at_end: bool = False  # writes output_dir/report.html, a page with plots; needs matplotlib
+    ema_decay: Fraction | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_interval: PositiveInt | None = None
+    export_at_end: bool = False
+    report_at_end: bool = False
     model: ByteConfig = field(default_factory=ByteConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

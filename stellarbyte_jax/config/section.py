@@ -7,10 +7,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from stellarbyte_jax.config.foreign import shown
+
+_FEW = 12  # settings that an error may list
 
 
 class ConfigError(ValueError):
@@ -28,7 +30,7 @@ class Rule:
     """What a number must satisfy, said in its field's type."""
 
     words: str
-    holds: Callable[[float], bool]
+    holds: Callable[[float], bool] = field(repr=False)
 
 
 # Integers become numbers of arrays, and sizes their dimensions, which are counted in 32 bits.
@@ -118,13 +120,12 @@ def is_section(hint: Any) -> bool:
 
 
 def unknown_name(name: str, known: Mapping[str, Any], where: str) -> str:
-    """The message for a setting that does not exist, with guesses and the list of those beside it."""
-    section = name.rpartition(".")[0]
-    beside = [k for k in known if k.rpartition(".")[0] == section] or dict.fromkeys(k.partition(".")[0] for k in known)
+    """The message for a setting that does not exist, with guesses, and with the list of all where that is short."""
     guess = [k for k in known if k.startswith(f"{name}.") or k.rpartition(".")[2] == name.rpartition(".")[2]]
     guess += difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     hint = f"; did you mean {' or '.join(dict.fromkeys(guess))}?" if guess else ""
-    return f"{where}: there is no setting {shown(name)}{hint} (settings: {', '.join(beside)})"
+    more = ", ".join(known) if len(known) <= _FEW else "stellarbyte train --list-settings lists all"
+    return f"{where}: there is no setting {shown(name)}{hint} ({more})"
 
 
 def options(hint: Any) -> tuple[Any, ...]:

@@ -125,7 +125,7 @@ class ContiguousIterator(BatchIterator):
             number = self._next_document
             self._next_document += 1
             if self._lengths[number]:
-                return _Reading(self._next_group - 1, number, 0, _document(self._tokens, self._ends, number))
+                return _Reading(self._next_group - 1, number, 0, self._document(self._tokens, self._ends, number))
 
     def _reopen(self) -> None:
         """Reads the documents that the rows of a state are in."""
@@ -136,9 +136,14 @@ class ContiguousIterator(BatchIterator):
             ends = np.cumsum(group["lengths"])
             for reading in unread:
                 if reading.group == number:
-                    reading.tokens = _document(group["tokens"], ends, reading.document)
+                    reading.tokens = self._document(group["tokens"], ends, reading.document)
 
-
-def _document(tokens: np.ndarray, ends: np.ndarray, number: int) -> np.ndarray:
-    # A copy: a view would keep the whole group as long as the document is read.
-    return tokens[ends[number - 1] if number else 0 : ends[number]].copy()
+    def _document(self, tokens: np.ndarray, ends: np.ndarray, number: int) -> np.ndarray:
+        """The tokens of a document of a group; a long one that other rows read, of other epochs, is held once."""
+        part = tokens[ends[number - 1] if number else 0 : ends[number]]
+        if len(part) > self._dataset.sequence_length:
+            for reading in self._rows:
+                if reading is not None and reading.tokens is not None and np.array_equal(reading.tokens, part):
+                    return reading.tokens
+        # A copy: a view would keep the whole group as long as the document is read.
+        return part.copy()

@@ -13,6 +13,7 @@ from stellarbyte_jax.command import remedy
 from stellarbyte_jax.config.foreign import clipped, listed
 from stellarbyte_jax.data.files import DataError
 
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 _NOT_UTF8 = b"\xff\n"  # stands for a record that is not
 
 
@@ -74,11 +75,20 @@ def _from_zstd(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
 
 
 def _from_parquet(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
-    for record in _parquet_records(path, columns):
-        out.write(_NOT_UTF8 if record is None else json.dumps(record).encode() + b"\n")
+    _write_records(_parquet_batches(path, columns), out)
 
 
-def _parquet_records(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+def _from_arrow(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
+    _write_records(_arrow_batches(path, columns), out)
+
+
+def _write_records(batches: Iterator[Any], out: BinaryIO) -> None:
+    for batch in batches:
+        for record in _records(batch):
+            out.write(_NOT_UTF8 if record is None else json.dumps(record).encode() + b"\n")
+
+
+def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
     """The rows of a Parquet file. What fails in writing them is not caught here: it is no fault of the file."""
     try:
         import pyarrow as pa
@@ -87,29 +97,64 @@ def _parquet_records(path: Path, columns: Sequence[str]) -> Iterator[dict[str, A
         raise DataError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from error
     try:
         with pq.ParquetFile(path) as file:
-            present = file.schema_arrow.names
-            missing = [c for c in columns if c not in present]
-            if missing:
-                raise DataError(f"{path}: no column {missing[0]!r}; it has {listed(present)}; name one of these")
-            for column in columns:
-                if present.count(column) > 1:
-                    raise DataError(
-                        f"{path}: {present.count(column)} columns are called {column!r}; rename them or name another"
-                    )
-                kind = file.schema_arrow.field(column).type
-                kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                    raise DataError(
-                        f"{path}: column {column!r} must hold strings, it holds {clipped(str(kind))}; name another one"
-                    )
-            for batch in file.iter_batches(batch_size=1024, columns=list(columns)):
-                yield from _records(batch)
+            _check_columns(path, file.schema_arrow, columns)
+            yield from file.iter_batches(batch_size=1024, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({clipped(str(error))})") from error
 
 
+def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """The rows of a stream of Arrow record batches, of which ``columns`` alone are read."""
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise DataError(f"{path}: reading Arrow needs pyarrow; pip install pyarrow") from error
+    try:
+        with pa.OSFile(str(path)) as file:
+            file.seek(max(0, file.size() - len(_ARROW_END)))
+            complete = file.read() == _ARROW_END
+            file.seek(0)
+            with pa.ipc.open_stream(file) as stream:
+                schema = stream.schema
+            _check_columns(path, schema, columns)
+            if not complete:
+                raise DataError(f"{path}: the Arrow stream is cut off; copy the file again")
+            file.seek(0)
+            options = pa.ipc.IpcReadOptions(included_fields=[schema.names.index(name) for name in columns])
+            with pa.ipc.open_stream(file, options=options) as stream:
+                for batch in stream:
+                    for begin in range(0, batch.num_rows, 1024):
+                        yield batch.slice(begin, 1024)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a stream of Arrow batches, as save_to_disk of the datasets package writes them "
+            f"({clipped(str(error))})"
+        ) from error
+
+
+def _check_columns(path: Path, schema: Any, columns: Sequence[str]) -> None:
+    """Raises DataError where a column is missing, is there twice or holds no strings."""
+    import pyarrow as pa
+
+    present = schema.names
+    missing = [c for c in columns if c not in present]
+    if missing:
+        raise DataError(f"{path}: no column {missing[0]!r}; it has {listed(present)}; name one of these")
+    for column in columns:
+        if present.count(column) > 1:
+            raise DataError(
+                f"{path}: {present.count(column)} columns are called {column!r}; rename them or name another"
+            )
+        kind = schema.field(column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise DataError(
+                f"{path}: column {column!r} must hold strings, it holds {clipped(str(kind))}; name another one"
+            )
+
+
 def _records(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """The rows of a Parquet batch; None for one whose text is not UTF-8, which other writers do not check."""
+    """The rows of a batch; None for one whose text is not UTF-8, which other writers do not check."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -125,4 +170,5 @@ CONVERTERS: dict[str, Callable[[Path, BinaryIO, Sequence[str]], None]] = {
     ".jsonl.gz": _from_gzip,
     ".jsonl.zst": _from_zstd,
     ".parquet": _from_parquet,
+    ".arrow": _from_arrow,
 }

@@ -1,8 +1,8 @@
 """Documents to token ids, in worker processes."""
 
 import functools
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import grain
@@ -17,6 +17,36 @@ from stellarbyte_jax.tokenizer.codec import load_tokenizer
 # Documents that travel between processes together: enough to hide the cost of a message, few enough that a resume,
 # which tokenises the group in hand again, is quick.
 GROUP_DOCUMENTS = 32
+# A corpus of up to so many bytes of tokens stays encoded in each process that encodes it.
+_KEPT_BYTES = 1 << 26
+_OBJECT_BYTES = 256  # of an array and its entry, besides the tokens
+
+
+class _Encoded:
+    """Tokens of documents that this process encoded, by number: of all while they fit, then of the last group.
+
+    Contiguous rows take the few documents of a small corpus many times for one batch, of one epoch after the other.
+    A copy that travels to another process is empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, np.ndarray] = {}
+        self._bytes = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Encoded, ()
+
+    def get(self, number: int) -> np.ndarray | None:
+        """The tokens of a document, int32 [n]; None where they are not kept."""
+        return self._kept.get(number)
+
+    def keep(self, group: Mapping[int, np.ndarray]) -> None:
+        """Keeps the documents of a group."""
+        self._bytes += sum(ids.nbytes + _OBJECT_BYTES for number, ids in group.items() if number not in self._kept)
+        if self._bytes <= _KEPT_BYTES:
+            self._kept.update(group)
+        else:  # and stays so: the sum does not shrink
+            self._kept = dict(group)
 
 
 @dataclass(frozen=True)
@@ -32,43 +62,45 @@ class EncodeDocuments:
     bos: int | None  # None: not added
     eos: int | None
     on_error: Literal["raise", "skip"] = "raise"
+    _encoded: _Encoded = field(default_factory=_Encoded, init=False, repr=False, compare=False)
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """Reads and tokenises the documents.
+        """Reads the documents and tokenises those that are not at hand.
 
         Raises:
           DataError: a record is unusable and ``on_error`` is "raise", or a file became shorter.
         """
-        documents: list[Any] = []
-        texts: list[str] = []
-        text_at: list[int] = []
-        skipped = 0
-        for number in numbers:
-            source, row = self.corpus.locate(number)
-            if isinstance(source, ShardSource):
-                documents.append(source.tokens(row))
-                continue
-            try:
-                text = read_text(source, row, self.text)
-            except UnusableRecordError:
-                if self.on_error == "raise":
-                    raise
-                skipped += 1
-                continue
-            texts.append(text)
-            text_at.append(len(documents))
-            documents.append(None)
-        if texts:
-            tokenizer = _tokenizer(self.tokenizer)
-            for at, ids in zip(text_at, tokenizer.encode_batch(texts), strict=True):
-                documents[at] = np.array(ids, np.int32)
-        documents = [ids for ids in documents if len(ids)]
+        found = self._tokens(dict.fromkeys(numbers))
+        documents = [found[number] for number in numbers if number in found and len(found[number])]
         before = np.array([self.bos] if self.bos is not None else [], np.int32)
         after = np.array([self.eos] if self.eos is not None else [], np.int32)
         parts = [part for ids in documents for part in (before, ids, after)]
         tokens = np.concatenate(parts, dtype=np.int32, casting="same_kind") if parts else np.zeros(0, np.int32)
         lengths = np.array([len(ids) for ids in documents], np.int64) + (len(before) + len(after))
-        return {"tokens": tokens, "lengths": lengths, "skipped": skipped}
+        return {"tokens": tokens, "lengths": lengths, "skipped": sum(number not in found for number in numbers)}
+
+    def _tokens(self, numbers: Iterable[int]) -> dict[int, np.ndarray]:
+        """The tokens of documents, each named once, without those that are unusable and skipped."""
+        found: dict[int, np.ndarray] = {}
+        encoded: dict[int, np.ndarray] = {}
+        texts: dict[int, str] = {}
+        for number in numbers:
+            source, row = self.corpus.locate(number)
+            if isinstance(source, ShardSource):
+                found[number] = source.tokens(row)
+            elif (kept := self._encoded.get(number)) is not None:
+                encoded[number] = kept
+            else:
+                try:
+                    texts[number] = read_text(source, row, self.text)
+                except UnusableRecordError:
+                    if self.on_error == "raise":
+                        raise
+        if texts:
+            made = _tokenizer(self.tokenizer).encode_batch(list(texts.values()))
+            encoded |= {number: np.array(ids, np.int32) for number, ids in zip(texts, made, strict=True)}
+        self._encoded.keep(encoded)
+        return found | encoded
 
 
 @functools.lru_cache(maxsize=2)

@@ -6,11 +6,26 @@ from typing import BinaryIO
 
 import numpy as np
 
+# Each open file holds a descriptor, and 1,024 is a common limit.
+OPEN_FILES = 128
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the rule and the likely fix."""
+
+
+class BadRecordError(ValueError):
+    """One unusable record.
+
+    ``column`` is counted from 1 where a place inside a line is known, ``line`` from the record's first, which is 0.
+    """
+
+    def __init__(self, message: str, column: int | None = None, line: int = 0):
+        """Keeps the message and the place inside the record."""
+        super().__init__(message)
+        self.column = column
+        self.line = line
 
 
 def write_array(out: BinaryIO, array: np.ndarray) -> None:

@@ -1,11 +1,12 @@
 """Where the lines of a file begin, so that any of them can be read without those before it."""
 
 import codecs
+import functools
 from pathlib import Path
 
 import numpy as np
 
-from stellarbyte_jax.data.files import ArrayFile, ByteFile
+from stellarbyte_jax.data.files import OPEN_FILES, ArrayFile, ByteFile
 
 _SCAN_BYTES = 1 << 26
 _GLANCE_BYTES = 1 << 10
@@ -31,12 +32,30 @@ def index_lines(path: Path) -> np.ndarray:
             starts = starts[:-1]
         numbers = np.arange(lines + 1, lines + 1 + len(starts))
         lines += len(starts)
-        # Nearly every line begins with "{"; only the others can be blank and are looked at one by one.
+        # Only lines that begin with white space, or the file's first with a mark, can be blank: looked at one by one.
         keep = np.ones(len(starts), bool)
-        for i in np.flatnonzero(block[starts] != ord("{")):
+        for i in np.flatnonzero((block[starts] <= ord(" ")) | (starts + begin == 0)):
             keep[i] = not _is_blank(file, begin + int(starts[i]))
         parts.append(np.stack([starts + begin, numbers], axis=1)[keep].reshape(-1))
     return np.concatenate([*parts, np.array([file.size], np.int64)])
+
+
+def index_paragraphs(path: Path) -> np.ndarray:
+    """As :func:`index_lines`, of the lines that come after a blank one, and the first."""
+    lines = index_lines(path)
+    starts = lines[:-1].reshape(-1, 2)
+    first = np.diff(starts[:, 1], prepend=-1) > 1
+    return np.concatenate([starts[first].reshape(-1), lines[-1:]])
+
+
+def holds_text(path: Path) -> bool:
+    """Whether a file holds anything but white space and a byte order mark."""
+    file = ByteFile(str(path))
+    for begin in range(0, file.size, _SCAN_BYTES):
+        block = file.read(begin, min(_SCAN_BYTES, file.size - begin))
+        if (block.removeprefix(codecs.BOM_UTF8) if begin == 0 else block).strip():
+            return True
+    return False
 
 
 def _is_blank(file: ByteFile, start: int) -> bool:
@@ -84,3 +103,6 @@ class Lines:
     def number(self, row: int) -> int:
         """The number of a line in the file, from 1."""
         return int(self._index.part(2 * row + 1, 2 * row + 2)[0])
+
+
+open_index = functools.lru_cache(maxsize=OPEN_FILES)(Lines)

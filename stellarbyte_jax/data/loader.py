@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,11 @@ from stellarbyte_jax.config.foreign import listed, shown
 from stellarbyte_jax.data.contiguous import ContiguousDocuments
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
 from stellarbyte_jax.data.packing import PackDocuments
-from stellarbyte_jax.data.sources import Corpus, DataError, LineSource, open_corpus
+from stellarbyte_jax.data.sources import Corpus, DataError, ShardSource, expand, open_corpus
 from stellarbyte_jax.data.text import TextFormat, read_text
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
+
+_log = logging.getLogger(__name__)
 
 _STATE_FORMAT = 1
 _TEXT = ("fields", "template")  # of a state: together they say what a text is, which may be spelled in several ways
@@ -212,8 +215,11 @@ def make_loader(
         setting=f"data.{split}",
         columns=text.columns,
         fingerprint=tokenizer.fingerprint,
+        text_documents=data.text_documents,
         cache_dir=data.cache_dir,
     )
+    if not train:
+        _tell_overlap(data)
     if len(corpus) < process_count:
         raise DataError(f"data.{split} holds {len(corpus)} documents, fewer than the {process_count} processes")
     if data.on_error == "raise":
@@ -247,6 +253,8 @@ def make_loader(
         workers=data.workers if train and corpus.has_text else 0,
         epoch_groups=-(-len(corpus) // (GROUP_DOCUMENTS * process_count)),
     )
+    if train and data.arrangement == "contiguous":
+        _tell_few_documents(len(corpus), batch_size)
     contents = corpus.contents
     stream = {
         "contents": [[Path(path).name, content] for path, content in contents],
@@ -263,6 +271,8 @@ def make_loader(
         "process_count": process_count,
         "group_documents": GROUP_DOCUMENTS,
     }
+    if corpus.has_plain:  # states that are older than the setting have none
+        stream["text_documents"] = data.text_documents
     return Loader(
         batches,
         stream=stream,
@@ -275,6 +285,31 @@ def make_loader(
     )
 
 
+def _tell_overlap(data: DataConfig) -> None:
+    """Logs which files of the validation are trained on."""
+    trained = {path.resolve() for pattern in data.train for path in expand(pattern, "data.train")}
+    both = [p for pattern in data.validation for p in expand(pattern, "data.validation") if p.resolve() in trained]
+    if both:
+        _log.warning(
+            "warning: %s is in both data.train and data.validation, so that the validation loss falls with what is "
+            "learnt by heart: move it out of what data.train names, such as data.train='corpus/train/*.jsonl' "
+            "data.validation=corpus/valid.jsonl",
+            listed(both),
+        )
+
+
+def _tell_few_documents(documents: int, rows: int) -> None:
+    """Logs that rows which follow documents of their own will hold equal text."""
+    if documents < rows:
+        _log.warning(
+            "warning: data.train holds %d documents for %d rows, and with data.arrangement=contiguous each row follows "
+            "one: rows hold the same text at the same time; use smaller documents (of .txt: "
+            "data.text_documents=paragraph) or data.arrangement=packed",
+            documents,
+            rows,
+        )
+
+
 def check_first_records(corpus: Corpus, text: TextFormat) -> None:
     """Reads one record of each file, so that a wrong field name is found before training starts.
 
@@ -282,7 +317,7 @@ def check_first_records(corpus: Corpus, text: TextFormat) -> None:
       DataError: a record is unusable.
     """
     for source in corpus.sources:
-        if isinstance(source, LineSource):
+        if not isinstance(source, ShardSource):
             read_text(source, 0, text)
 
 

@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from stellarbyte_jax.command import remedy
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
 from stellarbyte_jax.data.files import write_array
@@ -48,6 +49,7 @@ def prepare(
     text: TextFormat,
     workers: int = 1,
     on_error: Literal["raise", "skip"] = "raise",
+    text_documents: Literal["file", "paragraph"] = "file",
     shard_tokens: int = 50_000_000,
     overwrite: bool = False,
     cache_dir: str | None = None,
@@ -64,22 +66,30 @@ def prepare(
       text: how a record becomes text.
       workers: processes that tokenise; 0: this one.
       on_error: "skip" leaves unusable lines out and counts them.
+      text_documents: what a document of a .txt file is.
       shard_tokens: a shard is closed when it holds at least so many.
       overwrite: replaces what an earlier run left in the directory.
       cache_dir: as ``data.cache_dir``.
       progress: called with documents and tokens so far and the number of all documents.
 
     Raises:
-      DataError: the directory is not empty, an input is unusable or none holds text.
+      DataError: the directory is not empty or cannot be written, an input is unusable or none holds text.
       ValueError: the tokenizer is unusable.
     """
     if shard_tokens <= 0:
         raise DataError(f"shard_tokens must be positive, got {shard_tokens}")
     vocabulary = load_tokenizer(tokenizer)
     corpus = open_corpus(
-        inputs, setting="inputs", columns=text.columns, fingerprint=vocabulary.fingerprint, cache_dir=cache_dir
+        inputs,
+        setting="inputs",
+        columns=text.columns,
+        fingerprint=vocabulary.fingerprint,
+        text_documents=text_documents,
+        cache_dir=cache_dir,
     )
-    output = _empty_directory(Path(output), overwrite)
+    output = Path(output)
+    with _writing(output):
+        _empty_directory(output, overwrite)
     dtype = np.dtype(np.uint16 if vocabulary.vocab_size <= 1 << 16 else np.uint32)
     encode = EncodeDocuments(corpus, text, tokenizer, bos=None, eos=None, on_error=on_error)
     shards: list[Shard] = []
@@ -95,12 +105,14 @@ def prepare(
             skipped += group["skipped"]
             read = min(read + GROUP_DOCUMENTS, len(corpus))
             if held_tokens >= shard_tokens:
-                shards.append(_write_shard(output, len(shards), held, lengths))
+                with _writing(output):
+                    shards.append(_write_shard(output, len(shards), held, lengths))
                 held, lengths, held_tokens = [], [], 0
             if progress is not None:
                 progress(read, tokens, len(corpus))
     if held_tokens:
-        shards.append(_write_shard(output, len(shards), held, lengths))
+        with _writing(output):
+            shards.append(_write_shard(output, len(shards), held, lengths))
     if not shards:
         raise DataError("no document of the inputs holds any text: every line is empty or was skipped")
     prepared = Prepared(tuple(shards), sum(s.documents for s in shards), tokens, skipped, dtype.name)
@@ -111,15 +123,27 @@ def prepare(
         "inputs": list(inputs),
         "fields": list(text.columns),
         "template": text.template,
+        "text_documents": text_documents,
         **asdict(prepared),
     }
     partial = output / f".partial-{SHARD_META}"
-    partial.write_text(json.dumps(meta, indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, output / SHARD_META)
+    with _writing(output):
+        partial.write_text(json.dumps(meta, indent=2, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, output / SHARD_META)
     return prepared
 
 
-def _empty_directory(path: Path, overwrite: bool) -> Path:
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Inside it a write that fails is a DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = remedy(error, "output directory") or "choose another output directory"
+        raise DataError(f"cannot write to the output {output}: {error.strerror or error}; {advice}") from error
+
+
+def _empty_directory(path: Path, overwrite: bool) -> None:
     if path.is_file():
         raise DataError(f"the output {path} is a file, it must be a directory")
     if path.is_dir() and any(path.iterdir()):
@@ -130,7 +154,9 @@ def _empty_directory(path: Path, overwrite: bool) -> Path:
             raise DataError(f"the output {path} holds other files ({clipped(foreign[0])}); only shards are overwritten")
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
-    return path
+    trial = path / f".partial-{SHARD_META}"
+    trial.touch()  # found now, not after hours
+    trial.unlink()
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Data files as random access documents: JSONL (plain, gzip, zstd), Parquet and prepared token shards.
+"""Data files as random access documents: JSONL (plain, gzip, zstd), Parquet, Arrow, text and prepared token shards.
 
 Whatever cannot be read at random is converted once into the cache directory, so that a global shuffle and an
 exact resume cost the same for every format.
@@ -14,32 +14,26 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from stellarbyte_jax.config.foreign import clipped, is_file_name, json_object, shown
 from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
-from stellarbyte_jax.data.files import ArrayFile, ByteFile, DataError, write_array
-from stellarbyte_jax.data.line_index import Lines, index_lines
+from stellarbyte_jax.data.files import OPEN_FILES, ArrayFile, BadRecordError, ByteFile, DataError, write_array
+from stellarbyte_jax.data.line_index import Lines, holds_text, index_lines, index_paragraphs
+from stellarbyte_jax.data.line_index import open_index as _open_lines
+from stellarbyte_jax.data.plain import PlainSource
+from stellarbyte_jax.data.saved_dataset import data_files, is_saved_dataset
 
 _log = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")  # of files of records
+TEXT_SUFFIX = ".txt"
+_COLUMNAR = (".parquet", ".arrow")
 SHARD_META = "meta.json"
 SHARD_FORMAT = 1
 _IDENTITY_BYTES = 1 << 16
-# Each open file holds a descriptor, and 1,024 is a common limit.
-_OPEN_FILES = 128
-
-
-class BadRecordError(ValueError):
-    """One unusable record. ``column`` is counted from 1 where a place inside the line is known."""
-
-    def __init__(self, message: str, column: int | None = None):
-        """Keeps the message and the place inside the line."""
-        super().__init__(message)
-        self.column = column
 
 
 def cache_path(cache_dir: str | Path | None) -> Path:
@@ -47,10 +41,7 @@ def cache_path(cache_dir: str | Path | None) -> Path:
     return Path.home() / ".cache" / "stellarbyte_jax" if cache_dir is None else Path(cache_dir).expanduser()
 
 
-_open_lines = functools.lru_cache(maxsize=_OPEN_FILES)(Lines)
-
-
-@functools.lru_cache(maxsize=_OPEN_FILES)
+@functools.lru_cache(maxsize=OPEN_FILES)
 def _open_shard(tokens: str, offsets: str) -> tuple[ArrayFile, ArrayFile]:
     return ArrayFile(tokens), ArrayFile(offsets)
 
@@ -63,6 +54,11 @@ class LineSource:
     path: str
     index: str
     documents: int
+
+    @property
+    def unit(self) -> str:
+        """What a record is, for messages."""
+        return "row" if self.name.endswith(_COLUMNAR) else "line"
 
     def record(self, row: int) -> dict[str, Any]:
         """The object in the given row.
@@ -88,12 +84,12 @@ class LineSource:
             raise BadRecordError(f"a line must hold a JSON object with the fields, not a {type(value).__name__}")
         return value
 
-    def location(self, row: int, column: int | None = None) -> str:
+    def location(self, row: int, column: int | None = None, line: int = 0) -> str:
         """``file:line`` or ``file:line:column`` of a row, for messages."""
-        line = _open_lines(self.path, self.index).number(row)
-        if self.name.endswith(".parquet"):
-            return f"{self.name} row {line}"
-        return f"{self.name}:{line}" + (f":{column}" if column is not None else "")
+        number = line + _open_lines(self.path, self.index).number(row)
+        if self.name.endswith(_COLUMNAR):
+            return f"{self.name} row {number}"
+        return f"{self.name}:{number}" + (f":{column}" if column is not None else "")
 
 
 @dataclass(frozen=True)
@@ -118,10 +114,13 @@ class ShardSource:
         return tokens.part(begin, end)
 
 
+RecordSource = LineSource | PlainSource
+
+
 class Corpus:
     """All documents of a list of sources under one index."""
 
-    def __init__(self, sources: Sequence[LineSource | ShardSource]):
+    def __init__(self, sources: Sequence[RecordSource | ShardSource]):
         """Joins the sources in their order."""
         self.sources = tuple(sources)
         self._ends = np.cumsum([s.documents for s in self.sources]).tolist()
@@ -141,16 +140,21 @@ class Corpus:
         paths = [
             path
             for source in self.sources
-            for path in ([source.name] if isinstance(source, LineSource) else itertools.chain(*source.shards))
+            for path in (itertools.chain(*source.shards) if isinstance(source, ShardSource) else [source.name])
         ]
         return [(path, _content(ByteFile(path))) for path in paths]
 
     @property
     def has_text(self) -> bool:
         """Whether any document is still to be tokenised."""
-        return any(isinstance(s, LineSource) for s in self.sources)
+        return not all(isinstance(s, ShardSource) for s in self.sources)
 
-    def locate(self, document: int) -> tuple[LineSource | ShardSource, int]:
+    @property
+    def has_plain(self) -> bool:
+        """Whether any document is plain text."""
+        return any(isinstance(s, PlainSource) for s in self.sources)
+
+    def locate(self, document: int) -> tuple[RecordSource | ShardSource, int]:
         """The source of a document and its row there."""
         source = bisect.bisect_right(self._ends, document)
         return self.sources[source], document - (self._ends[source - 1] if source else 0)
@@ -169,15 +173,18 @@ def open_corpus(
     setting: str,
     columns: Sequence[str],
     fingerprint: str,
+    text_documents: Literal["file", "paragraph"] = "file",
     cache_dir: str | Path | None = None,
 ) -> Corpus:
     """Opens every file that the paths or globs name; indexes and converts what is new.
 
     Args:
-      patterns: paths or globs of files with one of ``SUFFIXES``, or directories made by scripts/prepare_data.py.
+      patterns: paths or globs of files with one of ``SUFFIXES`` or ``TEXT_SUFFIX``, or of directories that
+        scripts/prepare_data.py or ``save_to_disk`` of the datasets package made.
       setting: the name of the setting that they come from, for messages.
-      columns: the fields that will be read; only these are taken from Parquet files.
+      columns: the fields that will be read; only these are taken from Parquet and Arrow files.
       fingerprint: of the tokenizer in use; prepared shards of another one are refused.
+      text_documents: what a document of a text file is, the file or each paragraph.
       cache_dir: where indexes and converted files are kept, see :func:`cache_path`.
 
     Raises:
@@ -186,9 +193,16 @@ def open_corpus(
     if not patterns:
         raise DataError(f"{setting} is empty: name at least one data file, such as {setting}=data/*.jsonl")
     cache = cache_path(cache_dir)
-    sources: list[LineSource | ShardSource] = []
+    sources: list[RecordSource | ShardSource] = []
     for path in (p for pattern in patterns for p in expand(pattern, setting)):
-        sources.append(_open_shards(path, fingerprint) if path.is_dir() else open_lines(path, cache, columns))
+        if is_saved_dataset(path):
+            sources += [open_lines(file, cache, columns) for file in data_files(path, setting)]
+        elif path.is_dir():
+            sources.append(_open_shards(path, fingerprint))
+        elif path.suffix == TEXT_SUFFIX:
+            sources.append(open_text(path, cache, text_documents))
+        else:
+            sources.append(open_lines(path, cache, columns))
     return Corpus(sources)
 
 
@@ -220,6 +234,39 @@ def suffix_of(path: Path) -> str | None:
     return next((s for s in SUFFIXES if path.name.endswith(s)), None)
 
 
+def open_text(path: Path, cache: Path, documents: Literal["file", "paragraph"] = "file") -> PlainSource:
+    """Opens a file of plain text, as one document or as its paragraphs, which blank lines part.
+
+    Raises:
+      DataError: the file holds no text, or the cache cannot be written.
+    """
+    if not holds_text(path):
+        raise DataError(f"{path} holds no text: it is empty, or its lines are blank")
+    size = path.stat().st_size
+    if documents == "file":
+        return PlainSource(str(path), size)
+    index = cache / f"{path.stem}-{_key(path, documents)}.lines.npy"
+    if not index.exists():
+        paragraphs = index_paragraphs(path)
+        write_atomically(index, lambda out: write_array(out, paragraphs))
+    _check_index(index)
+    return PlainSource(str(path), size, str(index), Lines(str(path), str(index)).count)
+
+
+def _key(path: Path, *more: str) -> str:
+    """What names a file, as it is now, in the cache."""
+    status = path.stat()
+    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, *more]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+
+
+def _check_index(index: Path) -> None:
+    try:
+        ArrayFile(str(index))
+    except ValueError as error:
+        raise DataError(f"{index} is damaged ({error}); delete it, it is made again") from error
+
+
 def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
     """Opens a file of records; converts it and indexes its lines where that is still to be done.
 
@@ -233,14 +280,11 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
     """
     suffix = suffix_of(path)
     if suffix is None:
-        raise DataError(f"{path}: unknown kind of data file; use {', '.join(SUFFIXES)} or a directory of prepared data")
-    status = path.stat()
-    if status.st_size == 0:
+        kinds = ", ".join((*SUFFIXES, TEXT_SUFFIX))
+        raise DataError(f"{path}: unknown kind of data file; use {kinds} or a directory of prepared data")
+    if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns]
-    if suffix == ".parquet":
-        identity += sorted(columns)
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    key = _key(path, *(sorted(columns) if suffix in _COLUMNAR else ()))
     stem = path.name.removesuffix(suffix)
     plain = path
     if suffix != ".jsonl":
@@ -252,10 +296,7 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
     if not index.exists():
         lines = index_lines(plain)
         write_atomically(index, lambda out: write_array(out, lines))
-    try:
-        ArrayFile(str(index))
-    except ValueError as error:
-        raise DataError(f"{index} is damaged ({error}); delete it, it is made again") from error
+    _check_index(index)
     try:
         documents = Lines(str(plain), str(index)).count
     except DataError as error:
@@ -271,8 +312,8 @@ def _open_shards(path: Path, fingerprint: str) -> ShardSource:
     meta_path = path / SHARD_META
     if not meta_path.is_file():
         raise DataError(
-            f"{path} has no {SHARD_META}: it holds no prepared data, or preparing it was interrupted; "
-            "to read files in it, name them with a glob"
+            f"{path} has no {SHARD_META}: it holds no prepared data, or preparing it was interrupted; it has no "
+            "state.json either, as data sets of save_to_disk have; to read files in it, name them with a glob"
         )
     try:
         meta = json_object(meta_path.read_bytes(), str(meta_path))

@@ -1,6 +1,5 @@
 """How a record of the data becomes text: its fields, or a template."""
 
-import codecs
 import functools
 import string
 from collections.abc import Mapping
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.config.foreign import listed
-from stellarbyte_jax.data.sources import BadRecordError, DataError, LineSource
+from stellarbyte_jax.data.files import BadRecordError, DataError
+from stellarbyte_jax.data.plain import PlainSource
+from stellarbyte_jax.data.sources import RecordSource
 
 
 class UnusableRecordError(DataError):
@@ -108,10 +109,10 @@ class TextFormat:
 
 
 def read_text(
-    source: LineSource,
+    source: RecordSource,
     row: int,
     text: TextFormat,
-    skip: str | None = "data.on_error=skip (prepare_data.py: --on-error skip)",
+    skip: str | None = "data.on_error=skip",
 ) -> str:
     """The text of one record; ``skip`` is the setting that leaves out unusable ones, for messages.
 
@@ -125,22 +126,16 @@ def read_text(
         raise unusable(source, row, error, skip) from error
 
 
-def unusable(source: LineSource, row: int, error: BadRecordError, skip: str | None) -> UnusableRecordError:
+def unusable(source: RecordSource, row: int, error: BadRecordError, skip: str | None) -> UnusableRecordError:
     """The error for a record, with its place and what to do."""
-    remedy = "mend the line" + (f" or leave such lines out with {skip}" if skip else "")
-    return UnusableRecordError(f"{source.location(row, error.column)}: {error}; {remedy}")
+    remedy = f"mend the {source.unit}" + (f" or leave such {source.unit}s out with {skip}" if skip else "")
+    return UnusableRecordError(f"{source.location(row, error.column, error.line)}: {error}; {remedy}")
 
 
-def read_plain(path: Path) -> str:
-    """The text of a file that is one document, without the byte order mark.
+def read_plain(path: Path, skip: str | None = None) -> str:
+    """The text of a file that is one document, without the byte order mark and with newlines as ends of lines.
 
     Raises:
       UnusableRecordError: it is not UTF-8; names file, line and column as for a line of records.
     """
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        column = error.start - content.rfind(b"\n", 0, error.start)
-        raise UnusableRecordError(f"{path}:{line}:{column}: not valid UTF-8; save the file as UTF-8") from error
+    return read_text(PlainSource(str(path), size=0), 0, TextFormat(), skip)

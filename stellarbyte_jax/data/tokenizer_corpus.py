@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from stellarbyte_jax.data.files import BadRecordError, DataError
+from stellarbyte_jax.data.saved_dataset import data_files, is_saved_dataset
 from stellarbyte_jax.data.sources import (
-    BadRecordError,
-    DataError,
     LineSource,
     cache_path,
     expand,
@@ -64,7 +64,9 @@ class TokenizerCorpus:
         found: set[Path] = set()
         for pattern in self.paths:
             setting = f"corpus {self.name!r}"
-            files = [path for path in expand(pattern, setting) if path.is_file()]
+            named = expand(pattern, setting)
+            files = [path for path in named if path.is_file()]
+            files += [file for path in named if is_saved_dataset(path) for file in data_files(path, setting)]
             if not files:
                 raise DataError(f"{setting}: {pattern} names only directories; name the files in them with a glob")
             found.update(files)
@@ -103,7 +105,7 @@ class TokenizerCorpus:
 
 def _plain(path: Path) -> Iterator[str | UnusableRecordError]:
     try:
-        yield read_plain(path)
+        yield read_plain(path, "--on-error skip")
     except UnusableRecordError as error:
         yield error
 

@@ -24,6 +24,7 @@ import cloudpickle
 from stellarbyte_jax.data.files import DataError
 
 _AHEAD = 4  # elements that a worker has ready besides those in its pipe
+_LARGE = 1 << 24  # bytes of an element that waits until those before it are sent
 _SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 _spawn = multiprocessing.get_context("spawn")
 
@@ -154,7 +155,10 @@ def _work(orders: Connection, index: int, count: int, pipe: Connection) -> None:
         with orders:
             elements = pickle.loads(orders.recv_bytes())
         for number in range(index, len(elements), count):
-            ready.put(ForkingPickler.dumps((elements[number], None, "")))
+            message = ForkingPickler.dumps((elements[number], None, ""))
+            if len(message) >= _LARGE:
+                ready.join()
+            ready.put(message)
     except BaseException as error:  # also those of libraries that are no Exception, such as a panic of Rust
         ready.put(ForkingPickler.dumps((None, _portable(error), traceback.format_exc())))
     ready.put(None)
@@ -167,6 +171,7 @@ def _send(ready: queue.Queue[Any], pipe: Connection) -> None:
             pipe.send_bytes(message)
         except OSError:
             os._exit(1)  # nobody reads
+        ready.task_done()
 
 
 def _portable(error: BaseException) -> Exception:

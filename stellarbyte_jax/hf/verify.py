@@ -36,6 +36,14 @@ class Agreement:
         )
 
 
+def require_torch() -> None:
+    """Raises ImportError where there is nothing to compare with."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError("comparing with transformers needs torch: pip install torch") from error
+
+
 def compare_with_transformers(
     directory: str | Path, model: ByteTransformer, params: Params, tokens_BT: np.ndarray | None = None
 ) -> Agreement:
@@ -50,11 +58,9 @@ def compare_with_transformers(
     Raises:
       ImportError: torch is not installed.
     """
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise ImportError("comparing with transformers needs torch: pip install -e '.[torch]'") from error
+    require_torch()
+    import torch
+    from transformers import AutoModelForCausalLM
 
     config = replace(model.config, compute_dtype="float32", attention_implementation="reference")
     if tokens_BT is None:

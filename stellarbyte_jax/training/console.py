@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from stellarbyte_jax.command import drop_output, spelled
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config.reference import changed, written
 from stellarbyte_jax.launch import write_failure
 
 _REDRAW_SECONDS = 0.2
@@ -96,11 +97,9 @@ class Reporter:
         self.log(text)
 
     def config(self, config: TrainConfig) -> None:
-        """Prints every setting, a paragraph a section."""
-        values = config.to_dict()
-        top = {name: value for name, value in values.items() if not isinstance(value, dict)}
-        for title, section in [("run", top), *((n, v) for n, v in values.items() if isinstance(v, dict))]:
-            self.line(f"{title}: " + " ".join(f"{name}={_plain(value)}" for name, value in section.items()))
+        """Prints the settings that differ from their defaults."""
+        rows = {name: written(value) for name, (value, _) in changed(config).items()}
+        self.table("settings other than the defaults", {name: spelled(text) for name, text in rows.items()})
 
     def start_bar(self, title: str, total: int, done: int) -> None:
         """Shows a bar on a terminal; elsewhere does nothing."""
@@ -205,9 +204,3 @@ def fitting_metrics(metrics: Mapping[str, float], width: int) -> str:
             break
         left.pop(name, None)
     return format_metrics(left)
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, tuple | list):
-        return "[" + ",".join(map(str, value)) + "]"
-    return str(value)

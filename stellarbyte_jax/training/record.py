@@ -1,8 +1,6 @@
 """What a run left of its course, read back: numbers by step, settings, environment and samples."""
 
 import array
-import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,6 @@ import numpy as np
 from stellarbyte_jax import __version__
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import json_object
-from stellarbyte_jax.config.section import Section
 from stellarbyte_jax.launch import environment_facts
 from stellarbyte_jax.training.jsonl import read_lines
 from stellarbyte_jax.training.samples import SAMPLES
@@ -96,20 +93,6 @@ def read_record(directory: Path, name: str) -> Record:
             notes.append(f"settings are not shown: {directory / 'train_config.json'}: {error}")
     facts = _read_json(directory / ABOUT, notes) or {}
     return Record(name, series, config, facts, _read_samples(directory / SAMPLES, notes), notes)
-
-
-def differing(config: Section, prefix: str = "") -> list[str]:
-    """Names, such as ``data.train``, of the settings that differ from their defaults, and of those without any."""
-    found: list[str] = []
-    for setting in dataclasses.fields(config):  # type: ignore[arg-type]
-        value, default = getattr(config, setting.name), setting.default
-        if setting.default_factory is not dataclasses.MISSING:
-            default = setting.default_factory()
-        if isinstance(value, Section):
-            found += differing(value, f"{prefix}{setting.name}.")
-        elif value != default:
-            found.append(prefix + setting.name)
-    return found
 
 
 def setting(config: TrainConfig, name: str) -> Any:
@@ -204,8 +187,3 @@ def _read_samples(path: Path, notes: list[str]) -> list[Continuation]:
     if damaged:
         notes.append(f"{path}: {damaged:,} damaged line{'s were' if damaged > 1 else ' was'} skipped")
     return found
-
-
-def spelled_setting(value: Any) -> str:
-    """A setting's value as ``--set`` takes it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -12,6 +12,7 @@ import numpy as np
 
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.config.reference import changed, written
 from stellarbyte_jax.training import plots
 from stellarbyte_jax.training.plots import Curve, Scale
 from stellarbyte_jax.training.record import (
@@ -20,10 +21,8 @@ from stellarbyte_jax.training.record import (
     Continuation,
     Record,
     Series,
-    differing,
     read_record,
     setting,
-    spelled_setting,
 )
 
 REPORT = "report.html"  # in the run's directory
@@ -213,11 +212,8 @@ def _duration(seconds: float) -> str:
 
 def _settings(records: Sequence[Record]) -> str:
     configs = [record.config for record in records]
-    names = dict.fromkeys(name for config in configs if config is not None for name in differing(config))
-    rows = [
-        (name, ["–" if c is None else clipped(spelled_setting(setting(c, name)), 500) for c in configs])
-        for name in names
-    ]
+    names = dict.fromkeys(name for config in configs if config is not None for name in changed(config))
+    rows = [(name, ["–" if c is None else clipped(written(setting(c, name)), 500) for c in configs]) for name in names]
     if len(records) > 1:  # what tells the runs apart comes first
         rows.sort(key=lambda row: len(set(row[1])) == 1)
     return _table(records, rows)

@@ -183,6 +183,38 @@ def test_more_documents_than_a_row_has_tokens_are_as_many() -> None:
     assert "max_documents" in refusal(before, settings(data={"max_documents_per_sequence": 31}))
 
 
+def test_files_of_a_folder_that_was_moved_are_left_to_the_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("old/a.jsonl", "old/b.jsonl", "other/b.jsonl", "other/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    explicit = settings(data={"train": ["old/a.jsonl", "old/b.jsonl"]})
+    pattern = settings(data={"train": ["old/*.jsonl"]})
+    assert "data.train was" in refusal(pattern, settings(data={"train": ["other/*.jsonl"]}))
+    os.rename("old", "new")
+    for before in (explicit, pattern):
+        for train in (["new/*.jsonl"], ["new/a.jsonl", str(tmp_path / "new" / "b.jsonl")]):
+            (said,) = check(before, settings(data={"train": train}))
+            assert said.startswith("data.train was ['old/") and "the same names and contents" in said
+            assert f"is {train}" in said
+    for train in (["new/b.jsonl"], ["new/b.jsonl", "new/a.jsonl"], ["other/*.jsonl"]):
+        assert "data.train was" in refusal(explicit, settings(data={"train": train}))
+    os.rename("new", "[x]")  # which exists: no pattern that could have named anything else
+    before = settings(data={"train": ["[x]/a.jsonl"]})
+    assert "data.train was" in refusal(before, settings(data={"train": ["other/b.jsonl"]}))
+    os.rename("[x]", "new")
+    assert "seed was 0 and is 4" in refusal(explicit, settings(seed=4, data={"train": ["new/*.jsonl"]}))
+
+
+def test_what_a_document_of_a_text_file_is_may_change_where_there_is_none() -> None:
+    paragraphs = {"text_documents": "paragraph"}
+    assert check(settings(), settings(data=paragraphs)) == []
+    before, now = (settings(data={"train": ["a.jsonl", "b.txt"], **more}) for more in ({}, paragraphs))
+    assert "data.text_documents was 'file' and is 'paragraph'" in refusal(before, now)
+
+
 def test_a_run_that_met_a_bad_line_may_begin_to_skip_them() -> None:
     before, now = settings(), settings(data={"on_error": "skip"})
     assert check(before, now) == []

@@ -215,7 +215,8 @@ def test_verify_without_torch_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     assert convert("to-hf", run_dir, run_dir.parent / "hf", "--verify") == 1
-    assert "pip install -e '.[torch]'" in capsys.readouterr().err
+    assert "needs torch: pip install torch" in capsys.readouterr().err
+    assert not (run_dir.parent / "hf").exists()
 
 
 def test_existing_directories(

@@ -1,11 +1,17 @@
 """The command prepare: what it writes and says."""
 
+import errno
 import json
+import os
+import re
+from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.cli import prepare as script
+from stellarbyte_jax.data.encode import EncodeDocuments
 
 TEXTS = [f"[{i}] 春眠不覚暁 spring {'.' * (i % 9)}" for i in range(100)]
 
@@ -22,3 +28,112 @@ def test_the_script_prepares_and_reports(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     first = np.load(tmp_path / "out" / "tokens-00000.npy")
     assert len(first) == sum(len(f"T: {t}".encode()) for t in TEXTS)
+
+
+@pytest.fixture
+def prepare(tmp_path, capsys):
+    """Runs the command; returns its status, what it printed and its error."""
+    tokenizer = save_byte_tokenizer(tmp_path / "tokenizer")
+    output, cache = str(tmp_path / "out"), str(tmp_path / "cache")
+
+    def run(*arguments):
+        status = script.main(
+            ["--output", output, "--tokenizer", tokenizer, "--workers", "0", "--cache-dir", cache, *map(str, arguments)]
+        )
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_text_files_and_what_comes_next(prepare, tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    status, out, errors = prepare("--input", tmp_path / "a.txt", "--text-documents", "paragraph")
+    assert (status, errors) == (0, "")
+    assert out.startswith("2 documents, 6 tokens, 1 shards\n")
+    assert f"--set data.train={tmp_path / 'out'} data.tokenizer={tmp_path / 'tokenizer'}\n" in out
+
+
+def test_bad_lines_are_told_with_options_of_this_command(prepare, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"txt": "b"}\n')
+    assert prepare("--input", path) == (
+        1,
+        "",
+        f"error: {path}:2: no field 'text'; the fields here are: txt; name one of these; mend the line or leave such "
+        "lines out with --on-error skip\n",
+    )
+    status, out, errors = prepare("--input", path, "--on-error", "skip")
+    assert (status, errors) == (0, "") and "1 documents, 1 tokens, 1 shards, 1 unusable ones skipped\n" in out
+    status, out, errors = prepare("--input", path, "--on-error", "skip")
+    assert (status, out) == (1, "") and errors.endswith("choose another directory, or add --overwrite\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "absent.jsonl"], r"error: --input: absent\.jsonl does not exist .*"),
+        (["--input", "a.jsonl", "--template", "{"], r"error: --template '\{': .*"),
+        (["--input", "a.jsonl", "--shard-tokens", "0"], r"error: --shard-tokens must be positive, got 0"),
+        (["--input", "a.jsonl", "--cache-dir", "a.jsonl"], r"error: .*another --cache-dir"),
+        (["--input", "a.jsonl", "--output", "a.jsonl/x"], r"error: cannot write to the output a\.jsonl/x: Not a dir.*"),
+        (["--input", "sets"], r"error: sets holds the splits train: .*, such as --input sets/train"),
+    ],
+    ids=str,
+)
+def test_settings_are_told_by_their_options(prepare, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "sets" / "train").mkdir(parents=True)
+    (tmp_path / "sets" / "dataset_dict.json").write_text("{}")
+    (tmp_path / "sets" / "train" / "state.json").write_text("{}")
+    status, out, errors = prepare(*arguments)
+    assert (status, out, errors.count("\n")) == (1, "", 1)
+    assert re.fullmatch(message + "\n", errors), errors
+    assert "data." not in errors
+
+
+def test_an_output_that_cannot_be_written_is_one_line_before_the_work(prepare, tmp_path, monkeypatch):
+    """As root, whom no permission stops, the system's answer is put in its place."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(EncodeDocuments, "__call__", lambda *_: pytest.fail("begun"))
+    assert prepare("--input", tmp_path / "a.jsonl") == (
+        1,
+        "",
+        f"error: cannot write to the output {tmp_path / 'out'}: Read-only file system; make it writable or choose "
+        "another output directory\n",
+    )
+
+
+def test_on_a_terminal_the_bar_comes_with_the_work_and_goes_with_it(prepare, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"txt": "a"}\n')
+    status, out, errors = prepare("--input", path)
+    assert (status, out) == (1, "") and "no field 'text'" in errors
+    path.write_text('{"text": "a"}\n')
+    status, out, _ = prepare("--input", path, "--overwrite")
+    bar, _, rest = out.partition("1 documents, ")
+    assert status == 0 and "1 tokens" in bar and bar.endswith("\x1b[2K") and "\x1b" not in rest
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_interruption_says_what_is_left(prepare, tmp_path, monkeypatch, begun):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    calls = iter([begun])
+    encode = EncodeDocuments.__call__
+
+    def interrupted(self, numbers):
+        if not next(calls, False):
+            raise KeyboardInterrupt
+        return encode(self, numbers)
+
+    monkeypatch.setattr(EncodeDocuments, "__call__", interrupted)
+    status, _, errors = prepare("--input", tmp_path / "a.jsonl", "--shard-tokens", "1")
+    left = f": {tmp_path / 'out'} is incomplete, run again with --overwrite" if begun else ""
+    assert (status, errors) == (130, f"interrupted{left}\n")

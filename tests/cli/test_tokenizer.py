@@ -65,7 +65,7 @@ def test_bad_lines_are_skipped_and_counted_as_prepare_data_does(tmp_path, capsys
     assert "distinct pieces, 3 lines skipped\n" in capsys.readouterr().out
     assert list((tmp_path / "cache").iterdir())
     first = (tmp_path / "out" / "tokenizer.json").read_bytes()
-    assert _train(tmp_path, GOOD) == 0
+    assert _train(tmp_path, GOOD, "--overwrite") == 0
     assert "lines skipped" not in capsys.readouterr().out
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == first
 
@@ -92,3 +92,20 @@ def test_a_mistake_is_one_line(tmp_path, capsys, line, more, message):
     assert _train(tmp_path, GOOD + line, *more) == 1
     error = capsys.readouterr().err
     assert re.search("^error: .*" + message, error) and error.count("\n") == 1
+
+
+def test_a_tokenizer_is_not_replaced_unless_asked(tmp_path, capsys):
+    earlier = tmp_path / "out" / "tokenizer.json"
+    earlier.parent.mkdir()
+    earlier.write_text("mine")
+    assert _train(tmp_path, GOOD) == 1
+    assert "out holds a tokenizer already: give another --output, or --overwrite" in capsys.readouterr().err
+    assert earlier.read_text() == "mine"
+    assert _train(tmp_path, GOOD, "--overwrite") == 0 and earlier.read_text() != "mine"
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert _train(tmp_path, GOOD) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and re.fullmatch(r"error: .*out cannot be written: File exists; .*\n", printed.err)

@@ -11,7 +11,7 @@ from stellarbyte_jax.data.contiguous import ContiguousDocuments
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS
 from stellarbyte_jax.data.loader import make_loader, measure_loader
 from stellarbyte_jax.data.sources import DataError
-from stellarbyte_jax.tokenizer.codec import load_tokenizer
+from stellarbyte_jax.tokenizer.codec import Tokenizer, load_tokenizer
 
 PAD = 9
 CASES = {  # lengths of the documents, sequence length, most documents in a row, rows
@@ -226,6 +226,47 @@ def test_resuming_is_exact_in_the_middle_of_documents_with_any_workers(data):
         assert loader.state() == states[9]
         loader.restore(states[5])
         _assert_equal([next(loader) for _ in range(9)], batches[5:14])
+
+
+def test_one_long_document_is_encoded_once_and_held_once_for_all_rows(data, tmp_path, monkeypatch):
+    """Every row reads it, each of another epoch."""
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": "".join(chr(97 + n % 23) for n in range(1000))}))
+    encoded, encode_batch = [], Tokenizer.encode_batch
+
+    def recording(self, texts):
+        encoded.extend(texts)
+        return encode_batch(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", recording)
+    config = _replace(data, train=[str(path)], epochs=None)
+    with _loader(config, batch_size=8) as loader:
+        batches, states = [], []
+        for _ in range(40):
+            batches.append(next(loader))
+            states.append(loader.state())
+    assert states[-1]["group"] == 24  # three documents a row so far
+    assert len(encoded) == 1
+    with _loader(config, batch_size=8) as loader:
+        loader.restore(states[17])
+        _assert_equal([next(loader) for _ in range(20)], batches[18:38])
+    assert len(encoded) == 2
+    with _loader(_replace(config, workers=2), batch_size=8) as loader:
+        _assert_equal([next(loader) for _ in range(40)], batches)
+    long = ContiguousDocuments(
+        groups_of(_documents([100]) * 8, 1), batch_size=8, sequence_length=64, max_documents=4, pad=PAD
+    )
+    iterator = iter(long)
+    next(iterator)
+    assert len({id(reading.tokens) for reading in iterator._rows}) == 1
+
+
+def test_fewer_documents_than_rows_are_told(data, texts, caplog):
+    for rows, told in ((len(texts), False), (len(texts) + 1, True)):
+        caplog.clear()
+        _loader(data, batch_size=rows).close()
+        _loader(_replace(data, arrangement="packed"), batch_size=rows).close()
+        assert [f"{len(texts)} documents for {rows} rows" in r.getMessage() for r in caplog.records] == [True] * told
 
 
 def test_validation_starts_again_with_new_documents_in_order(data, texts):

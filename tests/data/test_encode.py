@@ -18,7 +18,7 @@ from stellarbyte_jax.data.encode import (
 from stellarbyte_jax.data.shards import prepare
 from stellarbyte_jax.data.sources import DataError, open_corpus
 from stellarbyte_jax.data.text import TextFormat
-from stellarbyte_jax.tokenizer.codec import load_tokenizer
+from stellarbyte_jax.tokenizer.codec import Tokenizer, load_tokenizer
 
 LINES = '{"text": "ab"}\n{"text": ""}\n{"txt": "x"}\n{"text": "春"}\n{"text": 5}\n{"text": "c<eos>"}\n'
 
@@ -113,6 +113,38 @@ def test_prepared_documents_and_texts_go_together(encoder, ids_of, tokenizer, tm
     expected = [[7, *ids_of(text), 8] for text in ("z", "ab", "xy")]
     assert_group(encode([1, 2, 3, 0]), expected, skipped=1)
     assert_group(encode([1, 0]), [expected[0], expected[2]])
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The texts that were encoded."""
+    texts = []
+    encode_batch = Tokenizer.encode_batch
+
+    def recording(self, batch):
+        texts.extend(batch)
+        return encode_batch(self, batch)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", recording)
+    return texts
+
+
+def test_documents_of_a_small_corpus_are_encoded_once(encoder, ids_of, encoded):
+    encode = encoder(LINES, bos=7, on_error="skip")
+    for _ in range(3):  # the empty one counts nothing, the bad one each time
+        assert_group(encode([0, 3, 0, 2, 2]), [[7, *ids_of(text)] for text in ("ab", "春", "ab")], skipped=2)
+        assert_group(encode([5, 0]), [[7, *ids_of(text)] for text in ("c<eos>", "ab")])
+    assert encoded == ["ab", "春", "c<eos>"]
+
+
+def test_of_a_large_corpus_the_last_group_alone_is_kept(encoder, ids_of, encoded, monkeypatch):
+    encode = encoder("".join(f'{{"text": "{n}"}}\n' for n in range(9)))
+    monkeypatch.setattr("stellarbyte_jax.data.encode._KEPT_BYTES", 3 * 300)
+    for numbers in ([0], [1, 2], [0, 3], [3, 4], [3], [0]):
+        assert_group(encode(numbers), [ids_of(str(number)) for number in numbers])
+    assert encoded == ["0", "1", "2", "3", "4", "0"]
+    assert_group(pickle.loads(pickle.dumps(encode))([0]), [ids_of("0")])
+    assert encoded[6:] == ["0"], "what is kept does not travel"
 
 
 def test_an_encoder_travels_to_a_worker(encoder, ids_of):

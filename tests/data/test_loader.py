@@ -150,6 +150,51 @@ def test_workers_change_neither_batches_nor_states(data):
         _assert_equal(list(loader), expected[5:])
 
 
+def test_a_file_that_is_trained_and_validated_on_is_told(data, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("train", "train/in"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "b.jsonl").write_text('{"text": "b"}\n')
+    os.symlink("train/b.jsonl", "link.jsonl")
+
+    def told(train, validation):
+        caplog.clear()
+        _loader(_replace(data, train=train, validation=validation), "validation").close()
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    for train, validation in (
+        (["train/b.jsonl"], ["train/b.jsonl"]),
+        (["train/**/*.jsonl"], [str(tmp_path / "train" / "b.jsonl")]),
+        (["./train/*.jsonl"], ["link.jsonl", "a.jsonl"]),
+    ):
+        (message,) = told(train, validation)
+        assert f"{validation[0]} is in both data.train and data.validation" in message and "\n" not in message
+        assert "a.jsonl" not in message
+    assert told(["train/b.jsonl"], ["train/in/*.jsonl", "a.jsonl"]) == []
+    assert told([], ["a.jsonl"]) == []
+    caplog.clear()
+    _loader(data).close()
+    assert caplog.records == []
+
+
+def test_a_place_in_a_folder_that_was_moved_is_one_in_the_same_files(data, tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
+    with _loader(_replace(data, train=[str(tmp_path / "[ab].jsonl")])) as loader:
+        batches = [next(loader)]
+        state = loader.state()
+        batches.append(next(loader))
+    (tmp_path / "moved").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        os.rename(tmp_path / name, tmp_path / "moved" / name)
+    moved = _replace(data, train=[str(tmp_path / "moved" / name) for name in ("a.jsonl", "b.jsonl")])
+    with _loader(moved) as loader:
+        loader.restore(state)
+        _assert_equal([next(loader)], batches[1:])
+    (tmp_path / "moved" / "b.jsonl").write_text('{"text": "c"}\n')
+    with _loader(moved) as loader, pytest.raises(DataError, match=r"b\.jsonl: other content than before"):
+        loader.restore(state)
+
+
 def test_restoring_other_data_is_refused(data, tmp_path):
     with _loader(data) as loader:
         state = loader.state()

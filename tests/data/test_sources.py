@@ -197,7 +197,7 @@ BAD_FILES = {
     "glob": ("none*.jsonl", None, r"no file matches '.*none\*\.jsonl'"),
     "empty": ("a.jsonl", b"", r"a\.jsonl is empty"),
     "blank": ("a.jsonl", b"\n\n  \n", r"a\.jsonl holds no documents, only blank lines"),
-    "kind": ("a.txt", b"hello", r"a\.txt: unknown kind of data file; use \.jsonl"),
+    "kind": ("a.csv", b"hello", r"a\.csv: unknown kind of data file; use \.jsonl.*\.arrow, \.txt or"),
     "gzip": ("a.jsonl.gz", b"hello", r"a\.jsonl\.gz: damaged or not gzip"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(b"hello" * 1000)[:-12], r"a\.jsonl\.gz: damaged or not gzip"),
     "empty gzip": ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz holds no documents"),

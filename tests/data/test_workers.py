@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from helpers.processes import alive, until
 
+from stellarbyte_jax.data import workers as workers_module
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.data.workers import Workers, signals_blocked
 
@@ -334,3 +335,23 @@ def test_signals_are_blocked_inside_alone():
     with pytest.raises(RuntimeError), signals_blocked():
         raise RuntimeError
     assert blocked() == before
+
+
+class Marked(Squares):
+    """Each element leaves a file where it is made."""
+
+    def __init__(self, folder, length, size):
+        super().__init__(length, size=size)
+        self.folder = folder
+
+    def __getitem__(self, number):
+        (self.folder / str(number)).touch()
+        return super().__getitem__(number)
+
+
+def test_large_elements_are_not_made_far_ahead(started, tmp_path):
+    workers = started(Marked(tmp_path, 9, workers_module._LARGE), 1)
+    until((tmp_path / "1").exists)
+    time.sleep(0.5)
+    assert len(list(tmp_path.iterdir())) == 2, "one that is being sent, one that waits"
+    assert [square for square, *_ in workers] == [number**2 for number in range(9)]

@@ -17,7 +17,7 @@ def test_what_a_run_leaves_and_says(straight, capsys):
     assert {"checkpoints", "metrics.jsonl", "train.log", "train_config.json", "tokenizer"} <= names
     log = (straight / "train.log").read_text(encoding="utf-8")
     assert "\x1b" not in log and "\r" not in log
-    for part in ("model: vocab_size=1280", "first step after", "step 20/20", "validation", "summary"):
+    for part in ("  model.vocab_size: 1280", "first step after", "step 20/20", "validation", "summary"):
         assert part in log, part
     assert "attention: using xla (cudnn refused: the cpu backend)" in log
     compiling = re.search(r"first step after ([\d.]+) s, ([\d.]+) s of them for XLA", log)

@@ -1,0 +1,144 @@
+"""Data sets on disk, in the layout of ``save_to_disk`` of the datasets package."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from helpers.hostile import is_one_line
+from helpers.record_files import RECORDS
+
+from stellarbyte_jax.data.sources import DataError, open_corpus
+from stellarbyte_jax.data.text import TextFormat, read_text
+from stellarbyte_jax.data.tokenizer_corpus import TokenizerCorpus
+
+STATE = {
+    "_fingerprint": "6f2f3f1b2c1d4e5f",
+    "_format_columns": None,
+    "_format_kwargs": {},
+    "_format_type": None,
+    "_output_all_columns": False,
+    "_split": None,
+}
+
+
+def save(path, *tables, batch=7, **state):
+    """Writes tables as the files of a data set, each as a stream of record batches."""
+    path.mkdir(parents=True)
+    names = [f"data-{number:05d}-of-{len(tables):05d}.arrow" for number in range(len(tables))]
+    for name, table in zip(names, tables, strict=True):
+        with pa.OSFile(str(path / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, max_chunksize=batch)
+    (path / "dataset_info.json").write_text(json.dumps({"features": {}}))
+    files = [{"filename": name} for name in names]
+    (path / "state.json").write_text(json.dumps({**STATE, "_data_files": files, **state}))
+
+
+def _open(tmp_path, path, columns=("text",)):
+    return open_corpus(
+        [str(path)], setting="data.train", columns=columns, fingerprint="f", cache_dir=tmp_path / "cache"
+    )
+
+
+def _texts(corpus, text=None):
+    return [read_text(*corpus.locate(i), text or TextFormat()) for i in range(len(corpus))]
+
+
+def _tables(*parts):
+    return [pa.Table.from_pylist([{"id": 3, **record} for record in part]) for part in parts]
+
+
+def test_the_rows_of_all_files_are_read_in_their_order(tmp_path):
+    save(tmp_path / "set", *_tables(RECORDS[:20], RECORDS[20:]))
+    (tmp_path / "set" / "cache-1.arrow").write_bytes(b"another file, which state.json does not name")
+    text = TextFormat(("title", "text"))
+    corpus = _open(tmp_path, tmp_path / "set", text.columns)
+    assert _texts(corpus, text) == [f"{r['title']}\n{r['text']}" for r in RECORDS]
+    assert _texts(_open(tmp_path, tmp_path / "s*t")) == [r["text"] for r in RECORDS]
+    tokenizer_corpus = TokenizerCorpus(
+        name="c", paths=(str(tmp_path / "set"),), only={"title": "1$"}, cache_dir=str(tmp_path / "cache")
+    )
+    assert list(tokenizer_corpus.documents()) == [r["text"] for r in RECORDS if r["title"].endswith("1")]
+
+
+def test_state_says_which_files_and_in_which_order(tmp_path):
+    names = [{"filename": f"data-{number:05d}-of-00003.arrow"} for number in (2, 0)]
+    save(tmp_path / "set", *_tables(RECORDS[:2], RECORDS[2:4], RECORDS[4:6]), _data_files=names)
+    assert _texts(_open(tmp_path, tmp_path / "set")) == [r["text"] for r in RECORDS[4:6] + RECORDS[:2]]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_columns_of_every_kind_of_string(tmp_path, kind):
+    values = pa.array(["a", None, "春"]).cast(kind) if pa.types.is_large_string(kind) else pa.array(["a", None, "春"])
+    table = pa.table({"text": values if pa.types.is_large_string(kind) else values.dictionary_encode()})
+    save(tmp_path / "set", table)
+    corpus = _open(tmp_path, tmp_path / "set")
+    assert [read_text(*corpus.locate(i), TextFormat()) for i in (0, 2)] == ["a", "春"]
+    with pytest.raises(DataError, match=r"data-00000-of-00001\.arrow row 2: field 'text' must be .*leave such rows"):
+        read_text(*corpus.locate(1), TextFormat())
+
+
+def _cut(path, count):
+    file = path / "data-00000-of-00001.arrow"
+    file.write_bytes(file.read_bytes()[:-count])
+
+
+def _end(path):
+    """Cuts the file where a record batch ends: what is left looks like a stream without an end."""
+    _cut(path, 8)
+
+
+DAMAGED = {
+    "no column": (lambda p: None, ("body",), r"arrow: no column 'body'; it has id, text, title; name one of these"),
+    "no strings": (lambda p: None, ("id",), r"arrow: column 'id' must hold strings, it holds int64"),
+    "cut": (lambda p: _cut(p, 100), ("text",), r"arrow: the Arrow stream is cut off"),
+    "cut between batches": (_end, ("text",), r"arrow: the Arrow stream is cut off"),
+    "no stream": (
+        lambda p: (p / "data-00000-of-00001.arrow").write_bytes(b"ARROW1" * 9),
+        ("text",),
+        r"arrow: cannot be read as a stream of Arrow batches",
+    ),
+    "missing": (
+        lambda p: (p / "data-00000-of-00001.arrow").unlink(),
+        ("text",),
+        r"set: data-00000-of-00001\.arrow is missing; copy the data set again",
+    ),
+    "state": (lambda p: (p / "state.json").write_text("{"), ("text",), r"state\.json.*copy the data set again"),
+    "no list": (lambda p: (p / "state.json").write_text("{}"), ("text",), r"state\.json: no list _data_files"),
+    "elsewhere": (
+        lambda p: (p / "state.json").write_text('{"_data_files": [{"filename": "../x.arrow"}]}'),
+        ("text",),
+        r"_data_files must name files of this directory",
+    ),
+    "none": (lambda p: (p / "state.json").write_text('{"_data_files": []}'), ("text",), "_data_files must name files"),
+    "selection": (
+        lambda p: (p / "state.json").write_text(
+            '{"_data_files": [{"filename": "a"}], "_indices_files": [{"filename": "indices.arrow"}]}'
+        ),
+        ("text",),
+        r"selection of rows .*flatten_indices\(\)\.save_to_disk",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_cannot_be_read_is_one_line(tmp_path, case):
+    damage, columns, message = DAMAGED[case]
+    save(tmp_path / "set", *_tables(RECORDS))
+    damage(tmp_path / "set")
+    with pytest.raises(DataError, match=message) as caught:
+        _open(tmp_path, tmp_path / "set", columns)
+    assert is_one_line(caught.value)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_of_several_splits_one_is_to_be_named(tmp_path):
+    for split in ("train", "validation"):
+        save(tmp_path / "sets" / split, *_tables(RECORDS[:3]))
+    (tmp_path / "sets" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    with pytest.raises(DataError) as caught:
+        _open(tmp_path, tmp_path / "sets")
+    assert str(caught.value) == (
+        f"{tmp_path / 'sets'} holds the splits train, validation: name the directory of one, such as "
+        f"data.train={tmp_path / 'sets' / 'train'}"
+    )
+    assert len(_open(tmp_path, tmp_path / "sets" / "train")) == 3
