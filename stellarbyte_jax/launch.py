@@ -74,6 +74,19 @@ def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(failure)
 
 
+def environment_facts() -> dict[str, str | int]:
+    """What a run stands on: versions, cores and devices, by name."""
+    devices = jax.devices()
+    return {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count() or 0,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+    }
+
+
 def environment() -> str:
     """One line on what the run stands on."""
     devices = jax.devices()

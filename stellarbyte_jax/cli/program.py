@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": Command("generate", "generate.py", "continue prompts"),
     "chat": Command("generate", "generate.py", "talk to a model whose tokenizer has a chat template", ("--chat",)),
     "convert": Command("convert", "convert.py", "checkpoints to and from the Hugging Face format"),
+    "report": Command("report", "report.py", "a page with the plots of a run, or of several"),
     "tokenizer": Command("tokenizer", "train_tokenizer.py", "train a tokenizer"),
     "prepare": Command("prepare", "prepare_data.py", "tokenize data once, before training"),
     "info": Command("info", "model_info.py", "tell what a model is and costs"),

@@ -229,7 +229,9 @@ class TrainConfig(Section):
       seed: of initial weights, dropout and the order of documents
       ema_decay: decay rate of an average of the weights, used for validation and export; none: no average
       sample_prompts: texts that are continued at the end of the run
+      sample_interval: optimizer steps between rounds of sample_prompts during training; none: no round before the end
       export_at_end: writes output_dir/hf at the end; the model must be one that a Hugging Face family expresses
+      report_at_end: writes output_dir/report.html at the end, a page with plots; needs the extra report
       model: the network
       data: documents, and how they become batches
       optimizer: the update rule
@@ -248,7 +250,9 @@ class TrainConfig(Section):
     seed: NonNegativeInt = 0
     ema_decay: Fraction | None = None
     sample_prompts: tuple[str, ...] = ()
+    sample_interval: PositiveInt | None = None
     export_at_end: bool = False
+    report_at_end: bool = False
     model: ByteConfig = field(default_factory=ByteConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -265,6 +269,11 @@ class TrainConfig(Section):
             self.global_batch_size % self.gradient_accumulation_steps == 0,
             f"global_batch_size {self.global_batch_size} is not divisible by "
             f"gradient_accumulation_steps {self.gradient_accumulation_steps}",
+        )
+        require(
+            self.sample_interval is None or len(self.sample_prompts) > 0,
+            f"sample_interval={self.sample_interval} would change nothing without sample_prompts: name prompts, or set "
+            "sample_interval=none",
         )
         require(
             self.schedule.warmup_steps + (self.schedule.decay_steps or 0) <= self.steps,

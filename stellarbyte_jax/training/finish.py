@@ -1,4 +1,4 @@
-"""What a run does when it is over: an exported directory, samples of text. What is done is noted and not repeated."""
+"""What a run does when it is over: an exported directory, samples of text, a report. What is done is not repeated."""
 
 import json
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.families import export_family
 from stellarbyte_jax.hf.files import clear_abandoned
-from stellarbyte_jax.inference.request import Request
-from stellarbyte_jax.inference.text import encode_prompt, generate_text
 from stellarbyte_jax.launch import write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
-from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.directory import write_json
+from stellarbyte_jax.training import plots, samples
+from stellarbyte_jax.training.report import REPORT, make_page, write_page
+from stellarbyte_jax.training.samples import Sampler
 
 _NOTE = "finished.json"  # in the run's directory: the last step, and what was done after it
 
@@ -28,14 +28,9 @@ def check(config: TrainConfig) -> None:
     """Raises ValueError at the start of a run where its end could not be done."""
     if config.export_at_end:
         export_family(config.model)
-    if config.sample_prompts:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        for prompt in config.sample_prompts:
-            row = encode_prompt(tokenizer, prompt, add_bos=config.data.add_bos)
-            try:
-                Request.make(config.model, [row], max_new_tokens=_sample_tokens(config))
-            except ValueError as error:
-                raise ValueError(f"sample_prompts: {prompt[:40]!r} cannot be continued: {error}") from None
+    samples.check(config)
+    if config.report_at_end:
+        plots.check("report_at_end=true")
 
 
 def recover(config: TrainConfig) -> None:
@@ -58,24 +53,26 @@ def finish(
     params: Params,
     step: int,
     say: Callable[[str], None],
+    sampler: Sampler,
     validation_loss: float | None = None,
 ) -> Path | None:
-    """Exports and prints samples as the settings ask for, unless that was done after this step already.
+    """Exports, prints samples and writes a report as the settings ask for, unless that was done after this step.
 
     Args:
       config: of the run.
       model: its network.
       params: its weights.
       step: the last one.
-      say: takes the samples' lines.
+      say: takes lines.
+      sampler: makes the samples. Where a signal stops it, the next call does what is left.
       validation_loss: of these weights, where it is known.
 
     Returns:
       The exported directory, where one is asked for.
     """
-    note = Path(config.output_dir) / _NOTE
+    run_dir = Path(config.output_dir)
+    note, target, report = run_dir / _NOTE, run_dir / EXPORT, run_dir / REPORT
     done = _read(note, step)
-    target = Path(config.output_dir) / EXPORT
     if config.export_at_end and not (done.get("exported") and target.is_dir()):
         try:
             export(config, model, params, training_facts(config, step, validation_loss))
@@ -83,39 +80,32 @@ def finish(
             raise write_failure(target, error) from error
         done["exported"] = True
         _write(note, done)
-    prompts = list(config.sample_prompts)
-    if prompts and done.get("sample_prompts") != prompts:
-        samples(config, model, params, say)
-        done["sample_prompts"] = prompts
+    if sampler.missing(step):
+        sampler.sample(params, step, say)
+        done.pop("reported", None)  # it lacks them
+    if config.report_at_end and not sampler.stopped() and not (done.get("reported") and report.is_file()):
+        page, _ = make_page([run_dir])
+        try:
+            write_page(report, page)
+        except OSError as error:
+            raise write_failure(report, error) from error
+        say(f"report: {report}")
+        done["reported"] = True
         _write(note, done)
     return target if config.export_at_end else None
+
+
+def is_done(config: TrainConfig, step: int, sampler: Sampler) -> bool:
+    """Whether nothing is left of what :func:`finish` does after this step."""
+    run_dir = Path(config.output_dir)
+    reported = not config.report_at_end or _read(run_dir / _NOTE, step).get("reported", False)
+    return reported and not sampler.missing(step)
 
 
 def export(config: TrainConfig, model: ByteTransformer, params: Params, training: TrainingFacts | None = None) -> None:
     """Writes ``output_dir/hf`` anew; its model card tells the facts of ``training``."""
     target, tokenizer = Path(config.output_dir) / EXPORT, tokenizer_of(config.output_dir, config)
     save_pretrained(target, model, params, tokenizer=tokenizer, overwrite=True, training=training)
-
-
-def samples(config: TrainConfig, model: ByteTransformer, params: Params, say: Callable[[str], None]) -> None:
-    """Continues ``sample_prompts`` and prints the texts."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    texts = generate_text(
-        model,
-        params,
-        tokenizer,
-        list(config.sample_prompts),
-        max_new_tokens=_sample_tokens(config),
-        temperature=0.8,
-        top_k=40,
-        add_bos=config.data.add_bos,
-    )
-    for prompt, text in zip(config.sample_prompts, texts, strict=True):
-        say(f"sample: {prompt}|{text}")
-
-
-def _sample_tokens(config: TrainConfig) -> int:
-    return min(64, config.model.max_position_embeddings // 2)
 
 
 def _write(note: Path, done: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ class Meter:
     Attributes:
       rates: tokens a second, of each line.
       last: numbers of the last step that was read.
+      tokens: of the steps that were read and of earlier starts, without padding; None where those did not count.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class Meter:
         parameters: int,
         show: Callable[[int, dict[str, float], bool], None],
         skipped: Callable[[], int],
+        seconds: float | None = 0.0,
+        tokens: int | None = 0,
     ) -> None:
         """Begins to count.
 
@@ -49,15 +52,28 @@ class Meter:
           parameters: number of weights.
           show: takes each step's number, its metrics, and whether they are due for lines and trackers.
           skipped: number of unusable lines that were left out so far.
+          seconds: of training, of earlier starts; None where they did not count.
+          tokens: that earlier starts trained on; None likewise.
         """
         self._steps_in_all, self._interval = config.steps, config.logging.interval
         self._flops = flops_per_token(config.model, parameters, config.data.sequence_length)
-        self._tokens = config.global_batch_size * config.data.sequence_length
+        self._step_tokens = config.global_batch_size * config.data.sequence_length
         self._show, self._skipped = show, skipped
         self._pending: tuple[int, Metrics] | None = None
         self.rates: list[float] = []
         self.last: dict[str, float] = {}
+        self._earlier, self._began, self.tokens = seconds, time.perf_counter(), tokens
         self.reset()
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training so far, everything in it (compilation, validation, checkpoints) and earlier starts included."""
+        return None if self._earlier is None else self._earlier + time.perf_counter() - self._began
+
+    def totals(self) -> dict[str, float]:
+        """``wall_seconds`` and ``tokens`` of the whole run so far, where all its starts counted them."""
+        totals = {"wall_seconds": self.seconds, "tokens": self.tokens}
+        return {name: total for name, total in totals.items() if total is not None}
 
     def reset(self) -> None:
         """Begins a new interval of speed."""
@@ -91,7 +107,10 @@ class Meter:
         values = _numbers(jax.device_get(metrics))
         finite = values.pop("finite", True)
         self._steps += 1
-        self._read_tokens += self._tokens * (1 - values.get("padding", 0.0))
+        tokens = self._step_tokens * (1 - values.get("padding", 0.0))
+        self._read_tokens += tokens
+        if self.tokens is not None:
+            self.tokens += round(tokens)
         what = [name for name in ("loss", "gradient_norm") if not np.isfinite(values.get(name, 0.0))]
         if what or not finite:
             found = f"the {what[0].replace('_', ' ')} is {values[what[0]]}" if what else "the update is not finite"
@@ -99,7 +118,7 @@ class Meter:
         speed = {}
         if self._steps > 1 or self.rates:
             speed = speed_metrics(self._read_tokens, time.perf_counter() - self._since, self._flops)
-        self.last = {**values, **speed, **memory_metrics()}
+        self.last = {**values, **speed, **memory_metrics(), **self.totals()}
         if self._skipped():
             self.last["skipped_lines"] = float(self._skipped())
         due = step % self._interval == 0 or step == self._steps_in_all

@@ -31,6 +31,9 @@ class Progress:
       validated: step of the last validation.
       validation: what that was measured on.
       last_loss: that validation's loss; None where it was not finite, or a version wrote this that did not keep it.
+      seconds: of training, over all starts, without steps that a kill lost; None: an older version began the run, and
+        did not count.
+      tokens: that were trained on, without padding, over all starts; None likewise.
     """
 
     best_loss: float | None = None
@@ -39,6 +42,8 @@ class Progress:
     validated: int | None = None
     validation: dict[str, Any] | None = None
     last_loss: float | None = None
+    seconds: float | None = 0.0
+    tokens: int | None = 0
 
     def measured(self, step: int, loss: float, on: dict[str, Any]) -> None:
         """Counts a validation loss; ``stale`` is 0 where it is the best so far."""
@@ -176,6 +181,8 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
         validated=data.get("validated", validated),
         validation=data.get("validation"),
         last_loss=data.get("last_loss"),
+        seconds=data.get("seconds"),
+        tokens=data.get("tokens"),
     )
     return Resumed(state, progress, data["loader"])
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,11 +23,13 @@ from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import token_byte_lengths
 from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.training import begin, finish, resume
+from stellarbyte_jax.training import begin, finish, messages, resume
 from stellarbyte_jax.training.console import Reporter, format_metrics
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Progress, Resumed
+from stellarbyte_jax.training.samples import Sample, Sampler
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
 from stellarbyte_jax.training.step import make_eval_step, make_train_step
 from stellarbyte_jax.training.trackers import make_trackers
@@ -68,6 +70,7 @@ class _Run:
     loader: Loader
     validation: Loader | None
     publish: Callable[[int, dict[str, float]], None]
+    sampler: Sampler
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., tuple[dict[str, jax.Array], State]]
     meter: Meter
@@ -134,7 +137,7 @@ def _prepare(
         resumed.progress.unvalidated = True  # the last step, of a run that was to be longer
     validates = resumed.progress.unvalidated and bool(config.data.validation)
     if (start == total and not validates) or resumed.progress.exhausted(config.evaluation.patience):
-        return _over(config, model, resumed, report)
+        return _over(config, model, resumed, report, interrupt)
     loader = stack.enter_context(contextlib.closing(_open_loader(config, "train")))
     validation = None
     if config.data.validation:
@@ -145,7 +148,7 @@ def _prepare(
         report.line(f"resumed at step {start} from {run_dir}")
     elif found is not None:
         report.line(f"starting from the weights in {run_dir}")
-    _keep(config, run_dir)
+    _keep(config, run_dir, parameters)
     report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
     trackers = make_trackers(config, start, validated=not validates)
     for tracker in trackers:
@@ -154,6 +157,10 @@ def _prepare(
     def publish(step: int, metrics: dict[str, float]) -> None:
         for tracker in trackers:
             tracker.log(step, metrics)
+
+    def publish_samples(step: int, samples: Sequence[Sample]) -> None:
+        for tracker in trackers:
+            tracker.samples(step, samples)
 
     def show(step: int, metrics: dict[str, float], due: bool) -> None:
         report.step(step, total, metrics, due=due)
@@ -178,17 +185,22 @@ def _prepare(
         loader=loader,
         validation=validation,
         publish=publish,
+        sampler=Sampler(config, model, start, lambda: interrupt.signal is not None, publish_samples),
         train_step=jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0),
         eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V)),
-        meter=Meter(config, parameters, show, lambda: loader.skipped),
+        meter=Meter(
+            config, parameters, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens
+        ),
     )
 
 
-def _keep(config: TrainConfig, run_dir: Path) -> None:
-    """Writes the settings, and a copy of the tokenizer: checkpoints stay readable when the original moves."""
+def _keep(config: TrainConfig, run_dir: Path, parameters: int) -> None:
+    """Writes settings, environment, and a copy of the tokenizer: checkpoints stay readable when the original moves."""
     target = run_dir / "train_config.json"
     try:
         write_json(target, config.to_dict())
+        target = run_dir / ABOUT
+        write_json(target, about(parameters))
         target = run_dir / TOKENIZER
         copy_tokenizer(config.data.tokenizer, target, kept_ids(target, config.data.tokenizer, config.model.vocab_size))
     except OSError as error:
@@ -204,6 +216,9 @@ def _loop(run: _Run, start: int) -> Finished:
     saved = start
     if run.progress.unvalidated and (ended := _make_up(run, start)) is not None:
         return ended
+    _sample(run, start)  # a signal may have come before, or among them
+    if run.interrupt.signal is not None and run.sampler.due(start):
+        return Finished(run.interrupt.exit_code, start, "signal")
     for step in range(start + 1, config.steps + 1):
         batch = next(run.loader, None)
         if batch is None:
@@ -215,7 +230,7 @@ def _loop(run: _Run, start: int) -> Finished:
         run.meter.push(step, metrics)
         if step == start + 1:
             run.meter.flush()
-            run.report.line(_first_step(time.perf_counter() - run.began, run.cache))
+            run.report.line(messages.first_step(time.perf_counter() - run.began, run.cache))
             run.meter.reset()
 
         last = step == config.steps
@@ -223,8 +238,10 @@ def _loop(run: _Run, start: int) -> Finished:
         if run.validation is not None and (last or step % config.evaluation.interval == 0):
             loss = _validate(run, step, run.validation)
         better = loss is not None and run.progress.stale == 0
-        stopped = run.interrupt.signal is not None
         exhausted = not last and run.progress.exhausted(patience)
+        if not last and not exhausted:  # the end of a run has its own
+            _sample(run, step)
+        stopped = run.interrupt.signal is not None
         due = step % config.checkpoint.interval == 0 or (better and config.checkpoint.keep_best)
         if last or stopped or exhausted or due:
             _save(run, step, loss)
@@ -252,7 +269,7 @@ def _make_up(run: _Run, step: int) -> Finished | None:
 def _data_ended(run: _Run, step: int, saved: int) -> Finished:
     """The end of a run whose data ended before its steps: as any end, with a validation and a checkpoint."""
     run.meter.flush()
-    run.report.line(_end_of_data(run.config, step))
+    run.report.line(messages.end_of_data(run.config, step))
     loss = None
     if run.validation is not None and run.progress.validated != step:
         loss = _validate(run, step, run.validation)
@@ -263,40 +280,35 @@ def _data_ended(run: _Run, step: int, saved: int) -> Finished:
     return Finished(0, step, "data")
 
 
-def _end_of_data(config: TrainConfig, step: int) -> str:
-    text = f"the data ended after {config.data.epochs} epochs, at step {step} of {config.steps}"
-    if step == 0:
-        return text
-    schedule = make_schedule(config)
-    ended, end = (float(np.asarray(schedule(s - 1))) / config.optimizer.learning_rate for s in (step, config.steps))
-    if math.isclose(ended, end, rel_tol=1e-3):
-        return text
-    return (
-        f"{text}, with the learning rate at {ended:.3g} of its peak: the schedule comes to its end, {end:.3g}, "
-        f"at step {config.steps}. With steps={step} and another output_dir it ends with the data"
-    )
-
-
 def _finish(run: _Run, ended: Finished) -> Finished:
     """Waits for the last checkpoint, and makes of a run that came to its end what the settings ask for."""
     config, report = run.config, run.report
     report.end_bar()
     run.checkpointer.wait()
     if run.interrupt.signal is not None:
-        name = signal.Signals(run.interrupt.signal).name
-        left = "goes on from there" if ended.step < run.total else "does what is left to do after it"
-        report.line(f"{name}: stopped at step {ended.step} of {run.total}; the same command {left}")
-        return Finished(run.interrupt.exit_code, ended.step, "signal")
+        return _stopped(run, ended.step)
     if ended.ended_by == "patience":
         report.line(_early(run.progress, ended.step))
     run.lock.check()
     loss = run.progress.loss_at(ended.step)
-    exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, loss)
+    exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, run.sampler, loss)
     report.table("summary", _summary(run, ended.step, exported))
-    return ended
+    if run.interrupt.signal is None or finish.is_done(config, ended.step, run.sampler):
+        return ended
+    return _stopped(run, ended.step)
 
 
-def _over(config: TrainConfig, model: ByteTransformer, resumed: Resumed, report: Reporter) -> Finished:
+def _stopped(run: _Run, step: int) -> Finished:
+    assert run.interrupt.signal is not None
+    left = "goes on from there" if step < run.total else "does what is left to do after it"
+    name = signal.Signals(run.interrupt.signal).name
+    run.report.line(f"{name}: stopped at step {step} of {run.total}; the same command {left}")
+    return Finished(run.interrupt.exit_code, step, "signal")
+
+
+def _over(
+    config: TrainConfig, model: ByteTransformer, resumed: Resumed, report: Reporter, interrupt: Interrupt
+) -> Finished:
     """A run that has no step left: does what is missing of its end."""
     step = int(resumed.state.step)
     if step == config.steps:
@@ -307,7 +319,10 @@ def _over(config: TrainConfig, model: ByteTransformer, resumed: Resumed, report:
         )
     else:
         report.line(f"{_early(resumed.progress, step)}. A larger evaluation.patience goes on")
-    finish.finish(config, model, resumed.state.averaged, step, report.line, resumed.progress.loss_at(step))
+    sampler, loss = Sampler(config, model, step, lambda: interrupt.signal is not None), resumed.progress.loss_at(step)
+    finish.finish(config, model, resumed.state.averaged, step, report.line, sampler, loss)
+    if interrupt.signal is not None and not finish.is_done(config, step, sampler):
+        return Finished(interrupt.exit_code, step, "signal")
     return Finished(0, step, "steps" if step >= config.steps else "patience")
 
 
@@ -331,8 +346,18 @@ def _validate(run: _Run, step: int, batches: Loader) -> float | None:
             return None
         run.progress.measured(step, validated["loss"], measured_on(batches, limit))
         run.report.line(f"step {step}/{run.total}  validation  {format_metrics(validated)}")
-        run.publish(step, {f"validation/{name}": value for name, value in validated.items()})
+        named = {f"validation/{name}": value for name, value in validated.items()}
+        run.publish(step, {**named, **run.meter.totals()})
     return validated["loss"]
+
+
+def _sample(run: _Run, step: int) -> None:
+    """Continues the prompts, where that is due after this step."""
+    if not run.sampler.due(step):
+        return
+    run.meter.flush()
+    with run.meter.paused():
+        run.sampler.sample(run.state.averaged, step, lambda text: run.report.line(f"step {step}/{run.total}  {text}"))
 
 
 def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
@@ -342,6 +367,7 @@ def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
     run.lock.check()
     with run.meter.paused():
         place = run.loader.state()
+        run.progress.seconds, run.progress.tokens = run.meter.seconds, run.meter.tokens
         resume.save(run.checkpointer, run.config, run.state, step, place, run.progress, validation_loss)
 
 
@@ -353,15 +379,6 @@ def _open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> 
         seed=config.seed,
         vocab_size=config.model.vocab_size,
         transform=jax.device_put,
-    )
-
-
-def _first_step(seconds: float, cache: CompileCache) -> str:
-    warmth = f"{cache.misses} programs compiled" if cache.misses else "every program found"
-    temperature = "cold" if cache.misses else "warm"
-    return (
-        f"first step after {seconds:.1f} s, {cache.compile_seconds:.1f} s of them for XLA "
-        f"(compile cache {temperature}: {warmth})"
     )
 
 

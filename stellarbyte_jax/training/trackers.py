@@ -2,19 +2,25 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from stellarbyte_jax.command import MendableError, one_line
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.launch import write_failure
+from stellarbyte_jax.training.jsonl import keep_lines
+from stellarbyte_jax.training.samples import Sample
 
 
 class Tracker(Protocol):
-    """Receives numbers by step."""
+    """Receives numbers and texts by step."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Takes the metrics of one optimizer step."""
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Takes a round of prompts and their continuations."""
 
     def close(self) -> None:
         """Writes out what is pending."""
@@ -25,19 +31,12 @@ class JsonlTracker:
 
     def __init__(self, path: Path, start_step: int, *, validated: bool = True) -> None:
         """Opens the file for the steps after ``start_step``, and for its validation where that is not ``validated``."""
-        earlier = []
-        if path.exists():
-            for line in path.read_bytes().splitlines():
-                try:
-                    metrics = json.loads(line)
-                    again = metrics["step"] == start_step and not validated and "validation/loss" in metrics
-                    if metrics["step"] <= start_step and not again:
-                        earlier.append(line)
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    continue  # a line cut short by a kill, or damaged
-        partial = path.with_name(path.name + ".partial")  # a kill in the middle of it loses nothing
-        partial.write_bytes(b"".join(line + b"\n" for line in earlier))
-        partial.replace(path)
+
+        def keep(line: dict[str, Any]) -> bool:
+            again = line["step"] == start_step and not validated and "validation/loss" in line
+            return line["step"] <= start_step and not again
+
+        keep_lines(path, keep)
         self._path = path
         self._file = path.open("a", encoding="utf-8")
 
@@ -48,6 +47,9 @@ class JsonlTracker:
             self._file.flush()
         except OSError as error:
             raise write_failure(self._path, error) from error
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """They have a file of their own: :class:`samples.SampleFile`."""
 
     def close(self) -> None:
         """Closes the file."""
@@ -69,6 +71,12 @@ class TensorBoardTracker:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Writes texts, indented: TensorBoard takes them for Markdown, and shows such lines as they are."""
+        for number, (prompt, text) in enumerate(samples, 1):
+            lines = f"{prompt}|{text}".splitlines()
+            self._writer.add_text(f"samples/{number}", "".join(f"    {line}\n" for line in lines), step)
+
     def close(self) -> None:
         """Flushes and closes the event file."""
         self._writer.close()
@@ -81,6 +89,7 @@ class WandbTracker:
         """Starts or continues the run named after the output directory."""
         import wandb  # pyright: ignore[reportMissingImports]
 
+        self._wandb: Any = wandb
         name = Path(config.output_dir).name
         try:
             self._run: Any = wandb.init(
@@ -100,6 +109,11 @@ class WandbTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Sends scalars."""
         self._run.log(metrics, step=step)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Sends a table of prompts and texts."""
+        table = self._wandb.Table(columns=["prompt", "text"], data=[list(sample) for sample in samples])
+        self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         """Ends the run."""
@@ -122,6 +136,11 @@ class SwanLabTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Sends scalars."""
         self._swanlab.log(metrics, step=step)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Sends a text for each prompt."""
+        texts = [self._swanlab.Text(text, caption=prompt) for prompt, text in samples]
+        self._swanlab.log({"samples": texts}, step=step)
 
     def close(self) -> None:
         """Ends the experiment."""

@@ -48,6 +48,7 @@ from stellarbyte_jax.config import (
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay must be"),
         (TrainConfig, {"output_dir": " "}, "output_dir is empty: name a directory for the run, such as runs/first"),
         (TrainConfig, {"init_from": ""}, "init_from is empty: name a directory, or none"),
+        (TrainConfig, {"sample_interval": 5}, "sample_interval=5 would change nothing without sample_prompts: name"),
     ],
 )
 def test_contradictions_are_refused(section, settings, message):

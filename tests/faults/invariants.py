@@ -13,7 +13,7 @@ from .program import STEPS
 
 _TOP = {
     *("checkpoints", "corrupt", "hf", "metrics.jsonl", "train.log", "train_config.json", "tokenizer", "run.lock"),
-    "finished.json",
+    *("finished.json", "about.json", "samples.jsonl", "report.html"),
 }
 _NUMBERS = ("loss", "gradient_norm", "learning_rate", "validation/loss")
 

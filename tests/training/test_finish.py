@@ -1,8 +1,9 @@
-"""The end of a run: texts that go on from prompts as documents do, and an export in which every number is the run's."""
+"""The end of a run: an export in which every number is the run's, and what is done once, or made up for later."""
 
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.hf import directory
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
-from stellarbyte_jax.training import finish
+from stellarbyte_jax.training import finish, plots
+from stellarbyte_jax.training.samples import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -47,64 +49,6 @@ def weights(config, seed=0):
     return jax.tree.map(
         lambda leaf: random.normal(size=leaf.shape).astype(np.float32), param_shapes(ByteTransformer(config.model))
     )
-
-
-def always_saying(config, token):
-    """Weights by which every next token is this one: all others have no logit at all."""
-    params = jax.tree.map(np.zeros_like, weights(config))
-    params["embed"]["embedding"][:] = 1
-    params["final_norm"]["scale"][:] = 1
-    params["lm_head"]["kernel"][:, token] = 10
-    return params
-
-
-def said_by(config, params):
-    said = []
-    finish.samples(config, ByteTransformer(config.model), params, said.append)
-    return said
-
-
-def test_every_prompt_is_continued(run, tokenizer):
-    """As many tokens as half of the positions; the end of a text ends it before."""
-    config = run(sample_prompts=("春", "Hi [b]there"))
-    (letter,) = tokenizer.encode("a")
-    assert said_by(config, always_saying(config, letter)) == [
-        f"sample: 春|{'a' * 16}",
-        f"sample: Hi [b]there|{'a' * 16}",
-    ]
-    assert said_by(config, always_saying(config, tokenizer.eos_id)) == ["sample: 春|", "sample: Hi [b]there|"]
-
-
-@pytest.mark.parametrize(("positions", "longest"), [(17, 8), (32, 16), (129, 64), (4096, 64)])
-def test_how_texts_are_sampled(run, monkeypatch, positions, longest):
-    asked = []
-    monkeypatch.setattr(finish, "generate_text", lambda *args, **kwargs: asked.append((args, kwargs)) or ["x", "y"])
-    for add_bos in (True, False):
-        config = run(positions, sample_prompts=("a", "b"), add_bos=add_bos)
-        model, params, said = ByteTransformer(config.model), {"some": "weights"}, []
-        finish.samples(config, model, params, said.append)
-        assert said == ["sample: a|x", "sample: b|y"]
-        (args, kwargs) = asked.pop()
-        assert args[:2] == (model, params) and args[3] == ["a", "b"]
-        assert kwargs == {"max_new_tokens": longest, "temperature": 0.8, "top_k": 40, "add_bos": add_bos}
-
-
-def test_texts_begin_as_documents_do(run, tokenizer):
-    """A model that repeats the first token of a text alone, by the embedding: of bos, or of the prompt."""
-    for add_bos in (True, False):
-        config = run(sample_prompts=("a",), add_bos=add_bos)
-        (a,), (b,), (c,) = map(tokenizer.encode, "abc")
-        params = always_saying(config, 0)
-        params["embed"]["embedding"][:] = 0
-        params["embed"]["embedding"][[a, c], 0] = 1
-        params["embed"]["embedding"][[tokenizer.bos_id, b], 1] = 1
-        params["layers"]["0"]["attn_norm"]["scale"][:] = 1
-        params["layers"]["0"]["attn"]["v"][0, 1, :, 0] = 1
-        params["layers"]["0"]["attn"]["o"][0, :, 0, 2] = 50
-        params["lm_head"]["kernel"][:] = 0
-        params["lm_head"]["kernel"][0, c] = 20
-        params["lm_head"]["kernel"][2, b] = 100
-        assert said_by(config, params) == [f"sample: a|{('b' if add_bos else 'c') * 16}"]
 
 
 def test_an_export_holds_the_weights_and_the_tokenizer(run, tokenizer, tmp_path):
@@ -161,10 +105,11 @@ def test_a_folder_that_is_moved_while_an_export_is_written_gets_none_in_its_plac
     assert not list((tmp_path / "run").iterdir())
 
 
-def finished(config, step=5, params=None, loss=None):
+def finished(config, step=5, params=None, loss=None, stopped=False):
     """What is said, and what is exported, at the end of a run."""
-    said = []
-    made = finish.finish(config, ByteTransformer(config.model), params or weights(config), step, said.append, loss)
+    said, model = [], ByteTransformer(config.model)
+    sampler = Sampler(config, model, step, lambda: stopped)
+    made = finish.finish(config, model, params or weights(config), step, said.append, sampler, loss)
     return said, made
 
 
@@ -209,7 +154,7 @@ def test_what_is_missing_is_done_later(run, tmp_path, monkeypatch):
         raise OSError("no space")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(finish, "samples", fail)
+        patch.setattr(Sampler, "sample", fail)
         finished(config)
     assert target.is_dir()  # samples that fail keep no export from being made
     with monkeypatch.context() as patch:
@@ -219,6 +164,10 @@ def test_what_is_missing_is_done_later(run, tmp_path, monkeypatch):
     assert finished(config) == ([], target)
     assert target.is_dir()
     (tmp_path / "run" / "finished.json").write_text("[broken")
+    written = (target / "model.safetensors").stat().st_mtime_ns
+    assert finished(config) == ([], target), "samples.jsonl says what was sampled"
+    assert (target / "model.safetensors").stat().st_mtime_ns > written
+    (tmp_path / "run" / "samples.jsonl").unlink()
     assert len(finished(config)[0]) == 1
 
 
@@ -243,3 +192,28 @@ def test_a_model_that_no_family_expresses_is_refused_at_the_start(run):
     with pytest.raises(ValueError, match="position_embedding is 'xpos', only 'rope' exists there; qk_norm is true, "):
         finish.check(config)
     finish.check(dataclasses.replace(config, export_at_end=False))
+
+
+def test_a_report_needs_matplotlib_at_the_start(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    finish.check(run())
+    with pytest.raises(ModuleNotFoundError, match=r"report_at_end=true needs matplotlib, .*'\.\[report\]'"):
+        finish.check(run(report_at_end=True))
+
+
+def test_what_a_signal_leaves_undone_is_done_later_and_a_report_has_what_came_after_it(run, tmp_path, monkeypatch):
+    config, report = run(sample_prompts=("a",), report_at_end=True), tmp_path / "run" / "report.html"
+    report.parent.mkdir()
+    (report.parent / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n')
+    monkeypatch.setattr(plots, "check", lambda asked: None)
+    monkeypatch.setattr(plots, "draw", lambda *args: b"png")
+    sampler = Sampler(config, ByteTransformer(config.model), 5, lambda: True)
+    assert finished(config, stopped=True) == ([], None) and not report.exists()
+    assert not finish.is_done(config, 5, sampler)
+    assert finished(config)[0][1:] == [f"report: {report}"]
+    assert finish.is_done(config, 5, Sampler(config, ByteTransformer(config.model), 5, lambda: True))
+    assert "<b>a</b>" in report.read_text(encoding="utf-8")
+    assert finished(config) == ([], None)
+    more = dataclasses.replace(config, sample_prompts=("a", "b"))
+    assert len(finished(more)[0]) == 3 and "<b>b</b>" in report.read_text(encoding="utf-8")

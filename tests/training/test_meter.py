@@ -114,3 +114,27 @@ def test_speed_counts_no_padding(clock):
     made.flush()
     assert shown[3][1]["tokens_per_second"] == pytest.approx(tokens * (0.75 + 0.25) / 2)
     assert shown[3][1]["padding"] == 0.75
+
+
+def test_time_and_tokens_go_on_from_earlier_starts(clock):
+    """All of the time counts, pauses too; padding is no token."""
+    shown, config = [], settings(steps=50, logging=LoggingConfig(interval=1))
+    clock.now = 500.0
+    made = Meter(config, 1000, lambda step, metrics, due: shown.append(metrics), lambda: 0, 40.5, 1000)
+    for step, padding in ((8, 0.25), (9, 0.0)):
+        clock.now += 2.0
+        made.push(step, {"loss": jnp.float32(3), "padding": jnp.float32(padding)})
+        made.flush()
+        with made.paused():
+            clock.now += 100.0
+    assert [(m["wall_seconds"], m["tokens"]) for m in shown] == [(42.5, 1048), (144.5, 1112)]
+    assert (made.seconds, made.tokens) == (244.5, 1112)
+    assert made.totals() == {"wall_seconds": 244.5, "tokens": 1112}
+
+
+def test_where_earlier_starts_did_not_count_there_are_no_totals(clock):
+    shown, config = [], settings(steps=50, logging=LoggingConfig(interval=1))
+    made = Meter(config, 1000, lambda step, metrics, due: shown.append(metrics), lambda: 0, None, None)
+    made.push(8, {"loss": jnp.float32(3)})
+    made.flush()
+    assert made.totals() == {} and not {"wall_seconds", "tokens"} & shown[0].keys()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 import shutil
 
@@ -43,6 +44,26 @@ INTERRUPTIONS = {
 }
 
 
+def totals_of(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["wall_seconds"] for line in lines], [line["tokens"] for line in lines]
+
+
+def test_a_run_that_an_older_version_began_goes_on_without_totals(config_file, tmp_path, monkeypatch):
+    """Its checkpoints do not say how long it took: a count from there would be wrong."""
+
+    def without_totals(progress):
+        return {name: x for name, x in dataclasses.asdict(progress).items() if name not in ("seconds", "tokens")}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "asdict", without_totals)
+        assert cli(config_file, "steps=4") == 0
+    assert cli(config_file, "steps=6") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = {line["step"]: ("wall_seconds" in line, "tokens" in line) for line in lines}
+    assert told == {step: (step <= 4, step <= 4) for step in range(1, 7)}
+
+
 def test_resume_is_exact(config_file, straight, tmp_path, capsys):
     """A run that is stopped in one way after the other ends as one that is never stopped."""
     run, step = tmp_path / "run", 0
@@ -60,6 +81,9 @@ def test_resume_is_exact(config_file, straight, tmp_path, capsys):
     assert cli(config_file) == 0
     assert f"resumed at step {step} " in capsys.readouterr().out
     assert log_of(run) == log_of(straight)
+    (seconds, tokens), (_, expected) = totals_of(run), totals_of(straight)
+    assert seconds == sorted(seconds) and seconds[0] > 0, "time never goes backwards"
+    assert tokens == expected and len(tokens) == len(seconds) == 22
     (config, params), (_, expected) = load_weights(run), load_weights(straight)
     assert config.steps == 20 and same_weights(params, expected)
     assert not any("tmp" in p.name for p in (run / "checkpoints").iterdir())

@@ -14,7 +14,8 @@ from helpers.runs import ROOT, cli, log_of, one_error, same_weights
 from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import override
 from stellarbyte_jax.data.files import DataError
-from stellarbyte_jax.training import meter, resume, run
+from stellarbyte_jax.training import messages, meter, resume, run
+from stellarbyte_jax.training.samples import Sampler
 from stellarbyte_jax.training.validation import check_comparable, measured_on
 
 
@@ -255,7 +256,9 @@ def test_an_equal_loss_is_no_better_one(scripted, config_file, capsys):
     assert "stopped early at step 2" in capsys.readouterr().out
 
 
-def test_speed_leaves_out_the_first_step_validation_and_saving(monkeypatch, config_file, tmp_path):
+def test_speed_leaves_out_the_first_step_validation_saving_and_samples_and_time_does_not(
+    monkeypatch, config_file, tmp_path
+):
     """A clock by which a step takes a second, whatever else happens a hundred."""
 
     class Clock:
@@ -277,8 +280,11 @@ def test_speed_leaves_out_the_first_step_validation_and_saving(monkeypatch, conf
     losses = {"loss": 3.0, "perplexity": 1.0, "accuracy": 0.0}
     monkeypatch.setattr(run, "evaluate", clock.taking(100.0, lambda *_: losses))
     monkeypatch.setattr(resume, "save", clock.taking(100.0, resume.save))
-    monkeypatch.setattr(run, "_first_step", clock.taking(100.0, run._first_step))
+    monkeypatch.setattr(messages, "first_step", clock.taking(100.0, messages.first_step))
+    monkeypatch.setattr(Sampler, "sample", clock.taking(100.0, lambda *_: None))
     settings = ("logging.interval=3", "evaluation.interval=2", "checkpoint.interval=2", "steps=9")
+    settings += ("sample_interval=4", "sample_prompts=a")
     assert cli(config_file, *settings) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["tokens_per_second"] for line in lines if "loss" in line] == [4 * 32] * 3
+    assert [line["wall_seconds"] // 100 for line in lines if "loss" in line] == [3, 6, 11]

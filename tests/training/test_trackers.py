@@ -41,10 +41,12 @@ def played(monkeypatch):
             return call
 
         module, run = ModuleType(name), ModuleType(f"{name}.run")
-        for attribute in ("log", "finish", "add_scalar", "close"):
+        for attribute in ("log", "finish", "add_scalar", "add_text", "close"):
             setattr(run, attribute, noting(attribute))
             setattr(module, attribute, noting(attribute))
         setattr(module, made, noting(made, run))
+        module.Table = lambda columns, data: ("table", columns, data)
+        module.Text = lambda data, caption: ("text", data, caption)
         monkeypatch.setitem(sys.modules, name, module)
         return calls
 
@@ -110,8 +112,13 @@ def test_tensorboard_gets_scalars_and_hides_what_is_past_the_step(tmp_path, play
         ("add_scalar", ("loss", 2.5, 8), {}),
         ("add_scalar", ("validation/loss", 2.0, 8), {}),
     ]
+    tracker.samples(8, [("春", "a\n# b\n"), ("x", "y")])
     tracker.close()
-    assert calls[3:] == [("close", (), {})]
+    assert calls[3:] == [
+        ("add_text", ("samples/1", "    春|a\n    # b\n", 8), {}),
+        ("add_text", ("samples/2", "    x|y\n", 8), {}),
+        ("close", (), {}),
+    ]
     file.close()
 
 
@@ -121,6 +128,7 @@ def test_wandb_continues_the_run_named_after_the_directory(tmp_path, played):
     (tmp_path / "small").mkdir()
     file, tracker = make_trackers(config, 7)
     tracker.log(8, {"loss": 2.5, "accuracy": 0.5})
+    tracker.samples(8, [("a", "b"), ("c", "d")])
     tracker.close()
     (_, positional, named), *others = calls
     assert positional == () and named == {
@@ -131,7 +139,11 @@ def test_wandb_continues_the_run_named_after_the_directory(tmp_path, played):
         "dir": str(tmp_path / "small"),
         "config": config.to_dict(),
     }
-    assert others == [("log", ({"loss": 2.5, "accuracy": 0.5},), {"step": 8}), ("finish", (), {})]
+    assert others == [
+        ("log", ({"loss": 2.5, "accuracy": 0.5},), {"step": 8}),
+        ("log", ({"samples": ("table", ["prompt", "text"], [["a", "b"], ["c", "d"]])},), {"step": 8}),
+        ("finish", (), {}),
+    ]
     file.close()
 
 
@@ -141,6 +153,7 @@ def test_swanlab_has_an_experiment_named_after_the_directory(tmp_path, played):
     (tmp_path / "small").mkdir()
     file, tracker = make_trackers(config, 7)
     tracker.log(8, {"loss": 2.5})
+    tracker.samples(8, [("a", "b"), ("c", "d")])
     tracker.close()
     (_, positional, named), *others = calls
     assert positional == () and named == {
@@ -149,7 +162,11 @@ def test_swanlab_has_an_experiment_named_after_the_directory(tmp_path, played):
         "logdir": str(tmp_path / "small" / "swanlab"),
         "config": config.to_dict(),
     }
-    assert others == [("log", ({"loss": 2.5},), {"step": 8}), ("finish", (), {})]
+    assert others == [
+        ("log", ({"loss": 2.5},), {"step": 8}),
+        ("log", ({"samples": [("text", "b", "a"), ("text", "d", "c")]},), {"step": 8}),
+        ("finish", (), {}),
+    ]
     file.close()
 
 

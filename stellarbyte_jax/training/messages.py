@@ -1,0 +1,34 @@
+"""Longer lines that a run prints: where the time before its first step went, and how its data ended."""
+
+import math
+
+import numpy as np
+
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.launch import CompileCache
+from stellarbyte_jax.training.optimizer import make_schedule
+
+
+def first_step(seconds: float, cache: CompileCache) -> str:
+    """How long a run took to its first step, and how much of that XLA."""
+    warmth = f"{cache.misses} programs compiled" if cache.misses else "every program found"
+    temperature = "cold" if cache.misses else "warm"
+    return (
+        f"first step after {seconds:.1f} s, {cache.compile_seconds:.1f} s of them for XLA "
+        f"(compile cache {temperature}: {warmth})"
+    )
+
+
+def end_of_data(config: TrainConfig, step: int) -> str:
+    """That the data ended at this step, and where the learning rate was then."""
+    text = f"the data ended after {config.data.epochs} epochs, at step {step} of {config.steps}"
+    if step == 0:
+        return text
+    schedule = make_schedule(config)
+    ended, end = (float(np.asarray(schedule(s - 1))) / config.optimizer.learning_rate for s in (step, config.steps))
+    if math.isclose(ended, end, rel_tol=1e-3):
+        return text
+    return (
+        f"{text}, with the learning rate at {ended:.3g} of its peak: the schedule comes to its end, {end:.3g}, "
+        f"at step {config.steps}. With steps={step} and another output_dir it ends with the data"
+    )
