@@ -3,8 +3,7 @@
     python scripts/train.py --config configs/quickstart.py
 
 Hardware: a CPU. Time: 265 s of training on two cores. Loss: 5.86 on the validation documents, 2.65 bits a byte.
-Prints samples of English and Chinese half-way and at the end; leaves a checkpoint and a Hugging Face directory under
-runs/quickstart.
+Ends with samples of English and Chinese, a checkpoint and a Hugging Face directory under runs/quickstart.
 
 Llama: Touvron et al. 2023, https://arxiv.org/abs/2302.13971; Muon: Liu et al. 2025, https://arxiv.org/abs/2502.16982.
 """
@@ -30,7 +29,6 @@ def config() -> TrainConfig:
         global_batch_size=8,
         export_at_end=True,
         sample_prompts=("Call me", "The American people", "春風", "子曰："),
-        sample_interval=250,
         model=ByteConfig(
             vocab_size=32000,
             hidden_size=128,

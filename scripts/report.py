@@ -1,10 +1,10 @@
 """Writes a page with the plots of a run, or of several; the console command ``stellarbyte report`` is the same."""
 
-import sys
-
-from stellarbyte_jax.command import imports
+from stellarbyte_jax.interrupts import imports
 
 with imports():
+    import sys
+
     from stellarbyte_jax.cli.report import main
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from stellarbyte_jax.cli.program import new_parser, typed
 from stellarbyte_jax.command import command, imports
 
 with imports():
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from stellarbyte_jax.data.shards import Prepared, prepare
@@ -62,13 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare(options: argparse.Namespace) -> Prepared:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, transient=True)
+    bar = Progress(*columns, console=Console(), transient=True)
     task = bar.add_task("tokenising", total=None)
 
     def show(read: int, tokens: int, total: int) -> None:
-        if bar.console.is_terminal:
+        begins = bar.console.is_terminal and not bar.live.is_started
+        if begins:
             bar.start()  # not before: what is wrong is told first
-        bar.update(task, completed=read, total=total, description=f"{tokens:,} tokens")
+        bar.update(task, completed=read, total=total, description=f"{tokens:,} tokens", refresh=begins)
 
     try:
         return prepare(

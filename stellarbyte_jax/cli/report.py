@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stellarbyte_jax.cli.program import new_parser
-from stellarbyte_jax.command import command, remedy
+from stellarbyte_jax.command import command, imports, remedy
 from stellarbyte_jax.config import ConfigError
-from stellarbyte_jax.training.record import AXES
-from stellarbyte_jax.training.report import REPORT, make_page, write_page
+
+with imports():
+    from stellarbyte_jax.training.record import AXES
+    from stellarbyte_jax.training.report import REPORT, make_page, write_page
 
 
 @command

@@ -32,3 +32,8 @@ def end_of_data(config: TrainConfig, step: int) -> str:
         f"{text}, with the learning rate at {ended:.3g} of its peak: the schedule comes to its end, {end:.3g}, "
         f"at step {config.steps}. With steps={step} and another output_dir it ends with the data"
     )
+
+
+def early_stop(stale: int, step: int) -> str:
+    """That a run stopped at this step, after so many validations without a better loss."""
+    return f"stopped early at step {step}: {stale} validations without a better loss"

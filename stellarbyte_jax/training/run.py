@@ -288,7 +288,7 @@ def _finish(run: _Run, ended: Finished) -> Finished:
     if run.interrupt.signal is not None:
         return _stopped(run, ended.step)
     if ended.ended_by == "patience":
-        report.line(_early(run.progress, ended.step))
+        report.line(messages.early_stop(run.progress.stale, ended.step))
     run.lock.check()
     loss = run.progress.loss_at(ended.step)
     exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, run.sampler, loss)
@@ -318,16 +318,12 @@ def _over(
             f"the run in {config.output_dir} is complete: it stands at step {step}, beyond steps={config.steps}"
         )
     else:
-        report.line(f"{_early(resumed.progress, step)}. A larger evaluation.patience goes on")
+        report.line(f"{messages.early_stop(resumed.progress.stale, step)}. A larger evaluation.patience goes on")
     sampler, loss = Sampler(config, model, step, lambda: interrupt.signal is not None), resumed.progress.loss_at(step)
     finish.finish(config, model, resumed.state.averaged, step, report.line, sampler, loss)
     if interrupt.signal is not None and not finish.is_done(config, step, sampler):
         return Finished(interrupt.exit_code, step, "signal")
     return Finished(0, step, "steps" if step >= config.steps else "patience")
-
-
-def _early(progress: Progress, step: int) -> str:
-    return f"stopped early at step {step}: {progress.stale} validations without a better loss"
 
 
 def _validate(run: _Run, step: int, batches: Loader) -> float | None:

@@ -100,6 +100,7 @@ def test_a_worker_is_a_process_of_its_own(monkeypatch, tmp_path):
     assert benchmark._run_worker("device", options) == {"error": "exit code 2"}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch
 @pytest.mark.parametrize("name", ["synthetic", "huggingface"])
 def test_a_step_is_measured(name, monkeypatch):
     if name == "huggingface":

@@ -167,7 +167,7 @@ def test_offline_with_a_cache_that_has_the_model(
     found = Path(real("org/name", allow_patterns=["*.json"], cache_dir=tmp_path / "hub"))
     assert found == snapshot
     monkeypatch.setattr(huggingface_hub, "snapshot_download", real)
-    assert local_directory("org/name") == local_directory("org/name", COMMIT) == snapshot
+    assert local_directory("org/name") == local_directory("org/name", "main") == snapshot
     assert_same_tree(from_pretrained("org/name")[1], WEIGHTS)
 
 

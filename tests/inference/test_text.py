@@ -314,7 +314,10 @@ def test_a_conversation_outgrows_the_positions(script, directories, monkeypatch,
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["--model", "nowhere", "--prompt", "x"], "neither a Hugging Face directory .* nor a run directory"),
+        (
+            ["--model", "nowhere", "--prompt", "x"],
+            "nowhere does not exist \\(looked from .*\\): give a local directory, or a name of",
+        ),
         (["--model", "{run}"], "no prompt: give --prompt, --prompt-file or --chat"),
         (
             ["--model", "{run}", "--prompt", "x" * 70],
