@@ -24,6 +24,12 @@ SHORT: dict[str, str | tuple[str, str]] = {
     "make quickstart": f'ARGS="{TINY.format(steps=3)}"',
     "make test": "--dry-run",
     ". .venv/bin/activate": "",
+    "python -m pip install -e .": "--dry-run --no-deps --no-build-isolation --quiet",
+    "stellarbyte --help": "",
+    "python scripts/train.py --list-settings": "",
+    "python scripts/report.py": "",
+    "python scripts/model_info.py": "",
+    "python scripts/train.py --config configs/quickstart.py --init-from": "steps=2 schedule.warmup_steps=1",
     "python scripts/train.py --config configs/pretrain.py": TINY.format(steps=2),
     "python scripts/train.py --config configs/quickstart.py": TINY.format(steps=5),
     "python scripts/generate.py": "--max-new-tokens 4",
@@ -60,7 +66,17 @@ def test_every_command_has_its_short_form():
 
 def checkout(path: Path) -> None:
     """A copy of the repository by links, with an environment that counts as installed, and a corpus of one's own."""
-    for name in ("Makefile", "pyproject.toml", "configs", "data", "scripts", "stellarbyte_jax", "tokenizer"):
+    for name in (
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "pyproject.toml",
+        "configs",
+        "data",
+        "scripts",
+        "stellarbyte_jax",
+        "tokenizer",
+    ):
         (path / name).symlink_to(ROOT / name)
     binaries = path / ".venv" / "bin"
     binaries.mkdir(parents=True)
@@ -69,10 +85,12 @@ def checkout(path: Path) -> None:
     (binaries / "activate").write_text(f"PATH={shlex.quote(str(binaries))}:$PATH\n")
     for stamp in (".installed-cpu", ".installed-cpu-test"):
         (path / ".venv" / stamp).touch()
+    (binaries / "stellarbyte").write_text('#!/bin/sh\nexec python -m stellarbyte_jax "$@"\n')
+    (binaries / "stellarbyte").chmod(0o755)
     corpus = path / "my_corpus"
-    corpus.mkdir()
+    (corpus / "train").mkdir(parents=True)
     lines = (ROOT / "data" / "tiny_bilingual_valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (corpus / "train.jsonl").write_text("".join(lines[3:]), encoding="utf-8")
+    (corpus / "train" / "a.jsonl").write_text("".join(lines[3:]), encoding="utf-8")
     (corpus / "valid.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
 
 
