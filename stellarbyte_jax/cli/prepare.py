@@ -1,6 +1,7 @@
 """Tokenises text files once, into shards that training reads without further work."""
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from stellarbyte_jax.cli.program import new_parser, typed
 from stellarbyte_jax.command import command, imports
+from stellarbyte_jax.config.files import shipped
 
 with imports():
     from rich.console import Console
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = ".jsonl[.gz|.zst], .parquet, .arrow, .txt, or the directory of a data set (save_to_disk)"
     add("--input", nargs="+", required=True, metavar="GLOB", help=kinds)
     add("--output", required=True, metavar="DIR", help="a new or empty directory")
-    add("--tokenizer", default="tokenizer", metavar="DIR", help="directory (default: %(default)s)")
+    add("--tokenizer", default=os.path.relpath(shipped("tokenizer")), metavar="DIR", help="default: %(default)s")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--fields", nargs="+", default=["text"], metavar="NAME", help="joined by a newline")
     form.add_argument("--template", help='such as "Question: {question}\\nAnswer: {answer}"')

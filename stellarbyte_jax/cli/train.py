@@ -105,6 +105,8 @@ def next_commands(config: TrainConfig, finished: "Finished", options: argparse.N
         f"  go on:     {typed('train')} {_longer(config, finished, options)}",
         f"  generate:  {typed('generate')} --model {run} --prompt {prompt} --temperature 0.8 --top-p 0.95",
     ]
+    if not config.report_at_end:
+        lines.append(f"  report:    {typed('report')} {run}")
     with contextlib.suppress(ValueError):
         export_family(config.model)
         lines.append(f"  convert:   {typed('convert')} to-hf {run} {shlex.quote(config.output_dir + '-hf')}")

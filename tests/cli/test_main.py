@@ -95,6 +95,7 @@ def test_the_command_to_go_on_repeats_what_was_typed(finished, more, monkeypatch
     name = more.partition("=")[0]
     kept = [text for text in given if text.partition("=")[0].strip() != name]
     assert suggested["go on"] == ["python", "scripts/train.py", "--config", "configs/a b.py", "--set", *kept, more]
+    assert suggested["report"][2:] == ["my runs/x"]
     assert suggested["convert"][3:] == ["my runs/x", "my runs/x-hf"]
     generate = suggested["generate"]
     assert generate[2:4] == ["--model", "my runs/x"] and float(generate[generate.index("--temperature") + 1]) > 0

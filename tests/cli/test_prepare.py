@@ -11,7 +11,9 @@ import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.cli import prepare as script
+from stellarbyte_jax.config.files import shipped
 from stellarbyte_jax.data.encode import EncodeDocuments
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 TEXTS = [f"[{i}] 春眠不覚暁 spring {'.' * (i % 9)}" for i in range(100)]
 
@@ -137,3 +139,12 @@ def test_an_interruption_says_what_is_left(prepare, tmp_path, monkeypatch, begun
     status, _, errors = prepare("--input", tmp_path / "a.jsonl", "--shard-tokens", "1")
     left = f": {tmp_path / 'out'} is incomplete, run again with --overwrite" if begun else ""
     assert (status, errors) == (130, f"interrupted{left}\n")
+
+
+def test_the_tokenizer_that_comes_with_the_package_is_the_default(tmp_path, monkeypatch, capsys):
+    """From any folder."""
+    (tmp_path / "a.txt").write_text("春眠不覚暁")
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["--input", "a.txt", "--output", "out", "--workers", "0", "--cache-dir", "cache"]) == 0
+    vocabulary = load_tokenizer(shipped("tokenizer"))
+    assert np.load(tmp_path / "out" / "tokens-00000.npy").tolist() == vocabulary.encode("春眠不覚暁")
