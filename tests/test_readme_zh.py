@@ -185,7 +185,7 @@ def test_no_mark_of_emphasis_is_left_over(name):
 
 @pytest.mark.parametrize("rule", TYPOGRAPHY)
 def test_chinese_typography(rule):
-    texts = [plain(token) for token in tokens("README.zh-CN.md") if token.type == "inline"]
+    texts = [re.sub("`[^`]*`", "`code`", plain(t)) for t in tokens("README.zh-CN.md") if t.type == "inline"]
     assert [text for text in texts if re.search(TYPOGRAPHY[rule], text)] == []
 
 
