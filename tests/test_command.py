@@ -153,18 +153,8 @@ def test_every_command_has_its_script():
 @pytest.mark.parametrize("path", [*SCRIPTS, *COMMANDS], ids=lambda path: path.name)
 def test_no_program_shows_where_its_imports_were(path):
     """What takes long to import is imported inside of ``imports()``; what makes that available is quick."""
-    quick = {
-        "stellarbyte_jax.interrupts",
-        "stellarbyte_jax.command",
-        "stellarbyte_jax.config",
-        "stellarbyte_jax.cli.program",
-    }
-    quick |= {
-        *sys.stdlib_module_names,
-        "stellarbyte_jax.config.files",
-        "stellarbyte_jax.config.reference",
-        "stellarbyte_jax.cli.measurements",
-    }
+    ours = ("interrupts", "command", "config", "config.files", "config.reference", "cli.program", "cli.measurements")
+    quick = {*sys.stdlib_module_names, *(f"stellarbyte_jax.{name}" for name in ours)}
 
     def slow(node, inside=False):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
