@@ -1,17 +1,19 @@
 """What all command line programs do: import quietly, end quietly, and say in one line what a user can mend."""
 
 import functools
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.interrupts import imports
 
-__all__ = ["command", "drop_output", "imports", "one_line", "print_error", "remedy", "spelled"]
+__all__ = ["command", "drop_output", "imports", "make_directory", "one_line", "print_error", "remedy", "spelled"]
 
 Arguments = ParamSpec("Arguments")
 
@@ -35,6 +37,9 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
 
     @functools.wraps(main)
     def guarded(*positional: Arguments.args, **named: Arguments.kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks is no reason to end
+                stream.reconfigure(errors="backslashreplace")
         try:
             code = main(*positional, **named)
             sys.stdout.flush()
@@ -94,6 +99,23 @@ _REMEDIES = {
 }
 
 
+_GONE = ("No such file", "NOT_FOUND")
+
+
+def make_directory(path: Path, setting: str) -> None:
+    """Makes a directory that is about to be written, with those above it.
+
+    Raises:
+      OSError: that cannot be; the message names it, and ``setting`` as what to change.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        known = None if isinstance(error, FileNotFoundError) else remedy(error, setting)
+        advice = known or f"choose another {setting}"
+        raise OSError(f"{path} cannot be made: {error.strerror or error}; {advice}") from error
+
+
 def remedy(error: BaseException | None, directory: str = "output_dir") -> str | None:
     """What to do about a failed write, from what the system said of it; None where it said nothing that is known.
 
@@ -103,6 +125,8 @@ def remedy(error: BaseException | None, directory: str = "output_dir") -> str | 
     while error is not None:
         for words, advice in _REMEDIES.items():
             if words in str(error):
+                if words in _GONE and directory != "output_dir":  # which no run has had open
+                    return f"choose another {directory}"
                 return advice.replace("{directory}", directory)
         error = error.__cause__ or error.__context__
     return None

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from stellarbyte_jax.cli import program as cli
-from stellarbyte_jax.command import MendableError, command, imports, one_line, print_error, spelled
+from stellarbyte_jax.command import (
+    MendableError,
+    command,
+    imports,
+    make_directory,
+    one_line,
+    print_error,
+    remedy,
+    spelled,
+)
 from stellarbyte_jax.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -181,3 +190,21 @@ def test_imports_in_another_thread_leave_signals_alone():
     thread.start()
     thread.join()
     assert seen == [before] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_directory_that_cannot_be_made_is_named_with_what_to_change(tmp_path):
+    (tmp_path / "file").write_text("")
+    make_directory(tmp_path / "a" / "b", "x")
+    assert (tmp_path / "a" / "b").is_dir()
+    with pytest.raises(OSError, match=r"file/a cannot be made: Not a directory; .*choose another output_dir"):
+        make_directory(tmp_path / "file" / "a", "output_dir")
+    with pytest.raises(OSError, match=r"^/proc/none cannot be made: .*; choose another output_dir$"):
+        make_directory(Path("/proc/none"), "output_dir")
+    assert remedy(FileNotFoundError("No such file"), "--output") == "choose another --output"
+    assert "moved or removed" in (remedy(FileNotFoundError("No such file")) or "")
+
+
+def test_a_letter_that_the_terminal_lacks_is_spelled_out():
+    code = "import sys\n@command\ndef main():\n  print('春'); return 0\nsys.exit(main())"
+    process = _program(code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (process.communicate(timeout=60), process.returncode) == (("\\u6625\n", ""), 0)

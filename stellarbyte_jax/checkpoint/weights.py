@@ -1,6 +1,7 @@
 """The weights of a run, without the rest of its state."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,12 @@ def _opened(run_dir: Path, step: int | None) -> Iterator[StoredStep]:
     chosen = steps[-1] if step is None else step
     if chosen not in steps:
         raise CheckpointError(f"{run_dir} has no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}")
-    # Lightweight: another step's damaged validation loss is no matter here.
-    options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
     try:
-        with ocp.CheckpointManager(directory, options=options) as manager:
+        with contextlib.ExitStack() as stack:
+            with _without_notes():
+                # Lightweight: another step's damaged validation loss is no matter here.
+                options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
+                manager = stack.enter_context(ocp.CheckpointManager(directory, options=options))
             yield StoredStep.open(manager, directory, chosen)
     except (ConfigError, CheckpointError):
         raise
@@ -90,6 +93,18 @@ def _opened(run_dir: Path, step: int | None) -> Iterator[StoredStep]:
         raise CheckpointError(
             f"checkpoint {directory / str(chosen)} is unreadable: {first_line(error)}. Name another step"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """Keeps off the console what orbax logs about a directory that is only read."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
 
 
 def _read(stored: StoredStep, config: ByteConfig) -> Params:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.cli.measurements import WORKERS
-from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.cli.program import inherit, new_parser
 from stellarbyte_jax.command import command
 from stellarbyte_jax.config import load
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line; each measurement runs this command again with ``--worker``."""
     options = _parse(arguments)
     if options.worker:
-        config = load(options.config, options.set)
+        config = load(options.config, options.set, inherit)
         print("RESULT " + json.dumps(WORKERS[options.worker](config, options.steps)))
         return 0
     names = [options.only] if options.only else _NAMES[options.what]
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"no GPU: measures the model of {_SMALL}, for generation one of 25M parameters; --config names another"
             )
-    load(options.config, options.set)
+    load(options.config, options.set, inherit)
     if small and options.what == "generate" and not options.only:
         names = ["small_batch_1", "small_batch_8"]
     if "huggingface" in names and not options.only:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.cli.program import inherit, new_parser
 from stellarbyte_jax.command import command, imports, remedy, spelled
 from stellarbyte_jax.config import ByteConfig, TrainConfig, load
 
@@ -129,7 +129,7 @@ def _positive(text: str) -> int:
 
 def _subject(options: argparse.Namespace) -> _Subject:
     if options.config is not None:
-        run = load(options.config, options.set)
+        run = load(options.config, options.set, inherit)
         return _Subject(Path(options.config).stem, ByteTransformer(run.model), run, None)
     path, name, run, params = options.model, options.model.resolve().name, None, None
     if (path / "config.json").is_file():

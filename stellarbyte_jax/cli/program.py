@@ -3,8 +3,12 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from stellarbyte_jax.interrupts import imports
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,12 @@ def new_parser(name: str, description: str, *examples: str) -> argparse.Argument
         epilog=f"examples:{lines}" if lines else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:
+    """What a config takes over of the directory that its ``init_from`` names; see ``training.begin``."""
+    with imports():
+        from stellarbyte_jax.launch import quiet_libraries
+        from stellarbyte_jax.training import begin
+    quiet_libraries()
+    return begin.inherit(init_from, output_dir)

@@ -3,10 +3,11 @@
 import argparse
 import contextlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stellarbyte_jax.cli.program import new_parser, typed
+from stellarbyte_jax.cli.program import inherit, new_parser, typed
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config import TrainConfig, load
 from stellarbyte_jax.config.reference import listed, matching
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the training and says what can be done next."""
     options = _parse(arguments)
-    config = load(options.config, options.set, _inherit)
+    config = load(options.config, options.set, inherit)
     with imports():
         from stellarbyte_jax.training.guard import run_guarded
         from stellarbyte_jax.training.run import train
@@ -31,14 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return finished.exit_code
 
     return run_guarded(run, config.output_dir)
-
-
-def _inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:
-    with imports():
-        from stellarbyte_jax.launch import quiet_libraries
-        from stellarbyte_jax.training.begin import inherit
-    quiet_libraries()
-    return inherit(init_from, output_dir)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -98,18 +91,20 @@ def next_commands(config: TrainConfig, finished: "Finished", options: argparse.N
     with imports():
         from stellarbyte_jax.hf.families import export_family
 
-    run = shlex.quote(config.output_dir)
-    prompt = shlex.quote(config.sample_prompts[0] if config.sample_prompts else "Once upon a time")
+    directory = str(Path(config.output_dir))
+    directory = f"./{directory}" if directory.startswith("-") else directory  # else an option
+    run, prompt = shlex.quote(directory), config.sample_prompts[0] if config.sample_prompts else "Once upon a time"
+    asked = shlex.quote(f"--prompt={prompt}") if prompt.startswith("-") else f"--prompt {shlex.quote(prompt)}"
     lines = [
         "next:",
         f"  go on:     {typed('train')} {_longer(config, finished, options)}",
-        f"  generate:  {typed('generate')} --model {run} --prompt {prompt} --temperature 0.8 --top-p 0.95",
+        f"  generate:  {typed('generate')} --model {run} {asked} --temperature 0.8 --top-p 0.95",
     ]
     if not config.report_at_end:
         lines.append(f"  report:    {typed('report')} {run}")
     with contextlib.suppress(ValueError):
         export_family(config.model)
-        lines.append(f"  convert:   {typed('convert')} to-hf {run} {shlex.quote(config.output_dir + '-hf')}")
+        lines.append(f"  convert:   {typed('convert')} to-hf {run} {shlex.quote(directory + '-hf')}")
     return "\n".join(lines)
 
 
@@ -122,6 +117,7 @@ def _longer(config: TrainConfig, finished: "Finished", options: argparse.Namespa
         more["data.epochs"] = 2 * (config.data.epochs or 1)
     else:
         more["steps"] = 2 * max(config.steps, finished.step)
-    kept = [setting for setting in options.set if setting.partition("=")[0].strip() not in more]
+    last = {setting.partition("=")[0].strip(): setting for setting in options.set}  # goes before those of its name
+    kept = [setting for name, setting in last.items() if name not in more]
     settings = [*kept, *(f"{name}={value}" for name, value in more.items())]
     return f"--config {shlex.quote(options.config)} --set {' '.join(map(shlex.quote, settings))}"

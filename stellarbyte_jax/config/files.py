@@ -158,6 +158,7 @@ def _run(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"{_FOLDER}._main", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there for the names in annotations
     try:
         spec.loader.exec_module(module)
         require(callable(getattr(module, "config", None)), "must define `def config() -> TrainConfig`")
@@ -221,6 +222,8 @@ def _readings(raw: str) -> Iterator[Any]:
     constants = {"none": None, "null": None, "true": True, "false": False}
     if raw.lower() in constants:
         yield constants[raw.lower()]
+    if raw.lower() in ("none", "null"):
+        yield ()  # of a list
     for number in (int, float):
         with contextlib.suppress(ValueError):
             yield number(raw)
@@ -229,4 +232,5 @@ def _readings(raw: str) -> Iterator[Any]:
         if isinstance(parsed, list):
             yield tuple(parsed)
     yield raw
-    yield tuple(word.strip() for word in raw.split(",") if word.strip())
+    if not (raw.startswith("[") and raw.endswith("]")):  # which is meant as JSON, and is none
+        yield tuple(word.strip() for word in raw.split(",") if word.strip())

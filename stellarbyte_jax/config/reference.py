@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stellarbyte_jax.config.run import TrainConfig
-from stellarbyte_jax.config.section import Section, hints, is_section, spell
+from stellarbyte_jax.config.section import USUAL, Section, hints, is_section, spell
 
 REQUIRED = dataclasses.MISSING
 
@@ -46,13 +46,13 @@ def settings(section: type[Section] = TrainConfig, prefix: str = "") -> Iterator
         if is_section(hint):
             inner.append((hint, f"{prefix}{field.name}."))
         else:
-            yield Setting(prefix + field.name, spell(hint), field.default, told[field.name])
+            yield Setting(prefix + field.name, spell(hint), field.default, told.get(field.name, ""))
     for each, longer in inner:
         yield from settings(each, longer)
 
 
 def meanings(section: type[Section]) -> dict[str, str]:
-    """The entries of ``Attributes:`` in a section's docstring."""
+    """The entries of ``Attributes:`` in a section's docstring; none under ``python -OO``, which leaves them out."""
     _, _, text = (inspect.getdoc(section) or "").partition("Attributes:\n")
     entries = re.split(r"^  (?=\w)", text, flags=re.MULTILINE)[1:]
     pairs = (entry.partition(":")[::2] for entry in entries)
@@ -61,7 +61,7 @@ def meanings(section: type[Section]) -> dict[str, str]:
 
 def matching(pattern: str) -> list[Setting]:
     """Settings whose name or meaning holds a text, or whose name fits a pattern with ``*``; all for an empty one."""
-    wanted = pattern.lower()
+    wanted = USUAL.get(pattern.lower(), pattern.lower())
     return [
         each
         for each in settings()

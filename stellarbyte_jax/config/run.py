@@ -264,6 +264,10 @@ class TrainConfig(Section):
 
     def _check(self) -> None:
         require(self.output_dir.strip() != "", "output_dir is empty: name a directory for the run, such as runs/first")
+        require(
+            not self.output_dir.startswith("~"),
+            f"output_dir {self.output_dir} begins with ~, which would be a folder of that name: write the whole path",
+        )
         require(self.init_from != "", "init_from is empty: name a directory, or none")
         require(
             self.global_batch_size % self.gradient_accumulation_steps == 0,

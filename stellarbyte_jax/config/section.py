@@ -12,6 +12,35 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from stellarbyte_jax.config.foreign import shown
 
+# What other programs call the same.
+USUAL = {
+    "lr": "learning_rate",
+    "batch_size": "global_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "max_iters": "steps",
+    "warmup": "warmup_steps",
+    "wd": "weight_decay",
+    "grad_clip": "gradient_clip_norm",
+    "max_grad_norm": "gradient_clip_norm",
+    "beta1": "b1",
+    "beta2": "b2",
+    "seq_len": "sequence_length",
+    "block_size": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "eval_interval": "interval",
+    "save_steps": "interval",
+    "dtype": "compute_dtype",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "dropout": "hidden_dropout",
+    "gradient_checkpointing": "remat",
+    "report_to": "trackers",
+}
 _FEW = 12  # settings that an error may list
 
 
@@ -126,7 +155,8 @@ def is_section(hint: Any) -> bool:
 def unknown_name(name: str, known: Mapping[str, Any], where: str) -> str:
     """The message for a setting that does not exist, with guesses, and with the list of all where that is short."""
     guess = [k for k in known if k.startswith(f"{name}.") or k.rpartition(".")[2] == name.rpartition(".")[2]]
-    guess += difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    guess += [k for k in known if k.rpartition(".")[2] == USUAL.get(name.rpartition(".")[2])]
+    guess += [] if guess else difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     hint = f"; did you mean {' or '.join(dict.fromkeys(guess))}?" if guess else ""
     more = ", ".join(known) if len(known) <= _FEW else "stellarbyte train --list-settings lists all"
     return f"{where}: there is no setting {shown(name)}{hint} ({more})"

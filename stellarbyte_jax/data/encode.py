@@ -64,6 +64,9 @@ class EncodeDocuments:
     on_error: Literal["raise", "skip"] = "raise"
     _encoded: _Encoded = field(default_factory=_Encoded, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        _tokenizer.cache_clear()  # that of the same directory may have been trained again
+
     def __call__(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Reads the documents and tokenises those that are not at hand.
 

@@ -190,6 +190,7 @@ def open_corpus(
     Raises:
       DataError: nothing is named, or a path is missing, empty, corrupt or of an unknown kind.
     """
+    _open_shard.cache_clear()  # files of the same names may have been made again
     cache = cache_path(cache_dir)
     sources: list[RecordSource | ShardSource] = []
     for path in expand_all(patterns, setting):

@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 from ml_dtypes import bfloat16
 
+from stellarbyte_jax.command import make_directory
 from stellarbyte_jax.config.foreign import clipped, is_file_name, json_object, listed, shown
 from stellarbyte_jax.hf.checksums import check, checksum, metadata_of, stored_checksums, unknown_checksums
 
@@ -270,10 +271,13 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
             raise ValueError(f"{target} is not empty: give another directory, or ask to overwrite it")
         if not (target / "config.json").is_file():
             raise ValueError(f"{target} holds something that is no model (no config.json), so it is not overwritten")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.parent, "directory")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    partial.mkdir()
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise OSError(f"{target} cannot be made: {error.strerror or error}; choose another directory") from error
     made = partial.stat()
     try:
         yield partial

@@ -62,13 +62,13 @@ def _fetch(name: str, revision: str | None) -> Path:
         version = f" at revision {revision}" if revision else ""
         if constants.HF_HUB_OFFLINE:
             reason, advice = (
-                f"the hub's cache {constants.HF_HUB_CACHE} lacks it, and HF_HUB_OFFLINE forbids to ask",
+                f"the hub's cache {constants.HF_HUB_CACHE} lacks it, and HF_HUB_OFFLINE forbids asking",
                 ("fetch it where there is a network, or unset HF_HUB_OFFLINE"),
             )
         else:
             words = clipped((str(error).strip() or "no message").splitlines()[0])
             reason = f"{constants.ENDPOINT} did not give it ({type(error).__name__}: {words})"
-            advice = "mend the name, set HF_TOKEN for a private or gated model, or look after the network"
+            advice = "mend the name, set HF_TOKEN for a private or gated model, or check the network"
         raise ValueError(
             f"{name}{version}: there is no such directory here (looked from {Path.cwd()}), and {reason}: {advice}"
         ) from error

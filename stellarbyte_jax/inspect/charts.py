@@ -41,7 +41,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("charts need matplotlib: pip install 'stellarbyte_jax[report]'") from error
+        raise ImportError("charts need matplotlib: pip install matplotlib") from error
 
 
 class Canvas:
@@ -130,7 +130,7 @@ def structure_diagram(config: ByteConfig, counts: ParameterCounts, language: Lan
     """The network from bottom to top, one box for each run of layers that are alike."""
     runs = _runs(config, counts)
     shown = runs if len(runs) <= _MOST_RUNS else [*runs[: _MOST_RUNS - 1], None, runs[-1]]
-    canvas = Canvas(7.6, 2.6 + 1.25 * len(shown), language)
+    canvas = Canvas(7.6, 2.6 + (1.25 if config.parallel_residual else 2.05) * len(shown), language)
     axes, word = canvas.axes, canvas.word
     y = _box(canvas, 0.0, 0.6, "#EEEEEE", word("tokens_in"), word("vocabulary") + f" {config.vocab_size:,}")
     y = _box(canvas, y, 0.6, COLOURS["embedding"], word("embedding"), _with(counts.outside, "embedding"))
@@ -197,12 +197,14 @@ def _gap(canvas: Canvas, y: float) -> float:
 
 def _layers(canvas: Canvas, y: float, config: ByteConfig, run: _Run) -> float:
     word, count = canvas.word, run.last - run.first + 1
-    _rectangle(canvas, 0.4, y, 9.2, 1.5, "#F7F7F7")
+    beside = config.parallel_residual
+    above = 0.0 if beside else 1.15  # attention first, then the MLP
+    _rectangle(canvas, 0.4, y, 9.2, 1.5 + above, "#F7F7F7")
     numbers = f"{run.first}" if count == 1 else f"{run.first}-{run.last}"
     size = short(sum(run.parts.values()))
     size = word("times", count, size) if count > 1 else size
-    canvas.axes.text(0.7, y + 1.24, f"{word('layer')} {numbers}", ha="left", va="center", **canvas.text(10.5))
-    canvas.axes.text(9.3, y + 1.24, size, ha="right", va="center", **canvas.text(10.5))
+    canvas.axes.text(0.7, y + above + 1.24, f"{word('layer')} {numbers}", ha="left", va="center", **canvas.text(10.5))
+    canvas.axes.text(9.3, y + above + 1.24, size, ha="right", va="center", **canvas.text(10.5))
     kind = _attention_kind(canvas, run.spec)
     heads = word("heads_of", config.num_attention_heads, config.kv_heads, config.head_size)
     inner = (
@@ -210,11 +212,15 @@ def _layers(canvas: Canvas, y: float, config: ByteConfig, run: _Run) -> float:
         ("mlp", word("mlp"), f"{config.hidden_size} × {config.mlp_size}   {short(run.parts.get('mlp', 0))}"),
     )
     for place, (part, name, size) in enumerate(inner):
-        _rectangle(canvas, 0.7 + 4.4 * place, y + 0.15, 4.2, 0.85, COLOURS[part])
-        for text, height in ((name, 0.79), (size, 0.38)):
-            canvas.axes.text(2.8 + 4.4 * place, y + height, text, ha="center", va="center", **canvas.text(9.5))
-    _arrow(canvas, y + 1.5, 0.3)
-    return y + 1.8
+        x, width = (0.7 + 4.4 * place, 4.2) if beside else (0.7, 8.6)
+        bottom = y + 0.15 + (0.0 if beside else above * place)
+        _rectangle(canvas, x, bottom, width, 0.85, COLOURS[part])
+        for text, height in ((name, 0.64), (size, 0.23)):
+            canvas.axes.text(x + width / 2, bottom + height, text, ha="center", va="center", **canvas.text(9.5))
+    if not beside:
+        _arrow(canvas, y + 1.0, 0.3)
+    _arrow(canvas, y + above + 1.5, 0.3)
+    return y + above + 1.8
 
 
 def _attention_kind(canvas: Canvas, spec: LayerSpec) -> str:

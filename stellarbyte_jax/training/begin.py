@@ -82,6 +82,8 @@ def _check_place(run_dir: Path) -> None:
     held = [name for name in _PROJECT if (place / name).exists()]
     what = f"holds a project ({held[0]})" if held else "is your home directory" if place == Path.home() else None
     what = "is the root of the file system" if place == place.parent else what
+    if what is None and Path.cwd().resolve().is_relative_to(place):
+        what = "is the folder in which the command was typed, or one above it"
     if what:
         raise ConfigError(
             f"output_dir {run_dir} ({place}) {what}: name a directory of the run's own, such as runs/first"

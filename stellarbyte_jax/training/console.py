@@ -162,6 +162,8 @@ class Reporter:
         plain = "\n".join([title, *(f"  {name}: {value}" for name, value in rows.items())])
         if self._console.is_terminal:
             table = Table(title=title, show_header=False, title_justify="left")
+            for _ in range(2):
+                table.add_column(overflow="fold")
             for name, value in rows.items():
                 table.add_row(name, value)
             self._print(table)

@@ -11,7 +11,8 @@ from stellarbyte_jax.training.optimizer import make_schedule
 
 def first_step(seconds: float, cache: CompileCache) -> str:
     """How long a run took to its first step, and how much of that XLA."""
-    warmth = f"{cache.misses} programs compiled" if cache.misses else "every program found"
+    programs = "program" if cache.misses == 1 else "programs"
+    warmth = f"{cache.misses} {programs} compiled" if cache.misses else "every program found"
     temperature = "cold" if cache.misses else "warm"
     return (
         f"first step after {seconds:.1f} s, {cache.compile_seconds:.1f} s of them for XLA "

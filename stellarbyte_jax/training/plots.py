@@ -28,7 +28,7 @@ def check(asked: str) -> None:
         import matplotlib.backends.backend_agg  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{asked} needs matplotlib, and {error.name} is not installed: pip install -e '.[report]'"
+            f"{asked} needs matplotlib, and {error.name} is not installed: pip install matplotlib"
         ) from error
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer
+from stellarbyte_jax.command import make_directory
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.inspect.costs import count_parameters
@@ -88,7 +89,7 @@ def train(config: TrainConfig) -> Finished:
     config = begin.complete(config)
     begin.check(config)
     run_dir = Path(config.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(run_dir, "output_dir")
     with RunLock(run_dir) as lock, Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         prepared = _prepare(config, began, interrupt, lock, report, stack)

@@ -175,6 +175,6 @@ def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = Tru
             if isinstance(error, MendableError):
                 raise
             raise ModuleNotFoundError(
-                f"logging.trackers names {name!r}, but {error.name} is not installed: pip install -e '.[trackers]'"
+                f"logging.trackers names {name!r}, but {error.name} is not installed: pip install {error.name}"
             ) from error
     return trackers

@@ -1,6 +1,7 @@
 """Weights of a run: which checkpoint and which item of it are taken, and runs that begin with foreign weights."""
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,13 @@ def test_what_is_known_of_the_training(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="data differs from its checksum"):
         load_training_facts(tmp_path / "run", 20)
     assert_same_tree(load_weights(tmp_path / "run", 20)[1], WEIGHTS)
+
+
+def test_nothing_is_printed_about_a_directory_that_is_read(tmp_path, caplog):
+    model, params = random_model()
+    save_initial(tmp_path / "run", model.config, params)
+    absl = logging.getLogger("absl")
+    before = absl.level
+    caplog.clear()
+    load_weights(tmp_path / "run")
+    assert caplog.records == [] and absl.level == before

@@ -90,8 +90,15 @@ def test_the_command_to_go_on_repeats_what_was_typed(finished, more, monkeypatch
         data=DataConfig(sequence_length=16, epochs=2, validation=("v.jsonl",)),
         evaluation=EvaluationConfig(patience=3),
     )
-    given = ("output_dir=my runs/x", "steps = 120", "data.train=a/*.jsonl", "evaluation.patience=3", "data.epochs=2")
-    suggested = _suggested(finished, config, *given)
+    given = (
+        "seed=1",
+        "output_dir=my runs/x",
+        "steps = 120",
+        "data.train=a/*.jsonl",
+        "evaluation.patience=3",
+        "data.epochs=2",
+    )
+    suggested = _suggested(finished, config, "seed=0", *given)  # the last one counts
     name = more.partition("=")[0]
     kept = [text for text in given if text.partition("=")[0].strip() != name]
     assert suggested["go on"] == ["python", "scripts/train.py", "--config", "configs/a b.py", "--set", *kept, more]

@@ -277,3 +277,31 @@ def test_what_is_inherited_must_fit_the_rest(inherit):
         compose(made(init_from="runs/a", data=long), [], inherit)
     with pytest.raises(ConfigError, match=r"sequence_length 4096 is longer than model.max_position_embeddings 2048"):
         compose(made(init_from="x", data=long), [], lambda *_: {"model": ByteConfig().to_dict()})
+
+
+ANNOTATED = """
+from __future__ import annotations
+import dataclasses
+from stellarbyte_jax.config import TrainConfig
+@dataclasses.dataclass
+class Mine:
+    a: int = 3
+def config() -> TrainConfig:
+    return TrainConfig(output_dir="x", steps=100 + Mine().a)
+"""
+
+
+def test_a_config_may_define_dataclasses(tmp_path):
+    (tmp_path / "a.py").write_text(ANNOTATED)
+    assert load(tmp_path / "a.py").steps == 103
+
+
+def test_lists_of_overrides_are_json_or_words(tmp_path):
+    path = write(tmp_path / "a.py", "return TrainConfig(output_dir='runs/a', steps=300, sample_prompts=('x',))")
+    for text, expected in (("none", ()), ("a,b", ("a", "b")), ('["a,b"]', ("a,b",)), ("[]", ()), ("[ab]*", ("[ab]*",))):
+        assert load(path, [f"sample_prompts={text}"]).sample_prompts == expected
+    for text in ("['a', 'b']", '["a",]'):
+        with pytest.raises(ConfigError, match="sample_prompts must be a list of str"):
+            load(path, [f"sample_prompts={text}"])
+    with pytest.raises(ConfigError, match="begins with ~"):
+        load(path, ["output_dir=~/x"])

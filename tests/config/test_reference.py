@@ -89,6 +89,7 @@ def test_a_row_of_the_page_is_not_broken_by_its_content():
         ("hidden_size", ["model.hidden_size", "model.head_dim", "model.intermediate_size"]),
         ("schedule.c*", ["schedule.cycles", "schedule.cycle_decay"]),
         ("SwiGLU", ["model.hidden_act"]),
+        ("LR", ["optimizer.learning_rate"]),
         ("nothing like it", []),
     ],
 )
@@ -132,3 +133,13 @@ def test_a_misspelt_setting_is_a_short_line(capsys):
     line = capsys.readouterr().err
     assert "did you mean model.hidden_size" in line and "--list-settings" in line and len(line) < 250
     assert "--list-settings" in line and sys.getsizeof(line) < 400
+
+
+def test_usual_names_of_other_programs_are_guessed():
+    from stellarbyte_jax.config.section import USUAL, unknown_name
+
+    names = {each.name: None for each in settings()}
+    for usual, ours in USUAL.items():
+        message = unknown_name(f"optimizer.{usual}", names, "x")
+        expected = [name for name in names if name.rpartition(".")[2] == ours]
+        assert expected and all(name in message.partition("did you mean ")[2] for name in expected), usual

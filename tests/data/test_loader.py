@@ -18,7 +18,9 @@ from helpers.tiny_documents import save_byte_tokenizer
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS
 from stellarbyte_jax.data.loader import make_loader, measure_loader
+from stellarbyte_jax.data.shards import prepare
 from stellarbyte_jax.data.sources import DataError
+from stellarbyte_jax.data.text import TextFormat
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 DOCUMENTS = 3 * GROUP_DOCUMENTS + 5
@@ -518,3 +520,22 @@ def test_measuring_counts_real_tokens(data):
     measured = measure_loader(_replace(data, epochs=None), batch_size=2, seconds=0.1)
     assert measured["tokens_per_second"] > 0
     assert 0 <= measured["padding"] < 0.2
+
+
+def test_what_was_made_again_under_the_same_name_is_read_anew(tmp_path):
+    """In one process, such as a notebook: prepared shards, and a tokenizer."""
+
+    def first_batch():
+        data = DataConfig(
+            train=(str(tmp_path / "out"),), tokenizer=tokenizer, sequence_length=8, workers=0, shuffle=False,
+            add_bos=False, add_eos=False,
+        )  # fmt: skip
+        with contextlib.closing(make_loader(data, split="train", batch_size=1, seed=0)) as loader:
+            return np.asarray(next(loader)["tokens"])[0]
+
+    tokenizer = save_byte_tokenizer(tmp_path / "tokenizer")
+    for text in ("abcdefgh", "ijklmnop"):
+        (tmp_path / "a.txt").write_text(text)
+        form = {"text": TextFormat(("text",), None), "workers": 0, "overwrite": True, "cache_dir": str(tmp_path / "c")}
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer, **form)
+        assert first_batch().tolist() == load_tokenizer(tokenizer).encode(text)

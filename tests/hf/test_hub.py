@@ -146,7 +146,7 @@ def test_offline_with_an_empty_cache(tmp_path: Path, folder: Path) -> None:
         from_pretrained("org/name", revision="v1")
     assert str(caught.value) == (
         f"org/name at revision v1: there is no such directory here (looked from {folder}), and the hub's cache "
-        f"{tmp_path / 'hub'} lacks it, and HF_HUB_OFFLINE forbids to ask: fetch it where there is a network, or unset "
+        f"{tmp_path / 'hub'} lacks it, and HF_HUB_OFFLINE forbids asking: fetch it where there is a network, or unset "
         "HF_HUB_OFFLINE"
     )
 
@@ -182,6 +182,6 @@ def test_a_failure_of_the_hub_is_one_line_with_what_was_tried(monkeypatch: pytes
         from_pretrained("org/name")
     assert str(caught.value) == (
         f"org/name: there is no such directory here (looked from {folder}), and https://hub.example did not give it "
-        "(OSError: 401 Client Error.): mend the name, set HF_TOKEN for a private or gated model, or look after the "
+        "(OSError: 401 Client Error.): mend the name, set HF_TOKEN for a private or gated model, or check the "
         "network"
     )

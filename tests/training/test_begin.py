@@ -271,3 +271,14 @@ def test_a_run_in_a_thread_trains_without_signals(tmp_path, tokenizer):
     thread.start()
     thread.join()
     assert [(end.exit_code, end.step) for end in ended] == [(0, 2)]
+
+
+def test_the_folder_of_the_command_is_no_place_for_a_run(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a")
+    for place in (Path("."), tmp_path):
+        with pytest.raises(ConfigError, match="is the folder in which the command was typed, or one above it"):
+            begin._check_place(place)
+    begin._check_place(Path("b"))
+    (tmp_path / "a" / "train_config.json").touch()
+    begin._check_place(Path("."))  # a run that stands there already
