@@ -155,10 +155,10 @@ def test_a_tokenizer_larger_than_the_model(kind: str, copies: Path) -> None:
         load_bundle(copies / kind)
 
 
-def trained(run: Path, step: int, **data: Any) -> None:
+def trained(run: Path, step: int, init_from: str | None = None, **data: Any) -> None:
     """Gives a run a checkpoint of weights that were trained in it."""
     settings = DataConfig(train=("a.jsonl",), sequence_length=16, tokenizer=str(run.parent / "words"), **data)
-    config = TrainConfig(output_dir="run", steps=200, model=MODEL.config, data=settings)
+    config = TrainConfig(output_dir="run", steps=200, model=MODEL.config, data=settings, init_from=init_from)
     checkpointer = Checkpointer(run, CheckpointConfig(keep_latest=9))
     checkpointer.save(step, {"params": WEIGHTS}, {"config": config.to_dict()}, frozen=[])
     checkpointer.close()
@@ -173,5 +173,7 @@ def test_what_is_known_of_a_training_on_plain_text(copies: Path) -> None:
     assert not load_bundle(copies / "hf").plain_text and not load_bundle(run, 0).plain_text
     trained(run, 30, template="Question: {q} Answer: {a}")
     assert not load_bundle(run).plain_text
+    trained(run, 25, init_from="a/chat-model")  # which may have been trained on conversations
+    assert not load_bundle(run, 25).plain_text
     shutil.rmtree(run / "checkpoints" / "30" / "config")  # a broken run does not keep its export from being loaded
     assert not load_bundle(export).plain_text

@@ -1,12 +1,19 @@
 """The command benchmark: what is measured where, and that a failure replaces no figures."""
 
+import dataclasses
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
+from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import settings
 
-from stellarbyte_jax.cli import benchmark
+from stellarbyte_jax.checkpoint import store
+from stellarbyte_jax.cli import benchmark, measurements
 from stellarbyte_jax.cli.measurements import WORKERS
+from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data import loader
 
 
 @pytest.fixture
@@ -57,6 +64,9 @@ def test_a_machine_gets_the_size_that_fits(platform, config, written, generation
     measured.clear()
     assert benchmark.main(["train", "--config", "stellarbyte", "--only", "real"]) == 0
     assert measured == [("real", "stellarbyte")]
+    measured.clear()
+    assert benchmark.main(["generate", "--only", "batch_8"]) == 0
+    assert measured == [("batch_8", config)]
 
 
 def test_data_needs_no_device(machine, torch, tmp_path, capsys):
@@ -84,6 +94,10 @@ def test_without_torch_there_is_no_peer_and_a_line(machine, torch, capsys):
     assert [name for name, _ in measured] == ["synthetic", "real"]
     assert "no peer: torch is not installed" in capsys.readouterr().out
     assert benchmark.main(["train", "--no-peer"]) == 0 and "torch" not in capsys.readouterr().out
+    torch(True)
+    measured.clear()
+    assert benchmark.main(["train", "--no-peer"]) == 0
+    assert [name for name, _ in measured] == ["synthetic", "real"]
 
 
 def test_a_wrong_setting_is_told_before_any_measurement(machine, torch, capsys):
@@ -104,7 +118,86 @@ def test_a_worker_is_a_process_of_its_own(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["synthetic", "huggingface"])
 def test_a_step_is_measured(name, monkeypatch):
     if name == "huggingface":
-        pytest.importorskip("torch", reason="the peer is transformers on torch: pip install -e '.[torch]'")
+        torch = pytest.importorskip("torch", reason="the peer is transformers on torch: pip install -e '.[torch]'")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = WORKERS[name](settings(), 1)
     assert result["repeats"] == 5 and 0 < result["lowest"] <= result["tokens_per_second"] <= result["highest"]
     assert "cpu" in result["on"].lower() and 0 < result["loss"] < 10
+
+
+def test_the_steps_that_were_asked_for_are_measured(monkeypatch, capsys):
+    typed = []
+
+    def run(words, **_):
+        typed.append(words)
+        return subprocess.CompletedProcess(words, 0, 'RESULT {"a": 1}\n')
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    options = benchmark._parse(["train", "--steps", "3", "--config", "quickstart"])
+    assert benchmark._run_worker("real", options) == {"a": 1}
+    monkeypatch.setitem(WORKERS, "real", lambda config, steps: {"steps": steps})
+    assert benchmark.main(typed[0][typed[0].index("benchmark") + 1 :]) == 0
+    assert capsys.readouterr().out == 'RESULT {"steps": 3}\n'
+
+
+def test_a_rate_is_tokens_of_all_steps_over_their_time(monkeypatch):
+    now = 0.0
+
+    def run(steps):
+        nonlocal now
+        now += 2.0 * steps
+
+    monkeypatch.setattr(measurements.time, "perf_counter", lambda: now)
+    result = measurements._timed(run, 10, 3)
+    assert (result["tokens_per_second"], result["lowest"], result["highest"]) == (5, 5, 5)
+    monkeypatch.undo()
+    counted = []
+    monkeypatch.setattr(
+        measurements, "_timed", lambda run, tokens, steps: counted.append((tokens, steps)) or {"tokens_per_second": 1}
+    )
+    WORKERS["synthetic"](settings(), 2)
+    assert counted == [(4 * 16, 2)]  # rows and positions of a batch
+
+
+def test_generation_is_measured_by_batch_size_and_by_the_dtype_of_the_cache(monkeypatch):
+    monkeypatch.setattr(measurements, "_decode", lambda *sizes: sizes)
+    large, small = measurements.GENERATE, measurements.CACHE
+    assert WORKERS["batch_32"](settings(), 1) == (large, 32, 128, 256)
+    assert WORKERS["small_batch_8"](settings(), 1) == (small, 8, 128, 64)
+    for dtype in ("float32", "int8"):
+        model, *sizes = WORKERS[dtype](settings(), 1)
+        assert sizes == [4, 512, 64] and model.cache.dtype == dtype
+        assert dataclasses.replace(model, cache=small.cache) == small
+
+
+@pytest.mark.parametrize(("name", "verify"), [("verified", True), ("unverified", False)])
+def test_checkpoints_are_measured_with_and_without_their_checksums(name, verify, monkeypatch):
+    class OpenedError(Exception):
+        pass
+
+    def opened(directory, settings):
+        raise OpenedError(settings.verify)
+
+    monkeypatch.setattr(store, "Checkpointer", opened)
+    with pytest.raises(OpenedError) as found:
+        WORKERS[name](settings(), 1)
+    assert found.value.args == (verify,)
+
+
+def test_shards_are_measured_as_such(monkeypatch, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+    data = DataConfig(
+        train=(str(tmp_path / "a.jsonl"),),
+        tokenizer=save_byte_tokenizer(tmp_path / "bytes"),
+        sequence_length=16,
+        workers=0,
+    )
+    read = []
+
+    def measure(data, **_):
+        read.extend((Path(path) / "meta.json").is_file() for path in data.train)
+        return {"tokens_per_second": 1234.5678, "padding": 0.123456}
+
+    monkeypatch.setattr(loader, "measure_loader", measure)
+    assert WORKERS["shards"](settings(data=data), 1) == {"tokens_per_second": 1235, "padding": 0.1235}
+    assert read == [True]

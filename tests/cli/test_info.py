@@ -97,6 +97,9 @@ def test_speed_is_measured_where_asked_for(directory, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert rows(printed, "8") == [["8,000", "80"]] and "fresh" not in printed
     assert asked[0][0] == [1, 8] and asked[0][1] == {"prompt_length": 1, "new_tokens": 63, "repeats": 3}
+    assert main(["--model", directory, "--speed", "--no-weights"]) == 0
+    printed = capsys.readouterr().out  # they are read all the same, as what is measured
+    assert "fresh" not in printed and "Statistics" not in printed and asked.pop()[0] == [1, 8]
     small = ["model.hidden_size=8", "model.num_attention_heads=2", "model.vocab_size=32", "model.num_hidden_layers=1"]
     assert main(["--config", QUICKSTART, "--set", *small, "--speed", "--batch-sizes", "4"]) == 0
     printed = capsys.readouterr().out

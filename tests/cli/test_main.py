@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,11 +15,12 @@ import pytest
 from helpers.training import settings
 
 import stellarbyte_jax
-from stellarbyte_jax.cli import train
+from stellarbyte_jax.cli import generate, train
 from stellarbyte_jax.cli.main import main
 from stellarbyte_jax.cli.program import COMMANDS, typed
 from stellarbyte_jax.config import DataConfig, EvaluationConfig
 from stellarbyte_jax.config.files import shipped
+from stellarbyte_jax.training import run as training_run
 from stellarbyte_jax.training.run import Finished
 
 
@@ -45,12 +47,21 @@ def test_each_command_has_help_that_names_it(name, capsys, monkeypatch):
     printed = capsys.readouterr().out
     shown = "generate" if name == "chat" else name
     assert end.value.code == 0 and printed.startswith(f"usage: stellarbyte {shown} ") and "scripts/" not in printed
+    assert re.search(rf"\n +stellarbyte {shown} .*\S", printed), "no example to copy"
 
 
 def test_a_conversation_is_generation_with_a_flag(capsys, tmp_path):
     assert main(["chat", "--model", str(tmp_path), "--remember", "x", "--prompt-file", str(tmp_path / "none")]) == 1
     assert "none" in capsys.readouterr().err
     assert COMMANDS["chat"].options == ("--chat",)
+
+
+def test_what_a_command_adds_goes_before_what_was_typed(monkeypatch):
+    given = []
+    monkeypatch.setattr(generate, "main", lambda words: given.append(words) or 0)
+    for name in ("chat", "generate"):
+        assert main([name, "--model", "x"]) == 0
+    assert given == [["--chat", "--model", "x"], ["--model", "x"]]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +100,7 @@ def test_the_command_to_go_on_repeats_what_was_typed(finished, more, monkeypatch
         steps=120,
         data=DataConfig(sequence_length=16, epochs=2, validation=("v.jsonl",)),
         evaluation=EvaluationConfig(patience=3),
+        sample_prompts=("a 'b", "c"),
     )
     given = (
         "seed=1",
@@ -104,8 +116,16 @@ def test_the_command_to_go_on_repeats_what_was_typed(finished, more, monkeypatch
     assert suggested["go on"] == ["python", "scripts/train.py", "--config", "configs/a b.py", "--set", *kept, more]
     assert suggested["report"][2:] == ["my runs/x"]
     assert suggested["convert"][3:] == ["my runs/x", "my runs/x-hf"]
-    generate = suggested["generate"]
-    assert generate[2:4] == ["--model", "my runs/x"] and float(generate[generate.index("--temperature") + 1]) > 0
+    words = suggested["generate"]
+    assert words[2:6] == ["--model", "my runs/x", "--prompt", "a 'b"]
+    assert float(words[words.index("--temperature") + 1]) > 0
+
+
+@pytest.mark.parametrize("code", [0, 130])
+def test_what_comes_next_is_told_of_a_run_that_came_to_its_end(code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training_run, "train", lambda config: Finished(code, 3, "signal" if code else "steps"))
+    assert train.main(["--config", "quickstart", "--set", f"output_dir={tmp_path}"]) == code
+    assert ("next:" in capsys.readouterr().out) == (code == 0)
 
 
 ROOT = Path(__file__).parents[2]

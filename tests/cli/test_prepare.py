@@ -148,3 +148,22 @@ def test_the_tokenizer_that_comes_with_the_package_is_the_default(tmp_path, monk
     assert script.main(["--input", "a.txt", "--output", "out", "--workers", "0", "--cache-dir", "cache"]) == 0
     vocabulary = load_tokenizer(shipped("tokenizer"))
     assert np.load(tmp_path / "out" / "tokens-00000.npy").tolist() == vocabulary.encode("春眠不覚暁")
+
+
+def test_every_option_reaches_the_work(prepare, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    assert prepare("--input", tmp_path / "a.jsonl")[0] == 0
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+    status, out, _ = prepare("--input", tmp_path / "a.jsonl", "--overwrite")
+    assert status == 0 and out.startswith("1 documents, 3 tokens, ")
+    given = {}
+
+    def work(*places, **settings):
+        given.update(settings, places=places)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(script, "prepare", work)
+    options = ["--workers", "3", "--shard-tokens", "7", "--on-error", "skip", "--cache-dir", "c", "--fields", "x", "y"]
+    assert prepare("--input", "a", "b", *options)[0] == 1
+    assert given["places"][0] == ["a", "b"] and given["text"].fields == ("x", "y") and not given["overwrite"]
+    assert (given["workers"], given["shard_tokens"], given["on_error"], given["cache_dir"]) == (3, 7, "skip", "c")

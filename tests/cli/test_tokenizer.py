@@ -109,3 +109,24 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, caps
     assert _train(tmp_path, GOOD) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and re.fullmatch(r"error: .*out cannot be written: File exists; .*\n", printed.err)
+
+
+def test_filters_of_one_field_are_alternatives_and_of_several_conditions():
+    filters = ["en:source=x", "en:source=y", "en:language=z"]
+    corpora = script.parse_corpora(["en=a", "zh=b", "en=c"], filters, "body")
+    assert corpora["en"].only == {"source": "x|y", "language": "z"} and corpora["zh"].only == {}
+    assert corpora["en"].paths == ("a", "c") and corpora["en"].text_field == "body"
+
+
+def test_options_reach_the_tokenizer(tmp_path, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(script, "evaluate", lambda *given: evaluated.append(given[3]) or {"tokenizer": {}})
+    content = GOOD.replace('"text"', '"body"')
+    more = ["--text-field", "body", "--model-max-length", "99", "--max-token-length", "2"]
+    assert _train(tmp_path, content, *more) == 0
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == 99
+    merges = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["merges"]
+    assert merges and all(len(a) == len(b) == 1 for a, b in merges)
+    assert _train(tmp_path, content, "--baselines", "--overwrite", *more) == 0
+    assert evaluated[0] is None and callable(evaluated[1])

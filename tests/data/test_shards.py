@@ -70,7 +70,7 @@ def test_the_content_of_a_shard_is_that_of_both_of_its_files(tmp_path, source, t
     assert len(before) == 2
     for path in before:
         content = bytearray(Path(path).read_bytes())
-        content[0] ^= 1
+        content[content.index(b"}") + 1] = ord("\t")  # in the padding of the header: both are read as before
         Path(path).write_bytes(content)
         assert [name for name, found in contents().items() if found != before[name]] == [path]
         before = contents()

@@ -1,5 +1,6 @@
 """Reading: every format gives the same records, and what is wrong is named with its place."""
 
+import glob
 import gzip
 import os
 import re
@@ -47,6 +48,32 @@ def test_conversion_and_index_are_made_once_and_anew_when_the_file_changes(tmp_p
     assert len(_open(tmp_path, path)) == 3
 
 
+def test_a_file_of_the_same_size_is_read_anew(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for number, texts in enumerate((["a", "bcd"], ["abc", "d"]), 1):
+        path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+        os.utime(path, ns=(number, number))
+        assert _texts(_open(tmp_path, path)) == texts
+
+
+def test_other_columns_are_converted_anew(tmp_path):
+    write_records(tmp_path / "a.parquet", RECORDS[:3])
+    for fields in (("text",), ("title", "text")):
+        text = TextFormat(fields)
+        corpus = _open(tmp_path, tmp_path / "a.parquet", columns=text.columns)
+        assert _texts(corpus, text) == ["\n".join(r[field] for field in fields) for r in RECORDS[:3]]
+
+
+def test_the_home_directory_may_be_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path / "a.jsonl", RECORDS[:2])
+    for name in ("~/a.jsonl", "~/*.jsonl"):
+        corpus = open_corpus([name], setting="data.train", columns=("text",), fingerprint="f", cache_dir="~/kept")
+        assert _texts(corpus) == [r["text"] for r in RECORDS[:2]]
+    assert list((tmp_path / "kept").iterdir()) and not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "[ab]/x.jsonl"])
 def test_a_path_that_exists_is_no_pattern(tmp_path, name):
     """Such a path as a pattern would name the other file, or none."""
@@ -63,7 +90,9 @@ def test_two_stars_descend_into_folders(tmp_path):
     assert _texts(_open(tmp_path, tmp_path / "in" / "**" / "*.jsonl")) == [r["text"] for r in RECORDS[:3]]
 
 
-def test_globs_and_many_files_join_in_order(tmp_path):
+def test_globs_and_many_files_join_in_order(tmp_path, monkeypatch):
+    found = glob.glob  # its order is that of the file system
+    monkeypatch.setattr(sources.glob, "glob", lambda *names, **more: sorted(found(*names, **more), reverse=True))
     for number in (2, 0, 1):
         write_records(tmp_path / f"part-{number}.jsonl", RECORDS[number * 10 : number * 10 + 10])
     corpus = _open(tmp_path, tmp_path / "part-*.jsonl")

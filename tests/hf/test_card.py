@@ -46,6 +46,8 @@ def test_training_is_told_where_it_is_known():
     assert (found["optimizer"], found["steps"]) == ("muon", "1,500")
     assert found["tokens"] == "12,288,000 (padding included)" and found["validation loss"] == "3.1416 nats a token"
     assert "validation loss" not in card(training=dataclasses.replace(FACTS, validation_loss=None))
+    zero = dataclasses.replace(FACTS, validation_loss=0.0)
+    assert rows(card(training=zero))["validation loss"] == "0.0000 nats a token"
     assert "Training" not in card() and "tokens" not in rows(card())
 
 

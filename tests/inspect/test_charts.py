@@ -86,6 +86,19 @@ def test_parameters_and_structure(language, shape, drawn):
     check(charts.structure_diagram(config, counts, language), drawn)
 
 
+def test_of_many_runs_of_layers_the_first_and_the_last_are_shown(drawn):
+    config = SHAPES["tied, windows, many runs"]
+    charts.structure_diagram(config, parameter_counts(ByteTransformer(config)), "en")
+    texts = [text.get_text() for text in drawn.pop().findobj(matplotlib.text.Text)]
+    layers = [text for text in texts if text.startswith("layer ")]
+    assert layers == ["layer 0", "layer 1", "layer 2", "layer 3", "layer 4", "layer 23"]
+    assert label("shared", "en") in texts
+    small = SHAPES["small"]
+    charts.structure_diagram(small, parameter_counts(ByteTransformer(small)), "en")
+    texts = [text.get_text() for text in drawn.pop().findobj(matplotlib.text.Text)]
+    assert [text for text in texts if text.startswith("layer ")] == ["layer 0-3"] and label("shared", "en") not in texts
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_radar(language, drawn):
     check(charts.comparison_radar(RATIOS, language), drawn)

@@ -68,6 +68,15 @@ def test_memory():
     assert rows(cache)["int8"] == ("192 B", "192 B", of_bytes(cache_bytes(BASE, 3, 40, "int8")))
 
 
+def test_layers_that_differ_have_a_range_and_what_is_frozen_no_state():
+    w = writer()
+    w.counts = dataclasses.replace(w.counts, layers=({"mlp": 10}, {"mlp": 2000}))
+    found = rows(w.parameters())
+    assert found["MLP"][0] == "10 - 2,000" and found["in all"][0] == "10 - 2,000"
+    frozen = ReportWriter(w.model, SETUP, "en", lambda path: path[-1] == "q").memory()[0]
+    assert rows(frozen, 1)["lion"] == (of_bytes(4 * 4096),) and rows(frozen, 1)["adamw"] == (of_bytes(8 * 4096),)
+
+
 def test_operations_and_comparison():
     w = writer()
     flops = flops_per_token(BASE, w.counts.total, 16)

@@ -8,7 +8,7 @@ from helpers.variants import make
 
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.inspect import sparsity
-from stellarbyte_jax.inspect.sparsity import weight_statistics
+from stellarbyte_jax.inspect.sparsity import WeightStatistics, weight_statistics
 
 
 def by_path(params):
@@ -76,3 +76,9 @@ def test_thresholds_are_magnitudes():
     model, params = make("tied")
     with pytest.raises(ConfigError, match="thresholds are magnitudes and must be positive"):
         weight_statistics(model.config, params, (0.0,))
+
+
+def test_a_weight_at_a_threshold_is_not_below_it():
+    found = WeightStatistics()
+    found.add(np.array([0.5, -0.5, 0.25, 0.0], np.float32), (0.5,))
+    assert (found.below, found.zeros) == ({0.5: 2}, 1)

@@ -12,7 +12,7 @@ import pytest
 
 from stellarbyte_jax.config import DataConfig, TrainConfig
 from stellarbyte_jax.training import console
-from stellarbyte_jax.training.console import OUTPUT_CLOSED, Reporter, format_metrics
+from stellarbyte_jax.training.console import OUTPUT_CLOSED, Reporter, fitting_metrics, format_metrics
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 NOTES = logging.getLogger("stellarbyte_jax.ops.somewhere")
@@ -297,3 +297,9 @@ def test_control_characters_are_spelled_out(tmp_path, capsys):
     for text in (capsys.readouterr().out, (tmp_path / "train.log").read_text(encoding="utf-8")):
         assert "a\\x1b[31mred\\x07\\x00|" in text and "tab\\x9b" in text
         assert not {"\x1b", "\x07", "\x00", "\x9b"} & set(text)
+
+
+def test_numbers_that_just_fit_all_stay():
+    whole = format_metrics(NUMBERS)
+    assert fitting_metrics(NUMBERS, len(whole)) == whole
+    assert fitting_metrics(NUMBERS, len(whole) - 1) == whole.replace("acc 0.123  ", "")

@@ -138,3 +138,15 @@ def test_where_earlier_starts_did_not_count_there_are_no_totals(clock):
     made.push(8, {"loss": jnp.float32(3)})
     made.flush()
     assert made.totals() == {} and not {"wall_seconds", "tokens"} & shown[0].keys()
+
+
+def test_the_last_step_is_due_whatever_the_interval(clock):
+    shown = {}
+    config = settings(steps=50, logging=LoggingConfig(interval=3))
+    made = Meter(config, 1000, lambda step, metrics, due: shown.update({step: due}), lambda: 0)
+    for step in (47, 48, 49, 50):
+        clock.now += 1.0
+        made.push(step, {"loss": jnp.float32(3)})
+    clock.now += 1.0
+    made.flush()
+    assert shown == {47: False, 48: True, 49: False, 50: True}

@@ -43,9 +43,7 @@ def test_numbers_are_short(value, text):
 def test_the_extra_is_named_where_matplotlib_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    message = (
-        r"^report_at_end=true needs matplotlib, and matplotlib\S* is not installed: pip install -e '\.\[report\]'$"
-    )
+    message = r"^report_at_end=true needs matplotlib, and matplotlib\S* is not installed: pip install matplotlib$"
     with pytest.raises(ModuleNotFoundError, match=message):
         plots.check("report_at_end=true")
 
@@ -95,3 +93,38 @@ def test_values_that_differ_much_have_a_logarithmic_axis(pixels):
 def test_odd_values_are_drawn_without_a_warning(pixels, values, scale):
     x = np.arange(float(len(values)))
     pixels([Curve(x, np.array(values), "rare"), Curve(x[:0], x[:0])], plots.COLORS[0], "step", x[-1], scale)
+
+
+def test_zero_is_on_an_axis_that_is_not_logarithmic(pixels):
+    x = np.arange(30.0)
+    curves = [Curve(x, np.full(30, value), number=number) for number, value in enumerate((0.0, 50.0, 100.0))]
+    heights = [np.median(pixels(curves, plots.COLORS[number], "step", 29.0)[1]) for number in range(3)]
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.01)
+
+
+def test_the_rounding_of_a_constant_is_not_to_be_seen(pixels):
+    x = np.arange(30.0)
+    _, rows = pixels([Curve(x, 61.2 + 1e-8 * (x % 2))], plots.COLORS[0], "step", 29.0)
+    assert np.ptp(rows) < 0.02
+
+
+def test_a_single_point_is_seen(pixels):
+    columns, _ = pixels([Curve(np.array([1.0]), np.array([3.0]))], plots.COLORS[0], "step", 1.0)
+    assert len(columns) and np.ptp(columns) < 0.02
+
+
+def test_past_the_last_color_runs_are_dashed(pixels):
+    x = np.arange(30.0)
+    drawn = [
+        len(pixels([Curve(x, np.full(30, 1.0), number=number)], plots.COLORS[1], "step", 29.0)[0])
+        for number in (1, 1 + len(plots.COLORS), 1 + 2 * len(plots.COLORS))
+    ]
+    assert drawn[0] > 1.2 * drawn[1] and drawn[0] > 1.2 * drawn[2] and drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(("scale", "percent"), [("share", True), ("zero", False)])
+def test_a_share_has_an_axis_in_percent(pixels, monkeypatch, scale, percent):
+    told = []
+    monkeypatch.setattr(plots, "short", lambda value: told.append(value) or f"{value:g}")
+    pixels([Curve(np.arange(30.0), np.full(30, 0.9))], plots.COLORS[0], "step", 29.0, scale)
+    assert (max(told) > 60) == percent

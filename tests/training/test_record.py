@@ -7,6 +7,7 @@ import pytest
 from helpers.training import settings
 
 from stellarbyte_jax.config import override
+from stellarbyte_jax.training import record as reading
 from stellarbyte_jax.training.record import Continuation, about, read_record
 from stellarbyte_jax.training.record import setting as value_of
 
@@ -103,3 +104,15 @@ def test_samples_are_read(tmp_path):
 
 def test_a_setting_is_found_by_its_name():
     assert value_of(override(settings(), ["data.train=a"]), "data.train") == ("a",)
+
+
+def test_a_file_that_the_system_does_not_give_is_one_line(tmp_path, monkeypatch):
+    """As root, whom no permission stops, the system's answer is put in its place."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write_run(tmp_path, {"step": 1, "loss": 2.0})
+    monkeypatch.setattr(reading, "read_lines", refuse)
+    with pytest.raises(ValueError, match=r"/metrics\.jsonl cannot be read: Permission denied; make it readable$"):
+        read_record(tmp_path, "it")

@@ -11,7 +11,7 @@ from helpers.runs import cli
 from helpers.training import settings
 
 from stellarbyte_jax.config import override
-from stellarbyte_jax.training import plots
+from stellarbyte_jax.training import plots, report
 from stellarbyte_jax.training.record import about
 from stellarbyte_jax.training.report import make_page
 
@@ -226,6 +226,29 @@ def test_samples_are_shown_newest_first_and_not_without_end(tmp_path, drawn):
     page, _ = page_of(run)
     assert re.findall(r"text (\d+)\.", page.text) == [str(step) for step in range(60, 10, -1)]
     assert "10 earlier rounds are in samples.jsonl" in page.text
+    text, _ = make_page([run])
+    assert re.findall(r"<details open><summary>(.*?)</summary>", text) == ["step 60"], "the newest is seen at once"
+
+
+def test_long_texts_are_cut(tmp_path, drawn):
+    run = write_run(tmp_path / "a", 3)
+    (run / "train_config.json").write_text(settings(output_dir="Q" * 3000).to_json())
+    (run / "samples.jsonl").write_text(json.dumps({"step": 1, "prompt": "X" * 9000, "text": "Z" * 9000}) + "\n")
+    page, _ = page_of(run)
+    assert 0 < page.text.count("Q") <= 500 and (page.text.count("X"), page.text.count("Z")) == (5000, 5000)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59.4, "0 min 59 s"), (3599, "59 min 59 s"), (9015, "2 h 30 min")])
+def test_times_are_told_in_two_units(seconds, text):
+    assert report._duration(seconds) == text
+
+
+def test_there_is_an_end_to_the_plots(tmp_path, drawn):
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, **{f"m{i}": i for i in range(70)}}) + "\n")
+    page, _ = page_of(run)
+    assert len(page.images) == 60
 
 
 def test_what_is_missing_is_told_in_the_page(tmp_path, drawn):
