@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if small and options.what == "generate" and not options.only:
         names = ["small_batch_1", "small_batch_8"]
     if "huggingface" in names and not options.only:
-        missing = [] if options.no_peer else [n for n in ("torch",) if importlib.util.find_spec(n) is None]
+        missing = not options.no_peer and importlib.util.find_spec("torch") is None
         if missing:
             print("no peer: torch is not installed (pip install torch)")
         if options.no_peer or missing:

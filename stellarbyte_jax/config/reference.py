@@ -77,7 +77,7 @@ def changed(config: Section, prefix: str = "") -> dict[str, tuple[Any, Any]]:
         value = getattr(config, field.name)
         if isinstance(value, Section):
             inner[f"{prefix}{field.name}."] = value
-        elif field.default is REQUIRED or value != field.default:
+        elif value != field.default:  # as nothing equals REQUIRED
             found[prefix + field.name] = (value, field.default)
     for longer, section in inner.items():
         found |= changed(section, longer)

@@ -201,3 +201,14 @@ def test_shards_are_measured_as_such(monkeypatch, tmp_path):
     monkeypatch.setattr(loader, "measure_loader", measure)
     assert WORKERS["shards"](settings(data=data), 1) == {"tokens_per_second": 1235, "padding": 0.1235}
     assert read == [True]
+
+
+def test_what_a_config_takes_over_is_measured(machine, torch, monkeypatch):
+    """In the process that measures, and in the one that checks the settings first."""
+    asked = []
+    monkeypatch.setattr(benchmark, "inherit", lambda source, output: asked.append(source) or {"model": {}})
+    monkeypatch.setitem(benchmark.WORKERS, "synthetic", lambda config, steps: {"loss": 1.0})
+    machine("gpu")
+    for more in ([], ["--worker", "synthetic"]):
+        assert benchmark.main(["train", "--config", "quickstart", "--set", "init_from=x", *more]) in (0, 2)
+    assert asked == ["x", "x"]

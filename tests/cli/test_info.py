@@ -184,3 +184,11 @@ def test_runs_tell_their_optimizer_and_average(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert rows(printed, "average of the weights") == rows(printed, "weights")
     assert f"{run.global_batch_size // 2} rows of {run.data.sequence_length} tokens" in printed
+
+
+def test_a_config_that_begins_with_other_weights_has_their_model(directory, tmp_path, capsys):
+    config = "from stellarbyte_jax.config import TrainConfig\n\ndef config():\n    return TrainConfig("
+    config += f'output_dir="new", steps=100, init_from={directory!r})\n'
+    (tmp_path / "run.py").write_text(config)
+    assert main(["--config", str(tmp_path / "run.py"), "--set", "data.sequence_length=16"]) == 0
+    assert rows(capsys.readouterr().out, "layers") == [["2"]]

@@ -164,3 +164,11 @@ def test_a_wheel_trains_from_any_folder(tmp_path):
     kept = json.loads((home / "runs" / "quickstart" / "train_config.json").read_text())
     for path in (*kept["data"]["train"], *kept["data"]["validation"], kept["data"]["tokenizer"]):
         assert (home / path).resolve().is_relative_to(site / "stellarbyte_jax" / "shipped")
+
+
+def test_names_that_look_like_options_are_no_options(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
+    config = settings(output_dir="-x/", sample_prompts=("-foo",))
+    suggested = _suggested(Finished(0, 50, "steps"), config)
+    assert "--prompt=-foo" in suggested["generate"] and suggested["generate"][3] == "./-x"
+    assert suggested["convert"][3:] == ["./-x", "./-x-hf"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pydoc
+import subprocess
 import sys
 from pathlib import Path
 
@@ -143,3 +144,10 @@ def test_usual_names_of_other_programs_are_guessed():
         message = unknown_name(f"optimizer.{usual}", names, "x")
         expected = [name for name in names if name.rpartition(".")[2] == ours]
         assert expected and all(name in message.partition("did you mean ")[2] for name in expected), usual
+
+
+def test_without_docstrings_there_are_names_and_defaults():
+    """``python -OO`` drops them."""
+    code = "from stellarbyte_jax.config.reference import listed, matching; print(listed(matching('weight_decay')))"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith("optimizer.weight_decay = 0.1\n")

@@ -116,3 +116,17 @@ def assert_close(found, expected, **tolerance) -> None:
     assert found.keys() == expected.keys()
     for path, x in found.items():
         np.testing.assert_allclose(x, expected[path], err_msg=path, **tolerance)
+
+
+def one_layer(output_dir, tokenizer, positions=32, add_bos=True, **changes) -> TrainConfig:
+    """Settings of a run with the vocabulary of a tokenizer and one layer."""
+    model = dataclasses.replace(
+        MODEL,
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=8,
+        num_hidden_layers=1,
+        intermediate_size=8,
+        max_position_embeddings=positions,
+    )
+    data = DataConfig(sequence_length=16, tokenizer=tokenizer.path, add_bos=add_bos)
+    return settings(output_dir=str(output_dir), model=model, data=data, **changes)

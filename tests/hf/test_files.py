@@ -360,3 +360,11 @@ def test_a_failed_rename_puts_the_earlier_directory_back(tmp_path: Path, monkeyp
         fill(tmp_path / "model", "new", overwrite=True)
     assert os.listdir(tmp_path) == ["model"]
     assert (tmp_path / "model" / "config.json").read_text() == "old"
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("")
+    with pytest.raises(OSError, match=r"letter cannot be made: .*; .*choose another directory$"):
+        fill(tmp_path / "letter" / "model", "{}")
+    with pytest.raises(OSError, match=r"^/proc/model cannot be made: .*; choose another directory$"):
+        fill(Path("/proc/model"), "{}")

@@ -162,3 +162,13 @@ def test_a_font_that_cannot_be_read_is_no_font(tmp_path):
     broken = tmp_path / "broken.ttf"
     broken.write_bytes(b"no font")
     assert fonts._characters(broken) == fonts._characters(tmp_path / "none.ttf") == set()
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_branch_stands_on_the_other_unless_they_are_parallel(parallel, drawn):
+    config = dataclasses.replace(SHAPES["small"], parallel_residual=parallel)
+    charts.structure_diagram(config, parameter_counts(ByteTransformer(config)), "en")
+    places = {text.get_text(): text.get_position() for text in drawn.pop().findobj(matplotlib.text.Text)}
+    (attention,) = (place for text, place in places.items() if text.startswith(label("attention", "en") + ":"))
+    mlp = places[label("mlp", "en")]
+    assert (attention[0] < mlp[0], attention[1] < mlp[1]) == (parallel, not parallel)

@@ -303,3 +303,13 @@ def test_numbers_that_just_fit_all_stay():
     whole = format_metrics(NUMBERS)
     assert fitting_metrics(NUMBERS, len(whole)) == whole
     assert fitting_metrics(NUMBERS, len(whole) - 1) == whole.replace("acc 0.123  ", "")
+
+
+def test_a_long_value_is_folded_and_not_cut(log, terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    value = "".join(f"{number:03}" for number in range(60))
+    with Reporter(log) as report:
+        report.table("summary", {"x" * 40: value})
+    cells = re.findall(r"│([^│]*)│([^│]*)│", terminal.getvalue())
+    assert "".join(left.strip() for left, _ in cells) == "x" * 40
+    assert "".join(right.strip() for _, right in cells) == value

@@ -1,6 +1,7 @@
 """The end of a run: an export in which every number is the run's, and what is done once, or made up for later."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
-from helpers.training import MODEL, settings
+from helpers.training import one_layer
 from safetensors.numpy import load_file
 
 from stellarbyte_jax.config import DataConfig
@@ -28,20 +29,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, tokenizer):
     """Settings of a run with a vocabulary of bytes and one layer."""
-
-    def make(positions=32, **changes):
-        model = dataclasses.replace(
-            MODEL,
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=8,
-            num_hidden_layers=1,
-            intermediate_size=8,
-            max_position_embeddings=positions,
-        )
-        data = DataConfig(sequence_length=16, tokenizer=tokenizer.path, add_bos=changes.pop("add_bos", True))
-        return settings(output_dir=str(tmp_path / "run"), model=model, data=data, **changes)
-
-    return make
+    return functools.partial(one_layer, tmp_path / "run", tokenizer)
 
 
 def weights(config, seed=0):

@@ -1,6 +1,6 @@
 """Samples of text: how prompts go on, which file keeps them, and that a run with them trains as one without."""
 
-import dataclasses
+import functools
 import json
 import re
 
@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from helpers.runs import child, cli, log_of, same_weights, write_config
 from helpers.tiny_documents import save_byte_tokenizer
-from helpers.training import MODEL, settings
+from helpers.training import one_layer
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.weights import load_weights
-from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.inference.text import generate_text
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -29,20 +28,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, tokenizer):
     """Settings of a run with a vocabulary of bytes and one layer."""
-
-    def make(positions=32, **changes):
-        model = dataclasses.replace(
-            MODEL,
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=8,
-            num_hidden_layers=1,
-            intermediate_size=8,
-            max_position_embeddings=positions,
-        )
-        data = DataConfig(sequence_length=16, tokenizer=tokenizer.path, add_bos=changes.pop("add_bos", True))
-        return settings(output_dir=str(tmp_path), model=model, data=data, **changes)
-
-    return make
+    return functools.partial(one_layer, tmp_path, tokenizer)
 
 
 def always_saying(config, token):
