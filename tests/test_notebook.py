@@ -34,5 +34,6 @@ def test_every_cell_runs(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "training loss 1" in done.stdout and "The whale" in done.stdout and "llama\n" in done.stdout
+    assert "] <|SBOS|>The whale 春風\n" in done.stdout, "decoded by transformers"
     assert "the run in runs/notebook is complete" in done.stdout
     assert (tmp_path / "runs" / "notebook-hf" / "model.safetensors").is_file()

@@ -50,6 +50,16 @@ _PLOTS = (
     _Plot("tokens_per_second", "Tokens a second", "zero", smooth=True),
     _Plot("padding", "Share of padding", "share", smooth=True),
 )
+_FURTHER = {  # titles of metrics that come after those; what layers tell stands under its own name
+    "cross_entropy": "Cross entropy",
+    "accuracy": "Training accuracy",
+    "validation/accuracy": "Validation accuracy",
+    "validation/perplexity": "Validation perplexity",
+    "validation/bits_per_byte": "Validation bits per byte",
+    "mfu": "Model FLOP utilisation (causal attention)",
+    "mfu_full_attention": "Model FLOP utilisation (attention counted in full)",
+    "peak_memory_gib": "Peak device memory (GiB)",
+}
 _SHARES = ("accuracy", "validation/accuracy", "mfu", "mfu_full_attention")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 0 auto; padding: 1em 2em 4em; }
@@ -61,6 +71,7 @@ figcaption span { font-weight: 400; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; }
 td, th { border-bottom: 1px solid #ddd; padding: .3em 1.2em .3em 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; } td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; max-width: 44em; }
+.same { color: #888; }
 .legend { position: sticky; top: 0; background: #fff; padding: .4em 0; }
 .legend span { display: inline-block; margin-right: 1.6em; }
 .legend i { display: inline-block; width: 2em; border-top: 3px; margin-right: .5em; vertical-align: middle; }
@@ -120,7 +131,7 @@ def _page(records: Sequence[Record], x: Axis) -> str:
             "<h2>Final numbers</h2>" + _table(records, _numbers(records)),
             "<h2>Course</h2>" + _figures(records, x),
             "<h2>Settings that differ from their defaults</h2>" + _settings(records),
-            "<h2>Environment of the last start</h2>" + _table(records, _environment(records)),
+            "<h2>Environment of the last start</h2>" + _table(records, _environment(records), compare=True),
             *(_samples(record, several=len(records) > 1) for record in records if record.samples),
             "</body></html>\n",
         ]
@@ -146,12 +157,14 @@ def _legend(records: Sequence[Record]) -> str:
     return f'<p class="legend">{"".join(entries)}</p>'
 
 
-def _table(records: Sequence[Record], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Rows of a name and one text a run."""
+def _table(records: Sequence[Record], rows: Iterable[tuple[str, Sequence[str]]], *, compare: bool = False) -> str:
+    """Rows of a name and one text a run; to compare runs, those that tell them apart come first, the others grey."""
     heads = "".join(f"<th>{_text(record.name)}</th>" for record in records) if len(records) > 1 else ""
     lines = [f"<tr><th></th>{heads}</tr>"] if heads else []
-    for name, cells in rows:
-        lines.append(f"<tr><th>{_text(name)}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>")
+    told = [(compare and len(cells) > 1 and len(set(cells)) == 1, name, cells) for name, cells in rows]
+    for same, name, cells in sorted(told, key=lambda row: row[0]):
+        opened = '<tr class="same">' if same else "<tr>"
+        lines.append(f"{opened}<th>{_text(name)}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>' if lines else '<p class="note">not known</p>'
 
 
@@ -214,9 +227,7 @@ def _settings(records: Sequence[Record]) -> str:
     configs = [record.config for record in records]
     names = dict.fromkeys(name for config in configs if config is not None for name in changed(config))
     rows = [(name, ["–" if c is None else clipped(written(setting(c, name)), 500) for c in configs]) for name in names]
-    if len(records) > 1:  # what tells the runs apart comes first
-        rows.sort(key=lambda row: len(set(row[1])) == 1)
-    return _table(records, rows)
+    return _table(records, rows, compare=True)
 
 
 def _environment(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
@@ -268,7 +279,12 @@ def _figures(records: Sequence[Record], x: Axis) -> str:
 
 
 def _further(name: str) -> _Plot:
-    return _Plot(name, name, "share" if name in _SHARES else "free", smooth=not name.startswith("validation/"))
+    return _Plot(
+        name,
+        _FURTHER.get(name, name),
+        "share" if name in _SHARES else "free",
+        smooth=not name.startswith("validation/"),
+    )
 
 
 def _tells(name: str, records: Sequence[Record]) -> bool:

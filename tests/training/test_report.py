@@ -27,6 +27,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.texts, self.images, self.rows, self.titles = [], [], [], [], []
+        self.greyed = []
         self.feed(text)
         assert self.open == []
         self.text = "".join(self.texts)
@@ -40,6 +41,8 @@ class Page(html.parser.HTMLParser):
                 self.images.append(base64.b64decode(value.partition(",")[2]))
         if tag == "tr":
             self.rows.append([])
+            if ("class", "same") in attrs:
+                self.greyed.append(self.rows[-1])
         if tag in ("td", "th"):
             self.rows[-1].append("")
         if tag not in ("meta", "img"):
@@ -54,6 +57,10 @@ class Page(html.parser.HTMLParser):
             self.rows[-1][-1] += data
         if "figcaption" in self.open and self.open[-1] == "figcaption":
             self.titles.append(data.strip())
+
+    @property
+    def same(self):
+        return {row[0] for row in self.greyed}
 
     @property
     def table(self):
@@ -119,6 +126,7 @@ def test_runs_lie_over_each_other(tmp_path, drawn):
     assert page.table["steps done"] == ["30 of 50", "20 of 60"] and page.table["seed"] == ["1", "2"]
     names = [row[0] for row in page.rows]
     assert names.index("seed") < names.index("output_dir"), "what differs comes first"
+    assert {"output_dir", "jax"} <= page.same and not {"seed", "steps", "training loss"} & page.same
     curves, label, end, scale = drawn[0]
     assert (label, end, scale) == ("optimizer step", 30.0, "free")
     assert [(c.number, c.look, len(c.x)) for c in curves] == [
@@ -126,6 +134,7 @@ def test_runs_lie_over_each_other(tmp_path, drawn):
         *((1, "thin", 20), (1, "line", 20), (1, "rare", 2)),
     ]
     np.testing.assert_allclose(curves[3].y, 2 + 1 / np.arange(1, 21))
+    assert page_of(first)[0].same == set(), "there is nothing to compare a single run with"
     page, _ = page_of(write_run(tmp_path / "c"), second)
     assert page.table[""] == ["c", "run"]
 
@@ -174,7 +183,7 @@ def test_further_metrics_have_plots_and_vectors_one_of_theirs(tmp_path, drawn):
     vector = {f"load/{i}": i / 20 for i in range(12)}
     more = {"accuracy": 0.5, "cross_entropy": 2.0, "target_tokens": 9, **vector}
     page, _ = page_of(write_run(tmp_path / "a", **more))
-    assert page.titles[6:] == ["accuracy", "cross_entropy", "load"]
+    assert page.titles[6:] == ["Training accuracy", "Cross entropy", "load"]
     curves, *_ = drawn[-1]
     assert [c.y[0] for c in curves] == [i / 20 for i in range(12)] and [c.shade for c in curves] == [
         i / 11 for i in range(12)
@@ -189,7 +198,7 @@ def test_a_cross_entropy_that_is_the_loss_has_no_plot(tmp_path, drawn):
     lines = [{**line, "cross_entropy": line["loss"]} if "loss" in line else line for line in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page, _ = page_of(run)
-    assert "cross_entropy" not in page.titles
+    assert "Cross entropy" not in page.titles
 
 
 def test_thinned_points_and_averages_are_told(tmp_path, drawn):
