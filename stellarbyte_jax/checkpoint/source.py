@@ -6,6 +6,7 @@ from pathlib import Path
 from stellarbyte_jax.checkpoint.store import EXPORT, TOKENIZER, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, load_weights, run_and_step, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.directory import from_pretrained
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.hf.settings import read_config
@@ -89,24 +90,27 @@ class Source:
         return adds_bos(self.path, tokenizer.bos_id, tokenizer.eos_id)
 
 
-def find_source(name: str | Path, step: int | None = None, revision: str | None = None) -> Source:
+def find_source(
+    name: str | Path, step: int | None = None, revision: str | None = None, *, weights: bool = True
+) -> Source:
     """The weights that a name means.
 
     Args:
       name: a Hugging Face directory or ``owner/name`` of the hub, a run directory, or ``RUN/checkpoints/STEP``.
       step: checkpoint of a run; None for the newest, or for the one that ``name`` names.
       revision: of a name of the hub.
+      weights: whether they will be asked for; else those of the hub are not fetched.
 
     Raises:
       ValueError: it is none of these, or a step or a revision is given where there are none.
     """
     if not is_hub_name(name):
-        run, named = run_and_step(Path(name), step)
+        run, named = run_and_step(Path(expanded(name)), step)
         if (run / "checkpoints").is_dir():
             if revision is not None:
                 raise ValueError(f"revision {revision!r} is of a name of the Hugging Face hub, and {name} is a run")
             return Source(run, is_run=True, step=named)
-    path = local_directory(name, revision)
+    path = local_directory(name, revision, weights=weights)
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{path} is neither a Hugging Face directory (config.json) nor a run directory (checkpoints/): "

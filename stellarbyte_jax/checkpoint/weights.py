@@ -120,7 +120,13 @@ def _read(stored: StoredStep, config: ByteConfig) -> Params:
 
 
 def save_initial(
-    run_dir: str | Path, config: ByteConfig, params: Params, tokenizer: str | None = None, *, add_bos: bool = True
+    run_dir: str | Path,
+    config: ByteConfig,
+    params: Params,
+    tokenizer: str | None = None,
+    *,
+    add_bos: bool = True,
+    init_from: str | None = None,
 ) -> None:
     """Writes weights as step 0 of a run directory, for training to start from.
 
@@ -130,6 +136,7 @@ def save_initial(
       params: its weights.
       tokenizer: the directory of the model's tokenizer; None for the default of training.
       add_bos: whether texts begin with bos.
+      init_from: where the weights come from, as a run records it; None: they are fresh.
 
     Raises:
       CheckpointError: the directory already has a checkpoint, or the write failed.
@@ -142,7 +149,12 @@ def save_initial(
         add_bos=add_bos,
     )
     train = TrainConfig(
-        output_dir=str(run_dir), steps=1, model=config, data=data, schedule=ScheduleConfig(warmup_steps=0)
+        output_dir=str(run_dir),
+        steps=1,
+        init_from=init_from,
+        model=config,
+        data=data,
+        schedule=ScheduleConfig(warmup_steps=0),
     )
     with contextlib.closing(Checkpointer(run_dir, CheckpointConfig())) as checkpointer:
         if checkpointer.steps:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.cli.measurements import WORKERS
-from stellarbyte_jax.cli.program import inherit, new_parser
+from stellarbyte_jax.cli.program import inherit, local_path, new_parser
 from stellarbyte_jax.command import command
 from stellarbyte_jax.config import load
 
@@ -91,7 +91,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of one repeat (default: %(default)s)")
     parser.add_argument("--no-peer", action="store_true", help="leave the peer out")
     parser.add_argument("--only", choices=sorted(WORKERS), metavar="NAME", help="one measurement alone: %(choices)s")
-    parser.add_argument("--output", metavar="FILE", help="default: benchmarks/WHAT.json, without a GPU WHAT-cpu.json")
+    parser.add_argument(
+        "--output", type=local_path, metavar="FILE", help="default: benchmarks/WHAT.json, without a GPU WHAT-cpu.json"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

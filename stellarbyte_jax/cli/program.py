@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.interrupts import imports
 
 
@@ -61,6 +62,19 @@ def new_parser(name: str, description: str, *examples: str) -> argparse.Argument
         epilog=f"examples:{lines}" if lines else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def path_or_name(text: str) -> str:
+    """An option that is a path, or a path or a name of the hub: with the home directory for a leading ``~``."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def local_path(text: str) -> Path:
+    """Likewise, where it can be nothing but a path."""
+    return Path(path_or_name(text))
 
 
 def inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
 from stellarbyte_jax.hf.families import Entry, Family, export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
@@ -132,7 +133,7 @@ def save_pretrained(
         Tensor(entry.theirs, entry.hf_shape, to, _reader(entry, leaves[entry.path], to, config))
         for entry in family.entries(config, shapes)
     ]
-    with replacing(Path(directory), overwrite) as partial:
+    with replacing(Path(expanded(directory)), overwrite) as partial:
         write_json(partial / "config.json", config_json(family, config, dtype, named))
         copied = [] if tokenizer is None else copy_tokenizer(tokenizer, partial, ids)
         if config.rope_scaling.name == "none":  # with another one, texts may be longer than the settings say
