@@ -1,10 +1,14 @@
 """Options that are paths or names of the hub mean the same in every command."""
 
 import os
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from helpers.hf_models import random_model, save_words
+from helpers.runs import one_error
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.weights import load_config, save_initial
@@ -58,6 +62,64 @@ def test_a_tilde_is_the_home_directory_in_calls(home: Path) -> None:
     assert load_bundle("~/again").tokenizer.encode("y") == [3]
     save_initial(home / "run", MODEL.config, WEIGHTS, str(home / "words"))
     assert load_bundle("~/run").tokenizer.encode("y") == [3]
+    assert os.listdir(home / "here") == []
+
+
+@pytest.fixture
+def asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, bool]]:
+    """Name, revision and whether weights were asked for, of each question to the hub; it answers with the model."""
+    questions: list[tuple[str, str | None, bool]] = []
+
+    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        weights = any(fnmatch("model-1.safetensors", pattern) for pattern in allow_patterns)
+        assert any(fnmatch("tokenizer.json", pattern) for pattern in allow_patterns)
+        questions.append((repo_id, revision, weights))
+        return str(home / "hf")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return questions
+
+
+def test_every_command_takes_names_of_the_hub(
+    home: Path, asked: list[tuple[str, str | None, bool]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert info.main(["--model", "org/name", "--no-weights"]) == 0
+    assert info.main(["--model", "org/name", "--revision", "v1"]) == 0
+    assert asked == [("org/name", None, False), ("org/name", "v1", True)]
+    asked.clear()
+    assert convert.main(["resize", "org/a", "run", "--tokenizer", "org/b", "--revision", "v2"]) == 0
+    assert asked == [("org/b", None, False), ("org/a", "v2", True)]
+    assert load_bundle("run").tokenizer.encode("y") == [3] and load_config("run").init_from == "org/a"
+    asked.clear()
+    assert convert.main(["to-hf", "run", "hf", "--tokenizer", "org/b"]) == 0
+    capsys.readouterr()
+    assert prepare.main(["--input", "../a.txt", "--output", "shards", "--tokenizer", "org/b", "--workers", "0"]) == 0
+    assert asked == [("org/b", None, False)] * 2
+    assert "data.train=shards data.tokenizer=org/b\n" in capsys.readouterr().out
+
+    (home / "here" / "org").mkdir()  # a directory goes before the hub
+    save_words(home / "here" / "org" / "b", ["x", "y", "<e>"], eos_token="<e>")
+    asked.clear()
+    assert convert.main(["resize", "hf", "again", "--tokenizer", "org/b"]) == 0
+    assert load_bundle("again").tokenizer.encode("y") == [1] and asked == []
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (info.main, ["--model", "org/name"]),
+        (convert.main, ["resize", "org/name", "run", "--tokenizer", "../words"]),
+        (convert.main, ["resize", "../hf", "run", "--tokenizer", "org/name"]),
+        (prepare.main, ["--input", "../a.txt", "--output", "out", "--tokenizer", "org/name"]),
+    ],
+)
+def test_without_a_network_a_name_of_the_hub_is_one_line(
+    command: Callable[[list[str]], int], arguments: list[str], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tests run with HF_HUB_OFFLINE=1."""
+    assert command(arguments) == 1
+    looked = f"error: org/name: there is no such directory here (looked from {home / 'here'}), and the hub's cache "
+    assert one_error(capsys, looked, "lacks it, and HF_HUB_OFFLINE forbids asking: fetch it where there is a network")
     assert os.listdir(home / "here") == []
 
 
