@@ -63,7 +63,15 @@ def load_training_facts(run_dir: str | Path, step: int | None = None) -> Trainin
 def training_facts(config: TrainConfig, step: int, validation_loss: float | None) -> TrainingFacts:
     """Facts of a run after so many steps."""
     tokens = step * config.global_batch_size * config.data.sequence_length
-    return TrainingFacts(step, tokens, config.optimizer.name, validation_loss)
+    return TrainingFacts(step, tokens, config.optimizer.name, validation_loss, saw_plain_text(config, step))
+
+
+def saw_plain_text(config: TrainConfig, step: int) -> bool:
+    """Whether it is known that a run's weights saw plain text alone, no conversations.
+
+    What came before a run that began with other weights is not known, nor what a template makes of its records.
+    """
+    return step > 0 and config.init_from is None and config.data.template is None
 
 
 def stored_steps(run_dir: str | Path) -> list[int]:

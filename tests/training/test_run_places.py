@@ -13,9 +13,10 @@ import pytest
 from helpers.runs import one_error
 from helpers.tiny_documents import save_byte_tokenizer
 
+from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.store import CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config
-from stellarbyte_jax.cli import convert
+from stellarbyte_jax.cli import convert, generate
 from stellarbyte_jax.cli.train import main
 from stellarbyte_jax.config import ByteConfig, DataConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
@@ -154,10 +155,12 @@ def test_a_run_records_what_it_began_with(folder, capsys):
     params = jax.jit(lambda: init_params(ByteTransformer(MODEL), jax.random.key(0)))()
     save_pretrained(folder / "hf", ByteTransformer(MODEL), params, tokenizer=words)
     train(settings(folder, words, init_from=str(folder / "hf")))
+    chat = shutil.copytree(folder / "hf", folder / "chat")
     shutil.rmtree(folder / "hf")
     capsys.readouterr()
-    train(settings(folder, words, 2))
+    train(settings(folder, words, 2, export_at_end=True))
     assert record(folder / "run").init_from == str(folder / "hf")
+    assert not any(load_bundle(path).plain_text for path in (chat, folder / "run", folder / "run" / "hf"))
     assert "init_from" not in capsys.readouterr().out
     train(settings(folder, words, 3, init_from="elsewhere"))
     told = f"setting changed: init_from '{folder / 'hf'}' -> 'elsewhere' (without effect: the run goes on with its own"
@@ -168,6 +171,18 @@ def test_a_run_records_what_it_began_with(folder, capsys):
         train(settings(folder, words, 4, model=wide))
     with pytest.raises(ValueError, match=rf"^data\.tokenizer nowhere does not exist .* init_from={folder / 'hf'}, and"):
         train(settings(folder, "nowhere", 4))
+
+
+def test_an_export_warns_of_chats_wherever_it_lies(folder, capsys):
+    words = save_byte_tokenizer(folder / "words")
+    model = dataclasses.replace(MODEL, max_position_embeddings=256)
+    train(settings(folder, words, export_at_end=True, model=model))
+    assert convert.main(["to-hf", str(folder / "run"), str(folder / "converted")]) == 0
+    shutil.move(folder / "run" / "hf", folder / "exported")
+    shutil.rmtree(folder / "run")
+    for name in ("converted", "exported"):
+        assert generate.main(["--model", str(folder / name), "--chat", "--prompt=a", "--max-new-tokens=1"]) == 0
+        assert f"warning: {folder / name} was trained on plain text, not on conversations" in capsys.readouterr().err
 
 
 def test_a_run_that_began_with_converted_weights_records_theirs(folder, monkeypatch):
