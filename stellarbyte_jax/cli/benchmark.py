@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.cli.measurements import WORKERS
-from stellarbyte_jax.cli.program import inherit, new_parser
+from stellarbyte_jax.cli.program import load_settings, local_path, new_parser
 from stellarbyte_jax.command import command
-from stellarbyte_jax.config import load
 
 _NAMES = {
     "train": ["synthetic", "real", "huggingface"],
@@ -32,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line; each measurement runs this command again with ``--worker``."""
     options = _parse(arguments)
     if options.worker:
-        config = load(options.config, options.set, inherit)
+        from stellarbyte_jax.training import begin
+
+        config = begin.find_tokenizer(load_settings(options.config, options.set)).used
         print("RESULT " + json.dumps(WORKERS[options.worker](config, options.steps)))
         return 0
     names = [options.only] if options.only else _NAMES[options.what]
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"no GPU: measures the model of {_SMALL}, for generation one of 25M parameters; --config names another"
             )
-    load(options.config, options.set, inherit)
+    load_settings(options.config, options.set)
     if small and options.what == "generate" and not options.only:
         names = ["small_batch_1", "small_batch_8"]
     if "huggingface" in names and not options.only:
@@ -91,7 +92,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of one repeat (default: %(default)s)")
     parser.add_argument("--no-peer", action="store_true", help="leave the peer out")
     parser.add_argument("--only", choices=sorted(WORKERS), metavar="NAME", help="one measurement alone: %(choices)s")
-    parser.add_argument("--output", metavar="FILE", help="default: benchmarks/WHAT.json, without a GPU WHAT-cpu.json")
+    parser.add_argument(
+        "--output", type=local_path, metavar="FILE", help="default: benchmarks/WHAT.json, without a GPU WHAT-cpu.json"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.cli.program import local_path, new_parser, path_or_name
 from stellarbyte_jax.command import command, imports
 
 with imports():
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--model",
+        type=path_or_name,
         required=True,
         metavar="DIR",
         help="a run, RUN/checkpoints/STEP, a Hugging Face directory, or owner/name of the hub",
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     parser.add_argument(
-        "--prompt-file", action="append", default=[], type=Path, metavar="FILE", help="one prompt a file"
+        "--prompt-file", action="append", default=[], type=local_path, metavar="FILE", help="one prompt a file"
     )
     parser.add_argument("--chat", action="store_true", help="prompts are messages; without any, read from the terminal")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stop-token", action="append", default=[], type=int, metavar="ID", help="likewise, as an id")
     parser.add_argument("--log-probs", action="store_true", help="tell how likely the model finds each output")
     parser.add_argument("--prefill-chunk", type=int, metavar="N", help="read long prompts in parts of so many tokens")
-    parser.add_argument("--remember", type=Path, metavar="FILE", help="text that a model with memory reads before")
+    parser.add_argument(
+        "--remember", type=local_path, metavar="FILE", help="text that a model with memory reads before"
+    )
     parser.add_argument(
         "--segment-length", type=int, metavar="N", help="with --remember (default: the model's positions)"
     )

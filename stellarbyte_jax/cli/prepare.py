@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stellarbyte_jax.cli.program import new_parser, typed
+from stellarbyte_jax.cli.program import new_parser, path_or_name, typed
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config.files import shipped
 
@@ -18,6 +18,7 @@ with imports():
 
     from stellarbyte_jax.data.shards import Prepared, prepare
     from stellarbyte_jax.data.text import TextFormat
+    from stellarbyte_jax.hf.hub import local_directory
 
 _FLAGS = {"fields", "template", "tokenizer", "text_documents", "workers", "on_error", "cache_dir"}
 
@@ -34,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     kinds = ".jsonl[.gz|.zst], .parquet, .arrow, .txt, or the directory of a data set (save_to_disk)"
     add("--input", nargs="+", required=True, metavar="GLOB", help=kinds)
-    add("--output", required=True, metavar="DIR", help="a new or empty directory")
-    add("--tokenizer", default=os.path.relpath(shipped("tokenizer")), metavar="DIR", help="default: %(default)s")
+    add("--output", type=path_or_name, required=True, metavar="DIR", help="a new or empty directory")
+    tokenizer = "a directory, or owner/name of the hub (default: %(default)s)"
+    add("--tokenizer", type=path_or_name, default=os.path.relpath(shipped("tokenizer")), metavar="DIR", help=tokenizer)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--fields", nargs="+", default=["text"], metavar="NAME", help="joined by a newline")
     form.add_argument("--template", help='such as "Question: {question}\\nAnswer: {answer}"')
@@ -78,7 +80,7 @@ def _prepare(options: argparse.Namespace) -> Prepared:
         return prepare(
             options.input,
             options.output,
-            options.tokenizer,
+            str(local_directory(options.tokenizer, weights=False)),
             text=TextFormat(tuple(options.fields), options.template),
             text_documents=options.text_documents,
             workers=options.workers,

@@ -3,11 +3,14 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.config import TrainConfig, load
+from stellarbyte_jax.config.files import read
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.interrupts import imports
 
 
@@ -61,6 +64,39 @@ def new_parser(name: str, description: str, *examples: str) -> argparse.Argument
         epilog=f"examples:{lines}" if lines else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def path_or_name(text: str) -> str:
+    """An option that is a path, or a path or a name of the hub: with the home directory for a leading ``~``."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def local_path(text: str) -> Path:
+    """Likewise, where it can be nothing but a path."""
+    return Path(path_or_name(text))
+
+
+def load_settings(file: str, overrides: Sequence[str]) -> TrainConfig:
+    """The settings of a run that is to read its data.
+
+    Those that another run recorded hold elsewhere too: where their tokenizer is not found, that run's copy stands for
+    it, and a line says so.
+
+    Raises:
+      ConfigError: as ``config.load``; there is neither the tokenizer nor a copy of it.
+    """
+    config = load(file, overrides, inherit)
+    if Path(file).suffix != ".json" or config.data.tokenizer != read(file).data.tokenizer:
+        return config
+    with imports():
+        from stellarbyte_jax.training import begin
+    config, note = begin.with_copy(config, Path(expanded(file)).parent)
+    if note is not None:
+        print(note)
+    return config
 
 
 def inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:

@@ -40,7 +40,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from stellarbyte_jax.cli.program import typed
+from stellarbyte_jax.cli.program import local_path, typed
 from stellarbyte_jax.command import command, imports, remedy
 
 with imports():
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = functools.partial(parser.add_argument, required=True)
     add("--corpus", action="append", metavar="NAME=GLOB", help=".jsonl[.gz|.zst], .parquet or text files; may repeat")
     add("--stage", action="append", metavar="SIZE:NAME=SHARE,...", help="vocabulary size and mixture; in order")
-    add("--output", type=Path, help="directory to write")
+    add("--output", type=local_path, help="directory to write")
     add = parser.add_argument
     add("--only", action="append", default=[], metavar="NAME:FIELD=REGEX", help="records to take; repeat for more")
     add("--text-field", default="text", help="field of a record that holds the text (default: %(default)s)")

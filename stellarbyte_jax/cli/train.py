@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stellarbyte_jax.cli.program import inherit, new_parser, typed
+from stellarbyte_jax.cli.program import load_settings, new_parser, typed
 from stellarbyte_jax.command import command, imports
-from stellarbyte_jax.config import TrainConfig, load
+from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.reference import listed, matching
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the training and says what can be done next."""
     options = _parse(arguments)
-    config = load(options.config, options.set, inherit)
+    config = load_settings(options.config, options.set)
     with imports():
         from stellarbyte_jax.training.guard import run_guarded
         from stellarbyte_jax.training.run import train

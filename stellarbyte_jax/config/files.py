@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from stellarbyte_jax.config.foreign import absent, clipped, json_object, shown
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.config.run import DataConfig, TrainConfig
 from stellarbyte_jax.config.section import ConfigError, Section, fits, hints, is_section, require, spell, unknown_name
 
@@ -68,7 +69,7 @@ def compose(config: TrainConfig, overrides: Sequence[str] = (), inherit: Inherit
     if source is None or inherit is None:
         return override(config, overrides)
     replaces = "init_from" in given
-    base = dict(inherit(source, given.get("output_dir", config.output_dir)))
+    base = dict(inherit(*map(_home, (source, given.get("output_dir", config.output_dir)))))
     if not (replaces or config.leaves_model_out):
         del base["model"]
     if not (replaces or config.data.tokenizer == DataConfig().tokenizer):
@@ -84,7 +85,7 @@ def read(path: str | Path) -> TrainConfig:
     Raises:
       ConfigError: it is missing or fails, or holds no settings of a run.
     """
-    path = _find(Path(path))
+    path = _find(Path(_home(path)))
     if path.suffix == ".json":
         return _from_json(path)
     try:
@@ -112,6 +113,13 @@ def shipped(folder: str) -> Path:
     package = Path(__file__).parents[1]
     installed = package / "shipped" / folder
     return installed if installed.is_dir() else package.parent / folder
+
+
+def _home(path: str | Path) -> str:
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _find(path: Path) -> Path:

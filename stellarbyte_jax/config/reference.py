@@ -107,7 +107,8 @@ def markdown() -> str:
         "# Settings",
         "",
         "Every setting of a run: a field of the config file, or `--set name=value` on the command line; lists as",
-        "JSON or as `a,b`, `none` for no value. `stellarbyte train --list-settings [PATTERN]` prints the same.",
+        "JSON or as `a,b`, `none` for no value, `~` at the beginning of a path for the home directory.",
+        "`stellarbyte train --list-settings [PATTERN]` prints the same.",
         "This page is made by `python -m stellarbyte_jax.config.reference > docs/settings.md`.",
     ]
     section = None

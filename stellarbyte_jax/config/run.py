@@ -26,7 +26,7 @@ class DataConfig(Section):
       train: paths or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt files, or of directories
         of prepared shards or of a data set of Hugging Face datasets (save_to_disk)
       validation: the same, of texts to validate with; none: no validation
-      tokenizer: directory of the tokenizer
+      tokenizer: directory of the tokenizer, or owner/name of the hub
       text_documents: what a document of a .txt file is: the file, or each paragraph, which blank lines part
       fields: fields of a record that are its text, joined by a newline
       template: text of a record, such as "Question: {question} Answer: {answer}"; none: fields are joined
@@ -61,6 +61,8 @@ class DataConfig(Section):
     workers: NonNegativeInt = 1
     prefetch: PositiveInt = 2
     cache_dir: str | None = None
+
+    _paths = ("train", "validation", "tokenizer", "cache_dir")
 
     def _check(self) -> None:
         require(self.sequence_length >= 2, "data.sequence_length must be at least 2: one token predicts the next")
@@ -262,12 +264,10 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    _paths = ("output_dir", "init_from")
+
     def _check(self) -> None:
         require(self.output_dir.strip() != "", "output_dir is empty: name a directory for the run, such as runs/first")
-        require(
-            not self.output_dir.startswith("~"),
-            f"output_dir {self.output_dir} begins with ~, which would be a folder of that name: write the whole path",
-        )
         require(self.init_from != "", "init_from is empty: name a directory, or none")
         require(
             self.global_batch_size % self.gradient_accumulation_steps == 0,

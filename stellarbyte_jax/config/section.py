@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.config.paths import expanded
 
 # What other programs call the same.
 USUAL = {
@@ -77,6 +78,7 @@ class Section:
     """What every settings class can do: check types, turn into plain JSON values and back."""
 
     _aliases: ClassVar[Mapping[str, str]] = {}
+    _paths: ClassVar[tuple[str, ...]] = ()  # settings that are paths: a leading ~ is kept as the home directory
     _example: ClassVar[str | None] = None  # a setting that a message may show; None: the first one
 
     def __new__(cls, *unnamed: Any, **values: Any) -> Self:
@@ -100,6 +102,8 @@ class Section:
                 value = float(value)
             object.__setattr__(self, name, value)
             require(fits(value, hint), f"{type(self).__name__}.{name} must be {spell(hint)}, got {shown(value)}")
+        for name in self._paths:
+            object.__setattr__(self, name, _expanded(getattr(self, name), f"{type(self).__name__}.{name}"))
         self._check()
 
     def _check(self) -> None:
@@ -135,6 +139,15 @@ class Section:
         missing = [name for name in _required(cls) if name not in settings]
         require(not missing, f"{cls.__name__} lacks {', '.join(missing)}: give it")
         return cls(**settings)
+
+
+def _expanded(value: Any, where: str) -> Any:
+    if value is None:
+        return None
+    try:
+        return tuple(map(expanded, value)) if isinstance(value, tuple) else expanded(value)
+    except ValueError as error:
+        raise ConfigError(f"{where} {error}") from error
 
 
 def _required(cls: type[Section]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stellarbyte_jax.config.foreign import clipped, is_file_name, json_object, shown
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
 from stellarbyte_jax.data.files import OPEN_FILES, ArrayFile, BadRecordError, ByteFile, DataError, write_array
 from stellarbyte_jax.data.line_index import Lines, holds_text, index_lines, index_paragraphs
@@ -38,7 +39,7 @@ _IDENTITY_BYTES = 1 << 16
 
 def cache_path(cache_dir: str | Path | None) -> Path:
     """Where line indexes and converted files go; None: ``~/.cache/stellarbyte_jax``."""
-    return Path.home() / ".cache" / "stellarbyte_jax" if cache_dir is None else Path(cache_dir).expanduser()
+    return Path.home() / ".cache" / "stellarbyte_jax" if cache_dir is None else Path(expanded(cache_dir))
 
 
 @functools.lru_cache(maxsize=OPEN_FILES)
@@ -228,7 +229,10 @@ def expand(pattern: str, setting: str) -> list[Path]:
     Raises:
       DataError: there is none.
     """
-    path = Path(pattern).expanduser()
+    try:
+        path = Path(expanded(pattern))
+    except ValueError as error:
+        raise DataError(f"{setting}: {error}") from error
     if path.exists():
         return [path]
     if not glob.has_magic(str(path)):

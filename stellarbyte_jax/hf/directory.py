@@ -12,6 +12,7 @@ import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
 from stellarbyte_jax.hf.families import Entry, Family, export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
@@ -27,6 +28,9 @@ from stellarbyte_jax.tokenizer.directory import (
 )
 from stellarbyte_jax.tokenizer.special import special_ids
 
+# In the metadata of the weights' files, not in config.json: programs that train weights further write these files anew
+# without it, but keep what they do not know of config.json.
+_TRAINED_ON, _PLAIN_TEXT = "trained_on", "plain text"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -115,7 +119,7 @@ def save_pretrained(
       tokenizer: directory whose tokenizer files are copied and whose special tokens are named in the settings.
       ids: special tokens that go before those, such as ``{"eos_token_id": [1, 2]}``.
       overwrite: an earlier export there is replaced, its README.md too.
-      training: facts for the README.md, where the run is known.
+      training: facts for the README.md, where the run is known; weights say themselves that they saw plain text alone.
 
     Raises:
       ValueError: no family can express the model, the weights are another model's or do not fit the dtype, or the
@@ -132,7 +136,7 @@ def save_pretrained(
         Tensor(entry.theirs, entry.hf_shape, to, _reader(entry, leaves[entry.path], to, config))
         for entry in family.entries(config, shapes)
     ]
-    with replacing(Path(directory), overwrite) as partial:
+    with replacing(Path(expanded(directory)), overwrite) as partial:
         write_json(partial / "config.json", config_json(family, config, dtype, named))
         copied = [] if tokenizer is None else copy_tokenizer(tokenizer, partial, ids)
         if config.rope_scaling.name == "none":  # with another one, texts may be longer than the settings say
@@ -148,7 +152,18 @@ def save_pretrained(
             training=training,
         )
         (partial / CARD).write_text(card, encoding="utf-8")
-        write_tensors(partial, tensors, max_shard_bytes)
+        plain = training is not None and training.plain_text
+        write_tensors(partial, tensors, max_shard_bytes, {_TRAINED_ON: _PLAIN_TEXT} if plain else {})
+
+
+def says_plain_text(directory: Path) -> bool:
+    """Whether an export says that its weights saw plain text alone; those of other programs say nothing.
+
+    Raises:
+      ValueError: its weights are missing or unreadable.
+    """
+    with WeightFiles(directory, verify=False) as files:
+        return files.metadata(_TRAINED_ON) == _PLAIN_TEXT
 
 
 def round_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from stellarbyte_jax.config.foreign import absent, clipped, json_object, shown
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.tokenizer.named import SpecialTokens, find_special_tokens, uses_older_files
 
 LIBRARY = "tokenizer.json"  # read by the tokenizers library
@@ -48,8 +49,8 @@ class TokenizerDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Names the directory; nothing is read yet."""
-        self.path = Path(path)
+        """Names the directory, where a leading ``~`` is the home directory; nothing is read yet."""
+        self.path = Path(expanded(path))
 
     @property
     def has_library(self) -> bool:
@@ -329,8 +330,8 @@ def copy_tokenizer(
       The names of the files, ``generation_config.json`` among them where ``ids`` or the source's ``config.json`` gave
       some of its content.
     """
-    source, target = Path(source), Path(target)
-    directory = TokenizerDirectory(source)
+    directory, target = TokenizerDirectory(source), Path(target)
+    source = directory.path
     present = directory.files
     # Ends of a text may be named in the model's settings alone, which stay behind.
     ids = {**(directory.generation_ids() if (source / MODEL_CONFIG).is_file() else {}), **ids}

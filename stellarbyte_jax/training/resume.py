@@ -69,11 +69,13 @@ class Resumed:
       state: of the last step.
       progress: of the run.
       data: place of the loader; None where only foreign weights were found, at step 0.
+      settings: to record from now on.
     """
 
     state: TrainState
     progress: Progress
     data: dict[str, Any] | None
+    settings: TrainConfig
 
 
 def save(
@@ -112,11 +114,13 @@ def restore(
     shapes: TrainState,
     optimizer: optax.GradientTransformation,
     say: Callable[[str], None],
+    tokenizer: str | None = None,
 ) -> Resumed | None:
     """The newest readable state, or None where there is no checkpoint.
 
     From a checkpoint without optimizer state only weights come back, and training begins with them at step 0. One that
-    holds numbers that are not finite is taken for unreadable.
+    holds numbers that are not finite is taken for unreadable. ``tokenizer`` is the directory of the tokenizer that the
+    settings name; None: they name a directory.
 
     Raises:
       CheckpointError: all checkpoints are unreadable, or they belong to other settings.
@@ -124,10 +128,10 @@ def restore(
 
     def read(stored: StoredStep) -> Resumed:
         initial = not stored.has("optimizer")
-        check_resumable(stored.json("config"), config, stored.path, initial, say)
+        recorded = check_resumable(stored.json("config"), config, stored.path, initial, say, tokenizer)
         if initial:
-            return begin_with(stored.arrays({"params": shapes.weights})["params"], config, shapes, optimizer)
-        return _whole(stored, shapes)
+            return begin_with(stored.arrays({"params": shapes.weights})["params"], recorded, shapes, optimizer)
+        return _whole(stored, shapes, recorded)
 
     return checkpointer.restore(read, say)
 
@@ -151,10 +155,10 @@ def begin_with(
         frozen=frozen,
         carried=State.initial(config.model, config.global_batch_size),
     )
-    return Resumed(state, Progress(), None)
+    return Resumed(state, Progress(), None, config)
 
 
-def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
+def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig) -> Resumed:
     differ = sorted(set(stored.frozen_paths) ^ set(paths(shapes.frozen)))
     if differ:
         raise CheckpointError(
@@ -184,7 +188,7 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
         seconds=data.get("seconds"),
         tokens=data.get("tokens"),
     )
-    return Resumed(state, progress, data["loader"])
+    return Resumed(state, progress, data["loader"], settings)
 
 
 def _finite(items: dict[str, Any]) -> dict[str, Any]:

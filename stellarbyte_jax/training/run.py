@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,22 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer
+from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.command import make_directory
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.inspect.costs import count_parameters
-from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries, write_failure
+from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import token_byte_lengths
-from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
-from stellarbyte_jax.tokenizer.special import kept_ids
 from stellarbyte_jax.training import begin, finish, messages, resume
 from stellarbyte_jax.training.console import Reporter, format_metrics
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sample, Sampler
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
@@ -54,9 +51,13 @@ class Finished:
 
 @dataclass
 class _Run:
-    """Everything that the loop works with; ``total`` is the number of steps, or where the run stands beyond them."""
+    """Everything that the loop works with; ``total`` is the number of steps, or where the run stands beyond them.
+
+    ``config`` has the directory of the tokenizer, and ``named`` its name, as the run records it.
+    """
 
     config: TrainConfig
+    named: TrainConfig
     total: int
     report: Reporter
     began: float
@@ -86,13 +87,14 @@ def train(config: TrainConfig) -> Finished:
     """
     began = time.perf_counter()
     quiet_libraries()
-    config = begin.complete(config)
+    found = begin.find_tokenizer(begin.complete(config))
+    config = found.used
     begin.check(config)
     run_dir = Path(config.output_dir)
     make_directory(run_dir, "output_dir")
     with RunLock(run_dir) as lock, Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        prepared = _prepare(config, began, interrupt, lock, report, stack)
+        prepared = _prepare(found, began, interrupt, lock, report, stack)
         if isinstance(prepared, Finished):
             return prepared
         stack.callback(report.end_bar)
@@ -104,7 +106,7 @@ def train(config: TrainConfig) -> Finished:
 
 
 def _prepare(
-    config: TrainConfig,
+    settings: begin.Found,
     began: float,
     interrupt: Interrupt,
     lock: RunLock,
@@ -115,10 +117,13 @@ def _prepare(
 
     What is opened is closed with ``stack``. A run that is complete already is finished.
     """
+    config, named = settings.used, settings.named
     run_dir = Path(config.output_dir)
     cache = CompileCache()
     report.line(environment())
-    report.config(config)
+    report.config(named)
+    if settings.note is not None:
+        report.line(settings.note)
     finish.recover(config)
 
     model = ByteTransformer(config.model)
@@ -127,11 +132,14 @@ def _prepare(
     checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
     shapes = state_shapes(config, model, optimizer)
     parameters = count_parameters(shapes.weights)
-    found = resume.restore(checkpointer, config, shapes, optimizer, report.line)
+    found = resume.restore(checkpointer, named, shapes, optimizer, report.line, config.data.tokenizer)
+    if found is not None:
+        named = found.settings
+        config = replace(config, init_from=named.init_from)
     resumed = found or begin.from_weights(config, shapes, optimizer, report.line)
     if resumed is None:
         begin.tell_unused_rows(config, report.line)
-        resumed = Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None)
+        resumed = Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None, named)
     start = int(resumed.state.step)
     total = max(start, config.steps)
     if start == total and resumed.progress.validated != start:
@@ -149,7 +157,7 @@ def _prepare(
         report.line(f"resumed at step {start} from {run_dir}")
     elif found is not None:
         report.line(f"starting from the weights in {run_dir}")
-    _keep(config, run_dir, parameters)
+    begin.keep(begin.Found(named, config), parameters)
     report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
     trackers = make_trackers(config, start, validated=not validates)
     for tracker in trackers:
@@ -172,6 +180,7 @@ def _prepare(
     byte_lengths_V = None if byte_lengths is None else jnp.asarray(byte_lengths)
     return _Run(
         config=config,
+        named=named,
         total=total,
         report=report,
         began=began,
@@ -193,22 +202,6 @@ def _prepare(
             config, parameters, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens
         ),
     )
-
-
-def _keep(config: TrainConfig, run_dir: Path, parameters: int) -> None:
-    """Writes settings, environment, and a copy of the tokenizer: checkpoints stay readable when the original moves."""
-    target = run_dir / "train_config.json"
-    try:
-        write_json(target, config.to_dict())
-        target = run_dir / ABOUT
-        write_json(target, about(parameters))
-        target = run_dir / TOKENIZER
-        copy_tokenizer(config.data.tokenizer, target, kept_ids(target, config.data.tokenizer, config.model.vocab_size))
-    except OSError as error:
-        source = error.filename if error.filename2 is None else None  # a copy that fails names both
-        if source is not None and Path(source).parent == Path(config.data.tokenizer):
-            raise OSError(f"{source} could not be read: {error.strerror}; make it readable, start again") from error
-        raise write_failure(target, error) from error
 
 
 def _loop(run: _Run, start: int) -> Finished:
@@ -365,7 +358,7 @@ def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
     with run.meter.paused():
         place = run.loader.state()
         run.progress.seconds, run.progress.tokens = run.meter.seconds, run.meter.tokens
-        resume.save(run.checkpointer, run.config, run.state, step, place, run.progress, validation_loss)
+        resume.save(run.checkpointer, run.named, run.state, step, place, run.progress, validation_loss)
 
 
 def _open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> Loader:

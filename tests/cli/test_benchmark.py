@@ -5,12 +5,13 @@ import json
 import subprocess
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import settings
 
 from stellarbyte_jax.checkpoint import store
-from stellarbyte_jax.cli import benchmark, measurements
+from stellarbyte_jax.cli import benchmark, measurements, program
 from stellarbyte_jax.cli.measurements import WORKERS
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data import loader
@@ -206,9 +207,23 @@ def test_shards_are_measured_as_such(monkeypatch, tmp_path):
 def test_what_a_config_takes_over_is_measured(machine, torch, monkeypatch):
     """In the process that measures, and in the one that checks the settings first."""
     asked = []
-    monkeypatch.setattr(benchmark, "inherit", lambda source, output: asked.append(source) or {"model": {}})
+    monkeypatch.setattr(program, "inherit", lambda source, output: asked.append(source) or {"model": {}})
     monkeypatch.setitem(benchmark.WORKERS, "synthetic", lambda config, steps: {"loss": 1.0})
     machine("gpu")
     for more in ([], ["--worker", "synthetic"]):
         assert benchmark.main(["train", "--config", "quickstart", "--set", "init_from=x", *more]) in (0, 2)
     assert asked == ["x", "x"]
+
+
+def test_the_tokenizer_is_found_as_in_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: f"cache/{name}")
+    used: list[str] = []
+    monkeypatch.setitem(benchmark.WORKERS, "jsonl", lambda config, steps: used.append(config.data.tokenizer))
+    typed = ["data", "--worker", "jsonl", "--config", "quickstart", "--set", "data.tokenizer=org/name"]
+    assert benchmark.main(typed) == 0
+    copy = Path(save_byte_tokenizer(tmp_path / "run" / "tokenizer"))
+    recorded = settings(data=DataConfig(sequence_length=16, tokenizer="gone"))
+    (tmp_path / "run" / "train_config.json").write_text(recorded.to_json())
+    assert benchmark.main(["data", "--worker", "jsonl", "--config", "run/train_config.json"]) == 0
+    assert used == ["cache/org/name", str(copy.relative_to(tmp_path))]

@@ -145,7 +145,8 @@ def test_without_matplotlib_reports_name_the_extra(monkeypatch, tmp_path, capsys
     [
         (["--config", "nowhere.py"], 2, "config file nowhere.py does not exist"),
         (["--config", QUICKSTART, "--set", "model.hidden=3"], 2, "hidden"),
-        (["--model", "nowhere"], 1, "neither a Hugging Face directory (config.json) nor a run directory"),
+        (["--model", "nowhere"], 1, "nowhere does not exist (looked from"),
+        (["--model", "tests"], 1, "neither a Hugging Face directory (config.json) nor a run directory"),
         (["--config", QUICKSTART, "--batch-sizes", "3"], "exit", "--batch-sizes belongs to --speed"),
         (["--config", QUICKSTART, "--format", "html"], "exit", "--format belongs to --output"),
         (["--config", QUICKSTART, "--step", "3"], "exit", "--step belongs to --model"),

@@ -303,5 +303,35 @@ def test_lists_of_overrides_are_json_or_words(tmp_path):
     for text in ("['a', 'b']", '["a",]'):
         with pytest.raises(ConfigError, match="sample_prompts must be a list of str"):
             load(path, [f"sample_prompts={text}"])
-    with pytest.raises(ConfigError, match="begins with ~"):
-        load(path, ["output_dir=~/x"])
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(
+        tmp_path / "a.py",
+        "return TrainConfig(output_dir='~/b', steps=300, data=DataConfig(train=('~/a.jsonl', 'c/~'), cache_dir='~'))",
+    )
+    config = load("~/a.py")
+    assert (config.output_dir, config.data.train) == (f"{tmp_path}/b", (f"{tmp_path}/a.jsonl", "c/~"))
+    assert (config.data.cache_dir, config.init_from) == (str(tmp_path), None)
+    asked: list[tuple[str, ...]] = []
+
+    def inherit(*names: str) -> dict[str, object]:
+        asked.append(names)
+        return {"model": {}, "data.tokenizer": "theirs"}
+
+    typed = ["output_dir=~/x", "data.validation=~/v*.jsonl,./~/w", "data.tokenizer=~/tok", "init_from=~/old"]
+    config = load("~/a.py", typed, inherit)
+    assert asked == [(f"{tmp_path}/old", f"{tmp_path}/x")]
+    assert (config.output_dir, config.data.validation) == (f"{tmp_path}/x", (f"{tmp_path}/v*.jsonl", "./~/w"))
+    assert (config.data.tokenizer, config.init_from) == (f"{tmp_path}/tok", f"{tmp_path}/old")
+    assert "~" not in config.to_json().replace("./~/w", "").replace("c/~", "")  # a record holds for other users too
+
+
+def test_the_home_directory_of_nobody(tmp_path):
+    path = write(tmp_path / "a.py", "return TrainConfig(output_dir='runs/a', steps=300)")
+    advice = r"there is no home directory of ~no\.body: write the whole path, or \./~no\.body/x for a folder there"
+    with pytest.raises(ConfigError, match=rf"^DataConfig\.tokenizer ~no\.body/x: {advice}"):
+        load(path, ["data.tokenizer=~no.body/x"])
+    with pytest.raises(ConfigError, match=rf"^~no\.body/x: {advice}"):
+        load("~no.body/x")

@@ -72,6 +72,8 @@ def test_the_home_directory_may_be_a_tilde(tmp_path, monkeypatch):
         corpus = open_corpus([name], setting="data.train", columns=("text",), fingerprint="f", cache_dir="~/kept")
         assert _texts(corpus) == [r["text"] for r in RECORDS[:2]]
     assert list((tmp_path / "kept").iterdir()) and not (tmp_path / "~").exists()
+    with pytest.raises(DataError, match=r"^data\.train: ~no\.body/x: there is no home directory of ~no\.body: write"):
+        open_corpus(["~no.body/x"], setting="data.train", columns=("text",), fingerprint="f")
 
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "[ab]/x.jsonl"])
