@@ -103,5 +103,5 @@ def with_flags(message: str) -> str:
 
     message = re.sub(rf"(?<![\w./])data\.({names})\b(?:=([^\s;,:)]+))?", flag, message)
     message = re.sub(r"(?<![\w./])(cache_dir|shard_tokens)\b()", flag, message)
-    message = re.sub(r"^inputs:", "--input:", message).replace(" inputs=", " --input ")
+    message = re.sub(r"^inputs:", "--input:", message)
     return message.replace("; the checkpoints are kept", "").replace("ask to overwrite it", "add --overwrite")

@@ -97,6 +97,8 @@ def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
         raise DataError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from error
     try:
         with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows == 0:  # its columns may be of any type, or missing
+                return
             _check_columns(path, file.schema_arrow, columns)
             yield from file.iter_batches(batch_size=1024, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
@@ -116,6 +118,8 @@ def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
             file.seek(0)
             with pa.ipc.open_stream(file) as stream:
                 schema = stream.schema
+            if complete and not _has_rows(file, schema):  # its columns may be of any type, or missing
+                return
             _check_columns(path, schema, columns)
             if not complete:
                 raise DataError(f"{path}: the Arrow stream is cut off; copy the file again")
@@ -130,6 +134,16 @@ def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
             f"{path}: cannot be read as a stream of Arrow batches, as save_to_disk of the datasets package writes them "
             f"({clipped(str(error))})"
         ) from error
+
+
+def _has_rows(file: Any, schema: Any) -> bool:
+    """Whether any batch of a stream holds rows; of each, one column is read at most."""
+    import pyarrow as pa
+
+    file.seek(0)
+    options = pa.ipc.IpcReadOptions(included_fields=[0] if schema.names else [])
+    with pa.ipc.open_stream(file, options=options) as stream:
+        return any(batch.num_rows for batch in stream)
 
 
 def _check_columns(path: Path, schema: Any, columns: Sequence[str]) -> None:

@@ -78,7 +78,7 @@ def test_bad_lines_are_told_with_options_of_this_command(prepare, tmp_path):
         (["--input", "a.jsonl", "--shard-tokens", "0"], r"error: --shard-tokens must be positive, got 0"),
         (["--input", "a.jsonl", "--cache-dir", "a.jsonl"], r"error: .*another --cache-dir"),
         (["--input", "a.jsonl", "--output", "a.jsonl/x"], r"error: cannot write to the output a\.jsonl/x: Not a dir.*"),
-        (["--input", "sets"], r"error: sets holds the splits train: .*, such as --input sets/train"),
+        (["--input", "sets"], r"error: --input: sets holds the splits train: name one, such as sets/train"),
     ],
     ids=str,
 )

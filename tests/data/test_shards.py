@@ -122,7 +122,11 @@ def test_another_tokenizer_is_refused(tmp_path, source, tokenizer):
     _prepare(tmp_path, source, tokenizer)
     other = tmp_path / "other"
     tokenizer_format.save(tokenizer_format.build([("a", "b")]), other, 1024)
-    with pytest.raises(DataError, match="was prepared with another tokenizer"):
+    made_with, used = (load_tokenizer(path).fingerprint for path in (tokenizer, other))
+    shown = (
+        rf"was prepared with another tokenizer \(fingerprint {made_with[:12]}, data\.tokenizer has {used[:12]}\); set"
+    )
+    with pytest.raises(DataError, match=shown):
         _batches(tmp_path, tmp_path / "out", str(other))
 
 
