@@ -158,4 +158,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(options.output / "report.json", report)
     for name, figures in report["tokenizer"].items():
         print(f"{name}: {figures['bytes_per_token']:.3f} bytes a token, round trip {figures['round_trip']:.2%}")
+    for name, reason in report["skipped_baselines"].items():
+        print(f"baseline {name} skipped: {reason}")
     return 0

@@ -78,6 +78,19 @@ def test_without_text_that_is_held_out_there_are_no_figures_of_it(tmp_path, caps
     assert report["tokenizer"] == {} and report["held_out_bytes"] == {"t": 0}
 
 
+def test_baselines_of_a_small_corpus_are_told_as_skipped(tmp_path, capsys):
+    content = json.dumps({"text": ENGLISH + CHINESE}) + "\n"
+    assert _train(tmp_path, GOOD + content, "--baselines") == 0
+    printed = capsys.readouterr()
+    told = re.findall(
+        r"^baseline (\w+) skipped: the corpus has pairs for \d+ merges, \d+ are needed.*$", printed.out, re.M
+    )
+    assert told == ["gpt2_like_50257", "lossy_50000"] and printed.err == ""
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["skipped_baselines"]) == told
+    assert list(report["baselines"]) == [f"gpt2_like_{FIXED + 5}", f"lossy_{FIXED + 5}"]
+
+
 @pytest.mark.parametrize(
     ("line", "more", "message"),
     [
@@ -120,7 +133,9 @@ def test_filters_of_one_field_are_alternatives_and_of_several_conditions():
 
 def test_options_reach_the_tokenizer(tmp_path, monkeypatch):
     evaluated = []
-    monkeypatch.setattr(script, "evaluate", lambda *given: evaluated.append(given[3]) or {"tokenizer": {}})
+    monkeypatch.setattr(
+        script, "evaluate", lambda *given: evaluated.append(given[3]) or {"tokenizer": {}, "skipped_baselines": {}}
+    )
     content = GOOD.replace('"text"', '"body"')
     more = ["--text-field", "body", "--model-max-length", "99", "--max-token-length", "2"]
     assert _train(tmp_path, content, *more) == 0
