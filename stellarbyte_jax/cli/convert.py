@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.cli.program import new_parser, told_by_options
 from stellarbyte_jax.command import command, imports
 
 with imports():
@@ -216,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_torch()  # before anything is written
     quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
-    agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
+    with told_by_options(()):
+        agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
     if agreement is not None:
         print(f"verify: {agreement}: {'agrees with transformers' if agreement.ok else 'DOES NOT AGREE'}")
     return 0 if agreement is None or agreement.ok else 1

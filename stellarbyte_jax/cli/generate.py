@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.cli.program import new_parser, told_by_options
 from stellarbyte_jax.command import command, imports
 
 with imports():
@@ -98,10 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings["max_new_tokens"] = 100
     CompileCache()
     quiet_libraries()
-    try:
-        return _generate(options, settings)
-    except TooLongError as error:
-        raise ValueError(f"{error} (such settings are given with --set)") from error
+    with told_by_options((*_SETTINGS, "segment_length")):
+        try:
+            return _generate(options, settings)
+        except TooLongError as error:
+            raise ValueError(f"{error} (such settings are given with --set)") from error
 
 
 def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:

@@ -4,11 +4,9 @@ import argparse
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from stellarbyte_jax.cli.program import new_parser, typed
+from stellarbyte_jax.cli.program import new_parser, typed, with_options
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config.files import shipped
 
@@ -19,7 +17,16 @@ with imports():
     from stellarbyte_jax.data.shards import Prepared, prepare
     from stellarbyte_jax.data.text import TextFormat
 
-_FLAGS = {"fields", "template", "tokenizer", "text_documents", "workers", "on_error", "cache_dir"}
+_OPTIONS = (
+    "cache_dir",
+    "fields",
+    "on_error",
+    "shard_tokens",
+    "template",
+    "text_documents",
+    "tokenizer",
+    "workers",
+)
 
 
 @command
@@ -49,13 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         prepared = _prepare(options)
-    except KeyboardInterrupt:
-        begun = any(Path(options.output).glob("tokens-*.npy"))
-        left = f": {options.output} is incomplete, run again with --overwrite" if begun else ""
-        print(f"interrupted{left}", file=sys.stderr)
-        return 130
     except ValueError as error:
-        raise ValueError(with_flags(str(error))) from error
+        raise ValueError(_told(str(error))) from error
     skipped = f", {prepared.skipped:,} unusable ones skipped" if prepared.skipped else ""
     print(f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {len(prepared.shards)} shards{skipped}")
     used = f"data.train={shlex.quote(options.output)} data.tokenizer={shlex.quote(options.tokenizer)}"
@@ -93,15 +95,7 @@ def _prepare(options: argparse.Namespace) -> Prepared:
             bar.stop()
 
 
-def with_flags(message: str) -> str:
-    """A message about settings of a run or arguments of ``prepare``, with the options of this command instead."""
-    names = "|".join(sorted(_FLAGS))
-
-    def flag(found: re.Match[str]) -> str:
-        name, value = found.groups()
-        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
-
-    message = re.sub(rf"(?<![\w./])data\.({names})\b(?:=([^\s;,:)]+))?", flag, message)
-    message = re.sub(r"(?<![\w./])(cache_dir|shard_tokens)\b()", flag, message)
-    message = re.sub(r"^inputs:", "--input:", message)
-    return message.replace("; the checkpoints are kept", "").replace("ask to overwrite it", "add --overwrite")
+def _told(message: str) -> str:
+    """A message of the library, which may also be that of a run, with the options of this command."""
+    message = re.sub(r"^inputs:", "--input:", with_options(message, _OPTIONS))
+    return message.replace("another output directory", "another --output").replace("; the checkpoints are kept", "")

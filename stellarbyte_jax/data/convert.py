@@ -1,5 +1,6 @@
 """Compressed and columnar files as plain JSONL, which can be read at random."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stellarbyte_jax.command import remedy
+from stellarbyte_jax.command import directory_for, remedy
 from stellarbyte_jax.config.foreign import clipped, listed
 from stellarbyte_jax.data.files import DataError
 
@@ -23,23 +24,24 @@ def write_atomically(target: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
       DataError: the directory cannot be written, or is full.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-", suffix=target.suffix)
-    except OSError as error:
-        raise DataError(
-            f"cannot write to the cache directory {target.parent}: {error.strerror}; "
-            f"{remedy(error, 'cache_dir') or 'choose another cache_dir'}"
-        ) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.replace(name, target)
-    except OSError as error:
-        advice = remedy(error, "cache_dir") or "choose a cache_dir on a disk with room"
-        raise DataError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(directory_for(target.parent))
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-", suffix=target.suffix)
+        except OSError as error:
+            raise DataError(
+                f"cannot write to the cache directory {target.parent}: {error.strerror}; "
+                f"{remedy(error, 'cache_dir') or 'choose another cache_dir'}"
+            ) from error
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+            os.replace(name, target)
+        except OSError as error:
+            advice = remedy(error, "cache_dir") or "choose a cache_dir on a disk with room"
+            raise DataError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
+        finally:
+            Path(name).unlink(missing_ok=True)
 
 
 def _from_gzip(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:

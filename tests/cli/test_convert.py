@@ -245,7 +245,7 @@ def test_existing_directories(
     hf, again = tmp_path / "hf", tmp_path / "again"
     assert convert("to-hf", run_dir, hf) == 0
     assert convert("to-hf", run_dir, hf) == 1
-    assert "is not empty" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("is not empty: give another directory, or add --overwrite\n")
     assert convert("to-hf", run_dir, hf, "--overwrite") == 0
     assert convert("from-hf", hf, again) == 0
     assert convert("from-hf", hf, again) == 1
