@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from stellarbyte_jax.cli.program import new_parser, typed, with_options
 from stellarbyte_jax.command import command, imports
@@ -16,6 +17,7 @@ with imports():
 
     from stellarbyte_jax.data.shards import Prepared, prepare
     from stellarbyte_jax.data.text import TextFormat
+    from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 _OPTIONS = (
     "cache_dir",
@@ -60,9 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(_told(str(error))) from error
     skipped = f", {prepared.skipped:,} unusable ones skipped" if prepared.skipped else ""
     print(f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {len(prepared.shards)} shards{skipped}")
-    used = f"data.train={shlex.quote(options.output)} data.tokenizer={shlex.quote(options.tokenizer)}"
-    print(f"next:\n  train:  {typed('train')} --config CONFIG --set {used}")
+    print(f"next:\n  train:     {_train(options.output, options.tokenizer)}")
+    print("  on a GPU:  the same with --config pretrain, for a model of 12 layers")
     return 0
+
+
+def _train(output: str, tokenizer: str) -> str:
+    """The command that trains a small model on the shards, whatever the tokenizer has."""
+    used = load_tokenizer(tokenizer)
+    settings = [f"data.train={output}", f"data.tokenizer={tokenizer}", f"model.vocab_size={used.vocab_size}"]
+    settings += [
+        f"data.add_{name}=false" for name, token in (("bos", used.bos_id), ("eos", used.eos_id)) if token is None
+    ]
+    settings.append(f"output_dir={Path('runs', Path(output).resolve().name)}")
+    return f"{typed('train')} --config quickstart --set {shlex.join(settings)}"
 
 
 def _prepare(options: argparse.Namespace) -> Prepared:

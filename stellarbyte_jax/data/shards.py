@@ -40,7 +40,6 @@ class Prepared:
     tokens: int
     skipped: int
     dtype: str
-    vocab_size: int  # of the tokenizer
 
 
 def prepare(
@@ -119,13 +118,12 @@ def prepare(
         if not out.shards:
             raise DataError("no document of the inputs holds any text: every line is empty or was skipped")
         shards = tuple(out.shards)
-        prepared = Prepared(
-            shards, sum(s.documents for s in shards), tokens, skipped, dtype.name, vocabulary.vocab_size
-        )
+        prepared = Prepared(shards, sum(s.documents for s in shards), tokens, skipped, dtype.name)
         out.finish(
             {
                 "format": SHARD_FORMAT,
                 "tokenizer_fingerprint": vocabulary.fingerprint,
+                "vocab_size": vocabulary.vocab_size,
                 "inputs": list(inputs),
                 "fields": list(text.columns),
                 "template": text.template,

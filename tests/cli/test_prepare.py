@@ -4,14 +4,18 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.cli import prepare as script
+from stellarbyte_jax.cli import train
+from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.files import shipped
 from stellarbyte_jax.data.encode import EncodeDocuments
 from stellarbyte_jax.data.files import DataError
@@ -55,7 +59,34 @@ def test_text_files_and_what_comes_next(prepare, tmp_path):
     status, out, errors = prepare("--input", tmp_path / "a.txt", "--text-documents", "paragraph")
     assert (status, errors) == (0, "")
     assert out.startswith("2 documents, 6 tokens, 1 shards\n")
-    assert f"--set data.train={tmp_path / 'out'} data.tokenizer={tmp_path / 'tokenizer'}\n" in out
+    assert (
+        f"--config quickstart --set data.train={tmp_path / 'out'} data.tokenizer={tmp_path / 'tokenizer'} "
+        "model.vocab_size=288 output_dir=runs/out\n"
+    ) in out
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["bos and eos", "neither"])
+def test_what_comes_next_trains_as_it_is_typed(prepare, tmp_path, monkeypatch, marked):
+    """With a tokenizer that is not the config's, and may have no tokens for the ends of a text; in fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    if not marked:
+        settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+        kept = {name: value for name, value in settings.items() if name not in ("bos_token", "eos_token")}
+        (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(kept))
+        (tmp_path / "tokenizer" / "special_tokens_map.json").unlink()
+    (tmp_path / "a b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    status, out, _ = prepare("--input", "a b.jsonl", "--output", "my shards")
+    line = next(line for line in out.splitlines() if line.startswith("  train:"))
+    words = shlex.split(line.partition(":")[2])
+    assert (status, words[:2]) == (0, ["stellarbyte", "train"])
+    small = ["steps=1", "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16"]
+    fast = ["schedule.warmup_steps=0", "evaluation.batches=1", "sample_prompts=none", "export_at_end=false"]
+    fast += ["data.sequence_length=16", "global_batch_size=2"]
+    with jax.numpy_dtype_promotion("standard"):
+        assert train.main([*words[2:], *small, *fast]) == 0
+    made = TrainConfig.from_dict(json.loads((tmp_path / "runs" / "my shards" / "train_config.json").read_text()))
+    assert (made.data.train, made.model.vocab_size) == (("my shards",), 288)
+    assert made.data.add_bos == made.data.add_eos == marked
 
 
 def test_bad_lines_are_told_with_options_of_this_command(prepare, tmp_path):
