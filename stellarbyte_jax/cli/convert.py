@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import new_parser, told_by_options
+from stellarbyte_jax.cli.program import DTYPES, also_spelled, new_parser, told_by_options
 from stellarbyte_jax.command import command, imports
 
 with imports():
@@ -53,7 +53,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("source", type=Path, help="run directory, or checkpoints/STEP in one")
     to_hf.add_argument("target", type=Path, help="directory to write")
     to_hf.add_argument("--step", type=int, help="checkpoint to take; the newest where none is named")
-    to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    dtypes = ("float32", "bfloat16", "float16")
+    to_hf.add_argument("--dtype", type=also_spelled(DTYPES), choices=dtypes, default="float32", help="of the weights")
     to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="of one file, such as 5GB")
     to_hf.add_argument("--tokenizer", type=Path, help="directory to copy tokenizer files from; the run's where none")
     from_hf = commands.add_parser("from-hf", help="make a run directory from a Hugging Face directory")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import new_parser, told_by_options
+from stellarbyte_jax.cli.program import DTYPES, also_spelled, new_parser, told_by_options
 from stellarbyte_jax.command import command, imports
 
 with imports():
@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--segment-length", type=int, metavar="N", help="with --remember (default: the model's positions)"
     )
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help="begin with bos (default: as in training)")
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), help="default: the model's")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--compute-dtype", type=also_spelled(DTYPES), choices=dtypes, help="default: the model's")
     parser.add_argument(
         "--set",
         action="extend",

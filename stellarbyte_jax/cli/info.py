@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stellarbyte_jax.cli.program import inherit, new_parser, positive
+from stellarbyte_jax.cli.program import also_spelled, inherit, new_parser, positive
 from stellarbyte_jax.command import command, imports, remedy, spelled
 from stellarbyte_jax.config import ByteConfig, TrainConfig, load
 
@@ -112,8 +112,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch-sizes", type=positive, nargs="+", metavar="N", help="with --speed: numbers of rows (default: 1 8)"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="write a report with charts there, print no tables")
-    parser.add_argument("--format", choices=("md", "html"), help="with --output (default: md)")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of tables and charts (default: en)")
+    form = also_spelled({"markdown": "md", "htm": "html"})
+    parser.add_argument("--format", type=form, choices=("md", "html"), help="with --output (default: md)")
+    language = also_spelled({"english": "en", "chinese": "zh", "zh-cn": "zh", "cn": "zh"})
+    parser.add_argument(
+        "--language", type=language, choices=LANGUAGES, default="en", help="of tables and charts (default: en)"
+    )
     options = parser.parse_args(arguments)
     for name, needs in (("batch_sizes", "speed"), ("format", "output"), ("step", "model")):
         if getattr(options, name) is not None and not getattr(options, needs):

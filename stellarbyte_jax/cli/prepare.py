@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from stellarbyte_jax.cli.program import new_parser, typed, with_options
+from stellarbyte_jax.cli.program import also_spelled, new_parser, typed, with_options
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config.files import shipped
 
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form.add_argument("--fields", nargs="+", default=["text"], metavar="NAME", help="joined by a newline")
     form.add_argument("--template", help='such as "Question: {question}\\nAnswer: {answer}"')
     documents = "what a document of a .txt file is; blank lines part paragraphs (default: %(default)s)"
-    add("--text-documents", choices=("file", "paragraph"), default="file", help=documents)
+    kind = also_spelled({"files": "file", "paragraphs": "paragraph"})
+    add("--text-documents", type=kind, choices=("file", "paragraph"), default="file", help=documents)
     add("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     add("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad lines")
     add("--shard-tokens", type=int, default=50_000_000, metavar="N", help="default: %(default)s")

@@ -5,7 +5,7 @@ import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return int(text)
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # usual spellings
+
+
+def also_spelled(spellings: Mapping[str, str]) -> Callable[[str], str]:
+    """The type of an argument with choices that may be written in capitals, or in other ways: these -> the choice."""
+    return lambda text: spellings.get(text.lower(), text.lower())
 
 
 def inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:

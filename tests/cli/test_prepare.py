@@ -56,7 +56,7 @@ def prepare(tmp_path, capsys):
 
 def test_text_files_and_what_comes_next(prepare, tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    status, out, errors = prepare("--input", tmp_path / "a.txt", "--text-documents", "paragraph")
+    status, out, errors = prepare("--input", tmp_path / "a.txt", "--text-documents", "paragraphs")
     assert (status, errors) == (0, "")
     assert out.startswith("2 documents, 6 tokens, 1 shards\n")
     assert (
@@ -81,7 +81,7 @@ def test_what_comes_next_trains_as_it_is_typed(prepare, tmp_path, monkeypatch, m
     assert (status, words[:2]) == (0, ["stellarbyte", "train"])
     small = ["steps=1", "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16"]
     fast = ["schedule.warmup_steps=0", "evaluation.batches=1", "sample_prompts=none", "export_at_end=false"]
-    fast += ["data.sequence_length=16", "global_batch_size=2"]
+    fast += ["data.sequence_length=16", "global_batch_size=2", "data.cache_dir=cache"]
     with jax.numpy_dtype_promotion("standard"):
         assert train.main([*words[2:], *small, *fast]) == 0
     made = TrainConfig.from_dict(json.loads((tmp_path / "runs" / "my shards" / "train_config.json").read_text()))

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from stellarbyte_jax.cli.program import positive, told_by_options, with_options
+from stellarbyte_jax.cli.program import also_spelled, positive, told_by_options, with_options
 from stellarbyte_jax.config import ConfigError
 
 NAMES = ("cache_dir", "top_k", "workers")
@@ -44,3 +44,13 @@ def test_a_number_that_is_not_positive_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be an integer of at least 1"):
         positive(text)
     assert positive("12") == 12
+
+
+def test_a_choice_may_be_spelled_in_other_ways(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--format", type=also_spelled({"markdown": "md"}), choices=("md", "html"))
+    for text, meant in (("md", "md"), ("Markdown", "md"), ("HTML", "html")):
+        assert parser.parse_args(["--format", text]).format == meant
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--format", "pdf"])
+    assert "invalid choice: 'pdf'" in capsys.readouterr().err

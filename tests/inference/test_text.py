@@ -164,7 +164,7 @@ def directories(tmp_path_factory, tiny, letters):
     return base
 
 
-COMMON = ["--max-new-tokens", "12", "--compute-dtype", "float32"]
+COMMON = ["--max-new-tokens", "12", "--compute-dtype", "fp32"]
 
 
 @pytest.mark.parametrize("kind", ["hf", "run"])
