@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import local_path, new_parser, path_or_name
+from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, told_by_options
 from stellarbyte_jax.command import command, imports
 
 with imports():
@@ -53,7 +53,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("source", type=local_path, help="run directory, or checkpoints/STEP in one")
     to_hf.add_argument("target", type=local_path, help="directory to write")
     to_hf.add_argument("--step", type=int, help="checkpoint to take; the newest where none is named")
-    to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    dtypes = ("float32", "bfloat16", "float16")
+    to_hf.add_argument("--dtype", type=also_spelled(DTYPES), choices=dtypes, default="float32", help="of the weights")
     to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="of one file, such as 5GB")
     to_hf.add_argument("--tokenizer", type=path_or_name, help="to copy its files; the run's where none")
     from_hf = commands.add_parser("from-hf", help="make a run directory from a Hugging Face directory")
@@ -223,7 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_torch()  # before anything is written
     quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
-    agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
+    with told_by_options(()):
+        agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
     if agreement is not None:
         print(f"verify: {agreement}: {'agrees with transformers' if agreement.ok else 'DOES NOT AGREE'}")
     return 0 if agreement is None or agreement.ok else 1

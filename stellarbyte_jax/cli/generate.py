@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import local_path, new_parser, path_or_name
+from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, told_by_options
 from stellarbyte_jax.command import command, imports
 
 with imports():
@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--segment-length", type=int, metavar="N", help="with --remember (default: the model's positions)"
     )
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help="begin with bos (default: as in training)")
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), help="default: the model's")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--compute-dtype", type=also_spelled(DTYPES), choices=dtypes, help="default: the model's")
     parser.add_argument(
         "--set",
         action="extend",
@@ -101,10 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings["max_new_tokens"] = 100
     CompileCache()
     quiet_libraries()
-    try:
-        return _generate(options, settings)
-    except TooLongError as error:
-        raise ValueError(f"{error} (such settings are given with --set)") from error
+    with told_by_options((*_SETTINGS, "segment_length")):
+        try:
+            return _generate(options, settings)
+        except TooLongError as error:
+            raise ValueError(f"{error} (such settings are given with --set)") from error
 
 
 def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:

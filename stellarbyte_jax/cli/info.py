@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stellarbyte_jax.cli.program import inherit, local_path, new_parser, path_or_name
+from stellarbyte_jax.cli.program import also_spelled, inherit, local_path, new_parser, path_or_name, positive
 from stellarbyte_jax.command import command, imports, remedy, spelled
 from stellarbyte_jax.config import ByteConfig, TrainConfig, load
 
@@ -90,7 +90,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     source.add_argument("--config", metavar="FILE", help="a config file of training; no weights are needed")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
-    parser.add_argument("--step", type=_positive, metavar="N", help="checkpoint of the run (default: the newest)")
+    parser.add_argument("--step", type=positive, metavar="N", help="checkpoint of the run (default: the newest)")
     parser.add_argument(
         "--set",
         action="extend",
@@ -106,29 +106,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="read the weights of --model for their statistics (default: yes)",
     )
-    parser.add_argument("--rows", type=_positive, metavar="N", help="sequences of a training step at once")
-    parser.add_argument("--length", type=_positive, metavar="N", help="tokens of such a sequence")
-    parser.add_argument("--cache-batch", type=_positive, default=1, metavar="N", help="rows of the cache (default: 1)")
-    parser.add_argument("--cache-length", type=_positive, metavar="N", help="tokens of each (default: all positions)")
+    parser.add_argument("--rows", type=positive, metavar="N", help="sequences of a training step at once")
+    parser.add_argument("--length", type=positive, metavar="N", help="tokens of such a sequence")
+    parser.add_argument("--cache-batch", type=positive, default=1, metavar="N", help="rows of the cache (default: 1)")
+    parser.add_argument("--cache-length", type=positive, metavar="N", help="tokens of each (default: all positions)")
     parser.add_argument("--reference", metavar="FILE", help="config file to compare with (default: ByteConfig())")
     parser.add_argument("--speed", action="store_true", help="measure prompts and generation on this machine")
     parser.add_argument(
-        "--batch-sizes", type=_positive, nargs="+", metavar="N", help="with --speed: numbers of rows (default: 1 8)"
+        "--batch-sizes", type=positive, nargs="+", metavar="N", help="with --speed: numbers of rows (default: 1 8)"
     )
     parser.add_argument("--output", type=local_path, metavar="DIR", help="write a report with charts there, not tables")
-    parser.add_argument("--format", choices=("md", "html"), help="with --output (default: md)")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of tables and charts (default: en)")
+    form = also_spelled({"markdown": "md", "htm": "html"})
+    parser.add_argument("--format", type=form, choices=("md", "html"), help="with --output (default: md)")
+    language = also_spelled({"english": "en", "chinese": "zh", "zh-cn": "zh", "cn": "zh"})
+    parser.add_argument(
+        "--language", type=language, choices=LANGUAGES, default="en", help="of tables and charts (default: en)"
+    )
     options = parser.parse_args(arguments)
     for name, needs in (("batch_sizes", "speed"), ("format", "output"), ("step", "model"), ("revision", "model")):
         if getattr(options, name) is not None and not getattr(options, needs):
             parser.error(f"--{name.replace('_', '-')} belongs to --{needs}")
     return options
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
-    return int(text)
 
 
 def _subject(options: argparse.Namespace) -> _Subject:

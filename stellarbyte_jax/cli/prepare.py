@@ -4,11 +4,10 @@ import argparse
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stellarbyte_jax.cli.program import new_parser, path_or_name, typed
+from stellarbyte_jax.cli.program import also_spelled, new_parser, path_or_name, typed, with_options
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config.files import shipped
 
@@ -19,8 +18,18 @@ with imports():
     from stellarbyte_jax.data.shards import Prepared, prepare
     from stellarbyte_jax.data.text import TextFormat
     from stellarbyte_jax.hf.hub import local_directory
+    from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
-_FLAGS = {"fields", "template", "tokenizer", "text_documents", "workers", "on_error", "cache_dir"}
+_OPTIONS = (
+    "cache_dir",
+    "fields",
+    "on_error",
+    "shard_tokens",
+    "template",
+    "text_documents",
+    "tokenizer",
+    "workers",
+)
 
 
 @command
@@ -42,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form.add_argument("--fields", nargs="+", default=["text"], metavar="NAME", help="joined by a newline")
     form.add_argument("--template", help='such as "Question: {question}\\nAnswer: {answer}"')
     documents = "what a document of a .txt file is; blank lines part paragraphs (default: %(default)s)"
-    add("--text-documents", choices=("file", "paragraph"), default="file", help=documents)
+    kind = also_spelled({"files": "file", "paragraphs": "paragraph"})
+    add("--text-documents", type=kind, choices=("file", "paragraph"), default="file", help=documents)
     add("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     add("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad lines")
     add("--shard-tokens", type=int, default=50_000_000, metavar="N", help="default: %(default)s")
@@ -51,18 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         prepared = _prepare(options)
-    except KeyboardInterrupt:
-        begun = any(Path(options.output).glob("tokens-*.npy"))
-        left = f": {options.output} is incomplete, run again with --overwrite" if begun else ""
-        print(f"interrupted{left}", file=sys.stderr)
-        return 130
     except ValueError as error:
-        raise ValueError(with_flags(str(error))) from error
+        raise ValueError(_told(str(error))) from error
     skipped = f", {prepared.skipped:,} unusable ones skipped" if prepared.skipped else ""
     print(f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {len(prepared.shards)} shards{skipped}")
-    used = f"data.train={shlex.quote(options.output)} data.tokenizer={shlex.quote(options.tokenizer)}"
-    print(f"next:\n  train:  {typed('train')} --config CONFIG --set {used}")
+    print(f"next:\n  train:     {_train(options.output, options.tokenizer)}")
+    print("  on a GPU:  the same with --config pretrain, for a model of 12 layers")
     return 0
+
+
+def _train(output: str, tokenizer: str) -> str:
+    """The command that trains a small model on the shards, whatever the tokenizer has."""
+    used = load_tokenizer(local_directory(tokenizer, weights=False))
+    settings = [f"data.train={output}", f"data.tokenizer={tokenizer}", f"model.vocab_size={used.vocab_size}"]
+    settings += [
+        f"data.add_{name}=false" for name, token in (("bos", used.bos_id), ("eos", used.eos_id)) if token is None
+    ]
+    settings.append(f"output_dir={Path('runs', Path(output).resolve().name)}")
+    return f"{typed('train')} --config quickstart --set {shlex.join(settings)}"
 
 
 def _prepare(options: argparse.Namespace) -> Prepared:
@@ -95,15 +111,7 @@ def _prepare(options: argparse.Namespace) -> Prepared:
             bar.stop()
 
 
-def with_flags(message: str) -> str:
-    """A message about settings of a run or arguments of ``prepare``, with the options of this command instead."""
-    names = "|".join(sorted(_FLAGS))
-
-    def flag(found: re.Match[str]) -> str:
-        name, value = found.groups()
-        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
-
-    message = re.sub(rf"(?<![\w./])data\.({names})\b(?:=([^\s;,:)]+))?", flag, message)
-    message = re.sub(r"(?<![\w./])(cache_dir|shard_tokens)\b()", flag, message)
-    message = re.sub(r"^inputs:", "--input:", message).replace(" inputs=", " --input ")
-    return message.replace("; the checkpoints are kept", "").replace("ask to overwrite it", "add --overwrite")
+def _told(message: str) -> str:
+    """A message of the library, which may also be that of a run, with the options of this command."""
+    message = re.sub(r"^inputs:", "--input:", with_options(message, _OPTIONS))
+    return message.replace("another output directory", "another --output").replace("; the checkpoints are kept", "")

@@ -1,14 +1,16 @@
 """Names of the commands, and how to write them for the user who typed one of them."""
 
 import argparse
+import contextlib
+import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.config import TrainConfig, load
+from stellarbyte_jax.config import ConfigError, TrainConfig, load
 from stellarbyte_jax.config.files import read
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.interrupts import imports
@@ -99,6 +101,21 @@ def load_settings(file: str, overrides: Sequence[str]) -> TrainConfig:
     return config
 
 
+def positive(text: str) -> int:
+    """An integer of at least 1, as the type of an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return int(text)
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # usual spellings
+
+
+def also_spelled(spellings: Mapping[str, str]) -> Callable[[str], str]:
+    """The type of an argument with choices that may be written in capitals, or in other ways: these -> the choice."""
+    return lambda text: spellings.get(text.lower(), text.lower())
+
+
 def inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:
     """What a config takes over of the directory that its ``init_from`` names; see ``training.begin``."""
     with imports():
@@ -106,3 +123,35 @@ def inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:
         from stellarbyte_jax.training import begin
     quiet_libraries()
     return begin.inherit(init_from, output_dir)
+
+
+@contextlib.contextmanager
+def told_by_options(names: Iterable[str]) -> Iterator[None]:
+    """Inside it, errors of values speak of the options of a command; ``names`` as for :func:`with_options`."""
+    try:
+        yield
+    except ConfigError:  # of settings, which the command takes by their names
+        raise
+    except ValueError as error:
+        raise ValueError(with_options(str(error), names)) from error
+
+
+def with_options(message: str, names: Iterable[str]) -> str:
+    """What a library says of its arguments, or of settings of a run, as options of a command.
+
+    Args:
+      message: of the library.
+      names: arguments such as ``cache_dir``, and settings of ``data``, that the command has as ``--cache-dir``. Those
+        of one word are replaced only where they stand as ``data.workers``: alone, they may be meant as words.
+    """
+    names = sorted(names)
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
+
+    end = r"(?![\w/]|\.\w)(?:=([^\s;,:)]+))?"
+    for prefix, known in ((r"data\.", names), ("", [name for name in names if "_" in name])):
+        if known:
+            message = re.sub(rf"(?<![\w./-]){prefix}({'|'.join(known)}){end}", option, message)
+    return message.replace("ask to overwrite it", "add --overwrite")

@@ -110,13 +110,13 @@ def test_speed_is_measured_where_asked_for(directory, monkeypatch, capsys):
 def test_reports_are_files(directory, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     target = tmp_path / "some" / "where"
-    assert main(["--model", directory, "--output", str(target)]) == 0
+    assert main(["--model", directory, "--output", str(target), "--format", "markdown"]) == 0
     assert capsys.readouterr().out == f"wrote {target / 'report.md'}\n"
     images = {path.name for path in target.glob("*.png")}
     assert images == {"structure.png", "parameters.png", "comparison.png", "deviations.png"}
     text = (target / "report.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\((.*?)\)", text)) == images and text.startswith("# Model report: a \\[b\\]model\n")
-    assert main(["--config", QUICKSTART, "--output", str(target), "--format", "html", "--language", "zh"]) == 0
+    assert main(["--config", QUICKSTART, "--output", str(target), "--format", "HTML", "--language", "zh-CN"]) == 0
     page = (target / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 3 and "<h1>模型报告: quickstart</h1>" in page
 
