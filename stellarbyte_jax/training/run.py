@@ -13,22 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer
-from stellarbyte_jax.command import make_directory
+from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.inspect.costs import count_parameters
-from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries, write_failure
+from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import token_byte_lengths
-from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
-from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.training import begin, finish, messages, resume
+from stellarbyte_jax.training import begin, finish, messages, resume, script
 from stellarbyte_jax.training.console import Reporter, format_metrics
+from stellarbyte_jax.training.directory import RunDirectory, write_facts
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sample, Sampler
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
@@ -62,7 +59,7 @@ class _Run:
     began: float
     cache: CompileCache
     interrupt: Interrupt
-    lock: RunLock
+    directory: RunDirectory
     checkpointer: Checkpointer
     model: ByteTransformer
     parameters: int
@@ -85,21 +82,22 @@ def train(config: TrainConfig) -> Finished:
       DivergedError: the loss became NaN or infinite; the checkpoints before it are kept.
     """
     began = time.perf_counter()
+    script.refuse_worker()
     quiet_libraries()
     config = begin.complete(config)
     begin.check(config)
     run_dir = Path(config.output_dir)
-    make_directory(run_dir, "output_dir")
-    with RunLock(run_dir) as lock, Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
+    directory = RunDirectory(run_dir)
+    with directory.locked(), Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        prepared = _prepare(config, began, interrupt, lock, report, stack)
+        prepared = _prepare(config, began, interrupt, directory, report, stack)
         if isinstance(prepared, Finished):
             return prepared
         stack.callback(report.end_bar)
         start = int(prepared.state.step)
         report.start_bar("training", prepared.total, start)
         finished = _finish(prepared, _loop(prepared, start))
-        lock.check()
+        directory.check()
         return finished
 
 
@@ -107,7 +105,7 @@ def _prepare(
     config: TrainConfig,
     began: float,
     interrupt: Interrupt,
-    lock: RunLock,
+    directory: RunDirectory,
     report: Reporter,
     stack: contextlib.ExitStack,
 ) -> _Run | Finished:
@@ -117,8 +115,9 @@ def _prepare(
     """
     run_dir = Path(config.output_dir)
     cache = CompileCache()
-    report.line(environment())
-    report.config(config)
+    may_be_over = resume.may_be_over(config)
+    if not may_be_over:
+        _introduce(config, report)
     finish.recover(config)
 
     model = ByteTransformer(config.model)
@@ -139,6 +138,9 @@ def _prepare(
     validates = resumed.progress.unvalidated and bool(config.data.validation)
     if (start == total and not validates) or resumed.progress.exhausted(config.evaluation.patience):
         return _over(config, model, resumed, report, interrupt)
+    if may_be_over:
+        _introduce(config, report)
+    script.check_guarded(config.data)
     loader = stack.enter_context(contextlib.closing(_open_loader(config, "train")))
     validation = None
     if config.data.validation:
@@ -149,7 +151,7 @@ def _prepare(
         report.line(f"resumed at step {start} from {run_dir}")
     elif found is not None:
         report.line(f"starting from the weights in {run_dir}")
-    _keep(config, run_dir, parameters)
+    write_facts(config, run_dir, parameters)
     report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
     trackers = make_trackers(config, start, validated=not validates)
     for tracker in trackers:
@@ -177,7 +179,7 @@ def _prepare(
         began=began,
         cache=cache,
         interrupt=interrupt,
-        lock=lock,
+        directory=directory,
         checkpointer=checkpointer,
         model=model,
         parameters=parameters,
@@ -195,20 +197,9 @@ def _prepare(
     )
 
 
-def _keep(config: TrainConfig, run_dir: Path, parameters: int) -> None:
-    """Writes settings, environment, and a copy of the tokenizer: checkpoints stay readable when the original moves."""
-    target = run_dir / "train_config.json"
-    try:
-        write_json(target, config.to_dict())
-        target = run_dir / ABOUT
-        write_json(target, about(parameters))
-        target = run_dir / TOKENIZER
-        copy_tokenizer(config.data.tokenizer, target, kept_ids(target, config.data.tokenizer, config.model.vocab_size))
-    except OSError as error:
-        source = error.filename if error.filename2 is None else None  # a copy that fails names both
-        if source is not None and Path(source).parent == Path(config.data.tokenizer):
-            raise OSError(f"{source} could not be read: {error.strerror}; make it readable, start again") from error
-        raise write_failure(target, error) from error
+def _introduce(config: TrainConfig, report: Reporter) -> None:
+    report.line(environment())
+    report.config(config)
 
 
 def _loop(run: _Run, start: int) -> Finished:
@@ -228,6 +219,7 @@ def _loop(run: _Run, start: int) -> Finished:
             finish.forget(config)
             run.report.compiling()
         run.state, metrics = run.train_step(run.state, batch)
+        run.directory.keep()
         run.meter.push(step, metrics)
         if step == start + 1:
             run.meter.flush()
@@ -290,7 +282,7 @@ def _finish(run: _Run, ended: Finished) -> Finished:
         return _stopped(run, ended.step)
     if ended.ended_by == "patience":
         report.line(messages.early_stop(run.progress.stale, ended.step))
-    run.lock.check()
+    run.directory.check()
     loss = run.progress.loss_at(ended.step)
     exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, run.sampler, loss)
     report.table("summary", _summary(run, ended.step, exported))
@@ -361,7 +353,7 @@ def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
     run.meter.flush()
     if validation_loss is not None and not math.isfinite(validation_loss):
         validation_loss = None  # no measure of which checkpoints are the best
-    run.lock.check()
+    run.directory.check()
     with run.meter.paused():
         place = run.loader.state()
         run.progress.seconds, run.progress.tokens = run.meter.seconds, run.meter.tokens

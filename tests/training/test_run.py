@@ -33,7 +33,7 @@ def test_what_a_run_leaves_and_says(straight, capsys):
     assert config.optimizer.learning_rate == 1e-2
     before = {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*")}
     assert train(override(config, ["checkpoint.keep_latest=3"])) == Finished(0, 20, "steps")
-    assert "is complete: 20 of 20 steps" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"the run in {straight} is complete: 20 of 20 steps\n"
     assert before == {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*")}
     assert not same_weights(params, load_weights(straight, 10)[1])
 

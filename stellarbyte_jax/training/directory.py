@@ -1,0 +1,97 @@
+"""The directory of a run: what it holds from its start on, and how a start that failed leaves it."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from stellarbyte_jax.checkpoint.store import EXPORT, TOKENIZER
+from stellarbyte_jax.command import make_directory
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.launch import RunLock, write_failure
+from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
+from stellarbyte_jax.tokenizer.special import kept_ids
+from stellarbyte_jax.training.record import ABOUT, about
+
+_SETTINGS = "train_config.json"
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run was begun there."""
+    return (directory / "checkpoints").is_dir() or (directory / _SETTINGS).is_file()
+
+
+class RunDirectory:
+    """The directory of a run, which a start that failed leaves as it was."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes nothing yet: see :meth:`locked`."""
+        self._path = path
+        self._lock = RunLock(path)
+        self._kept = False
+
+    def keep(self) -> None:
+        """From now on, the directory holds something that is worth keeping."""
+        self._kept = True
+
+    def check(self) -> None:
+        """Raises OSError where the directory was moved or removed."""
+        self._lock.check()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the directory, with those above it, and holds its lock.
+
+        Where an error comes before :meth:`keep`, what was made is removed: these directories, and all that came into
+        one that held no run.
+
+        Raises:
+          OSError: it cannot be made, or another process has the lock.
+        """
+        missing = [place for place in (self._path, *self._path.parents) if not place.exists()]  # innermost first
+        try:
+            make_directory(self._path, "output_dir")
+            there = set(os.listdir(self._path))
+            held_run = holds_run(self._path)
+            with self._lock:
+                try:
+                    yield
+                except BaseException:
+                    if not self._kept and not held_run:  # as long as it is locked: nobody else works there
+                        self._remove_all_but(there)
+                    raise
+        except BaseException:
+            if not self._kept:
+                for place in missing:
+                    with contextlib.suppress(OSError):  # of one that another program uses, or that was not made
+                        place.rmdir()
+            raise
+
+    def _remove_all_but(self, names: set[str]) -> None:
+        for name in set(os.listdir(self._path)) - names - {EXPORT}:  # a start makes no export, it puts one back
+            made = self._path / name
+            if made.is_dir() and not made.is_symlink():
+                shutil.rmtree(made, ignore_errors=True)
+            else:
+                made.unlink(missing_ok=True)
+
+
+def write_facts(config: TrainConfig, run_dir: Path, parameters: int) -> None:
+    """Writes settings, environment, and a copy of the tokenizer: checkpoints stay readable when the original moves.
+
+    Raises:
+      OSError: a file cannot be written, or one of the tokenizer cannot be read.
+    """
+    target = run_dir / _SETTINGS
+    try:
+        write_json(target, config.to_dict())
+        target = run_dir / ABOUT
+        write_json(target, about(parameters))
+        target = run_dir / TOKENIZER
+        copy_tokenizer(config.data.tokenizer, target, kept_ids(target, config.data.tokenizer, config.model.vocab_size))
+    except OSError as error:
+        source = error.filename if error.filename2 is None else None  # a copy that fails names both
+        if source is not None and Path(source).parent == Path(config.data.tokenizer):
+            raise OSError(f"{source} could not be read: {error.strerror}; make it readable, start again") from error
+        raise write_failure(target, error) from error
