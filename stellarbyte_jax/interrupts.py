@@ -35,22 +35,24 @@ def keep_interrupts() -> None:
     Python runs some code where no error can get out, and prints the error instead: finalizers, and callbacks of the
     garbage collector, of which JAX has one. A KeyboardInterrupt there would be lost.
     """
-    if not getattr(sys.unraisablehook, "keeps_interrupts", False):
-        sys.unraisablehook = keeping_interrupts(sys.unraisablehook)
+    if not isinstance(sys.unraisablehook, KeepingInterrupts):
+        sys.unraisablehook = KeepingInterrupts(sys.unraisablehook)
 
 
-def keeping_interrupts(hook):
+class KeepingInterrupts:
     """A ``sys.unraisablehook`` that repeats a Ctrl-C which was dropped, and leaves the rest to another hook."""
 
-    def keep(failure):
+    def __init__(self, hook):
+        """Takes the other hook."""
+        self._hook = hook
+
+    def __call__(self, failure):
+        """Takes what Python tells of an error that got nowhere."""
         if issubclass(failure.exc_type, KeyboardInterrupt) and callable(signal.getsignal(signal.SIGINT)):
             # Repeated here, it would be dropped again: no error gets out of this function either.
-            _thread.start_new_thread(_repeat, (_thread.get_ident(), keep.__code__))
+            _thread.start_new_thread(_repeat, (_thread.get_ident(), KeepingInterrupts.__call__.__code__))
         else:
-            hook(failure)
-
-    keep.keeps_interrupts = True
-    return keep
+            self._hook(failure)
 
 
 def _repeat(thread, code):

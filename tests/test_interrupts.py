@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stellarbyte_jax.interrupts import _repeat, keep_interrupts, keeping_interrupts
+from stellarbyte_jax.interrupts import KeepingInterrupts, _repeat, keep_interrupts
 from stellarbyte_jax.launch import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def test_other_errors_are_left_to_the_hook_that_was_there(ctrl_c, collecting):
 def test_one_that_nobody_handles_is_no_business_of_ours(handler, ctrl_c):
     signal.signal(signal.SIGINT, handler)
     failure = type("Failure", (), {"exc_type": KeyboardInterrupt})
-    keeping_interrupts(ctrl_c.append)(failure)
+    KeepingInterrupts(ctrl_c.append)(failure)
     assert ctrl_c == [failure]
 
 
