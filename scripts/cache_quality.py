@@ -15,6 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.parser import Parser
 from stellarbyte_jax.command import command, imports
 
 # Changes of the model's settings; {n} is a quarter of the text's length.
@@ -38,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @command
 def main() -> int:
     """Parses the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face directory")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help='records with a field "text"')
     parser.add_argument("--cache-dir", metavar="DIR", help="default: ~/.cache/stellarbyte_jax")

@@ -15,7 +15,7 @@ from typing import Any
 from stellarbyte_jax.cli.measurements import WORKERS
 from stellarbyte_jax.cli.program import inherit, new_parser
 from stellarbyte_jax.command import command
-from stellarbyte_jax.config import load
+from stellarbyte_jax.config import TrainConfig, load
 
 _NAMES = {
     "train": ["synthetic", "real", "huggingface"],
@@ -84,6 +84,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "checkpoint  seconds to save and restore a run, and for checksums alone",
         "train --no-peer",
         "data --set 'data.train=my_corpus/train/*.jsonl'",
+        settings=TrainConfig,
     )
     parser.add_argument("what", choices=list(_NAMES), nargs="?", default="train", help="default: %(default)s")
     parser.add_argument("--config", metavar="FILE", help=f"default: pretrain, without a GPU {_SMALL}")

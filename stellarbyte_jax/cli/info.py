@@ -82,6 +82,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--config configs/pretrain.py --set model.num_hidden_layers=24",
         "--model runs/quickstart --output report --format html",
         "--model path/to/hugging_face_directory --speed --batch-sizes 1 8 32",
+        settings=TrainConfig,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, metavar="DIR", help="a run or a Hugging Face directory")

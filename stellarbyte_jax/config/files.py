@@ -197,7 +197,7 @@ def parsed(cls: type[Section], overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
       ConfigError: as :func:`load`.
     """
-    settings = _settings(cls)
+    settings = setting_types(cls)
     values: dict[str, Any] = {}
     for text in overrides:
         name, equals, raw = (part.strip() for part in text.partition("="))
@@ -209,11 +209,11 @@ def parsed(cls: type[Section], overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _settings(cls: type, prefix: str = "") -> dict[str, Any]:
+def setting_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """The type of every setting under its dotted name."""
     settings = {}
     for name, hint in hints(cls).items():
-        settings |= _settings(hint, f"{prefix}{name}.") if is_section(hint) else {prefix + name: hint}
+        settings |= setting_types(hint, f"{prefix}{name}.") if is_section(hint) else {prefix + name: hint}
     return settings
 
 

@@ -154,12 +154,21 @@ def is_section(hint: Any) -> bool:
 
 def unknown_name(name: str, known: Mapping[str, Any], where: str) -> str:
     """The message for a setting that does not exist, with guesses, and with the list of all where that is short."""
-    guess = [k for k in known if k.startswith(f"{name}.") or k.rpartition(".")[2] == name.rpartition(".")[2]]
-    guess += [k for k in known if k.rpartition(".")[2] == USUAL.get(name.rpartition(".")[2])]
-    guess += [] if guess else difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(dict.fromkeys(guess))}?" if guess else ""
+    guess = guesses(name, known)
+    hint = f"; did you mean {' or '.join(guess)}?" if guess else ""
     more = ", ".join(known) if len(known) <= _FEW else "stellarbyte train --list-settings lists all"
     return f"{where}: there is no setting {shown(name)}{hint} ({more})"
+
+
+def guesses(name: str, known: Mapping[str, Any]) -> list[str]:
+    """The settings that a name may mean: the same one spelled otherwise, of another section, or of another program."""
+    name = name.replace("-", "_")
+    same = [k for k in known if k.replace(".", "_") == name.replace(".", "_")]
+    if same:
+        return same
+    leaf = name.rpartition(".")[2]
+    found = [k for k in known if k.startswith(f"{name}.") or k.rpartition(".")[2] in (leaf, USUAL.get(leaf))]
+    return found or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
 
 
 def options(hint: Any) -> tuple[Any, ...]:
