@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import sys
 import types
@@ -205,9 +206,17 @@ def spell(hint: Any) -> str:
         if origin is Annotated:
             words.append(f"{spell(arguments[0])} ({arguments[1].words})")
         elif origin is Literal:
-            words.append("one of " + ", ".join(map(repr, arguments)))
+            words.append("one of " + ", ".join(map(str, arguments)))
         elif origin is tuple:
             words.append(f"a list of {spell(arguments[0])}")
         else:
             words.append("none" if option is type(None) else option.__name__)
     return " or ".join(words)
+
+
+def written(value: Any) -> str:
+    """A value as ``--set`` reads it."""
+    if isinstance(value, tuple | list):
+        return json.dumps(value, ensure_ascii=False)
+    words: Mapping[Any, str] = {None: "none", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)

@@ -79,7 +79,7 @@ def test_overrides_apply_together_and_the_last_one_wins(run):
         ("steps=true", r"steps must be int"),
         ("steps=0", r"steps must be int \(positive, below 2.(31|63)\)"),
         ("model.tie_word_embeddings=1", r"tie_word_embeddings must be bool"),
-        ("model.hidden_act=relu", r"hidden_act must be one of 'silu', 'gelu'"),
+        ("model.hidden_act=relu", r"hidden_act must be one of silu, gelu, gelu_pytorch_tanh$"),
         ("model.rope_theta=nan", r"rope_theta must be float \(positive, finite\)"),
         ("model.rope_theta=inf", r"rope_theta must be float \(positive, finite\)"),
         ("model.head_dim=wide", r"head_dim must be int \(positive, below 2.(31|63)\) or none"),
