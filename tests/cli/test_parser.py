@@ -90,6 +90,10 @@ def test_other_commands_with_settings_of_a_run_know_them(act, words, capsys):
     assert "did you mean --set model.hidden_size=8?" in refused(act, f"{words} --hidden-size 8", capsys)
 
 
+def test_generation_knows_the_settings_of_the_model(capsys):
+    assert "did you mean --set cache.dtype=int8? (see" in refused(generate.main, "--model x --cache-dtype int8", capsys)
+
+
 def test_what_is_recognized_is_parsed_as_ever():
     parser = Parser(prog="x", settings=TrainConfig)
     parser.add_argument("--steps", type=int)
