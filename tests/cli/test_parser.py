@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from stellarbyte_jax.cli import benchmark, convert, generate, info, prepare, report, train
+from stellarbyte_jax.cli import benchmark, convert, generate, info, prepare, report, tokenizer, train
 from stellarbyte_jax.cli.main import main
 from stellarbyte_jax.cli.parser import Parser
 from stellarbyte_jax.config import TrainConfig
@@ -34,6 +34,7 @@ def refused(act, words, capsys):
         (convert.main, "to-hf", "the following arguments are required: source, target (see "),
         (prepare.main, "--output x", "the following arguments are required: --input (see "),
         (info.main, "--config x --format md", "--format belongs to --output (see "),
+        (tokenizer.main, "--output x", "the following arguments are required: --corpus, --stage (see "),
         (report.main, "", "the following arguments are required: "),
         (benchmark.main, "speed", "argument what: invalid choice: 'speed' (choose from "),
         (train.main, "--config x 'a\nb\x1b[2J'", "unrecognized arguments: a b\\x1b[2J (see "),
