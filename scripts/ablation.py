@@ -22,6 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.parser import Parser
 from stellarbyte_jax.cli.program import local_path
 from stellarbyte_jax.command import command
 from stellarbyte_jax.config import TrainConfig, load
@@ -124,7 +125,7 @@ _SIZES = (
 @command
 def main() -> int:
     """Parses the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(settings=TrainConfig, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["quality", "speed", "copy", "table"])
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="may be repeated")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time, for quality and copy")

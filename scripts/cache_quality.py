@@ -15,6 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.parser import Parser
 from stellarbyte_jax.cli.program import local_path, path_or_name
 from stellarbyte_jax.command import command, imports
 
@@ -39,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @command
 def main() -> int:
     """Parses the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=path_or_name, required=True, metavar="DIR", help="a directory, or owner/name")
     parser.add_argument("--text", type=local_path, required=True, metavar="FILE", help='records with a field "text"')
     parser.add_argument("--cache-dir", metavar="DIR", help="default: ~/.cache/stellarbyte_jax")

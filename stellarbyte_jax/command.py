@@ -13,7 +13,7 @@ from typing import ParamSpec
 
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.config.foreign import clipped
-from stellarbyte_jax.interrupts import imports
+from stellarbyte_jax.interrupts import imports, keep_interrupts
 
 __all__ = [
     "command",
@@ -49,6 +49,7 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
 
     @functools.wraps(main)
     def guarded(*positional: Arguments.args, **named: Arguments.kwargs) -> int:
+        keep_interrupts()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks is no reason to end
                 stream.reconfigure(errors="backslashreplace")

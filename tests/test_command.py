@@ -163,7 +163,17 @@ def test_every_command_has_its_script():
 @pytest.mark.parametrize("path", [*SCRIPTS, *COMMANDS], ids=lambda path: path.name)
 def test_no_program_shows_where_its_imports_were(path):
     """What takes long to import is imported inside of ``imports()``; what makes that available is quick."""
-    ours = ("interrupts", "command", "config", "config.files", "config.reference", "cli.program", "cli.measurements")
+    ours = (
+        "interrupts",
+        "command",
+        "config",
+        "config.files",
+        "config.reference",
+        "config.section",
+        "cli.parser",
+        "cli.program",
+        "cli.measurements",
+    )
     quick = {*sys.stdlib_module_names, *(f"stellarbyte_jax.{name}" for name in ours)}
 
     def slow(node, inside=False):

@@ -9,6 +9,7 @@ from typing import Any
 
 from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, told_by_options
 from stellarbyte_jax.command import command, imports
+from stellarbyte_jax.config import ByteConfig
 
 with imports():
     from stellarbyte_jax.checkpoint.bundle import load_bundle
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         '--model runs/quickstart --prompt "The river" --prompt "春天" --temperature 0.8 --top-p 0.95',
         "--model path/to/hugging_face_directory --chat",
         "--model runs/quickstart --prompt-file long.txt --set sliding_window=512 sink_tokens=4",
+        settings=ByteConfig,
     )
     parser.add_argument(
         "--model",

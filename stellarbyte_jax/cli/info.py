@@ -83,6 +83,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--model runs/quickstart --output report --format html",
         "--model path/to/hugging_face_directory --speed --batch-sizes 1 8 32",
         "--model owner/name --no-weights",
+        settings=TrainConfig,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.parser import Parser
 from stellarbyte_jax.config import ConfigError, TrainConfig, load
 from stellarbyte_jax.config.files import read
 from stellarbyte_jax.config.paths import expanded
+from stellarbyte_jax.config.section import Section
 from stellarbyte_jax.interrupts import imports
 
 
@@ -57,10 +59,18 @@ def typed(name: str) -> str:
     return f"stellarbyte {name}"
 
 
-def new_parser(name: str, description: str, *examples: str) -> argparse.ArgumentParser:
-    """A parser of the arguments of a command, whose help ends with examples to copy."""
+def new_parser(name: str, description: str, *examples: str, settings: type[Section] | None = None) -> Parser:
+    """A parser of the arguments of a command, whose help ends with examples to copy.
+
+    Args:
+      name: of the command.
+      description: of what it does.
+      examples: arguments.
+      settings: those that its ``--set`` takes.
+    """
     lines = "".join(f"\n  {typed(name)} {example}" for example in examples)
-    return argparse.ArgumentParser(
+    return Parser(
+        settings=settings,
         prog=typed(name),
         description=description,
         epilog=f"examples:{lines}" if lines else None,

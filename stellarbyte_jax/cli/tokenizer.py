@@ -42,6 +42,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from stellarbyte_jax.cli.parser import Parser
 from stellarbyte_jax.cli.program import local_path, positive, told_by_options, typed
 from stellarbyte_jax.command import command, directory_for, imports, remedy
 
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, trains, evaluates on held-out documents and writes the directory."""
     started = time.monotonic()
     summary, _, examples = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=typed("tokenizer"),
         description=summary,
         epilog=examples.replace(_SCRIPT, typed("tokenizer")),

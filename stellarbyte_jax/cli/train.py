@@ -41,6 +41,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--config configs/quickstart.py",
         "--config pretrain --init-from path/to/hugging_face_directory --set data.train=more.jsonl output_dir=runs/more",
         "--config pretrain --set 'data.train=my_corpus/train/*.jsonl' model.hidden_size=512 steps=1000",
+        settings=TrainConfig,
     )
     parser.add_argument(
         "--config",

@@ -8,14 +8,13 @@ Meanings stand in the docstrings of the sections, where ``help(ByteConfig)`` sho
 import dataclasses
 import fnmatch
 import inspect
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from stellarbyte_jax.config.run import TrainConfig
-from stellarbyte_jax.config.section import USUAL, Section, hints, is_section, spell
+from stellarbyte_jax.config.section import USUAL, Section, hints, is_section, spell, written
 
 REQUIRED = dataclasses.MISSING
 
@@ -82,14 +81,6 @@ def changed(config: Section, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     for longer, section in inner.items():
         found |= changed(section, longer)
     return found
-
-
-def written(value: Any) -> str:
-    """A value as ``--set`` reads it."""
-    if isinstance(value, tuple | list):
-        return json.dumps(value, ensure_ascii=False)
-    words: Mapping[Any, str] = {None: "none", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def listed(chosen: list[Setting]) -> str:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.config.model import ByteConfig
 from stellarbyte_jax.config.section import (
     Fraction,
@@ -214,7 +214,7 @@ class LoggingConfig(Section):
     def _check(self) -> None:
         known = ("tensorboard", "wandb", "swanlab")
         unknown = [t for t in self.trackers if t not in known]
-        require(not unknown, f"logging.trackers may hold {known}, got {shown(unknown)}")
+        require(not unknown, f"logging.trackers may hold {', '.join(known)}, got {listed(unknown)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,10 +279,11 @@ class TrainConfig(Section):
             f"sample_interval={self.sample_interval} would change nothing without sample_prompts: name prompts, or set "
             "sample_interval=none",
         )
+        warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
+        more = "" if decay is None else f" and schedule.decay_steps={decay}"
         require(
-            self.schedule.warmup_steps + (self.schedule.decay_steps or 0) <= self.steps,
-            f"schedule.warmup_steps {self.schedule.warmup_steps} and decay_steps {self.schedule.decay_steps} "
-            f"do not fit into {self.steps} steps",
+            warmup + (decay or 0) <= self.steps,
+            f"schedule.warmup_steps={warmup}{more} do not fit into steps={self.steps}: lower them, or set more steps",
         )
         rest = self.steps - self.schedule.warmup_steps
         require(

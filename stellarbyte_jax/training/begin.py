@@ -25,6 +25,7 @@ from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
 from stellarbyte_jax.training import finish
+from stellarbyte_jax.training.directory import holds_run
 from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Resumed, begin_with
 from stellarbyte_jax.training.state import TrainState
@@ -159,7 +160,7 @@ def _check_same_model(config: TrainConfig, there: ByteConfig, say: Callable[[str
 
 def _check_place(run_dir: Path) -> None:
     """A run does not strew its files into a project, the home directory or the root of the file system."""
-    if (run_dir / "checkpoints").is_dir() or (run_dir / "train_config.json").is_file():
+    if holds_run(run_dir):
         return
     place = run_dir.absolute().resolve()
     held = [name for name in _PROJECT if (place / name).exists()]

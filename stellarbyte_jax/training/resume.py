@@ -11,6 +11,7 @@ import optax
 
 from stellarbyte_jax.checkpoint.compatibility import check_resumable
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep
+from stellarbyte_jax.checkpoint.weights import stored_steps
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.model.io import State
@@ -106,6 +107,12 @@ def save(
     if poisoned:
         raise diverged(f"{' and '.join(poisoned)} of the run's state hold numbers that are not finite", step)
     checkpointer.save(step, arrays, facts, frozen=paths(state.frozen), validation_loss=validation_loss)
+
+
+def may_be_over(config: TrainConfig) -> bool:
+    """Whether the run in ``output_dir`` may have no step left, as far as the names of its checkpoints tell."""
+    steps = stored_steps(config.output_dir)
+    return bool(steps) and (steps[-1] >= config.steps or config.evaluation.patience is not None)
 
 
 def restore(

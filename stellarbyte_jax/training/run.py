@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from stellarbyte_jax.checkpoint.store import Checkpointer
-from stellarbyte_jax.command import make_directory
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.inspect.costs import count_parameters
-from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries
+from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import token_byte_lengths
-from stellarbyte_jax.training import begin, finish, messages, resume
+from stellarbyte_jax.training import begin, finish, messages, resume, script
 from stellarbyte_jax.training.console import Reporter, format_metrics
+from stellarbyte_jax.training.directory import RunDirectory
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.training.resume import Progress, Resumed
@@ -63,7 +63,7 @@ class _Run:
     began: float
     cache: CompileCache
     interrupt: Interrupt
-    lock: RunLock
+    directory: RunDirectory
     checkpointer: Checkpointer
     model: ByteTransformer
     parameters: int
@@ -86,22 +86,23 @@ def train(config: TrainConfig) -> Finished:
       DivergedError: the loss became NaN or infinite; the checkpoints before it are kept.
     """
     began = time.perf_counter()
+    script.refuse_worker()
     quiet_libraries()
     found = begin.find_tokenizer(begin.complete(config))
     config = found.used
     begin.check(config)
     run_dir = Path(config.output_dir)
-    make_directory(run_dir, "output_dir")
-    with RunLock(run_dir) as lock, Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
+    directory = RunDirectory(run_dir)
+    with directory.locked(), Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        prepared = _prepare(found, began, interrupt, lock, report, stack)
+        prepared = _prepare(found, began, interrupt, directory, report, stack)
         if isinstance(prepared, Finished):
             return prepared
         stack.callback(report.end_bar)
         start = int(prepared.state.step)
         report.start_bar("training", prepared.total, start)
         finished = _finish(prepared, _loop(prepared, start))
-        lock.check()
+        directory.check()
         return finished
 
 
@@ -109,7 +110,7 @@ def _prepare(
     settings: begin.Found,
     began: float,
     interrupt: Interrupt,
-    lock: RunLock,
+    directory: RunDirectory,
     report: Reporter,
     stack: contextlib.ExitStack,
 ) -> _Run | Finished:
@@ -120,10 +121,9 @@ def _prepare(
     config, named = settings.used, settings.named
     run_dir = Path(config.output_dir)
     cache = CompileCache()
-    report.line(environment())
-    report.config(named)
-    if settings.note is not None:
-        report.line(settings.note)
+    may_be_over = resume.may_be_over(config)
+    if not may_be_over:
+        _introduce(settings, report)
     finish.recover(config)
 
     model = ByteTransformer(config.model)
@@ -147,6 +147,9 @@ def _prepare(
     validates = resumed.progress.unvalidated and bool(config.data.validation)
     if (start == total and not validates) or resumed.progress.exhausted(config.evaluation.patience):
         return _over(config, model, resumed, report, interrupt)
+    if may_be_over:
+        _introduce(settings, report)
+    script.check_guarded(config.data)
     loader = stack.enter_context(contextlib.closing(_open_loader(config, "train")))
     validation = None
     if config.data.validation:
@@ -186,7 +189,7 @@ def _prepare(
         began=began,
         cache=cache,
         interrupt=interrupt,
-        lock=lock,
+        directory=directory,
         checkpointer=checkpointer,
         model=model,
         parameters=parameters,
@@ -202,6 +205,13 @@ def _prepare(
             config, parameters, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens
         ),
     )
+
+
+def _introduce(settings: begin.Found, report: Reporter) -> None:
+    report.line(environment())
+    report.config(settings.named)
+    if settings.note is not None:
+        report.line(settings.note)
 
 
 def _loop(run: _Run, start: int) -> Finished:
@@ -221,6 +231,7 @@ def _loop(run: _Run, start: int) -> Finished:
             finish.forget(config)
             run.report.compiling()
         run.state, metrics = run.train_step(run.state, batch)
+        run.directory.keep()
         run.meter.push(step, metrics)
         if step == start + 1:
             run.meter.flush()
@@ -283,7 +294,7 @@ def _finish(run: _Run, ended: Finished) -> Finished:
         return _stopped(run, ended.step)
     if ended.ended_by == "patience":
         report.line(messages.early_stop(run.progress.stale, ended.step))
-    run.lock.check()
+    run.directory.check()
     loss = run.progress.loss_at(ended.step)
     exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, run.sampler, loss)
     report.table("summary", _summary(run, ended.step, exported))
@@ -354,7 +365,7 @@ def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
     run.meter.flush()
     if validation_loss is not None and not math.isfinite(validation_loss):
         validation_loss = None  # no measure of which checkpoints are the best
-    run.lock.check()
+    run.directory.check()
     with run.meter.paused():
         place = run.loader.state()
         run.progress.seconds, run.progress.tokens = run.meter.seconds, run.meter.tokens

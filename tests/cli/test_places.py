@@ -43,7 +43,11 @@ def test_a_tilde_is_the_home_directory_in_every_option(home: Path, capsys: pytes
     for main, arguments, message in (
         (generate.main, ["--model=~/out", *prompt], f"{home}/none.txt"),
         (report.main, ["~/run"], f"{home}/run/metrics.jsonl is missing"),
-        (tokenizer.main, ["--output=~/words", "--corpus=a=~/a.txt", "--stage=300:a"], f"{home}/words holds a tokenizer"),
+        (
+            tokenizer.main,
+            ["--output=~/words", "--corpus=a=~/a.txt", "--stage=300:a"],
+            f"{home}/words holds a tokenizer",
+        ),
     ):
         assert main(arguments) == 1
         assert message in capsys.readouterr().err
