@@ -14,7 +14,7 @@ from typing import Any
 
 from stellarbyte_jax.cli.measurements import WORKERS
 from stellarbyte_jax.cli.program import load_settings, local_path, new_parser
-from stellarbyte_jax.command import MendableError, command
+from stellarbyte_jax.command import MendableError, command, imports
 from stellarbyte_jax.config import TrainConfig
 
 _NAMES = {
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line; each measurement runs this command again with ``--worker``."""
     options = _parse(arguments)
     if options.worker:
-        from stellarbyte_jax.training import begin
+        with imports():
+            from stellarbyte_jax.training import begin
 
         config = begin.find_tokenizer(load_settings(options.config, options.set)).used
         print("RESULT " + json.dumps(WORKERS[options.worker](config, options.steps)))

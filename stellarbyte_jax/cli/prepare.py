@@ -18,7 +18,7 @@ with imports():
     from stellarbyte_jax.data.shards import Prepared, prepare
     from stellarbyte_jax.data.text import TextFormat
     from stellarbyte_jax.hf.hub import local_directory
-    from stellarbyte_jax.tokenizer.codec import load_tokenizer
+    from stellarbyte_jax.tokenizer.codec import Tokenizer, load_tokenizer
 
 _OPTIONS = (
     "cache_dir",
@@ -60,28 +60,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--overwrite", action="store_true", help="replace the shards of an earlier run")
     options = parser.parse_args(arguments)
     try:
-        prepared = _prepare(options)
+        tokenizer = str(local_directory(options.tokenizer, weights=False))
+        prepared = _prepare(options, tokenizer)
     except ValueError as error:
         raise ValueError(_told(str(error))) from error
     skipped = f", {prepared.skipped:,} unusable ones skipped" if prepared.skipped else ""
     print(f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {len(prepared.shards)} shards{skipped}")
-    print(f"next:\n  train:     {_train(options.output, options.tokenizer)}")
+    print(f"next:\n  train:     {_train(options.output, options.tokenizer, load_tokenizer(tokenizer))}")
     print("  on a GPU:  the same with --config pretrain, for a model of 12 layers")
     return 0
 
 
-def _train(output: str, tokenizer: str) -> str:
+def _train(output: str, name: str, tokenizer: Tokenizer) -> str:
     """The command that trains a small model on the shards, whatever the tokenizer has."""
-    used = load_tokenizer(local_directory(tokenizer, weights=False))
-    settings = [f"data.train={output}", f"data.tokenizer={tokenizer}", f"model.vocab_size={used.vocab_size}"]
-    settings += [
-        f"data.add_{name}=false" for name, token in (("bos", used.bos_id), ("eos", used.eos_id)) if token is None
-    ]
+    ends = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    settings = [f"data.train={output}", f"data.tokenizer={name}", f"model.vocab_size={tokenizer.vocab_size}"]
+    settings += [f"data.add_{end}=false" for end, token in ends.items() if token is None]
     settings.append(f"output_dir={Path('runs', Path(output).resolve().name)}")
     return f"{typed('train')} --config quickstart --set {shlex.join(settings)}"
 
 
-def _prepare(options: argparse.Namespace) -> Prepared:
+def _prepare(options: argparse.Namespace, tokenizer: str) -> Prepared:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(), transient=True)
     task = bar.add_task("tokenising", total=None)
@@ -96,7 +95,7 @@ def _prepare(options: argparse.Namespace) -> Prepared:
         return prepare(
             options.input,
             options.output,
-            str(local_directory(options.tokenizer, weights=False)),
+            tokenizer,
             text=TextFormat(tuple(options.fields), options.template),
             text_documents=options.text_documents,
             workers=options.workers,

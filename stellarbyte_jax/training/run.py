@@ -316,14 +316,7 @@ def _over(
 ) -> Finished:
     """A run that has no step left: does what is missing of its end."""
     step = int(resumed.state.step)
-    if step == config.steps:
-        report.line(f"the run in {config.output_dir} is complete: {step} of {config.steps} steps")
-    elif step > config.steps:
-        report.line(
-            f"the run in {config.output_dir} is complete: it stands at step {step}, beyond steps={config.steps}"
-        )
-    else:
-        report.line(f"{messages.early_stop(resumed.progress.stale, step)}. A larger evaluation.patience goes on")
+    report.line(messages.over(config, step, resumed.progress.stale))
     sampler, loss = Sampler(config, model, step, lambda: interrupt.signal is not None), resumed.progress.loss_at(step)
     finish.finish(config, model, resumed.state.averaged, step, report.line, sampler, loss)
     if interrupt.signal is not None and not finish.is_done(config, step, sampler):

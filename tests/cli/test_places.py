@@ -99,7 +99,7 @@ def test_every_command_takes_names_of_the_hub(
     capsys.readouterr()
     assert prepare.main(["--input", "../a.txt", "--output", "shards", "--tokenizer", "org/b", "--workers", "0"]) == 0
     assert asked == [("org/b", None, False)] * 2
-    assert "data.train=shards data.tokenizer=org/b\n" in capsys.readouterr().out
+    assert "data.train=shards data.tokenizer=org/b model.vocab_size=4 " in capsys.readouterr().out
 
     (home / "here" / "org").mkdir()  # a directory goes before the hub
     save_words(home / "here" / "org" / "b", ["x", "y", "<e>"], eos_token="<e>")
