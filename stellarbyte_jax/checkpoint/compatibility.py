@@ -11,7 +11,8 @@ from typing import Any
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import clipped, shown
-from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError, expand
+from stellarbyte_jax.data.patterns import expand
+from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError
 from stellarbyte_jax.data.text import TextFormat
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 

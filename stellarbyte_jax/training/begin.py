@@ -18,7 +18,7 @@ from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
 from stellarbyte_jax.config.foreign import absent
 from stellarbyte_jax.config.section import require
-from stellarbyte_jax.data.sources import expand_all
+from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.launch import write_failure
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer

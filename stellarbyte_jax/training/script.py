@@ -8,7 +8,8 @@ from types import FrameType, ModuleType
 
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import DataConfig
-from stellarbyte_jax.data.sources import SHARD_META, expand_all
+from stellarbyte_jax.data.patterns import expand_all
+from stellarbyte_jax.data.sources import SHARD_META
 
 _ADVICE = 'Put what the script does under `if __name__ == "__main__":`, or set data.workers=0'
 

@@ -94,7 +94,7 @@ def test_two_stars_descend_into_folders(tmp_path):
 
 def test_globs_and_many_files_join_in_order(tmp_path, monkeypatch):
     found = glob.glob  # its order is that of the file system
-    monkeypatch.setattr(sources.glob, "glob", lambda *names, **more: sorted(found(*names, **more), reverse=True))
+    monkeypatch.setattr(glob, "glob", lambda *names, **more: sorted(found(*names, **more), reverse=True))
     for number in (2, 0, 1):
         write_records(tmp_path / f"part-{number}.jsonl", RECORDS[number * 10 : number * 10 + 10])
     corpus = _open(tmp_path, tmp_path / "part-*.jsonl")
