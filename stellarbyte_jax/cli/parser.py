@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         return [option for parser in parsers for option in parser._option_string_actions]
 
     def _meant(self, unknown: Sequence[str]) -> str:
-        """How the first of these arguments is given, as an option or as a setting; nothing where there is no such one."""
+        """How the first of these arguments is given, as an option or a setting; nothing where there is no such one."""
         name, equals, value = unknown[0].lstrip("-").partition("=")
         is_option = unknown[0].startswith("-")
         if not equals and not is_option:
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
     def _own(self, name: str, settings: Sequence[str]) -> str | None:
-        """The option that a name means, spelled otherwise, cut off or mistyped; None where a setting is more like it."""
+        """The option that a name means, spelled otherwise, cut off or mistyped; None where a setting is nearer."""
         options = {_plain(option): option for option in self._options()}
         name = _plain(name)
         begun = [option for option in options if option.startswith(name)]

@@ -372,3 +372,18 @@ def test_a_converted_file_for_which_there_is_no_room_is_no_damaged_file(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_another_process_has_begun_to_fill_is_kept(tmp_path, monkeypatch):
+    """Two runs may start at once with a cache that neither has made yet; one of them fails."""
+    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
+    cache = tmp_path / "cache"
+
+    def damaged(path, out, columns):
+        (cache / "theirs.jsonl").touch()
+        raise DataError("damaged")
+
+    monkeypatch.setitem(sources.CONVERTERS, ".jsonl.gz", damaged)
+    with pytest.raises(DataError, match="damaged"):
+        sources.open_lines(tmp_path / "a.jsonl.gz", cache, ("text",))
+    assert [path.name for path in cache.iterdir()] == ["theirs.jsonl"]
