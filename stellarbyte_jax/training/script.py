@@ -14,7 +14,6 @@ from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.data.sources import SHARD_META
 
 _ADVICE = 'Put what the script does under `if __name__ == "__main__":`, or set data.workers=0'
-_EXITS = ("exit", "_exit", "quit")
 
 
 def refuse_worker() -> None:
@@ -28,8 +27,8 @@ def check_guarded(data: DataConfig) -> None:
     """Raises MendableError where workers are needed, and each would train instead: ``train`` is not guarded.
 
     It is taken for guarded where a condition outside of all functions decides whether it is called: ``if``, ``match``,
-    ``and``, ``or``, or an ``if`` of ``__name__`` before it that ends the script. A script that is read from standard
-    input has no file that workers could run.
+    ``and`` or ``or``; not where the script ends before it, which would end a worker too. A script that is read from
+    standard input has no file that workers could run.
     """
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
@@ -72,11 +71,10 @@ def _place(main: ModuleType, frame: FrameType | None) -> _Place | None:
 def _is_conditional(file: Path, at: _Place) -> bool:
     """Whether a condition, outside of all functions, decides whether this place is reached."""
     try:
-        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        nodes = ast.walk(ast.parse(file.read_bytes()))
     except (OSError, SyntaxError, ValueError):  # no script of Python's, such as an archive
         return True
-    decided = any(_holds(part, at) for node in nodes for part in _decided(node))
-    return decided or any(isinstance(node, ast.If) and _ends_workers(node) and node.lineno < at[0] for node in nodes)
+    return any(_holds(part, at) for node in nodes for part in _decided(node))
 
 
 def _decided(node: ast.AST) -> list[ast.AST]:
@@ -91,15 +89,6 @@ def _decided(node: ast.AST) -> list[ast.AST]:
         case ast.BoolOp():
             return list(node.values[1:])
     return []
-
-
-def _ends_workers(node: ast.If) -> bool:
-    """Whether an ``if`` of ``__name__`` ends with the end of the script, by an exit or an error."""
-    asked = any(isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test))
-    last = node.body[-1]
-    called = last.value.func if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call) else None
-    name = getattr(called, "attr", getattr(called, "id", None))
-    return asked and (isinstance(last, ast.Raise) or name in _EXITS)
 
 
 def _holds(node: Any, at: _Place) -> bool:
