@@ -212,7 +212,7 @@ def test_a_run_that_wandb_knows_by_the_name_of_its_directory_keeps_it(tmp_path, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", r"trackers\.json must hold a JSON object, got list$"),
+        ("[1]", r"trackers\.json must hold a JSON object, got list, or remove it: "),
         ('{"wandb": 3}', r"trackers\.json: the id of wandb must be a text, got 3; remove it for a new one$"),
         ('{"wandb": ""}', r"must be a text, got ''; remove it for a new one$"),
     ],
