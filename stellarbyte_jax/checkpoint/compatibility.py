@@ -228,7 +228,7 @@ def _same_tokenizer(directory: Path, copy: Path) -> bool:
         one, other = load_tokenizer(directory), load_tokenizer(copy)
     except ValueError:  # one of them is missing or broken; those who read it tell
         return False
-    return (one.fingerprint, one.bos_id, one.eos_id) == (other.fingerprint, other.bos_id, other.eos_id)
+    return one.is_same(other)
 
 
 def _same_origin(before: TrainConfig, config: TrainConfig) -> bool:
