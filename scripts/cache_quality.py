@@ -54,7 +54,8 @@ def main() -> int:
         import jax.numpy as jnp
         import numpy as np
 
-        from stellarbyte_jax.data.sources import cache_path, expand, open_lines
+        from stellarbyte_jax.data.patterns import expand
+        from stellarbyte_jax.data.sources import cache_path, open_lines
         from stellarbyte_jax.data.text import TextFormat, read_text
         from stellarbyte_jax.hf.directory import from_pretrained
         from stellarbyte_jax.hf.hub import local_directory

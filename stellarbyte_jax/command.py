@@ -4,10 +4,9 @@ import contextlib
 import functools
 import io
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ParamSpec
 
@@ -130,8 +129,14 @@ def make_directory(path: Path, setting: str) -> None:
 
 
 @contextlib.contextmanager
-def directory_for(path: Path) -> Iterator[None]:
+def directory_for(path: Path, files: Sequence[str] = ()) -> Iterator[None]:
     """Makes a directory, with those above it, for what the block writes; a block that fails leaves none that it made.
+
+    Others may have begun to write there too: what goes is the directories that are empty then.
+
+    Args:
+      path: the directory.
+      files: names of what the block writes there, which go first; nothing where the block removes it itself.
 
     Raises:
       OSError: the directory cannot be made.
@@ -141,9 +146,10 @@ def directory_for(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        if made:
-            shutil.rmtree(path, ignore_errors=True)
-        for each in made[1:]:
+        for name in files if made else ():
+            with contextlib.suppress(OSError):  # of a directory that was not made
+                (path / name).unlink(missing_ok=True)
+        for each in made:
             with contextlib.suppress(OSError):  # it was not made, or others have put something into it
                 each.rmdir()
         raise

@@ -146,13 +146,16 @@ class Interrupt:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
 
+LOCK = "run.lock"  # in the run's directory
+
+
 class RunLock:
     """Keeps two processes from training in one directory; released when the process ends, however it does."""
 
     def __init__(self, directory: Path) -> None:
         """Names the directory: use it as a context manager."""
         self._directory = directory
-        self._path = directory / "run.lock"
+        self._path = directory / LOCK
 
     def __enter__(self) -> Self:
         """Takes the lock.
@@ -163,7 +166,9 @@ class RunLock:
         self._file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                raise BlockingIOError  # it was removed before it was locked, and another process made it anew
+        except (BlockingIOError, FileNotFoundError):
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
             self._file.close()

@@ -224,7 +224,7 @@ def test_a_letter_that_the_terminal_lacks_is_spelled_out():
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_block_that_fails_leaves_no_directory_that_it_made(tmp_path, error):
     (tmp_path / "there").mkdir()
-    with pytest.raises(error), directory_for(tmp_path / "there" / "a" / "b"):
+    with pytest.raises(error), directory_for(tmp_path / "there" / "a" / "b", ["file", "other"]):
         (tmp_path / "there" / "a" / "b" / "file").touch()
         raise error
     assert not any((tmp_path / "there").iterdir())
@@ -234,6 +234,12 @@ def test_a_block_that_fails_leaves_no_directory_that_it_made(tmp_path, error):
         (tmp_path / "a" / "others").touch()
         raise error
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "others", "there"]
+    with pytest.raises(error), directory_for(tmp_path / "c", ["file"]):
+        (tmp_path / "c" / "of another process").touch()
+        raise error
+    with pytest.raises(error), directory_for(tmp_path / "c", ["of another process"]):
+        raise error
+    assert (tmp_path / "c" / "of another process").exists(), "what others put there, and what was there"
 
 
 def test_a_block_that_ends_well_leaves_its_directory(tmp_path):

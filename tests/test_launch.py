@@ -1,6 +1,7 @@
 """What belongs to a process: its lock on a run, and what signals do to it."""
 
 import errno
+import fcntl
 import os
 import platform
 import signal
@@ -51,6 +52,25 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
         holder.communicate()
     with RunLock(tmp_path):
         assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_lock_that_was_removed_before_it_was_taken_is_none(tmp_path, monkeypatch, made_anew):
+    """A start that fails removes its lock; who had it open would share the directory with whoever makes it anew."""
+    take = fcntl.flock
+
+    def late(file, how):
+        (tmp_path / "run.lock").unlink()
+        if made_anew:
+            (tmp_path / "run.lock").touch()
+        take(file, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with pytest.raises(OSError, match="in use by another process: wait"), RunLock(tmp_path):
+            pytest.fail("two processes would have a lock each")
+    with RunLock(tmp_path):
+        pass
 
 
 def test_a_lock_that_was_given_back_names_nobody(tmp_path):

@@ -11,7 +11,8 @@ from typing import Any
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import clipped, shown
-from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError, expand
+from stellarbyte_jax.data.patterns import expand
+from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError
 from stellarbyte_jax.data.text import TextFormat
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
@@ -227,7 +228,7 @@ def _same_tokenizer(directory: Path, copy: Path) -> bool:
         one, other = load_tokenizer(directory), load_tokenizer(copy)
     except ValueError:  # one of them is missing or broken; those who read it tell
         return False
-    return (one.fingerprint, one.bos_id, one.eos_id) == (other.fingerprint, other.bos_id, other.eos_id)
+    return one.is_same(other)
 
 
 def _same_origin(before: TrainConfig, config: TrainConfig) -> bool:

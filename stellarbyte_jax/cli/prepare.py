@@ -1,6 +1,7 @@
 """Tokenises text files once, into shards that training reads without further work."""
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -9,7 +10,9 @@ from pathlib import Path
 
 from stellarbyte_jax.cli.program import also_spelled, new_parser, path_or_name, typed, with_options
 from stellarbyte_jax.command import command, imports
-from stellarbyte_jax.config.files import shipped
+from stellarbyte_jax.config import ConfigError, TrainConfig
+from stellarbyte_jax.config.files import parsed, shipped
+from stellarbyte_jax.config.section import written
 
 with imports():
     from rich.console import Console
@@ -74,10 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(output: str, name: str, tokenizer: Tokenizer) -> str:
     """The command that trains a small model on the shards, whatever the tokenizer has."""
     ends = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    settings = [f"data.train={output}", f"data.tokenizer={name}", f"model.vocab_size={tokenizer.vocab_size}"]
+    settings = [_named("data.train", output), f"data.tokenizer={name}", f"model.vocab_size={tokenizer.vocab_size}"]
     settings += [f"data.add_{end}=false" for end, token in ends.items() if token is None]
     settings.append(f"output_dir={Path('runs', Path(output).resolve().name)}")
     return f"{typed('train')} --config quickstart --set {shlex.join(settings)}"
+
+
+def _named(setting: str, path: str) -> str:
+    """A setting that lists one path, as ``--set`` reads it: as JSON where it would be taken for several or none."""
+    plain = f"{setting}={path}"
+    with contextlib.suppress(ConfigError):
+        if parsed(TrainConfig, [plain])[setting] == (path,):
+            return plain
+    return f"{setting}={written([path])}"
 
 
 def _prepare(options: argparse.Namespace, tokenizer: str) -> Prepared:

@@ -48,7 +48,7 @@ from stellarbyte_jax.command import command, directory_for, imports, remedy
 
 with imports():
     from stellarbyte_jax.data.tokenizer_corpus import TokenizerCorpus, draw
-    from stellarbyte_jax.tokenizer.directory import LIBRARY, write_json
+    from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, SPECIAL_TOKENS_MAP, write_json
     from stellarbyte_jax.tokenizer.training.evaluation import evaluate, pieces_of
     from stellarbyte_jax.tokenizer.training.format import build, save
     from stellarbyte_jax.tokenizer.training.stages import Stage, check_stages, train
@@ -123,7 +123,7 @@ def _output(path: Path, overwrite: bool) -> Iterator[None]:
         raise ValueError(f"{path} holds a tokenizer already: give another --output, or --overwrite to replace it")
     with contextlib.ExitStack() as stack:
         with _writing(path):
-            stack.enter_context(directory_for(path))
+            stack.enter_context(directory_for(path, (LIBRARY, CONFIG, SPECIAL_TOKENS_MAP)))
             with tempfile.TemporaryFile(dir=path):
                 pass
         yield

@@ -17,7 +17,8 @@ from stellarbyte_jax.config.foreign import digits, listed, shown
 from stellarbyte_jax.data.contiguous import ContiguousDocuments
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
 from stellarbyte_jax.data.packing import PackDocuments
-from stellarbyte_jax.data.sources import Corpus, DataError, ShardSource, expand, open_corpus
+from stellarbyte_jax.data.patterns import expand
+from stellarbyte_jax.data.sources import Corpus, DataError, ShardSource, open_corpus
 from stellarbyte_jax.data.text import TextFormat, read_text
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 

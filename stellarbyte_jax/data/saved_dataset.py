@@ -18,14 +18,14 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def data_files(path: Path, setting: str) -> list[Path]:
-    """The Arrow files of a saved data set, in the order of their rows.
+    """The Arrow files of a saved data set, in the order of their rows; none where it was saved without rows.
 
     Args:
       path: the directory.
       setting: the name of the setting that it comes from, for messages.
 
     Raises:
-      DataError: it holds splits of which one is to be named, a selection of rows, no files or not those it names.
+      DataError: it holds splits of which one is to be named, a selection of rows, or not the files that it names.
     """
     if not (path / _STATE).is_file():
         splits = _splits(path)
@@ -40,7 +40,7 @@ def data_files(path: Path, setting: str) -> list[Path]:
         )
     files = state["_data_files"]
     names = [file.get("filename") if isinstance(file, dict) else None for file in files]
-    if not names or not all(map(is_file_name, names)):
+    if not all(map(is_file_name, names)):
         raise DataError(f"{path / _STATE}: _data_files must name files of this directory, got {shown(files)}")
     found = [path / str(name) for name in names]
     missing = [file for file in found if not file.is_file()]

@@ -6,11 +6,11 @@ exact resume cost the same for every format.
 
 import bisect
 import functools
-import glob
 import hashlib
 import itertools
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
 from stellarbyte_jax.data.files import OPEN_FILES, ArrayFile, BadRecordError, ByteFile, DataError, write_array
 from stellarbyte_jax.data.line_index import Lines, holds_text, index_lines, index_paragraphs
 from stellarbyte_jax.data.line_index import open_index as _open_lines
+from stellarbyte_jax.data.patterns import expand, given
 from stellarbyte_jax.data.plain import PlainSource
-from stellarbyte_jax.data.saved_dataset import data_files, is_saved_dataset, other_splits
+from stellarbyte_jax.data.saved_dataset import data_files, is_saved_dataset
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _COLUMNAR = (".parquet", ".arrow")
 SHARD_META = "meta.json"
 SHARD_FORMAT = 1
 _IDENTITY_BYTES = 1 << 16
+_STEM_BYTES = 100  # with the key, within the 143 bytes that encrypted file systems leave of 255
 
 
 def cache_path(cache_dir: str | Path | None) -> Path:
@@ -197,7 +199,7 @@ def open_corpus(
     _open_shard.cache_clear()  # files of the same names may have been made again
     cache = cache_path(cache_dir)
     sources: list[RecordSource | ShardSource] = []
-    for pattern in _given(patterns, setting):
+    for pattern in given(patterns, setting):
         opened: list[RecordSource | ShardSource] = []
         for path in expand(pattern, setting):
             if is_saved_dataset(path):
@@ -218,6 +220,8 @@ def with_text(opened: Sequence[_Source], pattern: str, setting: str) -> list[_So
     Raises:
       DataError: none does.
     """
+    if not opened:  # saved data sets alone, which name no files where they have no rows
+        raise DataError(f"{setting}: {pattern} has no rows: it was saved without any; name a data set with rows")
     held = [source for source in opened if source.documents]
     if not held:
         first = opened[0]
@@ -230,47 +234,6 @@ def with_text(opened: Sequence[_Source], pattern: str, setting: str) -> list[_So
     if len(held) < len(opened):
         _log.info("%s: %d of the %d files of %s hold no text", setting, len(opened) - len(held), len(opened), pattern)
     return held
-
-
-def _given(patterns: Sequence[str], setting: str) -> Sequence[str]:
-    if not patterns:
-        raise DataError(f"{setting} is empty: name at least one data file, such as {setting}=data/*.jsonl")
-    return patterns
-
-
-def expand_all(patterns: Sequence[str], setting: str) -> list[Path]:
-    """The files and directories that the paths and globs of a setting name.
-
-    Raises:
-      DataError: there are no patterns, or there is nothing that one of them names.
-    """
-    return [path for pattern in _given(patterns, setting) for path in expand(pattern, setting)]
-
-
-def expand(pattern: str, setting: str) -> list[Path]:
-    """The files and directories that a path or a glob names, sorted; ``**`` descends into folders.
-
-    A path that exists is taken as it stands, so that brackets in a name need no escape.
-
-    Args:
-      pattern: path or glob; ``~`` is the home directory.
-      setting: the name of the setting that it comes from, for messages.
-
-    Raises:
-      DataError: there is none.
-    """
-    try:
-        path = Path(expanded(pattern))
-    except ValueError as error:
-        raise DataError(f"{setting}: {error}") from error
-    if path.exists():
-        return [path]
-    if not glob.has_magic(str(path)):
-        raise DataError(f"{setting}: {path} does not exist (looked from {Path.cwd()}){other_splits(path)}")
-    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-    if not found:
-        raise DataError(f"{setting}: no file matches {pattern!r} (looked from {Path.cwd()})")
-    return found
 
 
 def suffix_of(path: Path) -> str | None:
@@ -289,7 +252,7 @@ def open_text(path: Path, cache: Path, documents: Literal["file", "paragraph"] =
     size = path.stat().st_size
     if documents == "file":
         return PlainSource(str(path), size, documents=int(holds_text(path)))
-    index = cache / f"{path.stem}-{_key(path)}.lines.npy"
+    index = _cached(cache, path.stem, _key(path), ".lines.npy")
     if not index.exists():
         paragraphs = index_paragraphs(path)
         write_atomically(index, lambda out: write_array(out, paragraphs))
@@ -302,6 +265,12 @@ def _key(path: Path, columns: Sequence[str] = ()) -> str:
     status = path.stat()
     identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, *sorted(columns)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+
+
+def _cached(cache: Path, stem: str, key: str, suffix: str) -> Path:
+    """A file of the cache; its name begins like that of the user's file, as far as there is room in a file's name."""
+    begin = os.fsencode(stem)[:_STEM_BYTES].decode(errors="ignore")
+    return cache / f"{begin}-{key}{suffix}"
 
 
 def _check_index(index: Path) -> None:
@@ -334,11 +303,11 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
     stem = path.name.removesuffix(suffix)
     plain = path
     if suffix != ".jsonl":
-        plain = cache / f"{stem}-{key}.jsonl"
+        plain = _cached(cache, stem, key, ".jsonl")
         if not plain.exists():
             _log.info("converting %s to random access, once, into %s", path, plain)
             write_atomically(plain, lambda out: CONVERTERS[suffix](path, out, columns))
-    index = cache / f"{stem}-{key}.lines.npy"
+    index = _cached(cache, stem, key, ".lines.npy")
     if not index.exists():
         lines = index_lines(plain)
         write_atomically(index, lambda out: write_array(out, lines))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from stellarbyte_jax.data.files import BadRecordError, DataError
+from stellarbyte_jax.data.patterns import expand
 from stellarbyte_jax.data.plain import PlainSource
 from stellarbyte_jax.data.saved_dataset import data_files, is_saved_dataset
-from stellarbyte_jax.data.sources import LineSource, cache_path, expand, open_lines, open_text, suffix_of, with_text
+from stellarbyte_jax.data.sources import LineSource, cache_path, open_lines, open_text, suffix_of, with_text
 from stellarbyte_jax.data.text import TextFormat, UnusableRecordError, read_text, unusable
 from stellarbyte_jax.tokenizer.training.stages import Sample
 
@@ -25,7 +26,7 @@ class TokenizerCorpus:
 
     Args:
       name: How stages and reports call it.
-      paths: Files or globs, see ``sources.expand``. A file that several of them name is read once.
+      paths: Files or globs, see ``patterns.expand``. A file that several of them name is read once.
       text_field: Field of a record that holds the text.
       only: Field -> regular expression that must be found in it; other records are left out.
       on_error: "skip" leaves unusable records out and counts them.
@@ -63,9 +64,10 @@ class TokenizerCorpus:
             setting = f"corpus {self.name!r}"
             named = expand(pattern, setting)
             files = [path for path in named if path.is_file()]
-            files += [file for path in named if is_saved_dataset(path) for file in data_files(path, setting)]
-            if not files:
+            saved = [path for path in named if is_saved_dataset(path)]
+            if not files and not saved:
                 raise DataError(f"{setting}: {pattern} names only directories; name the files in them with a glob")
+            files += [file for path in saved for file in data_files(path, setting)]
             opened = [open_lines(f, cache, columns) if suffix_of(f) else open_text(f, cache) for f in files]
             found |= {Path(source.name): source for source in with_text(opened, pattern, setting)}
         return [found[path] for path in sorted(found)]

@@ -116,6 +116,15 @@ class Tokenizer:
         chat = "yes" if self.chat_template is not None else "no"
         return f"Tokenizer({self.path!r}, vocab_size={self.vocab_size}, {special}, chat_template={chat})"
 
+    def is_same(self, other: "Tokenizer") -> bool:
+        """Whether both make the same ids of every text, with the same bos and eos, however their files are written.
+
+        Programs that load and save a tokenizer write it in the form of their version of the tokenizers library, with
+        other ends of lines, merges as lists and settings that have their defaults.
+        """
+        ends = (self.bos_id, self.eos_id) == (other.bos_id, other.eos_id)
+        return ends and (self.fingerprint == other.fingerprint or self._plain.to_str() == other._plain.to_str())
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_unchanged, (self.path, self.fingerprint)
 

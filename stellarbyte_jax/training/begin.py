@@ -18,7 +18,7 @@ from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
 from stellarbyte_jax.config.foreign import absent
 from stellarbyte_jax.config.section import require
-from stellarbyte_jax.data.sources import expand_all
+from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.launch import write_failure
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
@@ -89,7 +89,7 @@ def find_tokenizer(config: TrainConfig) -> Found:
     """
     name, run = config.data.tokenizer, Path(config.output_dir)
     if os.path.lexists(name):
-        return Found(config, config)
+        return _written_otherwise(config, run) or Found(config, config)
     own = _own(run)
     if own is not None and own.data.tokenizer == name and (copied := _copied(config, run)) is not None:
         return copied
@@ -119,6 +119,24 @@ def with_copy(config: TrainConfig, run: Path) -> tuple[TrainConfig, str | None]:
         f"data.tokenizer {absent(name)}, and {run / TOKENIZER} is no copy of it: set data.tokenizer to its directory",
     )
     return config, None
+
+
+def _written_otherwise(config: TrainConfig, run: Path) -> Found | None:
+    """With a run's copy of the tokenizer, where that of the settings is the same but for the writing of its files.
+
+    The place in the data, and prepared data, hold with the files that they were made with.
+    """
+    name, copy = config.data.tokenizer, run / TOKENIZER
+    if not (stored_steps(run) and TokenizerDirectory(copy).is_complete):
+        return None
+    try:
+        now, kept = load_tokenizer(name), load_tokenizer(copy)
+    except ValueError:  # one of them is broken; those who read it tell
+        return None
+    if now.fingerprint == kept.fingerprint or not now.is_same(kept):
+        return None
+    note = f"data.tokenizer: {name} and the run's copy in {copy} are one, written in two ways; the copy is used"
+    return Found(config, _with_tokenizer(config, copy), note)
 
 
 def _copied(config: TrainConfig, run: Path) -> Found | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stellarbyte_jax.checkpoint.store import EXPORT
 from stellarbyte_jax.command import make_directory
-from stellarbyte_jax.launch import RunLock
+from stellarbyte_jax.launch import LOCK, RunLock
 
 _SETTINGS = "train_config.json"
 
@@ -48,9 +48,11 @@ class RunDirectory:
         missing = [place for place in (self._path, *self._path.parents) if not place.exists()]  # innermost first
         try:
             make_directory(self._path, "output_dir")
-            there = set(os.listdir(self._path))
-            held_run = holds_run(self._path)
+            was_locked = (self._path / LOCK).exists()
             with self._lock:
+                # Looked at as long as it is locked: another run may have been here since.
+                there = {name for name in os.listdir(self._path) if was_locked or name != LOCK}
+                held_run = holds_run(self._path)
                 try:
                     yield
                 except BaseException:

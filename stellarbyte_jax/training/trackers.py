@@ -100,10 +100,13 @@ def known_as(run_dir: Path, tracker: str) -> str:
       OSError: it cannot be read or written.
     """
     path = run_dir / IDS
-    ids = json_object(path.read_bytes(), str(path)) if path.exists() else {}
+    try:
+        ids = json_object(path.read_bytes(), str(path)) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{error}, or remove it: trackers begin new runs then") from error
     if tracker not in ids:
         named = tracker == "wandb" and (run_dir / "wandb").is_dir()
-        ids[tracker] = run_dir.name if named else uuid.uuid4().hex[:_ID_LENGTH]
+        ids[tracker] = _name(run_dir) if named else uuid.uuid4().hex[:_ID_LENGTH]
         try:
             write_json(path, ids)
         except OSError as error:
@@ -115,8 +118,13 @@ def known_as(run_dir: Path, tracker: str) -> str:
     return ids[tracker]
 
 
-def _begin(tracker: str, start: Callable[..., Any], offline: str, **settings: Any) -> Any:
-    """What a tracker's ``start`` returns.
+def _name(run_dir: Path) -> str:
+    """The name of a directory, of ``.`` too."""
+    return Path(os.path.abspath(run_dir)).name
+
+
+def _begin(tracker: str, start: Callable[..., Any], offline: str, ids: Path | None, **settings: Any) -> Any:
+    """What a tracker's ``start`` returns; ``ids`` is the file that holds the id of a run which is to go on.
 
     Raises:
       MendableError: it could not begin.
@@ -124,10 +132,15 @@ def _begin(tracker: str, start: Callable[..., Any], offline: str, **settings: An
     try:
         return start(**settings)
     except Exception as error:  # of the package's own kinds, whose names differ between its versions
+        refused = "" if ids is None else f", or where it lets no run of this id go on, write another one into {ids}"
         raise MendableError(
             f"logging.trackers names {tracker!r}, which could not begin ({type(error).__name__}: "
-            f"{one_line(str(error))}): log in with `{tracker} login`, or set {offline}"
+            f"{one_line(str(error))}): log in with `{tracker} login`, or set {offline}{refused}"
         ) from error
+
+
+def _kept_ids(run_dir: Path) -> Path | None:
+    return run_dir / IDS if (run_dir / IDS).exists() else None
 
 
 class WandbTracker:
@@ -143,8 +156,9 @@ class WandbTracker:
             "wandb",
             wandb.init,
             "WANDB_MODE=offline",
+            _kept_ids(directory),
             project="stellarbyte",
-            name=directory.name,
+            name=_name(directory),
             id=known_as(directory, "wandb"),
             resume="allow",
             dir=config.output_dir,
@@ -174,15 +188,17 @@ class SwanLabTracker:
 
         self._swanlab = swanlab
         directory = Path(config.output_dir)
-        continues = {}
+        continues, ids = {}, None
         if os.environ.get("SWANLAB_MODE", "cloud") in _SWANLAB_CLOUD:  # refused in other modes
+            ids = _kept_ids(directory)
             continues = {"id": known_as(directory, "swanlab"), "resume": "allow"}
         _begin(
             "swanlab",
             swanlab.init,
             "SWANLAB_MODE=local",
+            ids,
             project="stellarbyte",
-            experiment_name=directory.name,
+            experiment_name=_name(directory),
             logdir=f"{config.output_dir}/swanlab",
             config=config.to_dict(),
             **continues,

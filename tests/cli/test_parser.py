@@ -95,6 +95,63 @@ def test_generation_knows_the_settings_of_the_model(capsys):
     assert "did you mean --set cache.dtype=int8? (see" in refused(generate.main, "--model x --cache-dtype int8", capsys)
 
 
+@pytest.mark.parametrize(
+    ("act", "words", "meant"),
+    [
+        (generate.main, "--model x --max_new_tokens 5", "--max-new-tokens 5"),  # as transformers writes them
+        (generate.main, "--model x --top_p=0.5", "--top-p 0.5"),
+        (generate.main, "--model x --temprature 0.8 --prompt a", "--temperature 0.8"),
+        (generate.main, "--model x --prompts 'a river'", "--prompt 'a river'"),
+        (prepare.main, "--input a --output b --text_documents paragraph", "--text-documents paragraph"),
+        (prepare.main, "--input a --output b --Overwrite", "--overwrite"),
+        (prepare.main, "--input a --output b --over", "--overwrite"),
+        (convert.main, "to-hf a b --dtpe bf16", "--dtype bf16"),
+        (convert.main, "from-hf a b --over_write", "--overwrite"),
+        (train.main, "--config x --init_from y", "--init-from y"),
+        (train.main, "--config x --sets steps=5 seed=1", "--set steps=5 seed=1"),
+        (train.main, "--config x --s steps=5", "--set steps=5"),
+        (train.main, "--config x --step 5", "--set steps=5"),
+        (train.main, "--config x --tokenizer y", "--set data.tokenizer=y"),
+        (train.main, "--configs quickstart", "--config quickstart"),
+        (train.main, "--con=quickstart", "--config quickstart"),
+        (train.main, "--steps 5", "--set steps=5"),
+        (train.main, "--config x --set --seed=3", "--set seed=3"),
+        (benchmark.main, "train --step 5", "--steps 5"),
+    ],
+)
+def test_an_option_that_is_spelled_otherwise_is_told(act, words, meant, capsys):
+    assert f"; did you mean {meant}? (see " in refused(act, words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--prompt -hello", "a value that begins with a dash is written --prompt=-hello"),
+        ("--stop '-*'", "a value that begins with a dash is written '--stop=-*'"),
+        ("--prompt --seed 5", None),
+        ("--prompt", None),
+    ],
+)
+def test_a_value_that_begins_with_a_dash_is_told_how_to_write(words, told, capsys):
+    line = refused(generate.main, f"--model x {words}", capsys)
+    assert "expected one argument" in line and (f"; {told} (see " in line if told else ";" not in line)
+
+
+def test_numbers_and_sentences_that_begin_with_a_dash_are_values():
+    parser = Parser(prog="x")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--prompt", action="append")
+    words = ["--seed", "-1", "--prompt", "-5 degrees", "--prompt=-x"]
+    parsed = parser.parse_args(words)
+    assert (parsed.seed, parsed.prompt) == (-1, ["-5 degrees", "-x"])
+
+
+def test_an_option_that_is_cut_off_is_none(capsys):
+    parser = Parser(prog="x")
+    parser.add_argument("--overwrite", action="store_true")
+    assert "did you mean --overwrite?" in refused(parser.parse_args, "--over", capsys)
+
+
 def test_what_is_recognized_is_parsed_as_ever():
     parser = Parser(prog="x", settings=TrainConfig)
     parser.add_argument("--steps", type=int)

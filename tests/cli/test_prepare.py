@@ -16,9 +16,10 @@ from helpers.tiny_documents import save_byte_tokenizer
 from stellarbyte_jax.cli import prepare as script
 from stellarbyte_jax.cli import train
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.config.files import shipped
+from stellarbyte_jax.config.files import parsed, shipped
 from stellarbyte_jax.data.encode import EncodeDocuments
 from stellarbyte_jax.data.files import DataError
+from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 SHARD = ["offsets-00000.npy", "tokens-00000.npy"]
@@ -87,6 +88,19 @@ def test_what_comes_next_trains_as_it_is_typed(prepare, tmp_path, monkeypatch, m
     made = TrainConfig.from_dict(json.loads((tmp_path / "runs" / "my shards" / "train_config.json").read_text()))
     assert (made.data.train, made.model.vocab_size) == (("my shards",), 288)
     assert made.data.add_bos == made.data.add_eos == marked
+
+
+@pytest.mark.parametrize("output", ["a,b", "[D] x", "none", "春 天", "a=b", "~x", "-x"])
+def test_what_comes_next_names_the_output_whatever_it_is_called(prepare, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "a river"}\n')
+    given = f"./{output}" if output.startswith("~") else output
+    status, out, errors = prepare("--input", "a.jsonl", f"--output={given}")
+    assert (status, errors) == (0, "")
+    line = next(line for line in out.splitlines() if line.startswith("  train:"))
+    words = shlex.split(line.partition(":")[2])
+    settings = parsed(TrainConfig, words[words.index("--set") + 1 :])
+    assert [path.resolve() for path in expand_all(settings["data.train"], "data.train")] == [tmp_path / output]
 
 
 def test_bad_lines_are_told_with_options_of_this_command(prepare, tmp_path):

@@ -1,5 +1,6 @@
 """The command tokenizer: the same files each time, and one line for each mistake."""
 
+import errno
 import json
 import re
 import resource
@@ -148,6 +149,18 @@ def test_what_was_trained_stays_where_its_figures_cannot_be_had(tmp_path, monkey
     monkeypatch.setattr(script, "evaluate", fail)
     assert _train(tmp_path, GOOD) == 1 and "error: no figures" in capsys.readouterr().err
     assert load_tokenizer(tmp_path / "out").vocab_size == FIXED + 5
+
+
+def test_a_tokenizer_that_was_written_in_part_goes(tmp_path, monkeypatch, capsys):
+    save = script.save
+
+    def fail(*given):
+        save(*given)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script, "save", fail)
+    assert _train(tmp_path, GOOD) == 1 and "out cannot be written: No space left" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("size", "place"), [(10_000, "out"), (30_000, r"out/report\.json")])

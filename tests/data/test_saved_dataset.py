@@ -118,7 +118,11 @@ DAMAGED = {
         ("text",),
         r"_data_files must name files of this directory",
     ),
-    "none": (lambda p: (p / "state.json").write_text('{"_data_files": []}'), ("text",), "_data_files must name files"),
+    "none": (
+        lambda p: (p / "state.json").write_text('{"_data_files": []}'),
+        ("text",),
+        "has no rows: it was saved without any",
+    ),
     "selection": (
         lambda p: (p / "state.json").write_text(
             '{"_data_files": [{"filename": "a"}], "_indices_files": [{"filename": "indices.arrow"}]}'
@@ -206,3 +210,20 @@ def test_a_batch_without_rows_goes_before_others(tmp_path):
             for rows in ([], RECORDS[:2]):
                 stream.write_batch(pa.RecordBatch.from_pylist([{"id": 3, **row} for row in rows], table.schema))
     assert _texts(_open(tmp_path, tmp_path / "set")) == [r["text"] for r in RECORDS[:2]]
+
+
+def test_a_data_set_that_was_saved_without_rows_adds_nothing(tmp_path):
+    """As ``save_to_disk`` writes one: a state that names no files (huggingface/datasets, pull request 8385)."""
+    save(tmp_path / "sets" / "train", *_tables(RECORDS[:3]))
+    save(tmp_path / "sets" / "test")
+    texts = [r["text"] for r in RECORDS[:3]]
+    assert _texts(_open(tmp_path, tmp_path / "sets" / "t*")) == texts
+    cache = str(tmp_path / "cache")
+    corpus = TokenizerCorpus(name="c", paths=(str(tmp_path / "sets" / "t*"),), cache_dir=cache)
+    assert list(corpus.documents()) == texts
+    alone = str(tmp_path / "sets" / "test")
+    message = f"{re.escape(alone)} has no rows: it was saved without any; name a data set with rows$"
+    with pytest.raises(DataError, match=f"^data.train: {message}"):
+        _open(tmp_path, alone)
+    with pytest.raises(DataError, match=f"^corpus 'c': {message}"):
+        list(TokenizerCorpus(name="c", paths=(alone,), cache_dir=cache).documents())

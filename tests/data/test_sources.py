@@ -94,7 +94,7 @@ def test_two_stars_descend_into_folders(tmp_path):
 
 def test_globs_and_many_files_join_in_order(tmp_path, monkeypatch):
     found = glob.glob  # its order is that of the file system
-    monkeypatch.setattr(sources.glob, "glob", lambda *names, **more: sorted(found(*names, **more), reverse=True))
+    monkeypatch.setattr(glob, "glob", lambda *names, **more: sorted(found(*names, **more), reverse=True))
     for number in (2, 0, 1):
         write_records(tmp_path / f"part-{number}.jsonl", RECORDS[number * 10 : number * 10 + 10])
     corpus = _open(tmp_path, tmp_path / "part-*.jsonl")
@@ -372,3 +372,18 @@ def test_a_converted_file_for_which_there_is_no_room_is_no_damaged_file(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_another_process_has_begun_to_fill_is_kept(tmp_path, monkeypatch):
+    """Two runs may start at once with a cache that neither has made yet; one of them fails."""
+    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
+    cache = tmp_path / "cache"
+
+    def damaged(path, out, columns):
+        (cache / "theirs.jsonl").touch()
+        raise DataError("damaged")
+
+    monkeypatch.setitem(sources.CONVERTERS, ".jsonl.gz", damaged)
+    with pytest.raises(DataError, match="damaged"):
+        sources.open_lines(tmp_path / "a.jsonl.gz", cache, ("text",))
+    assert [path.name for path in cache.iterdir()] == ["theirs.jsonl"]

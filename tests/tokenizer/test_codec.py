@@ -285,3 +285,32 @@ def test_a_tokenizer_is_shown_in_one_short_line(tmp_path):
     shown = f"Tokenizer({path!r}, vocab_size=288, bos_id=1, eos_id=2, pad_id=0, chat_template="
     assert repr(tokenizer) == f"{shown}yes)"
     assert repr(dataclasses.replace(tokenizer, chat_template=None)) == f"{shown}no)"
+
+
+def as_other_versions_write_merges(values):
+    values["model"]["merges"] = [
+        " ".join(merge) if isinstance(merge, list) else merge.split(" ") for merge in values["model"]["merges"]
+    ]
+
+
+REWRITTEN = {
+    "the order of keys": (lambda values: values.update(reversed(list(values.items()))), True),
+    "merges": (as_other_versions_write_merges, True),
+    "defaults left out": (lambda values: values["model"].pop("byte_fallback"), True),
+    "truncation": (lambda values: values.update(padding=None), True),
+    "a merge less": (lambda values: values["model"]["merges"].pop(), False),
+    "an added token": (lambda values: values["added_tokens"][-1].update(special=False), False),
+    "split otherwise": (lambda values: values.update(pre_tokenizer={"type": "Whitespace"}), False),
+}
+
+
+@pytest.mark.parametrize("what", REWRITTEN)
+def test_a_tokenizer_is_the_same_however_its_file_is_written(tokenizer, tmp_path, what):
+    change, same = REWRITTEN[what]
+    shutil.copytree(COMMITTED, tmp_path / "again")
+    values = json.loads((COMMITTED / "tokenizer.json").read_text(encoding="utf-8"))
+    change(values)
+    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    again = load_tokenizer(tmp_path / "again")
+    assert again.fingerprint != tokenizer.fingerprint and again.is_same(tokenizer) == same
+    assert not dataclasses.replace(again, eos_id=3).is_same(again) and again.is_same(load_tokenizer(again.path))

@@ -12,6 +12,7 @@ from helpers.runs import ROOT, child, cli, data_setting, one_error
 
 from stellarbyte_jax.data.shards import prepare
 from stellarbyte_jax.data.text import TextFormat
+from stellarbyte_jax.launch import RunLock
 from stellarbyte_jax.training.directory import RunDirectory
 
 TINY = ("steps=2", "schedule.warmup_steps=0")
@@ -132,6 +133,21 @@ def test_a_directory_in_use_is_left_to_its_user(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert "is in use by process" in done.stderr
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["mine", "run.lock"]
+
+
+def test_a_run_that_came_between_is_kept(tmp_path, monkeypatch):
+    """Another process may train, and end, after this one has found the directory and before it has its lock."""
+    enter = RunLock.__enter__
+
+    def late(lock):
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "run" / "run.lock").touch()
+        return enter(lock)
+
+    monkeypatch.setattr(RunLock, "__enter__", late)
+    with pytest.raises(RuntimeError), RunDirectory(tmp_path / "run").locked():
+        raise RuntimeError
+    assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
 @pytest.mark.parametrize("sign", ["checkpoints/5", "train_config.json"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,8 +12,11 @@ from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import river_run
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
+from stellarbyte_jax.checkpoint.store import CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.data.shards import prepare
+from stellarbyte_jax.data.text import TextFormat
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -77,3 +81,32 @@ def test_a_run_keeps_the_whole_tokenizer(tokenizer, tmp_path):
     save_pretrained(tmp_path / "hf", ByteTransformer(stored.model), params, tokenizer=kept)
     assert {p.name for p in kept.iterdir()} == {p.name for p in (tmp_path / "hf").iterdir()} & set(FILES)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [2, 4]
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_run_goes_on_with_its_tokenizer_however_that_was_saved_again(tokenizer, tmp_path, prepared):
+    """Programs that load and save a tokenizer write its file anew (huggingface/transformers, issue 34744)."""
+    config = river_run(tmp_path, MODEL, tokenizer, steps=1)
+    if prepared:
+        prepare(config.data.train, tmp_path / "shards", str(tokenizer), text=TextFormat(("text",), None), workers=0)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(tmp_path / "shards"),)))
+    again = tmp_path / "again"
+    shutil.copytree(tokenizer, again)
+    library = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    (again / "tokenizer.json").write_text(json.dumps(dict(reversed(library.items())), indent=1), encoding="utf-8")
+    run = tmp_path / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        assert train(config).exit_code == 0
+        kept = (run / "tokenizer" / "tokenizer.json").read_bytes()
+        data = dataclasses.replace(config.data, tokenizer=str(again))
+        for steps in (2, 3):
+            assert train(dataclasses.replace(config, steps=steps, data=data)).step == steps
+    told = f"data.tokenizer: {again} and the run's copy in {run / 'tokenizer'} are one, written in two ways; the copy"
+    assert (run / "train.log").read_text(encoding="utf-8").count(told) == 2
+    assert (run / "tokenizer" / "tokenizer.json").read_bytes() == kept
+    assert json.loads((run / "train_config.json").read_text())["data"]["tokenizer"] == str(tokenizer)
+
+    library["added_tokens"][-1]["content"] += "!"
+    (again / "tokenizer.json").write_text(json.dumps(library), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"data\.tokenizer was "):
+        train(dataclasses.replace(config, steps=4, data=data))

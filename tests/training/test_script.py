@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from helpers.runs import ROOT, write_config
@@ -101,6 +100,16 @@ def main(tmp_path, monkeypatch):
         ("if __name__ != '__main__':\n    pass\nelse:\n    check()", None),
         ("with open(__file__):\n    if not multiprocessing.parent_process():\n        check()", None),
         ("check(workers=0)", None),
+        ("if '__main__' == __name__: check()", None),
+        ("__name__ == '__main__' and check()", None),
+        ("check() if __name__ == '__main__' else None", None),
+        ("春 = '星'; __name__ != '__main__' or check()", None),
+        ("match __name__:\n    case '__main__':\n        check()", None),
+        ("import sys\nif __name__ != '__main__':\n    sys.exit()\ncheck()", 4),  # which ends a worker
+        ("if __name__ == '__main__':\n    print()\ncheck()", 3),
+        ("if check():\n    pass", 1),
+        ("check() or print()", 1),
+        ("check(**({} or {}))", 1),
     ],
 )
 def test_what_is_taken_for_guarded(text, line, main, tmp_path):
@@ -122,12 +131,31 @@ def test_prepared_data_needs_no_guard(main, tmp_path):
         main(f"check(train={both})")
 
 
-@pytest.mark.parametrize("file", [None, "<stdin>"])
-def test_a_session_has_no_script(file, monkeypatch):
+def test_where_python_keeps_no_columns_lines_decide(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("if __name__ == '__main__':\n    f()\nf()\n")
+    assert script._is_conditional(path, (2, None)) and not script._is_conditional(path, (3, None))
+
+
+@pytest.mark.parametrize("file", [None, "app.pyz/__main__.py"])
+def test_a_session_has_no_script_and_an_archive_no_file(file, monkeypatch):
     module = type(sys)("__main__")
-    if file is not None:
-        module.__file__ = file
+    module.__file__ = file
     monkeypatch.setitem(sys.modules, "__main__", module)
     module.__dict__["check"] = lambda: script.check_guarded(DataConfig(train=("x.jsonl",)))
     exec("check()", module.__dict__)
-    assert not Path("<stdin>").exists()
+
+
+@pytest.mark.parametrize("end", [GUARDED, "print(train(config).step)\n"])
+def test_workers_of_a_script_from_standard_input_are_refused(end, tmp_path):
+    """Python would start each with the file ``<stdin>`` of this folder."""
+    config = write_config(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-", str(config), "data.workers=1", f"output_dir={tmp_path / 'new'}"]
+    given = {"input": HEAD + end, "capture_output": True, "text": True, "env": environment}
+    done = subprocess.run(command, timeout=300, check=False, **given)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(
+        "the script comes from <stdin>, and each of data.workers=1 would look for it as a file: save it in one, or set "
+        "data.workers=0"
+    )
+    assert not (tmp_path / "new").exists()

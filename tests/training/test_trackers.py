@@ -212,7 +212,7 @@ def test_a_run_that_wandb_knows_by_the_name_of_its_directory_keeps_it(tmp_path, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", r"trackers\.json must hold a JSON object, got list$"),
+        ("[1]", r"trackers\.json must hold a JSON object, got list, or remove it: "),
         ('{"wandb": 3}', r"trackers\.json: the id of wandb must be a text, got 3; remove it for a new one$"),
         ('{"wandb": ""}', r"must be a text, got ''; remove it for a new one$"),
     ],
@@ -297,3 +297,40 @@ def test_a_tracker_without_a_login_is_one_line_with_a_way_out(tmp_path, monkeypa
         f"log in.): log in with `{name} login`, or set {offline}"
     )
     assert len(closed) == 1
+
+
+def test_a_run_that_is_the_folder_here_has_its_name(tmp_path, played, monkeypatch):
+    (tmp_path / "small" / "wandb").mkdir(parents=True)  # of a version that gave that name as the id
+    monkeypatch.chdir(tmp_path / "small")
+    calls = {name: played(name, "init") for name in ("wandb", "swanlab")}
+    for tracker in make_trackers(run_of(".", "wandb", "swanlab"), 0):
+        tracker.close()
+    assert (calls["wandb"][0][2]["name"], calls["wandb"][0][2]["id"]) == ("small", "small")
+    assert calls["swanlab"][0][2]["experiment_name"] == "small"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"wandb": "a"', '\ufeff{"wandb": "a"}'])
+def test_a_damaged_file_of_ids_may_be_removed(text, tmp_path, played):
+    played("wandb", "init")
+    (tmp_path / "trackers.json").write_text(text)
+    with pytest.raises(ValueError, match=r"trackers\.json .*, or remove it: trackers begin new runs then$"):
+        make_trackers(run_of(tmp_path, "wandb"), 0)
+    (tmp_path / "trackers.json").unlink()
+    for tracker in make_trackers(run_of(tmp_path, "wandb"), 0):
+        tracker.close()
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_run_that_its_tracker_has_deleted_may_get_another_id(name, tmp_path, monkeypatch):
+    """W&B lets none begin with the id of a deleted one (wandb/wandb, issue 1192)."""
+
+    def init(**settings):
+        raise RuntimeError("run was previously created and deleted; try a new run name")
+
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=init))
+    advice = rf", or where it lets no run of this id go on, write another one into {re.escape(str(tmp_path))}/trackers"
+    with pytest.raises(MendableError) as first:
+        make_trackers(run_of(tmp_path, name), 0)
+    assert not re.search(advice, str(first.value)), "a run that has just begun"
+    with pytest.raises(MendableError, match=advice):
+        make_trackers(run_of(tmp_path, name), 0)
