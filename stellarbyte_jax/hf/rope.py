@@ -102,10 +102,21 @@ def _parse_table(stated: Mapping[str, Any], max_positions: Any, where: str) -> R
         raise ValueError(f"{where}: {error}") from error
 
 
+def check_rope_type(scaling: RopeScaling, allowed: tuple[str, ...] | None, where: str) -> None:
+    """Raises ValueError where a family has only the kinds ``allowed``; None allows all."""
+    kind = _kind(scaling)
+    if allowed is not None and kind not in allowed:
+        raise ValueError(f"{where}: rope_type {kind!r} means something else there; implemented is {', '.join(allowed)}")
+
+
+def _kind(scaling: RopeScaling) -> str:
+    return "default" if scaling.name == "none" else scaling.name
+
+
 def rope_json(config: ByteConfig) -> dict[str, Any]:
     """The rotary part of ``config.json``, for readers of both generations."""
     scaling = config.rope_scaling
-    table: dict[str, Any] = {"rope_type": "default" if scaling.name == "none" else scaling.name}
+    table: dict[str, Any] = {"rope_type": _kind(scaling)}
     required, optional = _KINDS[table["rope_type"]]
     table |= {name: getattr(scaling, name) for name in (*required, *optional)}
     if "original_max_position_embeddings" in optional:

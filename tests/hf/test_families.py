@@ -10,7 +10,9 @@ from helpers.hf_models import NEEDS_TORCH, SMALL, small_config
 from helpers.training import flat
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL, Entry, Family, export_family
+from stellarbyte_jax.hf.export import export_family
+from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL
+from stellarbyte_jax.hf.table import Entry, Family, Piece
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 
 Shapes = dict[str, tuple[int, ...]]

@@ -10,9 +10,10 @@ import pytest
 from helpers.hf_models import NEEDS_TORCH, SMALL, small_config
 
 from stellarbyte_jax.config import ByteConfig, RopeScaling
-from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL, Family
+from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL
 from stellarbyte_jax.hf.rope import ROPE_NAMES
 from stellarbyte_jax.hf.settings import config_json, generation_json, parse_config, read_config
+from stellarbyte_jax.hf.table import Family
 from stellarbyte_jax.model.mlp import ACTIVATIONS
 
 LLAMA_FILE = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96}
@@ -137,7 +138,7 @@ def test_the_defaults_are_those_of_transformers() -> None:
         assert short.to_dict() | sizes == spelt.to_dict()
 
 
-NULLABLE = [(f, name) for f in FAMILIES.values() for name in (*f.settings, *f.fixed, *ROPE_NAMES, "architectures")]
+NULLABLE = [(f, name) for f in FAMILIES.values() for name in (*f.defaults, *f.fixed, *ROPE_NAMES, "architectures")]
 
 
 @pytest.mark.parametrize(("family", "name"), NULLABLE, ids=lambda x: x if isinstance(x, str) else x.model_type)
