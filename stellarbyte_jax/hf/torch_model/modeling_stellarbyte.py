@@ -441,11 +441,15 @@ class StellarBytePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("StellarByteLayer",)
     _skip_keys_device_placement = ("past_key_values", "cache")
-    _keep_in_fp32_modules_strict = ("xpos_rate",)  # 16 bits would change what a distant key counts
     _supports_sdpa = True
     _supports_cache_class = True
     _supports_static_cache = True
     _can_compile_fullgraph = True
+
+    def __init__(self, config: StellarByteConfig):
+        super().__init__(config)
+        if config.xpos_learnable:  # 16 bits would change what a distant key counts; names that are absent are refused
+            self._keep_in_fp32_modules_strict = {"xpos_rate"}
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -618,7 +622,7 @@ class StellarByteForCausalLM(StellarBytePreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Logits [B, T, vocabulary], of the last ``logits_to_keep`` tokens where it is given, and the loss of labels."""
+        """Logits [B, T, vocabulary], or of the last ``logits_to_keep`` tokens alone, and the loss of labels."""
         kwargs.pop("cache_position", None)  # follows from the cache
         found = self.model(
             input_ids,
