@@ -237,7 +237,7 @@ def test_gradients_are_ours_with_and_without_checkpointing(name: str, tmp_path: 
 def test_twenty_steps_of_the_trainer_are_ours(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="the Trainer of transformers needs it")
     model, params = export("the project's own config", tmp_path / "hf")
-    data = np.random.default_rng(3).integers(1, 96, (80, 16), dtype=np.int64)
+    data = np.random.default_rng(3).integers(1, 9, (80, 16), dtype=np.int64)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path / "out"),
         per_device_train_batch_size=4,
@@ -275,7 +275,7 @@ def test_twenty_steps_of_the_trainer_are_ours(tmp_path: Path) -> None:
     for i in range(20):
         state, metrics = step(state, {"tokens": jnp.asarray(data[4 * i : 4 * i + 4].astype(np.int32))})
         ours.append(float(metrics["loss"]))
-    assert len(theirs) == 20 and abs(ours[-1] - ours[0]) > 0.1
+    assert len(theirs) == 20 and ours[-1] < ours[0] - 1
     np.testing.assert_allclose(theirs, ours, atol=1e-3)
 
 
