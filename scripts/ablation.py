@@ -22,6 +22,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.parser import Parser
+from stellarbyte_jax.cli.program import local_path
 from stellarbyte_jax.command import command
 from stellarbyte_jax.config import TrainConfig, load
 
@@ -123,12 +125,12 @@ _SIZES = (
 @command
 def main() -> int:
     """Parses the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(settings=TrainConfig, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["quality", "speed", "copy", "table"])
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="may be repeated")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time, for quality and copy")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=local_path, default=OUTPUT)
     arguments = parser.parse_args()
     unknown = [name for name in arguments.only if name not in names()]
     if unknown:

@@ -15,6 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.parser import Parser
+from stellarbyte_jax.cli.program import local_path, path_or_name
 from stellarbyte_jax.command import command, imports
 
 # Changes of the model's settings; {n} is a quarter of the text's length.
@@ -38,13 +40,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @command
 def main() -> int:
     """Parses the command line and measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face directory")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help='records with a field "text"')
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=path_or_name, required=True, metavar="DIR", help="a directory, or owner/name")
+    parser.add_argument("--text", type=local_path, required=True, metavar="FILE", help='records with a field "text"')
     parser.add_argument("--cache-dir", metavar="DIR", help="default: ~/.cache/stellarbyte_jax")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a text; default: %(default)s")
     parser.add_argument("--texts", type=int, default=8, metavar="N", help="how many; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/cache_quality.json"))
+    parser.add_argument("--output", type=local_path, default=Path("benchmarks/cache_quality.json"))
     arguments = parser.parse_args()
 
     with imports():
@@ -55,14 +57,16 @@ def main() -> int:
         from stellarbyte_jax.data.sources import cache_path, expand, open_lines
         from stellarbyte_jax.data.text import TextFormat, read_text
         from stellarbyte_jax.hf.directory import from_pretrained
+        from stellarbyte_jax.hf.hub import local_directory
         from stellarbyte_jax.launch import environment
         from stellarbyte_jax.model.decoder import ByteTransformer, forward_step
         from stellarbyte_jax.model.io import State
         from stellarbyte_jax.model.state.cache import make_cache
         from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
-    model, params = from_pretrained(arguments.model, compute_dtype="float32")
-    tokenizer = load_tokenizer(arguments.model)
+    directory = local_directory(arguments.model)
+    model, params = from_pretrained(directory, compute_dtype="float32")
+    tokenizer = load_tokenizer(directory)
     B, T = arguments.texts, arguments.length
     rows: list[list[int]] = []
     for path in expand(str(arguments.text), "--text"):
@@ -110,7 +114,7 @@ def main() -> int:
     report = {
         "date": date.today().isoformat(),
         "on": environment(),
-        "model": arguments.model.name,
+        "model": Path(arguments.model).name,
         "text": str(arguments.text),
         "texts": B,
         "length": T,

@@ -1,19 +1,31 @@
 """What all command line programs do: import quietly, end quietly, and say in one line what a user can mend."""
 
+import contextlib
 import functools
 import io
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec
 
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.config.foreign import clipped
-from stellarbyte_jax.interrupts import imports
+from stellarbyte_jax.interrupts import imports, keep_interrupts
 
-__all__ = ["command", "drop_output", "imports", "make_directory", "one_line", "print_error", "remedy", "spelled"]
+__all__ = [
+    "command",
+    "directory_for",
+    "drop_output",
+    "imports",
+    "make_directory",
+    "one_line",
+    "print_error",
+    "remedy",
+    "spelled",
+]
 
 Arguments = ParamSpec("Arguments")
 
@@ -37,6 +49,7 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
 
     @functools.wraps(main)
     def guarded(*positional: Arguments.args, **named: Arguments.kwargs) -> int:
+        keep_interrupts()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks is no reason to end
                 stream.reconfigure(errors="backslashreplace")
@@ -114,6 +127,26 @@ def make_directory(path: Path, setting: str) -> None:
         known = None if isinstance(error, FileNotFoundError) else remedy(error, setting)
         advice = known or f"choose another {setting}"
         raise OSError(f"{path} cannot be made: {error.strerror or error}; {advice}") from error
+
+
+@contextlib.contextmanager
+def directory_for(path: Path) -> Iterator[None]:
+    """Makes a directory, with those above it, for what the block writes; a block that fails leaves none that it made.
+
+    Raises:
+      OSError: the directory cannot be made.
+    """
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        if made:
+            shutil.rmtree(path, ignore_errors=True)
+        for each in made[1:]:
+            with contextlib.suppress(OSError):  # it was not made, or others have put something into it
+                each.rmdir()
+        raise
 
 
 def remedy(error: BaseException | None, directory: str = "output_dir") -> str | None:

@@ -1,7 +1,12 @@
-"""Ctrl-C while a program starts. Imports next to nothing, so that it is in place at once."""
+"""Ctrl-C while a program starts, and where Python drops it. Imports next to nothing, so that it is in place at once."""
 
+import _thread
 import signal
+import sys
+import time
 from contextlib import contextmanager
+
+_POLL_SECONDS = 0.001
 
 
 @contextmanager
@@ -22,3 +27,44 @@ def imports():
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def keep_interrupts() -> None:
+    """From now on, a Ctrl-C that Python drops comes again at once.
+
+    Python runs some code where no error can get out, and prints the error instead: finalizers, and callbacks of the
+    garbage collector, of which JAX has one. A KeyboardInterrupt there would be lost.
+    """
+    if not isinstance(sys.unraisablehook, KeepingInterrupts):
+        sys.unraisablehook = KeepingInterrupts(sys.unraisablehook)
+
+
+class KeepingInterrupts:
+    """A ``sys.unraisablehook`` that repeats a Ctrl-C which was dropped, and leaves the rest to another hook."""
+
+    def __init__(self, hook):
+        """Takes the other hook."""
+        self._hook = hook
+
+    def __call__(self, failure):
+        """Takes what Python tells of an error that got nowhere."""
+        if issubclass(failure.exc_type, KeyboardInterrupt) and callable(signal.getsignal(signal.SIGINT)):
+            # Repeated here, it would be dropped again: no error gets out of this function either.
+            _thread.start_new_thread(_repeat, (_thread.get_ident(), KeepingInterrupts.__call__.__code__))
+        else:
+            self._hook(failure)
+
+
+def _repeat(thread, code):
+    """Sends SIGINT to a thread as soon as it has left a function."""
+    while _runs(thread, code):
+        time.sleep(_POLL_SECONDS)
+    if thread in sys._current_frames():
+        signal.pthread_kill(thread, signal.SIGINT)
+
+
+def _runs(thread, code):
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None

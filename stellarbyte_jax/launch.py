@@ -16,6 +16,7 @@ from typing import Self
 import jax
 
 from stellarbyte_jax.command import remedy
+from stellarbyte_jax.interrupts import KeepingInterrupts
 
 
 class CompileCache:
@@ -54,7 +55,7 @@ def quiet_libraries() -> None:
     # No coroutine is ours: these are those that orbax made for an event loop which could not be opened.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     threading.excepthook = _without_orbax
-    sys.unraisablehook = _without_abandoned_reads
+    sys.unraisablehook = KeepingInterrupts(_without_abandoned_reads)
 
 
 def _without_orbax(failure: threading.ExceptHookArgs) -> None:

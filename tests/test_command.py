@@ -15,6 +15,7 @@ from stellarbyte_jax.cli import program as cli
 from stellarbyte_jax.command import (
     MendableError,
     command,
+    directory_for,
     imports,
     make_directory,
     one_line,
@@ -162,7 +163,17 @@ def test_every_command_has_its_script():
 @pytest.mark.parametrize("path", [*SCRIPTS, *COMMANDS], ids=lambda path: path.name)
 def test_no_program_shows_where_its_imports_were(path):
     """What takes long to import is imported inside of ``imports()``; what makes that available is quick."""
-    ours = ("interrupts", "command", "config", "config.files", "config.reference", "cli.program", "cli.measurements")
+    ours = (
+        "interrupts",
+        "command",
+        "config",
+        "config.files",
+        "config.reference",
+        "config.section",
+        "cli.parser",
+        "cli.program",
+        "cli.measurements",
+    )
     quick = {*sys.stdlib_module_names, *(f"stellarbyte_jax.{name}" for name in ours)}
 
     def slow(node, inside=False):
@@ -208,3 +219,32 @@ def test_a_letter_that_the_terminal_lacks_is_spelled_out():
     code = "import sys\n@command\ndef main():\n  print('春'); return 0\nsys.exit(main())"
     process = _program(code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (process.communicate(timeout=60), process.returncode) == (("\\u6625\n", ""), 0)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_no_directory_that_it_made(tmp_path, error):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(error), directory_for(tmp_path / "there" / "a" / "b"):
+        (tmp_path / "there" / "a" / "b" / "file").touch()
+        raise error
+    assert not any((tmp_path / "there").iterdir())
+    with pytest.raises(error), directory_for(tmp_path / "there"):
+        raise error
+    with pytest.raises(error), directory_for(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "others").touch()
+        raise error
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "others", "there"]
+
+
+def test_a_block_that_ends_well_leaves_its_directory(tmp_path):
+    with directory_for(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "file").touch()
+    assert (tmp_path / "a" / "b" / "file").exists()
+
+
+def test_a_directory_that_cannot_be_made_leaves_none_above_it(tmp_path, monkeypatch):
+    make = os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, *more: make(path, *more) if "b" not in str(path)[-1] else (1 / 0))
+    with pytest.raises(ZeroDivisionError), directory_for(tmp_path / "a" / "b"):
+        pass
+    assert not any(tmp_path.iterdir())

@@ -10,9 +10,10 @@ from typing import Any
 
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
-from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.config.foreign import clipped, shown
 from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError, expand
 from stellarbyte_jax.data.text import TextFormat
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 _RUNTIME_FIELDS = (
     "compute_dtype",
@@ -162,8 +163,13 @@ def check_same_model(
 
 
 def check_resumable(
-    stored: Mapping[str, Any], config: TrainConfig, path: Path, initial: bool, say: Callable[[str], None]
-) -> None:
+    stored: Mapping[str, Any],
+    config: TrainConfig,
+    path: Path,
+    initial: bool,
+    say: Callable[[str], None],
+    tokenizer: str | Path | None = None,
+) -> TrainConfig:
     """Checks that a run with ``config`` may go on from the checkpoint at ``path``.
 
     What settings mean is compared, not how they are spelled. A run that met no bad line so far may begin to skip them.
@@ -174,15 +180,26 @@ def check_resumable(
       path: for messages.
       initial: whether it holds foreign weights without any training; such a run may have other positions and data.
       say: told what changes, a line for each setting.
+      tokenizer: the directory of that of now; None: its setting names it.
+
+    Returns:
+      The settings to record from now on: those of now, with what the run began with. That is its ``init_from``, and
+      the tokenizer of before where now its copy in the run is in use.
 
     Raises:
       CheckpointError: settings differ that must not; the message lists them.
     """
     before = TrainConfig.from_dict(stored)  # settings that are newer than it have their defaults
-    config = _with_original(before, config, path.parents[1])
-    check_same_model(before.model, config.model, path, initial, say)
+    copy = path.parents[1] / TOKENIZER
+    directory = Path(config.data.tokenizer if tokenizer is None else tokenizer)
+    original = _with_tokenizer(config, before.data.tokenizer)
+    recorded = replace(original if _same_place(directory, copy) else config, init_from=before.init_from)
+    config = original if _same_tokenizer(directory, copy) else config
+    check_same_model(before.model, config.model, path, initial, say, _advice(before, config))
     if initial:
-        return
+        if not _same_origin(before, config):
+            say(_changed("init_from", before.init_from, config.init_from))
+        return recorded
     refused = _refused(before, config)
     if refused:
         raise CheckpointError(
@@ -191,13 +208,40 @@ def check_resumable(
         )
     for line in _changes(before, config):
         say(line)
+    return recorded
 
 
-def _with_original(before: TrainConfig, config: TrainConfig, run: Path) -> TrainConfig:
-    """The settings, with the tokenizer of before where they name the copy that the run keeps of it."""
-    if Path(config.data.tokenizer).resolve() != (run / TOKENIZER).resolve():
-        return config
-    return replace(config, data=replace(config.data, tokenizer=before.data.tokenizer))
+def _with_tokenizer(config: TrainConfig, tokenizer: str) -> TrainConfig:
+    return replace(config, data=replace(config.data, tokenizer=tokenizer))
+
+
+def _same_place(one: str | Path, other: str | Path) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def _same_tokenizer(directory: Path, copy: Path) -> bool:
+    """Whether a directory holds the tokenizer of which a run keeps a copy, wherever it lies and however it is named."""
+    if _same_place(directory, copy):
+        return True
+    try:
+        one, other = load_tokenizer(directory), load_tokenizer(copy)
+    except ValueError:  # one of them is missing or broken; those who read it tell
+        return False
+    return (one.fingerprint, one.bos_id, one.eos_id) == (other.fingerprint, other.bos_id, other.eos_id)
+
+
+def _same_origin(before: TrainConfig, config: TrainConfig) -> bool:
+    """Whether the settings name no other weights to begin with than those that the run began with."""
+    was, now = before.init_from, config.init_from
+    return now is None or was == now or (was is not None and _same_place(was, now))
+
+
+def _advice(before: TrainConfig, config: TrainConfig) -> str:
+    """The end of a refusal of another model."""
+    began = ""
+    if before.init_from is not None and config.init_from is None:
+        began = f" (the run began with the model of init_from={clipped(before.init_from)}: name that again)"
+    return f"Use the same settings{began}, or another output_dir"
 
 
 def _refused(before: TrainConfig, config: TrainConfig) -> list[str]:
@@ -240,14 +284,20 @@ def _changes(before: TrainConfig, config: TrainConfig) -> list[str]:
     there, here = _architecture(before.model), _architecture(config.model)
     same = {f"model.{name}" for name, (meaning, _) in here.items() if there[name][0] == meaning}
     same |= {f"data.{name}" for name in _ORDER_FIELDS if _order(name, before.data) == _order(name, config.data)}
-    if Path(before.output_dir).resolve() == Path(config.output_dir).resolve():
+    if _same_place(before.output_dir, config.output_dir):
         same.add("output_dir")
+    if _same_origin(before, config):
+        same.add("init_from")
     stored, now = (_flat(json.loads(each.to_json())) for each in (before, config))
     return [
-        f"setting changed: {name} {shown(stored[name])} -> {shown(value)}" + _REMARKS.get(name, "")
+        _changed(name, stored[name], value)
         for name, value in now.items()
         if stored[name] != value and not any(name == s or name.startswith(f"{s}.") for s in same)
     ]
+
+
+def _changed(name: str, was: Any, now: Any) -> str:
+    return f"setting changed: {name} {shown(was)} -> {shown(now)}" + _REMARKS.get(name, "")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stellarbyte_jax.checkpoint.store import EXPORT, TOKENIZER, CheckpointError
-from stellarbyte_jax.checkpoint.weights import load_config, load_weights, run_and_step, stored_steps
-from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig
-from stellarbyte_jax.hf.directory import from_pretrained
+from stellarbyte_jax.checkpoint.store import TOKENIZER
+from stellarbyte_jax.checkpoint.weights import load_config, load_weights, run_and_step, saw_plain_text, stored_steps
+from stellarbyte_jax.config import ByteConfig, TrainConfig
+from stellarbyte_jax.config.paths import expanded
+from stellarbyte_jax.hf.directory import from_pretrained, says_plain_text
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.hf.settings import read_config
 from stellarbyte_jax.model.trees import Params
@@ -67,20 +68,15 @@ class Source:
         return model.config, params
 
     def is_plain_text(self) -> bool:
-        """Whether it is known that the weights were trained here, on plain text: those of a run, or of its export.
+        """Whether it is known that the weights saw plain text alone: those of a run, or of an export wherever it lies.
 
-        What came before a run that began with other weights is not known, nor what a template makes of its records.
+        Raises:
+          ValueError, CheckpointError: the directory is incomplete or cannot be read.
         """
-        run = self.path if self.is_run else self.path.parent
-        steps = stored_steps(run)
-        if not steps or not (self.is_run or self.path.name == EXPORT):
-            return False
-        step = steps[-1] if self.step is None else self.step
-        try:
-            config = load_config(run, step)
-        except (CheckpointError, ConfigError):
-            return False
-        return step > 0 and config.init_from is None and config.data.template is None
+        if not self.is_run:
+            return says_plain_text(self.path)
+        step = stored_steps(self.path)[-1] if self.step is None else self.step
+        return saw_plain_text(load_config(self.path, step), step)
 
     def _begins_with_bos(self) -> bool:
         if not TokenizerDirectory(self.path).is_complete:
@@ -89,24 +85,27 @@ class Source:
         return adds_bos(self.path, tokenizer.bos_id, tokenizer.eos_id)
 
 
-def find_source(name: str | Path, step: int | None = None, revision: str | None = None) -> Source:
+def find_source(
+    name: str | Path, step: int | None = None, revision: str | None = None, *, weights: bool = True
+) -> Source:
     """The weights that a name means.
 
     Args:
       name: a Hugging Face directory or ``owner/name`` of the hub, a run directory, or ``RUN/checkpoints/STEP``.
       step: checkpoint of a run; None for the newest, or for the one that ``name`` names.
       revision: of a name of the hub.
+      weights: whether they will be asked for; else those of the hub are not fetched.
 
     Raises:
       ValueError: it is none of these, or a step or a revision is given where there are none.
     """
     if not is_hub_name(name):
-        run, named = run_and_step(Path(name), step)
+        run, named = run_and_step(Path(expanded(name)), step)
         if (run / "checkpoints").is_dir():
             if revision is not None:
                 raise ValueError(f"revision {revision!r} is of a name of the Hugging Face hub, and {name} is a run")
             return Source(run, is_run=True, step=named)
-    path = local_directory(name, revision)
+    path = local_directory(name, revision, weights=weights)
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{path} is neither a Hugging Face directory (config.json) nor a run directory (checkpoints/): "

@@ -63,7 +63,15 @@ def load_training_facts(run_dir: str | Path, step: int | None = None) -> Trainin
 def training_facts(config: TrainConfig, step: int, validation_loss: float | None) -> TrainingFacts:
     """Facts of a run after so many steps."""
     tokens = step * config.global_batch_size * config.data.sequence_length
-    return TrainingFacts(step, tokens, config.optimizer.name, validation_loss)
+    return TrainingFacts(step, tokens, config.optimizer.name, validation_loss, saw_plain_text(config, step))
+
+
+def saw_plain_text(config: TrainConfig, step: int) -> bool:
+    """Whether it is known that a run's weights saw plain text alone, no conversations.
+
+    What came before a run that began with other weights is not known, nor what a template makes of its records.
+    """
+    return step > 0 and config.init_from is None and config.data.template is None
 
 
 def stored_steps(run_dir: str | Path) -> list[int]:
@@ -120,7 +128,13 @@ def _read(stored: StoredStep, config: ByteConfig) -> Params:
 
 
 def save_initial(
-    run_dir: str | Path, config: ByteConfig, params: Params, tokenizer: str | None = None, *, add_bos: bool = True
+    run_dir: str | Path,
+    config: ByteConfig,
+    params: Params,
+    tokenizer: str | None = None,
+    *,
+    add_bos: bool = True,
+    init_from: str | None = None,
 ) -> None:
     """Writes weights as step 0 of a run directory, for training to start from.
 
@@ -130,6 +144,7 @@ def save_initial(
       params: its weights.
       tokenizer: the directory of the model's tokenizer; None for the default of training.
       add_bos: whether texts begin with bos.
+      init_from: where the weights come from, as a run records it; None: they are fresh.
 
     Raises:
       CheckpointError: the directory already has a checkpoint, or the write failed.
@@ -142,7 +157,12 @@ def save_initial(
         add_bos=add_bos,
     )
     train = TrainConfig(
-        output_dir=str(run_dir), steps=1, model=config, data=data, schedule=ScheduleConfig(warmup_steps=0)
+        output_dir=str(run_dir),
+        steps=1,
+        init_from=init_from,
+        model=config,
+        data=data,
+        schedule=ScheduleConfig(warmup_steps=0),
     )
     with contextlib.closing(Checkpointer(run_dir, CheckpointConfig())) as checkpointer:
         if checkpointer.steps:

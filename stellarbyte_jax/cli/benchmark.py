@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.cli.measurements import WORKERS
-from stellarbyte_jax.cli.program import inherit, new_parser
-from stellarbyte_jax.command import command
-from stellarbyte_jax.config import load
+from stellarbyte_jax.cli.program import load_settings, local_path, new_parser
+from stellarbyte_jax.command import MendableError, command, imports
+from stellarbyte_jax.config import TrainConfig
 
 _NAMES = {
     "train": ["synthetic", "real", "huggingface"],
@@ -32,18 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line; each measurement runs this command again with ``--worker``."""
     options = _parse(arguments)
     if options.worker:
-        config = load(options.config, options.set, inherit)
+        with imports():
+            from stellarbyte_jax.training import begin
+
+        config = begin.find_tokenizer(load_settings(options.config, options.set)).used
         print("RESULT " + json.dumps(WORKERS[options.worker](config, options.steps)))
         return 0
     names = [options.only] if options.only else _NAMES[options.what]
-    small = options.what != "data" and _run_worker("device", options)["platform"] == "cpu"
+    small = options.what != "data" and _platform(options) == "cpu"
     if options.config is None:
         options.config = _SMALL if small else "pretrain"
         if small:
             print(
                 f"no GPU: measures the model of {_SMALL}, for generation one of 25M parameters; --config names another"
             )
-    load(options.config, options.set, inherit)
+    load_settings(options.config, options.set)
     if small and options.what == "generate" and not options.only:
         names = ["small_batch_1", "small_batch_8"]
     if "huggingface" in names and not options.only:
@@ -52,9 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("no peer: torch is not installed (pip install torch)")
         if options.no_peer or missing:
             names = [name for name in names if name != "huggingface"]
-    results = {name: _run_worker(name, options) for name in names}
-    for name, result in results.items():
-        print(f"{name:14} " + "  ".join(f"{key} {value}" for key, value in result.items()))
+    results = {}
+    for number, name in enumerate(names, 1):
+        print(f"measuring {name} ({number} of {len(names)})", file=sys.stderr, flush=True)
+        results[name] = _run_worker(name, options)
+        print(f"{name:14} " + "  ".join(f"{key} {value}" for key, value in results[name].items()), flush=True)
     output = Path(options.output or f"benchmarks/{options.what}{'-cpu' if small else ''}.json")
     if any("error" in result for result in results.values()):
         print(f"{output} is as it was: a measurement failed", file=sys.stderr)
@@ -84,6 +89,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "checkpoint  seconds to save and restore a run, and for checksums alone",
         "train --no-peer",
         "data --set 'data.train=my_corpus/train/*.jsonl'",
+        settings=TrainConfig,
     )
     parser.add_argument("what", choices=list(_NAMES), nargs="?", default="train", help="default: %(default)s")
     parser.add_argument("--config", metavar="FILE", help=f"default: pretrain, without a GPU {_SMALL}")
@@ -91,9 +97,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of one repeat (default: %(default)s)")
     parser.add_argument("--no-peer", action="store_true", help="leave the peer out")
     parser.add_argument("--only", choices=sorted(WORKERS), metavar="NAME", help="one measurement alone: %(choices)s")
-    parser.add_argument("--output", metavar="FILE", help="default: benchmarks/WHAT.json, without a GPU WHAT-cpu.json")
+    parser.add_argument(
+        "--output", type=local_path, metavar="FILE", help="default: benchmarks/WHAT.json, without a GPU WHAT-cpu.json"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def _platform(options: argparse.Namespace) -> str:
+    """What JAX finds on this machine, such as cpu, whatever the settings are."""
+    print("looking for a GPU", file=sys.stderr, flush=True)
+    found = _run_worker("device", argparse.Namespace(**{**vars(options), "config": None, "set": []}))
+    if "platform" not in found:
+        raise MendableError(f"JAX could not start ({found['error']}): its own message stands above")
+    return found["platform"]
 
 
 def _run_worker(name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, told_by_options
 from stellarbyte_jax.command import command, imports
 
 with imports():
     import jax
 
-    from stellarbyte_jax.checkpoint.source import tokenizer_of
+    from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
     from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
     from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights, run_and_step, save_initial
     from stellarbyte_jax.config import DataConfig
     from stellarbyte_jax.hf.card import TrainingFacts
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
-    from stellarbyte_jax.hf.hub import local_directory
+    from stellarbyte_jax.hf.hub import is_hub_name, local_directory
     from stellarbyte_jax.hf.verify import compare_with_transformers, require_torch
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.model.decoder import ByteTransformer
@@ -50,21 +50,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("to-hf", help="write a checkpoint as a Hugging Face directory")
-    to_hf.add_argument("source", type=Path, help="run directory, or checkpoints/STEP in one")
-    to_hf.add_argument("target", type=Path, help="directory to write")
+    to_hf.add_argument("source", type=local_path, help="run directory, or checkpoints/STEP in one")
+    to_hf.add_argument("target", type=local_path, help="directory to write")
     to_hf.add_argument("--step", type=int, help="checkpoint to take; the newest where none is named")
-    to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    dtypes = ("float32", "bfloat16", "float16")
+    to_hf.add_argument("--dtype", type=also_spelled(DTYPES), choices=dtypes, default="float32", help="of the weights")
     to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="of one file, such as 5GB")
-    to_hf.add_argument("--tokenizer", type=Path, help="directory to copy tokenizer files from; the run's where none")
+    to_hf.add_argument("--tokenizer", type=path_or_name, help="to copy its files; the run's where none")
     from_hf = commands.add_parser("from-hf", help="make a run directory from a Hugging Face directory")
-    from_hf.add_argument("source", help="Hugging Face directory, or owner/name of the hub")
-    from_hf.add_argument("target", type=Path, help="run directory to write")
+    from_hf.add_argument("source", type=path_or_name, help="Hugging Face directory, or owner/name of the hub")
+    from_hf.add_argument("target", type=local_path, help="run directory to write")
     from_hf.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
     resize = commands.add_parser("resize", help="make a run directory with another tokenizer and vocabulary size")
-    resize.add_argument("source", type=Path, help="Hugging Face directory, run directory, or checkpoints/STEP in one")
-    resize.add_argument("target", type=Path, help="run directory to write")
+    resize.add_argument(
+        "source",
+        type=path_or_name,
+        help="Hugging Face directory, owner/name of the hub, run, or its checkpoints/STEP",
+    )
+    resize.add_argument("target", type=local_path, help="run directory to write")
     resize.add_argument("--step", type=int, help="checkpoint of a run to take; the newest where none is named")
-    resize.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer from now on")
+    resize.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
+    resize.add_argument(
+        "--tokenizer", type=path_or_name, required=True, help="the tokenizer from now on: a directory, or owner/name"
+    )
     resize.add_argument("--vocab-size", type=int, help="default: the model's, or the tokenizer's where that is larger")
     resize.add_argument("--multiple", type=int, help="rows are padded to a multiple of this; default: as before")
     for each in (to_hf, from_hf):
@@ -79,8 +87,10 @@ def to_hf(arguments: argparse.Namespace) -> Any:
     run, step = run_and_step(arguments.source, arguments.step)
     config, params = load_weights(run, step)
     model = ByteTransformer(config.model)
-    tokenizer, own = arguments.tokenizer, tokenizer_of(run, config)
-    if tokenizer is None and TokenizerDirectory(own).files:
+    tokenizer, own = None, tokenizer_of(run, config)
+    if arguments.tokenizer is not None:
+        tokenizer = local_directory(arguments.tokenizer, weights=False)
+    elif TokenizerDirectory(own).files:
         tokenizer = own
     print(f"tokenizer: {tokenizer or 'none found, so the export has none; give --tokenizer DIR to add one'}")
     check_tokenizer(tokenizer, config.model.vocab_size)
@@ -118,7 +128,7 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     source = local_directory(arguments.source, arguments.revision)
     model, params = from_pretrained(source)
     check_tokenizer(source, model.config.vocab_size)
-    write_run(run, model.config, params, source, begins_with_bos(source), {})
+    write_run(run, model.config, params, source, begins_with_bos(source), {}, arguments.source)
     if not arguments.verify:
         return None
     return compare_with_transformers(source, model, load_weights(run)[1])
@@ -126,23 +136,19 @@ def from_hf(arguments: argparse.Namespace) -> Any:
 
 def resize(arguments: argparse.Namespace) -> None:
     """Writes a run directory whose model has a row for each token of the given tokenizer."""
-    source, run = arguments.source, arguments.target
-    for path in (source, arguments.tokenizer):
-        if path.resolve().is_relative_to(run.resolve()):
+    run = arguments.target
+    for path in (arguments.source, arguments.tokenizer):
+        if not is_hub_name(path) and Path(path).resolve().is_relative_to(run.resolve()):
             raise ValueError(f"{path} lies in {run}, which is to be written: give another target directory")
     check_target(run, arguments.overwrite)
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    if (source / "config.json").is_file():
-        if arguments.step is not None:
-            raise ValueError(f"--step belongs to a run directory; {source} is a Hugging Face directory")
-        model, params = from_pretrained(source)
-        config, add_bos = model.config, begins_with_bos(arguments.tokenizer)
-        before = source
+    directory = local_directory(arguments.tokenizer, weights=False)
+    tokenizer = load_tokenizer(directory)
+    source = find_source(arguments.source, arguments.step, arguments.revision)
+    config, params = source.weights()
+    if source.is_run:
+        _, before, add_bos = source.settings()
     else:
-        directory, step = run_and_step(source, arguments.step)
-        stored, params = load_weights(directory, step)
-        before = tokenizer_of(directory, stored)
-        config, add_bos = stored.model, stored.data.add_bos
+        before, add_bos = source.path, begins_with_bos(directory)
     wanted, multiple = arguments.vocab_size, arguments.multiple
     if wanted is None:
         resized, params = fit_tokenizer(config, params, tokenizer, vocab_size_multiple=multiple)
@@ -153,14 +159,14 @@ def resize(arguments: argparse.Namespace) -> None:
         )
     else:
         resized, params = resize_vocabulary(config, params, wanted, vocab_size_multiple=multiple)
-    ids = kept_ids(before, arguments.tokenizer, resized.vocab_size)
-    ends = {*stop_ids(arguments.tokenizer, tokenizer.eos_id), *as_list(ids.get("eos_token_id", []))}
+    ids = kept_ids(before, directory, resized.vocab_size)
+    ends = {*stop_ids(directory, tokenizer.eos_id), *as_list(ids.get("eos_token_id", []))}
     left_out = [i for i in stop_ids(before, None) if i not in ends]
     if left_out:
         print(
             f"ends of texts: {left_out} of {before} are no longer any, by what {arguments.tokenizer} says of these ids"
         )
-    write_run(run, resized, params, arguments.tokenizer, add_bos, ids)
+    write_run(run, resized, params, directory, add_bos, ids, arguments.source)
     print(
         f"vocabulary: {config.vocab_size:,} tokens in {config.padded_vocab_size:,} rows before, "
         f"{resized.vocab_size:,} in {resized.padded_vocab_size:,} now; the tokenizer has {tokenizer.vocab_size:,}"
@@ -191,12 +197,14 @@ def begins_with_bos(tokenizer: Path) -> bool:
     return adds_bos(tokenizer, loaded.bos_id, loaded.eos_id)
 
 
-def write_run(run: Path, config: Any, params: Any, tokenizer: Path, add_bos: bool, ids: dict[str, Any]) -> None:
-    """Writes weights as step 0 of a run directory, with what a directory holds of a tokenizer and further ids."""
+def write_run(
+    run: Path, config: Any, params: Any, tokenizer: Path, add_bos: bool, ids: dict[str, Any], source: str
+) -> None:
+    """Writes weights of ``source`` as step 0 of a run directory, with what there is of a tokenizer and further ids."""
     for part in ("checkpoints", TOKENIZER):
         shutil.rmtree(run / part, ignore_errors=True)
     copied = copy_tokenizer(tokenizer, run / TOKENIZER, ids)
-    save_initial(run, config, params, str(run / TOKENIZER) if copied else None, add_bos=add_bos)
+    save_initial(run, config, params, str(run / TOKENIZER) if copied else None, add_bos=add_bos, init_from=source)
     report(run, params)
 
 
@@ -216,7 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_torch()  # before anything is written
     quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
-    agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
+    with told_by_options(()):
+        agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
     if agreement is not None:
         print(f"verify: {agreement}: {'agrees with transformers' if agreement.ok else 'DOES NOT AGREE'}")
     return 0 if agreement is None or agreement.ok else 1

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, told_by_options
 from stellarbyte_jax.command import command, imports
+from stellarbyte_jax.config import ByteConfig
 
 with imports():
     from stellarbyte_jax.checkpoint.bundle import load_bundle
@@ -44,9 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         '--model runs/quickstart --prompt "The river" --prompt "春天" --temperature 0.8 --top-p 0.95',
         "--model path/to/hugging_face_directory --chat",
         "--model runs/quickstart --prompt-file long.txt --set sliding_window=512 sink_tokens=4",
+        settings=ByteConfig,
     )
     parser.add_argument(
         "--model",
+        type=path_or_name,
         required=True,
         metavar="DIR",
         help="a run, RUN/checkpoints/STEP, a Hugging Face directory, or owner/name of the hub",
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     parser.add_argument(
-        "--prompt-file", action="append", default=[], type=Path, metavar="FILE", help="one prompt a file"
+        "--prompt-file", action="append", default=[], type=local_path, metavar="FILE", help="one prompt a file"
     )
     parser.add_argument("--chat", action="store_true", help="prompts are messages; without any, read from the terminal")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
@@ -76,12 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stop-token", action="append", default=[], type=int, metavar="ID", help="likewise, as an id")
     parser.add_argument("--log-probs", action="store_true", help="tell how likely the model finds each output")
     parser.add_argument("--prefill-chunk", type=int, metavar="N", help="read long prompts in parts of so many tokens")
-    parser.add_argument("--remember", type=Path, metavar="FILE", help="text that a model with memory reads before")
+    parser.add_argument(
+        "--remember", type=local_path, metavar="FILE", help="text that a model with memory reads before"
+    )
     parser.add_argument(
         "--segment-length", type=int, metavar="N", help="with --remember (default: the model's positions)"
     )
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help="begin with bos (default: as in training)")
-    parser.add_argument("--compute-dtype", choices=("float32", "bfloat16"), help="default: the model's")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--compute-dtype", type=also_spelled(DTYPES), choices=dtypes, help="default: the model's")
     parser.add_argument(
         "--set",
         action="extend",
@@ -98,10 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings["max_new_tokens"] = 100
     CompileCache()
     quiet_libraries()
-    try:
-        return _generate(options, settings)
-    except TooLongError as error:
-        raise ValueError(f"{error} (such settings are given with --set)") from error
+    with told_by_options((*_SETTINGS, "segment_length")):
+        try:
+            return _generate(options, settings)
+        except TooLongError as error:
+            raise ValueError(f"{error} (such settings are given with --set)") from error
 
 
 def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stellarbyte_jax.cli.program import inherit, new_parser
+from stellarbyte_jax.cli.program import also_spelled, inherit, local_path, new_parser, path_or_name, positive
 from stellarbyte_jax.command import command, imports, remedy, spelled
 from stellarbyte_jax.config import ByteConfig, TrainConfig, load
 
@@ -15,9 +15,9 @@ with imports():
     from rich.table import Table
     from rich.text import Text
 
-    from stellarbyte_jax.checkpoint.weights import load_weights, run_and_step
+    from stellarbyte_jax.checkpoint.source import find_source
+    from stellarbyte_jax.checkpoint.weights import load_weights
     from stellarbyte_jax.hf.directory import from_pretrained
-    from stellarbyte_jax.hf.settings import read_config
     from stellarbyte_jax.inference.reconfigure import reconfigure
     from stellarbyte_jax.inspect import charts
     from stellarbyte_jax.inspect.labels import LANGUAGES
@@ -82,11 +82,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--config configs/pretrain.py --set model.num_hidden_layers=24",
         "--model runs/quickstart --output report --format html",
         "--model path/to/hugging_face_directory --speed --batch-sizes 1 8 32",
+        "--model owner/name --no-weights",
+        settings=TrainConfig,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=Path, metavar="DIR", help="a run or a Hugging Face directory")
+    source.add_argument(
+        "--model", type=path_or_name, metavar="DIR", help="a run, a Hugging Face directory, or owner/name of the hub"
+    )
     source.add_argument("--config", metavar="FILE", help="a config file of training; no weights are needed")
-    parser.add_argument("--step", type=_positive, metavar="N", help="checkpoint of the run (default: the newest)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
+    parser.add_argument("--step", type=positive, metavar="N", help="checkpoint of the run (default: the newest)")
     parser.add_argument(
         "--set",
         action="extend",
@@ -102,52 +107,43 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="read the weights of --model for their statistics (default: yes)",
     )
-    parser.add_argument("--rows", type=_positive, metavar="N", help="sequences of a training step at once")
-    parser.add_argument("--length", type=_positive, metavar="N", help="tokens of such a sequence")
-    parser.add_argument("--cache-batch", type=_positive, default=1, metavar="N", help="rows of the cache (default: 1)")
-    parser.add_argument("--cache-length", type=_positive, metavar="N", help="tokens of each (default: all positions)")
+    parser.add_argument("--rows", type=positive, metavar="N", help="sequences of a training step at once")
+    parser.add_argument("--length", type=positive, metavar="N", help="tokens of such a sequence")
+    parser.add_argument("--cache-batch", type=positive, default=1, metavar="N", help="rows of the cache (default: 1)")
+    parser.add_argument("--cache-length", type=positive, metavar="N", help="tokens of each (default: all positions)")
     parser.add_argument("--reference", metavar="FILE", help="config file to compare with (default: ByteConfig())")
     parser.add_argument("--speed", action="store_true", help="measure prompts and generation on this machine")
     parser.add_argument(
-        "--batch-sizes", type=_positive, nargs="+", metavar="N", help="with --speed: numbers of rows (default: 1 8)"
+        "--batch-sizes", type=positive, nargs="+", metavar="N", help="with --speed: numbers of rows (default: 1 8)"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write a report with charts there, print no tables")
-    parser.add_argument("--format", choices=("md", "html"), help="with --output (default: md)")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of tables and charts (default: en)")
+    parser.add_argument("--output", type=local_path, metavar="DIR", help="write a report with charts there, not tables")
+    form = also_spelled({"markdown": "md", "htm": "html"})
+    parser.add_argument("--format", type=form, choices=("md", "html"), help="with --output (default: md)")
+    language = also_spelled({"english": "en", "chinese": "zh", "zh-cn": "zh", "cn": "zh"})
+    parser.add_argument(
+        "--language", type=language, choices=LANGUAGES, default="en", help="of tables and charts (default: en)"
+    )
     options = parser.parse_args(arguments)
-    for name, needs in (("batch_sizes", "speed"), ("format", "output"), ("step", "model")):
+    for name, needs in (("batch_sizes", "speed"), ("format", "output"), ("step", "model"), ("revision", "model")):
         if getattr(options, name) is not None and not getattr(options, needs):
             parser.error(f"--{name.replace('_', '-')} belongs to --{needs}")
     return options
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
-    return int(text)
 
 
 def _subject(options: argparse.Namespace) -> _Subject:
     if options.config is not None:
         run = load(options.config, options.set, inherit)
         return _Subject(Path(options.config).stem, ByteTransformer(run.model), run, None)
-    path, name, run, params = options.model, options.model.resolve().name, None, None
-    if (path / "config.json").is_file():
-        if options.step is not None:
-            raise ValueError(f"a step belongs to a run directory; {path} is a Hugging Face directory")
-        if options.weights or options.speed:
-            model, params = from_pretrained(path)
-        else:
-            model = ByteTransformer(read_config(path)[1])
+    weights = options.weights or options.speed
+    source = find_source(options.model, options.step, options.revision, weights=weights)
+    name, run, params = Path(options.model).resolve().name, None, None
+    if source.is_run:
+        run, params = load_weights(source.path, source.step)
+        name, model = source.path.resolve().name, ByteTransformer(run.model)
+    elif weights:
+        model, params = from_pretrained(source.path)
     else:
-        directory, step = run_and_step(path, options.step)
-        if not (directory / "checkpoints").is_dir():
-            raise ValueError(
-                f"{path} is neither a Hugging Face directory (config.json) nor a run directory (checkpoints/): "
-                "give the output_dir of a run, or a converted model"
-            )
-        run, params = load_weights(directory, step)
-        name, model = directory.resolve().name, ByteTransformer(run.model)
+        model = ByteTransformer(source.model_config())
     return _Subject(name, reconfigure(model, options.set), run, params)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from stellarbyte_jax import __version__
+from stellarbyte_jax.cli.parser import Parser
 from stellarbyte_jax.cli.program import COMMANDS
 from stellarbyte_jax.command import command, imports
 
@@ -16,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {each.summary}" for name, each in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="stellarbyte",
         usage="stellarbyte COMMAND ...",
         description="Pretrain, convert and run language models in JAX and Flax.",

@@ -4,6 +4,7 @@ FLOPs of a token are 6 (parameters - embedding) + 6 L T D, causal attention coun
 """
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,15 +16,22 @@ from stellarbyte_jax.command import imports
 from stellarbyte_jax.config import ByteConfig, CacheConfig, TrainConfig
 
 REPEATS = 5
+_READING = 15  # seconds
+
+
+def tell(text: str) -> None:
+    """A line on standard error about what is being done: measurements take minutes on a CPU."""
+    print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def _timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
     """Median tokens a second of ``run(steps)``, which returns when the work is done."""
     rates = []
-    for _ in range(REPEATS):
+    for number in range(1, REPEATS + 1):
         start = time.perf_counter()
         run(steps)
         rates.append(tokens * steps / (time.perf_counter() - start))
+        tell(f"repeat {number} of {REPEATS}: {rates[-1]:,.0f} tokens/s")
     return {
         "tokens_per_second": round(statistics.median(rates)),
         "lowest": round(min(rates)),
@@ -49,9 +57,11 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
     optimizer = make_optimizer(config, model)
     state = jax.jit(lambda: create_state(config, model, optimizer))()
     run_step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config)), donate_argnums=0)
+    tell("compiling the first step")
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(run_step(state, next(batches)))
     first = time.perf_counter() - start
+    tell(f"first step after {first:.1f} s; 5 steps to warm up")
 
     def run(count: int) -> None:
         nonlocal state, metrics
@@ -150,9 +160,11 @@ def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.synchronize()
 
+    tell("compiling the first step" if on_gpu else "the first step")
     start = time.perf_counter()
     run(1)
     first = time.perf_counter() - start
+    tell(f"first step after {first:.1f} s; 10 steps to warm up")
     run(10)
     on = f"{torch.cuda.get_device_name()}, compiled" if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     memory = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
@@ -174,7 +186,8 @@ def _jsonl(config: TrainConfig, steps: int) -> dict[str, Any]:
     with imports():
         from stellarbyte_jax.data.loader import measure_loader
 
-    return _rounded(measure_loader(config.data, batch_size=config.global_batch_size, seconds=15))
+    tell(f"reading batches for {_READING} s")
+    return _rounded(measure_loader(config.data, batch_size=config.global_batch_size, seconds=_READING))
 
 
 def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
@@ -189,9 +202,11 @@ def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
     data = config.data
     with tempfile.TemporaryDirectory() as directory:
         text = TextFormat(data.fields, data.template)
+        tell("tokenising")
         prepare(data.train, Path(directory) / "shards", data.tokenizer, text=text, workers=data.workers)
         data = dataclasses.replace(config.data, train=(str(Path(directory) / "shards"),))
-        return _rounded(measure_loader(data, batch_size=config.global_batch_size, seconds=15))
+        tell(f"reading batches for {_READING} s")
+        return _rounded(measure_loader(data, batch_size=config.global_batch_size, seconds=_READING))
 
 
 # 1.10B parameters; weights and cache in bfloat16.
@@ -227,8 +242,13 @@ def _decode(model_config: ByteConfig, batch_size: int, prompt: int, new: int) ->
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     params = jax.tree.map(lambda x: x.astype(model_config.compute_dtype), params)
     tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, (batch_size, prompt), dtype=np.int32)
-    results = [generate(model, params, tokens, max_new_tokens=new) for _ in range(REPEATS + 1)][1:]
-    rates = [batch_size * new / result.decode_seconds for result in results]
+    tell(f"compiling for {batch_size} x {prompt} tokens, to which {new} are added")
+    generate(model, params, tokens, max_new_tokens=new)
+    results, rates = [], []
+    for number in range(1, REPEATS + 1):
+        results.append(generate(model, params, tokens, max_new_tokens=new))
+        rates.append(batch_size * new / results[-1].decode_seconds)
+        tell(f"repeat {number} of {REPEATS}: {rates[-1]:,.0f} tokens/s")
     whole = [batch_size * new / (result.decode_seconds + result.prefill_seconds) for result in results]
     return {
         "tokens_per_second": round(statistics.median(rates), 1),
@@ -282,6 +302,7 @@ def _checkpoint(verify: bool) -> Callable[[TrainConfig, int], dict[str, Any]]:
         settings = replace(config.checkpoint, verify=verify)
         with tempfile.TemporaryDirectory() as directory:
             for step in range(1, REPEATS + 2):  # the first one compiles
+                tell(f"repeat {step - 1} of {REPEATS}" if step > 1 else "compiling, and saving once")
                 with contextlib.closing(Checkpointer(Path(directory), settings)) as checkpointer:
                     with timed("checksums"):
                         array_checksums((state.params, state.opt_state))

@@ -4,11 +4,10 @@ import argparse
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stellarbyte_jax.cli.program import new_parser, typed
+from stellarbyte_jax.cli.program import also_spelled, new_parser, path_or_name, typed, with_options
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config.files import shipped
 
@@ -18,8 +17,19 @@ with imports():
 
     from stellarbyte_jax.data.shards import Prepared, prepare
     from stellarbyte_jax.data.text import TextFormat
+    from stellarbyte_jax.hf.hub import local_directory
+    from stellarbyte_jax.tokenizer.codec import Tokenizer, load_tokenizer
 
-_FLAGS = {"fields", "template", "tokenizer", "text_documents", "workers", "on_error", "cache_dir"}
+_OPTIONS = (
+    "cache_dir",
+    "fields",
+    "on_error",
+    "shard_tokens",
+    "template",
+    "text_documents",
+    "tokenizer",
+    "workers",
+)
 
 
 @command
@@ -34,13 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     kinds = ".jsonl[.gz|.zst], .parquet, .arrow, .txt, or the directory of a data set (save_to_disk)"
     add("--input", nargs="+", required=True, metavar="GLOB", help=kinds)
-    add("--output", required=True, metavar="DIR", help="a new or empty directory")
-    add("--tokenizer", default=os.path.relpath(shipped("tokenizer")), metavar="DIR", help="default: %(default)s")
+    add("--output", type=path_or_name, required=True, metavar="DIR", help="a new or empty directory")
+    tokenizer = "a directory, or owner/name of the hub (default: %(default)s)"
+    add("--tokenizer", type=path_or_name, default=os.path.relpath(shipped("tokenizer")), metavar="DIR", help=tokenizer)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--fields", nargs="+", default=["text"], metavar="NAME", help="joined by a newline")
     form.add_argument("--template", help='such as "Question: {question}\\nAnswer: {answer}"')
     documents = "what a document of a .txt file is; blank lines part paragraphs (default: %(default)s)"
-    add("--text-documents", choices=("file", "paragraph"), default="file", help=documents)
+    kind = also_spelled({"files": "file", "paragraphs": "paragraph"})
+    add("--text-documents", type=kind, choices=("file", "paragraph"), default="file", help=documents)
     add("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     add("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad lines")
     add("--shard-tokens", type=int, default=50_000_000, metavar="N", help="default: %(default)s")
@@ -48,22 +60,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--overwrite", action="store_true", help="replace the shards of an earlier run")
     options = parser.parse_args(arguments)
     try:
-        prepared = _prepare(options)
-    except KeyboardInterrupt:
-        begun = any(Path(options.output).glob("tokens-*.npy"))
-        left = f": {options.output} is incomplete, run again with --overwrite" if begun else ""
-        print(f"interrupted{left}", file=sys.stderr)
-        return 130
+        tokenizer = str(local_directory(options.tokenizer, weights=False))
+        prepared = _prepare(options, tokenizer)
     except ValueError as error:
-        raise ValueError(with_flags(str(error))) from error
+        raise ValueError(_told(str(error))) from error
     skipped = f", {prepared.skipped:,} unusable ones skipped" if prepared.skipped else ""
     print(f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {len(prepared.shards)} shards{skipped}")
-    used = f"data.train={shlex.quote(options.output)} data.tokenizer={shlex.quote(options.tokenizer)}"
-    print(f"next:\n  train:  {typed('train')} --config CONFIG --set {used}")
+    print(f"next:\n  train:     {_train(options.output, options.tokenizer, load_tokenizer(tokenizer))}")
+    print("  on a GPU:  the same with --config pretrain, for a model of 12 layers")
     return 0
 
 
-def _prepare(options: argparse.Namespace) -> Prepared:
+def _train(output: str, name: str, tokenizer: Tokenizer) -> str:
+    """The command that trains a small model on the shards, whatever the tokenizer has."""
+    ends = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    settings = [f"data.train={output}", f"data.tokenizer={name}", f"model.vocab_size={tokenizer.vocab_size}"]
+    settings += [f"data.add_{end}=false" for end, token in ends.items() if token is None]
+    settings.append(f"output_dir={Path('runs', Path(output).resolve().name)}")
+    return f"{typed('train')} --config quickstart --set {shlex.join(settings)}"
+
+
+def _prepare(options: argparse.Namespace, tokenizer: str) -> Prepared:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(), transient=True)
     task = bar.add_task("tokenising", total=None)
@@ -78,7 +95,7 @@ def _prepare(options: argparse.Namespace) -> Prepared:
         return prepare(
             options.input,
             options.output,
-            options.tokenizer,
+            tokenizer,
             text=TextFormat(tuple(options.fields), options.template),
             text_documents=options.text_documents,
             workers=options.workers,
@@ -93,15 +110,7 @@ def _prepare(options: argparse.Namespace) -> Prepared:
             bar.stop()
 
 
-def with_flags(message: str) -> str:
-    """A message about settings of a run or arguments of ``prepare``, with the options of this command instead."""
-    names = "|".join(sorted(_FLAGS))
-
-    def flag(found: re.Match[str]) -> str:
-        name, value = found.groups()
-        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
-
-    message = re.sub(rf"(?<![\w./])data\.({names})\b(?:=([^\s;,:)]+))?", flag, message)
-    message = re.sub(r"(?<![\w./])(cache_dir|shard_tokens)\b()", flag, message)
-    message = re.sub(r"^inputs:", "--input:", message).replace(" inputs=", " --input ")
-    return message.replace("; the checkpoints are kept", "").replace("ask to overwrite it", "add --overwrite")
+def _told(message: str) -> str:
+    """A message of the library, which may also be that of a run, with the options of this command."""
+    message = re.sub(r"^inputs:", "--input:", with_options(message, _OPTIONS))
+    return message.replace("another output directory", "another --output").replace("; the checkpoints are kept", "")

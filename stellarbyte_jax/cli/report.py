@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from stellarbyte_jax.cli.program import new_parser
+from stellarbyte_jax.cli.program import local_path, new_parser
 from stellarbyte_jax.command import command, imports, remedy
 from stellarbyte_jax.config import ConfigError
 
@@ -21,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "runs/quickstart",
         "runs/a runs/b --x time --output comparison.html",
     )
-    parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
+    parser.add_argument("run", nargs="+", type=local_path, metavar="RUN", help="a run's output_dir")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.html", help=f"default: RUN/{REPORT}, of several runs ./{REPORT}"
+        "--output", type=local_path, metavar="FILE.html", help=f"default: RUN/{REPORT}, of several runs ./{REPORT}"
     )
     parser.add_argument("--x", choices=list(AXES), default="steps", help="what curves are drawn over (default: steps)")
     options = parser.parse_args(arguments)

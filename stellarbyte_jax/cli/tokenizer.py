@@ -33,15 +33,18 @@ describes them::
 """
 
 import argparse
+import contextlib
 import functools
+import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from stellarbyte_jax.cli.program import typed
-from stellarbyte_jax.command import command, imports, remedy
+from stellarbyte_jax.cli.parser import Parser
+from stellarbyte_jax.cli.program import local_path, positive, told_by_options, typed
+from stellarbyte_jax.command import command, directory_for, imports, remedy
 
 with imports():
     from stellarbyte_jax.data.tokenizer_corpus import TokenizerCorpus, draw
@@ -50,6 +53,7 @@ with imports():
     from stellarbyte_jax.tokenizer.training.format import build, save
     from stellarbyte_jax.tokenizer.training.stages import Stage, check_stages, train
 
+_REPORT = "report.json"
 _SCRIPT = "python scripts/train_tokenizer.py"  # in the examples above
 
 
@@ -97,17 +101,41 @@ def parse_stage(argument: str) -> Stage:
         raise ValueError(f"--stage {argument}: write SIZE:NAME=SHARE,NAME=SHARE such as 20000:en=3,zh=2") from None
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raises OSError or ValueError where a tokenizer could not be written, or would replace one."""
-    if (output / LIBRARY).exists() and not overwrite:
-        raise ValueError(f"{output} holds a tokenizer already: give another --output, or --overwrite to replace it")
+def _megabytes(text: str) -> float:
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of megabytes, 0 or more")
+    return size
+
+
+@contextlib.contextmanager
+def _output(path: Path, overwrite: bool) -> Iterator[None]:
+    """Makes the directory before the work, where a tokenizer can be written there; work that fails leaves none.
+
+    Raises:
+      ValueError: There is a tokenizer, which may not be replaced.
+      OSError: It cannot be written.
+    """
+    if (path / LIBRARY).exists() and not overwrite:
+        raise ValueError(f"{path} holds a tokenizer already: give another --output, or --overwrite to replace it")
+    with contextlib.ExitStack() as stack:
+        with _writing(path):
+            stack.enter_context(directory_for(path))
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        yield
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         advice = remedy(error, "--output") or "choose another --output"
-        raise OSError(f"{output} cannot be written: {error.strerror or error}; {advice}") from error
+        raise OSError(f"{path} cannot be written: {error.strerror or error}; {advice}") from error
 
 
 @command
@@ -115,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, trains, evaluates on held-out documents and writes the directory."""
     started = time.monotonic()
     summary, _, examples = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=typed("tokenizer"),
         description=summary,
         epilog=examples.replace(_SCRIPT, typed("tokenizer")),
@@ -124,21 +152,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = functools.partial(parser.add_argument, required=True)
     add("--corpus", action="append", metavar="NAME=GLOB", help=".jsonl[.gz|.zst], .parquet or text files; may repeat")
     add("--stage", action="append", metavar="SIZE:NAME=SHARE,...", help="vocabulary size and mixture; in order")
-    add("--output", type=Path, help="directory to write")
+    add("--output", type=local_path, help="directory to write")
     add = parser.add_argument
     add("--only", action="append", default=[], metavar="NAME:FIELD=REGEX", help="records to take; repeat for more")
     add("--text-field", default="text", help="field of a record that holds the text (default: %(default)s)")
     add("--on-error", choices=("raise", "skip"), default="raise", help="what to do with bad lines")
     add("--cache-dir", metavar="DIR", help="default: ~/.cache/stellarbyte_jax")
-    add("--sample-megabytes", type=float, default=40, help="of each corpus (default: %(default)s)")
-    add("--held-out-megabytes", type=float, default=1, help="of each corpus, for the report (default: %(default)s)")
-    add("--max-token-length", type=int, default=24, help="in bytes (default: %(default)s)")
-    add("--model-max-length", type=int, default=32768, help="written to the config (default: %(default)s)")
+    add("--sample-megabytes", type=_megabytes, default=40, help="of each corpus (default: %(default)s)")
+    add(
+        "--held-out-megabytes", type=_megabytes, default=1, help="of each corpus, for the report (default: %(default)s)"
+    )
+    add("--max-token-length", type=positive, default=24, help="in bytes (default: %(default)s)")
+    add("--model-max-length", type=positive, default=32768, help="written to the config (default: %(default)s)")
     add("--baselines", action="store_true", help="also train GPT-2-like and lossy tokenizers to compare with")
     add("--overwrite", action="store_true", help="replace an earlier tokenizer in --output")
     options = parser.parse_args(arguments)
 
-    check_output(options.output, options.overwrite)
+    with told_by_options(("cache_dir",)):
+        _work(options, started)
+    return 0
+
+
+def _work(options: argparse.Namespace, started: float) -> None:
     corpora = parse_corpora(options.corpus, options.only, options.text_field, options.cache_dir, options.on_error)
     stages = [parse_stage(s) for s in options.stage]
     check_stages(stages, corpora)
@@ -147,15 +182,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def sample(cut):
         return {name: draw(corpus, cut, *sizes) for name, corpus in corpora.items()}
 
-    samples = sample(pieces_of())
-    for name, drawn in samples.items():
-        skipped = f", {drawn.skipped:,} lines skipped" if drawn.skipped else ""
-        print(f"{name}: {drawn.training_bytes / 1e6:.1f} MB, {len(drawn.pieces)} distinct pieces{skipped}", flush=True)
-    merges = train(samples, stages, options.max_token_length, functools.partial(print, flush=True))
-    save(build(merges), options.output, options.model_max_length)
+    with _output(options.output, options.overwrite):
+        samples = sample(pieces_of())
+        for name, drawn in samples.items():
+            skipped = f", {drawn.skipped:,} lines skipped" if drawn.skipped else ""
+            read = f"{drawn.training_bytes / 1e6:.1f} MB, {len(drawn.pieces)} distinct pieces"
+            print(f"{name}: {read}{skipped}", flush=True)
+        merges = train(samples, stages, options.max_token_length, functools.partial(print, flush=True))
+        with _writing(options.output):
+            save(build(merges), options.output, options.model_max_length)
     print(f"wrote {options.output} after {time.monotonic() - started:.0f} s", flush=True)
     report = evaluate(merges, samples, stages, sample if options.baselines else None)
-    write_json(options.output / "report.json", report)
+    with _writing(options.output / _REPORT):
+        write_json(options.output / _REPORT, report)
     for name, figures in report["tokenizer"].items():
         print(f"{name}: {figures['bytes_per_token']:.3f} bytes a token, round trip {figures['round_trip']:.2%}")
-    return 0
+    for name, reason in report["skipped_baselines"].items():
+        print(f"baseline {name} skipped: {reason}")

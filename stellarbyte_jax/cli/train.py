@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stellarbyte_jax.cli.program import inherit, new_parser, typed
+from stellarbyte_jax.cli.program import load_settings, new_parser, typed
 from stellarbyte_jax.command import command, imports
-from stellarbyte_jax.config import TrainConfig, load
+from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.reference import listed, matching
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the training and says what can be done next."""
     options = _parse(arguments)
-    config = load(options.config, options.set, inherit)
+    config = load_settings(options.config, options.set)
     with imports():
         from stellarbyte_jax.training.guard import run_guarded
         from stellarbyte_jax.training.run import train
@@ -41,6 +41,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--config configs/quickstart.py",
         "--config pretrain --init-from path/to/hugging_face_directory --set data.train=more.jsonl output_dir=runs/more",
         "--config pretrain --set 'data.train=my_corpus/train/*.jsonl' model.hidden_size=512 steps=1000",
+        settings=TrainConfig,
     )
     parser.add_argument(
         "--config",

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from stellarbyte_jax.config.foreign import absent, clipped, json_object, shown
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.config.run import DataConfig, TrainConfig
 from stellarbyte_jax.config.section import ConfigError, Section, fits, hints, is_section, require, spell, unknown_name
 
@@ -68,7 +69,7 @@ def compose(config: TrainConfig, overrides: Sequence[str] = (), inherit: Inherit
     if source is None or inherit is None:
         return override(config, overrides)
     replaces = "init_from" in given
-    base = dict(inherit(source, given.get("output_dir", config.output_dir)))
+    base = dict(inherit(*map(_home, (source, given.get("output_dir", config.output_dir)))))
     if not (replaces or config.leaves_model_out):
         del base["model"]
     if not (replaces or config.data.tokenizer == DataConfig().tokenizer):
@@ -84,18 +85,29 @@ def read(path: str | Path) -> TrainConfig:
     Raises:
       ConfigError: it is missing or fails, or holds no settings of a run.
     """
-    path = _find(Path(path))
+    path = _find(Path(_home(path)))
     if path.suffix == ".json":
         return _from_json(path)
     try:
         made = _run(path)
         require(isinstance(made, TrainConfig), f"config() must return a TrainConfig, got {type(made).__name__}")
-    except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        lines += [error.lineno] if isinstance(error, SyntaxError) else []
-        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{path}{f', line {lines[-1]}' if lines else ''}: {kind}{error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{path}{_failure(error, path)}") from error
     return made
+
+
+def _failure(error: BaseException, path: Path) -> str:
+    """Where a config file failed, and of what."""
+    file = path.resolve()
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == file]
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, ConfigError):
+        what = str(error)
+    elif isinstance(error, SystemExit):
+        what = f"it ends the program (SystemExit: {error}); leave that out"
+    elif isinstance(error, SyntaxError) and Path(error.filename or "").resolve() == file:
+        what, lines = f"SyntaxError: {error.msg}", [error.lineno]
+    return f"{f', line {lines[-1]}' if lines else ''}: {what}"
 
 
 def _from_json(path: Path) -> TrainConfig:
@@ -114,6 +126,13 @@ def shipped(folder: str) -> Path:
     return installed if installed.is_dir() else package.parent / folder
 
 
+def _home(path: str | Path) -> str:
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _find(path: Path) -> Path:
     """The config file that a path means, or the name of one that comes with the package."""
     named = shipped("configs") / f"{path.name}.py"
@@ -121,8 +140,9 @@ def _find(path: Path) -> Path:
         return named
     if path.is_dir():
         settings = path / "train_config.json"
-        hint = f"; the settings of this run are in {settings}" if settings.is_file() else ""
-        raise ConfigError(f"config file {path} is a directory{hint}")
+        hint = "name a Python file, or the train_config.json of a run"
+        hint = f"the settings of this run are in {settings}" if settings.is_file() else hint
+        raise ConfigError(f"config file {path} is a directory; {hint}")
     if not path.is_file():
         nearby = sorted(p for p in path.parent.glob("*.*") if p.suffix in _SUFFIXES) if path.parent.is_dir() else []
         known = {each.name: str(each) for each in nearby} | {
@@ -197,7 +217,7 @@ def parsed(cls: type[Section], overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
       ConfigError: as :func:`load`.
     """
-    settings = _settings(cls)
+    settings = setting_types(cls)
     values: dict[str, Any] = {}
     for text in overrides:
         name, equals, raw = (part.strip() for part in text.partition("="))
@@ -209,11 +229,11 @@ def parsed(cls: type[Section], overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _settings(cls: type, prefix: str = "") -> dict[str, Any]:
+def setting_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """The type of every setting under its dotted name."""
     settings = {}
     for name, hint in hints(cls).items():
-        settings |= _settings(hint, f"{prefix}{name}.") if is_section(hint) else {prefix + name: hint}
+        settings |= setting_types(hint, f"{prefix}{name}.") if is_section(hint) else {prefix + name: hint}
     return settings
 
 

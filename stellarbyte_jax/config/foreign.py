@@ -11,6 +11,7 @@ from typing import Any
 _LONGEST_FILE_NAME = 255  # bytes; the operating system refuses to look for a longer one
 _LONGEST = 200
 _MOST_NAMES = 5
+_DIGITS = 12
 
 
 def clipped(text: str, longest: int = _LONGEST) -> str:
@@ -30,6 +31,11 @@ def shown(value: Any) -> str:
         return clipped(repr(value))
     except (ValueError, RecursionError):  # Python spells no integer of more than 4,300 digits, nor any depth
         return f"a value of type {type(value).__name__} that is too large to show"
+
+
+def digits(fingerprint: Any) -> str:
+    """A fingerprint in a message: its first digits, which tell it from others."""
+    return clipped(fingerprint[:_DIGITS]) if isinstance(fingerprint, str) else shown(fingerprint)
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.config.layers import LayerGroup, LayerSpec
 from stellarbyte_jax.config.model_parts import CacheConfig, MemoryConfig, RopeScaling
 from stellarbyte_jax.config.section import (
@@ -207,7 +207,7 @@ class ByteConfig(Section):
         if self.layer_types is not None:
             known = ("full_attention", "sliding_attention")
             unknown = sorted(set(self.layer_types) - set(known))
-            require(not unknown, f"layer_types may hold {known}, got {shown(unknown)}")
+            require(not unknown, f"layer_types may hold {', '.join(known)}, got {listed(unknown)}")
             require(
                 len(self.layer_types) == self.num_hidden_layers,
                 f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}",
@@ -225,10 +225,9 @@ class ByteConfig(Section):
             "sink_tokens are tokens that a window does not hide: give sliding_window, or leave sink_tokens out",
         )
         if self.has_memory:
-            require(
-                isinstance(self.memory.length, int) or len(self.memory.length) == self.num_hidden_layers,
-                f"memory.length names {shown(self.memory.length)}, num_hidden_layers is {self.num_hidden_layers}",
-            )
+            length, layers = self.memory.length, self.num_hidden_layers
+            named = layers if isinstance(length, int) else len(length)
+            require(named == layers, f"memory.length names {named} layers, num_hidden_layers is {layers}")
             require(
                 self.sliding_window is None and self.layer_types is None,
                 "memory.length is the window of the layers that remember: leave out sliding_window and layer_types",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from stellarbyte_jax.config.section import PositiveFloat, Section, Share, Size, SizeOrZero, require
+from stellarbyte_jax.config.section import PositiveFloat, Section, Share, Size, SizeOrZero, require, written
 
 # Settings of rotary scaling that only these kinds read.
 _SCALING_SETTINGS: Mapping[tuple[str, ...], tuple[str, ...]] = {
@@ -45,14 +45,14 @@ class RopeScaling(Section):
         require(self.factor >= 1, f"rope_scaling.factor must be at least 1, got {self.factor}")
         require(
             self.name != "none" or not self.given(),
-            f"rope_scaling.name is 'none', but {', '.join(self.given())} is given: name one of linear, dynamic, yarn, "
+            f"rope_scaling.name is none, but {', '.join(self.given())} is given: name one of linear, dynamic, yarn, "
             "llama3",
         )
         for owners, settings in _SCALING_SETTINGS.items():
             stray = [name for name in settings if name in self.given() and self.name not in owners]
             require(
                 not stray,
-                f"rope_scaling.{', '.join(stray)} belongs to {' and '.join(owners)}, the name is {self.name!r}",
+                f"rope_scaling.{', '.join(stray)} belongs to {' and '.join(owners)}, the name is {self.name}",
             )
         require(
             self.name in ("none", "dynamic") or self.factor > 1 or self.attention_factor is not None,
@@ -108,5 +108,6 @@ class CacheConfig(Section):
     def _check(self) -> None:
         require(
             (self.heavy_hitters is None) == (self.recent is None),
-            f"cache.heavy_hitters and cache.recent belong together, got {self.heavy_hitters} and {self.recent}",
+            f"cache.heavy_hitters and cache.recent belong together, got {written(self.heavy_hitters)} and "
+            f"{written(self.recent)}",
         )

@@ -8,14 +8,13 @@ Meanings stand in the docstrings of the sections, where ``help(ByteConfig)`` sho
 import dataclasses
 import fnmatch
 import inspect
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from stellarbyte_jax.config.run import TrainConfig
-from stellarbyte_jax.config.section import USUAL, Section, hints, is_section, spell
+from stellarbyte_jax.config.section import USUAL, Section, hints, is_section, spell, written
 
 REQUIRED = dataclasses.MISSING
 
@@ -84,14 +83,6 @@ def changed(config: Section, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def written(value: Any) -> str:
-    """A value as ``--set`` reads it."""
-    if isinstance(value, tuple | list):
-        return json.dumps(value, ensure_ascii=False)
-    words: Mapping[Any, str] = {None: "none", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
-
-
 def listed(chosen: list[Setting]) -> str:
     """Settings for a terminal: name and default, type, meaning."""
     lines = []
@@ -107,7 +98,8 @@ def markdown() -> str:
         "# Settings",
         "",
         "Every setting of a run: a field of the config file, or `--set name=value` on the command line; lists as",
-        "JSON or as `a,b`, `none` for no value. `stellarbyte train --list-settings [PATTERN]` prints the same.",
+        "JSON or as `a,b`, `none` for no value, `~` at the beginning of a path for the home directory.",
+        "`stellarbyte train --list-settings [PATTERN]` prints the same.",
         "This page is made by `python -m stellarbyte_jax.config.reference > docs/settings.md`.",
     ]
     section = None

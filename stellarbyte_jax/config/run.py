@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.config.model import ByteConfig
 from stellarbyte_jax.config.section import (
     Fraction,
@@ -26,7 +26,7 @@ class DataConfig(Section):
       train: paths or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt files, or of directories
         of prepared shards or of a data set of Hugging Face datasets (save_to_disk)
       validation: the same, of texts to validate with; none: no validation
-      tokenizer: directory of the tokenizer
+      tokenizer: directory of the tokenizer, or owner/name of the hub
       text_documents: what a document of a .txt file is: the file, or each paragraph, which blank lines part
       fields: fields of a record that are its text, joined by a newline
       template: text of a record, such as "Question: {question} Answer: {answer}"; none: fields are joined
@@ -61,6 +61,8 @@ class DataConfig(Section):
     workers: NonNegativeInt = 1
     prefetch: PositiveInt = 2
     cache_dir: str | None = None
+
+    _paths = ("train", "validation", "tokenizer", "cache_dir")
 
     def _check(self) -> None:
         require(self.sequence_length >= 2, "data.sequence_length must be at least 2: one token predicts the next")
@@ -212,7 +214,7 @@ class LoggingConfig(Section):
     def _check(self) -> None:
         known = ("tensorboard", "wandb", "swanlab")
         unknown = [t for t in self.trackers if t not in known]
-        require(not unknown, f"logging.trackers may hold {known}, got {shown(unknown)}")
+        require(not unknown, f"logging.trackers may hold {', '.join(known)}, got {listed(unknown)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,12 +264,10 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    _paths = ("output_dir", "init_from")
+
     def _check(self) -> None:
         require(self.output_dir.strip() != "", "output_dir is empty: name a directory for the run, such as runs/first")
-        require(
-            not self.output_dir.startswith("~"),
-            f"output_dir {self.output_dir} begins with ~, which would be a folder of that name: write the whole path",
-        )
         require(self.init_from != "", "init_from is empty: name a directory, or none")
         require(
             self.global_batch_size % self.gradient_accumulation_steps == 0,
@@ -279,10 +279,11 @@ class TrainConfig(Section):
             f"sample_interval={self.sample_interval} would change nothing without sample_prompts: name prompts, or set "
             "sample_interval=none",
         )
+        warmup, decay = self.schedule.warmup_steps, self.schedule.decay_steps
+        more = "" if decay is None else f" and schedule.decay_steps={decay}"
         require(
-            self.schedule.warmup_steps + (self.schedule.decay_steps or 0) <= self.steps,
-            f"schedule.warmup_steps {self.schedule.warmup_steps} and decay_steps {self.schedule.decay_steps} "
-            f"do not fit into {self.steps} steps",
+            warmup + (decay or 0) <= self.steps,
+            f"schedule.warmup_steps={warmup}{more} do not fit into steps={self.steps}: lower them, or set more steps",
         )
         rest = self.steps - self.schedule.warmup_steps
         require(

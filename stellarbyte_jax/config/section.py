@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 import sys
 import types
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.config.paths import expanded
 
 # What other programs call the same.
 USUAL = {
@@ -77,6 +79,7 @@ class Section:
     """What every settings class can do: check types, turn into plain JSON values and back."""
 
     _aliases: ClassVar[Mapping[str, str]] = {}
+    _paths: ClassVar[tuple[str, ...]] = ()  # settings that are paths: a leading ~ is kept as the home directory
     _example: ClassVar[str | None] = None  # a setting that a message may show; None: the first one
 
     def __new__(cls, *unnamed: Any, **values: Any) -> Self:
@@ -100,6 +103,8 @@ class Section:
                 value = float(value)
             object.__setattr__(self, name, value)
             require(fits(value, hint), f"{type(self).__name__}.{name} must be {spell(hint)}, got {shown(value)}")
+        for name in self._paths:
+            object.__setattr__(self, name, _expanded(getattr(self, name), f"{type(self).__name__}.{name}"))
         self._check()
 
     def _check(self) -> None:
@@ -137,6 +142,15 @@ class Section:
         return cls(**settings)
 
 
+def _expanded(value: Any, where: str) -> Any:
+    if value is None:
+        return None
+    try:
+        return tuple(map(expanded, value)) if isinstance(value, tuple) else expanded(value)
+    except ValueError as error:
+        raise ConfigError(f"{where} {error}") from error
+
+
 def _required(cls: type[Section]) -> list[str]:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     return [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
@@ -154,12 +168,21 @@ def is_section(hint: Any) -> bool:
 
 def unknown_name(name: str, known: Mapping[str, Any], where: str) -> str:
     """The message for a setting that does not exist, with guesses, and with the list of all where that is short."""
-    guess = [k for k in known if k.startswith(f"{name}.") or k.rpartition(".")[2] == name.rpartition(".")[2]]
-    guess += [k for k in known if k.rpartition(".")[2] == USUAL.get(name.rpartition(".")[2])]
-    guess += [] if guess else difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(dict.fromkeys(guess))}?" if guess else ""
+    guess = guesses(name, known)
+    hint = f"; did you mean {' or '.join(guess)}?" if guess else ""
     more = ", ".join(known) if len(known) <= _FEW else "stellarbyte train --list-settings lists all"
     return f"{where}: there is no setting {shown(name)}{hint} ({more})"
+
+
+def guesses(name: str, known: Mapping[str, Any]) -> list[str]:
+    """The settings that a name may mean: the same one spelled otherwise, of another section, or of another program."""
+    name = name.replace("-", "_")
+    same = [k for k in known if k.replace(".", "_") == name.replace(".", "_")]
+    if same:
+        return same
+    leaf = name.rpartition(".")[2]
+    found = [k for k in known if k.startswith(f"{name}.") or k.rpartition(".")[2] in (leaf, USUAL.get(leaf))]
+    return found or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
 
 
 def options(hint: Any) -> tuple[Any, ...]:
@@ -196,9 +219,17 @@ def spell(hint: Any) -> str:
         if origin is Annotated:
             words.append(f"{spell(arguments[0])} ({arguments[1].words})")
         elif origin is Literal:
-            words.append("one of " + ", ".join(map(repr, arguments)))
+            words.append("one of " + ", ".join(map(str, arguments)))
         elif origin is tuple:
             words.append(f"a list of {spell(arguments[0])}")
         else:
             words.append("none" if option is type(None) else option.__name__)
     return " or ".join(words)
+
+
+def written(value: Any) -> str:
+    """A value as ``--set`` reads it."""
+    if isinstance(value, tuple | list):
+        return json.dumps(value, ensure_ascii=False)
+    words: Mapping[Any, str] = {None: "none", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)

@@ -1,5 +1,6 @@
 """Compressed and columnar files as plain JSONL, which can be read at random."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stellarbyte_jax.command import remedy
+from stellarbyte_jax.command import directory_for, remedy
 from stellarbyte_jax.config.foreign import clipped, listed
 from stellarbyte_jax.data.files import DataError
 
@@ -23,23 +24,24 @@ def write_atomically(target: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
       DataError: the directory cannot be written, or is full.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-", suffix=target.suffix)
-    except OSError as error:
-        raise DataError(
-            f"cannot write to the cache directory {target.parent}: {error.strerror}; "
-            f"{remedy(error, 'cache_dir') or 'choose another cache_dir'}"
-        ) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.replace(name, target)
-    except OSError as error:
-        advice = remedy(error, "cache_dir") or "choose a cache_dir on a disk with room"
-        raise DataError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(directory_for(target.parent))
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=".partial-", suffix=target.suffix)
+        except OSError as error:
+            raise DataError(
+                f"cannot write to the cache directory {target.parent}: {error.strerror}; "
+                f"{remedy(error, 'cache_dir') or 'choose another cache_dir'}"
+            ) from error
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+            os.replace(name, target)
+        except OSError as error:
+            advice = remedy(error, "cache_dir") or "choose a cache_dir on a disk with room"
+            raise DataError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
+        finally:
+            Path(name).unlink(missing_ok=True)
 
 
 def _from_gzip(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
@@ -97,6 +99,8 @@ def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
         raise DataError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from error
     try:
         with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows == 0:  # its columns may be of any type, or missing
+                return
             _check_columns(path, file.schema_arrow, columns)
             yield from file.iter_batches(batch_size=1024, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
@@ -116,6 +120,8 @@ def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
             file.seek(0)
             with pa.ipc.open_stream(file) as stream:
                 schema = stream.schema
+            if complete and not _has_rows(file, schema):  # its columns may be of any type, or missing
+                return
             _check_columns(path, schema, columns)
             if not complete:
                 raise DataError(f"{path}: the Arrow stream is cut off; copy the file again")
@@ -130,6 +136,16 @@ def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
             f"{path}: cannot be read as a stream of Arrow batches, as save_to_disk of the datasets package writes them "
             f"({clipped(str(error))})"
         ) from error
+
+
+def _has_rows(file: Any, schema: Any) -> bool:
+    """Whether any batch of a stream holds rows; of each, one column is read at most."""
+    import pyarrow as pa
+
+    file.seek(0)
+    options = pa.ipc.IpcReadOptions(included_fields=[0] if schema.names else [])
+    with pa.ipc.open_stream(file, options=options) as stream:
+        return any(batch.num_rows for batch in stream)
 
 
 def _check_columns(path: Path, schema: Any, columns: Sequence[str]) -> None:

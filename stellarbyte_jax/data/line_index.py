@@ -1,15 +1,20 @@
 """Where the lines of a file begin, so that any of them can be read without those before it."""
 
+import array
 import codecs
 import functools
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from stellarbyte_jax.data.files import OPEN_FILES, ArrayFile, ByteFile
 
 _SCAN_BYTES = 1 << 26
+_SCAN_CHARACTERS = 1 << 20
 _GLANCE_BYTES = 1 << 10
+_MARK = "\ufeff"
+_ERRORS = "surrogateescape"
 _NEWLINE = 10
 
 
@@ -41,21 +46,31 @@ def index_lines(path: Path) -> np.ndarray:
 
 
 def index_paragraphs(path: Path) -> np.ndarray:
-    """As :func:`index_lines`, of the lines that come after a blank one, and the first."""
-    lines = index_lines(path)
-    starts = lines[:-1].reshape(-1, 2)
-    first = np.diff(starts[:, 1], prepend=-1) > 1
-    return np.concatenate([starts[first].reshape(-1), lines[-1:]])
+    """As :func:`index_lines`, of the first line of each paragraph; ``PlainSource`` says which lines are blank."""
+    found = array.array("q")
+    at = number = 0
+    follows_blank = True
+    with _open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            is_blank = not (line.removeprefix(_MARK) if number == 1 else line).strip()
+            if follows_blank and not is_blank:
+                found.extend((at, number))
+            follows_blank = is_blank
+            at += len(line.encode(errors=_ERRORS))
+    found.append(at)
+    return np.array(found, np.int64)
 
 
 def holds_text(path: Path) -> bool:
     """Whether a file holds anything but white space and a byte order mark."""
-    file = ByteFile(str(path))
-    for begin in range(0, file.size, _SCAN_BYTES):
-        block = file.read(begin, min(_SCAN_BYTES, file.size - begin))
-        if (block.removeprefix(codecs.BOM_UTF8) if begin == 0 else block).strip():
-            return True
-    return False
+    with _open_text(path) as file:
+        begin = file.read(_SCAN_CHARACTERS).removeprefix(_MARK)
+        return bool(begin.strip()) or any(part.strip() for part in iter(lambda: file.read(_SCAN_CHARACTERS), ""))
+
+
+def _open_text(path: Path) -> TextIO:
+    """A file whose lines end as anywhere, and keep their ends; what is not UTF-8 gives the same bytes again."""
+    return open(path, encoding="utf-8", errors=_ERRORS, newline="")
 
 
 def _is_blank(file: ByteFile, start: int) -> bool:

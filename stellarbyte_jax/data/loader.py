@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import grain
 
 from stellarbyte_jax.config import DataConfig
-from stellarbyte_jax.config.foreign import listed, shown
+from stellarbyte_jax.config.foreign import digits, listed, shown
 from stellarbyte_jax.data.contiguous import ContiguousDocuments
 from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
 from stellarbyte_jax.data.packing import PackDocuments
@@ -112,9 +112,10 @@ class Loader:
                     )
                 continue
             if saved.get(name) != now and not (name in _TEXT and _text(saved) == _text(self._stream)):
+                say = digits if name == "tokenizer" else shown
                 raise DataError(
-                    f"cannot continue the data where it stopped: {name} was {shown(saved.get(name))} and is now "
-                    f"{shown(now)}; keep the data, its settings and the number of processes as they were, or start a "
+                    f"cannot continue the data where it stopped: {name} was {say(saved.get(name))} and is now "
+                    f"{say(now)}; keep the data, its settings and the number of processes as they were, or start a "
                     "new run"
                 )
         self._iterator.set_state({name: value for name, value in state.items() if name not in ("format", "stream")})

@@ -13,7 +13,10 @@ from stellarbyte_jax.data.line_index import open_index
 class PlainSource:
     """The text of a file: one document, or with an ``index`` of paragraphs each of them.
 
-    A document is a record with the one field "text". Ends of lines are newlines there, however the file spells them.
+    A document is a record with the one field "text". Lines end as Python's ``open`` reads them: at a newline, a
+    carriage return, or both, which are a newline in the text. Other characters at which ``str.splitlines`` parts lines
+    (form feed, U+0085, U+2028 and more) stay in them. A line is blank where ``str.strip`` leaves nothing, so also one
+    of U+3000 or U+00A0; blank lines around a paragraph are no part of it.
     """
 
     name: str
@@ -33,7 +36,9 @@ class PlainSource:
           BadRecordError: it is not UTF-8.
           DataError: the file became shorter.
         """
-        return {"text": _decoded(self._whole() if self.index is None else self._paragraph(self.index, row))}
+        if self.index is None:
+            return {"text": _decoded(self._whole())}
+        return {"text": _decoded(open_index(self.name, self.index).read(row)).rstrip()}  # blank lines may follow
 
     def location(self, row: int, column: int | None = None, line: int = 0) -> str:
         """``file:line`` or ``file:line:column``, ``line`` lines after the first of a row, for messages."""
@@ -51,14 +56,11 @@ class PlainSource:
             )
         return content.removeprefix(codecs.BOM_UTF8)
 
-    def _paragraph(self, index: str, row: int) -> bytes:
-        return open_index(self.name, index).read(row).rstrip()  # blank lines may follow
-
 
 def _decoded(content: bytes) -> str:
     try:
-        return content.decode().replace("\r\n", "\n")
+        return content.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start)
-        column = error.start - content.rfind(b"\n", 0, error.start)
-        raise BadRecordError("not valid UTF-8; save the file as UTF-8", column, line) from error
+        before = content[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        column = len(before) - before.rfind(b"\n")
+        raise BadRecordError("not valid UTF-8; save the file as UTF-8", column, before.count(b"\n")) from error

@@ -1,5 +1,6 @@
 """Data sets that ``save_to_disk`` of the datasets package wrote: which files hold their rows."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ def data_files(path: Path, setting: str) -> list[Path]:
       DataError: it holds splits of which one is to be named, a selection of rows, no files or not those it names.
     """
     if not (path / _STATE).is_file():
-        splits = sorted(p.name for p in path.iterdir() if (p / _STATE).is_file())
-        example = f", such as {setting}={path / splits[0]}" if splits else ""
-        raise DataError(f"{path} holds the splits {listed(splits) or 'none'}: name the directory of one{example}")
+        splits = _splits(path)
+        if not splits:
+            raise DataError(f"{setting}: {path} holds no split (no folder with {_STATE}); copy the data set again")
+        raise DataError(f"{setting}: {path} holds the splits {listed(splits)}: name one, such as {path / splits[0]}")
     state = _state(path / _STATE)
     if any(state.get(name) for name in _INDICES):
         raise DataError(
@@ -45,6 +47,21 @@ def data_files(path: Path, setting: str) -> list[Path]:
     if missing:
         raise DataError(f"{path}: {listed(file.name for file in missing)} is missing; copy the data set again")
     return found
+
+
+def other_splits(path: Path) -> str:
+    """What a message adds for a path that does not exist, where its folder holds splits: their names, and a guess."""
+    splits = _splits(path.parent) if (path.parent / _SPLITS).is_file() else []
+    if not splits:
+        return ""
+    guess = (*difflib.get_close_matches(path.name, splits, n=1), splits[0])[0]
+    return f"; {path.parent} holds the splits {listed(splits)}: name one, such as {path.parent / guess}"
+
+
+def _splits(path: Path) -> list[str]:
+    """The splits of a data set, sorted; that for training goes first."""
+    names = (p.name for p in path.iterdir() if (p / _STATE).is_file())
+    return sorted(names, key=lambda name: (name != "train", name))
 
 
 def _state(path: Path) -> dict[str, Any]:

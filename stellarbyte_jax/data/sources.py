@@ -14,17 +14,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from stellarbyte_jax.config.foreign import clipped, is_file_name, json_object, shown
+from stellarbyte_jax.config.foreign import clipped, digits, is_file_name, json_object, shown
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
 from stellarbyte_jax.data.files import OPEN_FILES, ArrayFile, BadRecordError, ByteFile, DataError, write_array
 from stellarbyte_jax.data.line_index import Lines, holds_text, index_lines, index_paragraphs
 from stellarbyte_jax.data.line_index import open_index as _open_lines
 from stellarbyte_jax.data.plain import PlainSource
-from stellarbyte_jax.data.saved_dataset import data_files, is_saved_dataset
+from stellarbyte_jax.data.saved_dataset import data_files, is_saved_dataset, other_splits
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ _IDENTITY_BYTES = 1 << 16
 
 def cache_path(cache_dir: str | Path | None) -> Path:
     """Where line indexes and converted files go; None: ``~/.cache/stellarbyte_jax``."""
-    return Path.home() / ".cache" / "stellarbyte_jax" if cache_dir is None else Path(cache_dir).expanduser()
+    return Path.home() / ".cache" / "stellarbyte_jax" if cache_dir is None else Path(expanded(cache_dir))
 
 
 @functools.lru_cache(maxsize=OPEN_FILES)
@@ -115,6 +116,7 @@ class ShardSource:
 
 
 RecordSource = LineSource | PlainSource
+_Source = TypeVar("_Source", bound=RecordSource | ShardSource)
 
 
 class Corpus:
@@ -187,22 +189,53 @@ def open_corpus(
       text_documents: what a document of a text file is, the file or each paragraph.
       cache_dir: where indexes and converted files are kept, see :func:`cache_path`.
 
+    Files without rows or lines among others of a pattern add nothing: writers of many parts leave such.
+
     Raises:
-      DataError: nothing is named, or a path is missing, empty, corrupt or of an unknown kind.
+      DataError: nothing is named, a path is missing, corrupt or of an unknown kind, or no file of a pattern holds text.
     """
     _open_shard.cache_clear()  # files of the same names may have been made again
     cache = cache_path(cache_dir)
     sources: list[RecordSource | ShardSource] = []
-    for path in expand_all(patterns, setting):
-        if is_saved_dataset(path):
-            sources += [open_lines(file, cache, columns) for file in data_files(path, setting)]
-        elif path.is_dir():
-            sources.append(_open_shards(path, fingerprint))
-        elif path.suffix == TEXT_SUFFIX:
-            sources.append(open_text(path, cache, text_documents))
-        else:
-            sources.append(open_lines(path, cache, columns))
+    for pattern in _given(patterns, setting):
+        opened: list[RecordSource | ShardSource] = []
+        for path in expand(pattern, setting):
+            if is_saved_dataset(path):
+                opened += [open_lines(file, cache, columns) for file in data_files(path, setting)]
+            elif path.is_dir():
+                opened.append(_open_shards(path, fingerprint))
+            elif path.suffix == TEXT_SUFFIX:
+                opened.append(open_text(path, cache, text_documents))
+            else:
+                opened.append(open_lines(path, cache, columns))
+        sources += with_text(opened, pattern, setting)
     return Corpus(sources)
+
+
+def with_text(opened: Sequence[_Source], pattern: str, setting: str) -> list[_Source]:
+    """Those of a pattern's sources that hold documents.
+
+    Raises:
+      DataError: none does.
+    """
+    held = [source for source in opened if source.documents]
+    if not held:
+        first = opened[0]
+        rows = isinstance(first, LineSource) and first.unit == "row"
+        why = "it has no rows" if rows else "it is empty, or its lines are blank"
+        many = f"none of the {len(opened)} files that {pattern!r} names holds text, such as {first.name}"
+        raise DataError(
+            f"{setting}: {f'{first.name} holds no text' if len(opened) == 1 else many}: {why}; name files with text"
+        )
+    if len(held) < len(opened):
+        _log.info("%s: %d of the %d files of %s hold no text", setting, len(opened) - len(held), len(opened), pattern)
+    return held
+
+
+def _given(patterns: Sequence[str], setting: str) -> Sequence[str]:
+    if not patterns:
+        raise DataError(f"{setting} is empty: name at least one data file, such as {setting}=data/*.jsonl")
+    return patterns
 
 
 def expand_all(patterns: Sequence[str], setting: str) -> list[Path]:
@@ -211,9 +244,7 @@ def expand_all(patterns: Sequence[str], setting: str) -> list[Path]:
     Raises:
       DataError: there are no patterns, or there is nothing that one of them names.
     """
-    if not patterns:
-        raise DataError(f"{setting} is empty: name at least one data file, such as {setting}=data/*.jsonl")
-    return [path for pattern in patterns for path in expand(pattern, setting)]
+    return [path for pattern in _given(patterns, setting) for path in expand(pattern, setting)]
 
 
 def expand(pattern: str, setting: str) -> list[Path]:
@@ -228,11 +259,14 @@ def expand(pattern: str, setting: str) -> list[Path]:
     Raises:
       DataError: there is none.
     """
-    path = Path(pattern).expanduser()
+    try:
+        path = Path(expanded(pattern))
+    except ValueError as error:
+        raise DataError(f"{setting}: {error}") from error
     if path.exists():
         return [path]
     if not glob.has_magic(str(path)):
-        raise DataError(f"{setting}: {path} does not exist (looked from {Path.cwd()})")
+        raise DataError(f"{setting}: {path} does not exist (looked from {Path.cwd()}){other_splits(path)}")
     found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
     if not found:
         raise DataError(f"{setting}: no file matches {pattern!r} (looked from {Path.cwd()})")
@@ -247,15 +281,15 @@ def suffix_of(path: Path) -> str | None:
 def open_text(path: Path, cache: Path, documents: Literal["file", "paragraph"] = "file") -> PlainSource:
     """Opens a file of plain text, as one document or as its paragraphs, which blank lines part.
 
+    A file without text has no documents.
+
     Raises:
-      DataError: the file holds no text, or the cache cannot be written.
+      DataError: the cache cannot be written.
     """
-    if not holds_text(path):
-        raise DataError(f"{path} holds no text: it is empty, or its lines are blank")
     size = path.stat().st_size
     if documents == "file":
-        return PlainSource(str(path), size)
-    index = cache / f"{path.stem}-{_key(path, documents)}.lines.npy"
+        return PlainSource(str(path), size, documents=int(holds_text(path)))
+    index = cache / f"{path.stem}-{_key(path)}.lines.npy"
     if not index.exists():
         paragraphs = index_paragraphs(path)
         write_atomically(index, lambda out: write_array(out, paragraphs))
@@ -263,10 +297,10 @@ def open_text(path: Path, cache: Path, documents: Literal["file", "paragraph"] =
     return PlainSource(str(path), size, str(index), Lines(str(path), str(index)).count)
 
 
-def _key(path: Path, *more: str) -> str:
-    """What names a file, as it is now, in the cache."""
+def _key(path: Path, columns: Sequence[str] = ()) -> str:
+    """What names a file, as it is now, in the cache, and the columns that are taken from it."""
     status = path.stat()
-    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, *more]
+    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, *sorted(columns)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
 
 
@@ -280,21 +314,23 @@ def _check_index(index: Path) -> None:
 def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
     """Opens a file of records; converts it and indexes its lines where that is still to be done.
 
+    A file without rows, or whose lines are blank, has no documents.
+
     Args:
       path: with one of ``SUFFIXES``.
       cache: directory of indexes and converted files.
       columns: the fields that will be read; only these are taken from Parquet files.
 
     Raises:
-      DataError: the file is empty, corrupt or of an unknown kind, or the cache cannot be written.
+      DataError: the file is corrupt or of an unknown kind, or the cache cannot be written.
     """
     suffix = suffix_of(path)
     if suffix is None:
         kinds = ", ".join((*SUFFIXES, TEXT_SUFFIX))
         raise DataError(f"{path}: unknown kind of data file; use {kinds} or a directory of prepared data")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
-    key = _key(path, *(sorted(columns) if suffix in _COLUMNAR else ()))
+    if path.stat().st_size == 0 and suffix != ".jsonl":
+        raise DataError(f"{path} has no bytes, as no file of this kind does; fetch or write it again")
+    key = _key(path, columns if suffix in _COLUMNAR else ())
     stem = path.name.removesuffix(suffix)
     plain = path
     if suffix != ".jsonl":
@@ -313,8 +349,6 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
         if plain == path:
             raise
         raise DataError(f"{plain} is damaged ({error}); delete it, it is made again") from error
-    if documents == 0:
-        raise DataError(f"{path} holds no documents, only blank lines")
     return LineSource(str(path), str(plain), str(index), documents)
 
 
@@ -346,8 +380,8 @@ def _open_shards(path: Path, fingerprint: str) -> ShardSource:
         )
     if made_with != fingerprint:
         raise DataError(
-            f"{path} was prepared with another tokenizer (fingerprint {clipped(str(made_with))}, data.tokenizer has "
-            f"{fingerprint}); set data.tokenizer to that one or prepare the data again"
+            f"{path} was prepared with another tokenizer (fingerprint {digits(made_with)}, data.tokenizer has "
+            f"{digits(fingerprint)}); set data.tokenizer to that one or prepare the data again"
         )
     for (token_file, offset_file), (documents, count) in zip(files, sizes, strict=True):
         try:

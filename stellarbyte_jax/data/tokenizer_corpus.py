@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from stellarbyte_jax.data.files import BadRecordError, DataError
+from stellarbyte_jax.data.plain import PlainSource
 from stellarbyte_jax.data.saved_dataset import data_files, is_saved_dataset
-from stellarbyte_jax.data.sources import (
-    LineSource,
-    cache_path,
-    expand,
-    open_lines,
-    suffix_of,
-)
-from stellarbyte_jax.data.text import TextFormat, UnusableRecordError, read_plain, unusable
+from stellarbyte_jax.data.sources import LineSource, cache_path, expand, open_lines, open_text, suffix_of, with_text
+from stellarbyte_jax.data.text import TextFormat, UnusableRecordError, read_text, unusable
 from stellarbyte_jax.tokenizer.training.stages import Sample
 
+_SKIP = "--on-error skip"
 HELD_OUT_SHARE = 50  # one document in so many is kept for the evaluation
 
 
@@ -55,13 +51,14 @@ class TokenizerCorpus:
                     f"corpus {self.name!r}: {pattern!r}, for field {name!r}, is no regular expression: {error}"
                 ) from None
 
-    def files(self) -> list[Path]:
-        """The files, sorted.
+    def sources(self) -> list[LineSource | PlainSource]:
+        """The files, sorted; those without text among others of a pattern are left out.
 
         Raises:
-          DataError: A path names none.
+          DataError: A pattern names none, or none with text.
         """
-        found: set[Path] = set()
+        columns, cache = self._columns, cache_path(self.cache_dir)
+        found: dict[Path, LineSource | PlainSource] = {}
         for pattern in self.paths:
             setting = f"corpus {self.name!r}"
             named = expand(pattern, setting)
@@ -69,8 +66,13 @@ class TokenizerCorpus:
             files += [file for path in named if is_saved_dataset(path) for file in data_files(path, setting)]
             if not files:
                 raise DataError(f"{setting}: {pattern} names only directories; name the files in them with a glob")
-            found.update(files)
-        return sorted(found)
+            opened = [open_lines(f, cache, columns) if suffix_of(f) else open_text(f, cache) for f in files]
+            found |= {Path(source.name): source for source in with_text(opened, pattern, setting)}
+        return [found[path] for path in sorted(found)]
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.text_field, *self.only)))
 
     def documents(self, on_skip: Callable[[], None] = lambda: None) -> Iterator[str]:
         """The texts in order of file and record; ``on_skip`` is called for each that is left out as unusable.
@@ -79,12 +81,8 @@ class TokenizerCorpus:
           DataError: A file is unusable, or a record is and ``on_error`` is "raise"; names the file, and the line or
             row.
         """
-        columns = tuple(dict.fromkeys((self.text_field, *self.only)))
-        cache = cache_path(self.cache_dir)
-        for path in self.files():
-            records = suffix_of(path) is not None
-            read = self._records(open_lines(path, cache, columns), TextFormat(columns)) if records else _plain(path)
-            for text in read:
+        for source in self.sources():
+            for text in self._records(source) if isinstance(source, LineSource) else _plain(source):
                 if not isinstance(text, UnusableRecordError):
                     yield text
                 elif self.on_error == "raise":
@@ -92,20 +90,20 @@ class TokenizerCorpus:
                 else:
                     on_skip()
 
-    def _records(self, source: LineSource, wanted: TextFormat) -> Iterator[str | UnusableRecordError]:
-        text = TextFormat((self.text_field,))
+    def _records(self, source: LineSource) -> Iterator[str | UnusableRecordError]:
+        text, wanted = TextFormat((self.text_field,)), TextFormat(self._columns)
         for row in range(source.documents):
             try:
                 values = wanted.values(source.record(row))
                 if all(re.search(pattern, values[name]) for name, pattern in self.only.items()):
                     yield text.render(values)
             except BadRecordError as error:
-                yield unusable(source, row, error, "--on-error skip")
+                yield unusable(source, row, error, _SKIP)
 
 
-def _plain(path: Path) -> Iterator[str | UnusableRecordError]:
+def _plain(source: PlainSource) -> Iterator[str | UnusableRecordError]:
     try:
-        yield read_plain(path, "--on-error skip")
+        yield read_text(source, 0, TextFormat(), _SKIP)
     except UnusableRecordError as error:
         yield error
 

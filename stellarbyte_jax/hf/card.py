@@ -41,12 +41,14 @@ class TrainingFacts:
       tokens: positions that those steps read, padding included.
       optimizer: name of the update rule.
       validation_loss: mean cross-entropy of these weights, in nats a token; None where it was not measured.
+      plain_text: whether it is known that they saw plain text alone, no conversations.
     """
 
     steps: int
     tokens: int
     optimizer: str
     validation_loss: float | None = None
+    plain_text: bool = False
 
 
 def model_card(
@@ -108,6 +110,8 @@ def _facts(training: TrainingFacts) -> list[tuple[str, str]]:
     ]
     if training.validation_loss is not None:
         rows.append(("validation loss", f"{training.validation_loss:.4f} nats a token"))
+    if training.plain_text:
+        rows.append(("texts", "plain text, no conversations: it continues texts and answers no messages"))
     return rows
 
 

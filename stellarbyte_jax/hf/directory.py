@@ -13,6 +13,7 @@ import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
 from stellarbyte_jax.hf.export import export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
@@ -29,6 +30,9 @@ from stellarbyte_jax.tokenizer.directory import (
 )
 from stellarbyte_jax.tokenizer.special import special_ids
 
+# In the metadata of the weights' files, not in config.json: programs that train weights further write these files anew
+# without it, but keep what they do not know of config.json.
+_TRAINED_ON, _PLAIN_TEXT = "trained_on", "plain text"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -123,7 +127,7 @@ def save_pretrained(
       tokenizer: directory whose tokenizer files are copied and whose special tokens are named in the settings.
       ids: special tokens that go before those, such as ``{"eos_token_id": [1, 2]}``.
       overwrite: an earlier export there is replaced, its README.md too.
-      training: facts for the README.md, where the run is known.
+      training: facts for the README.md, where the run is known; weights say themselves that they saw plain text alone.
       family: the family's ``model_type``; None to have it chosen.
 
     Raises:
@@ -142,7 +146,7 @@ def save_pretrained(
         Tensor(entry.theirs, entry.hf_shape, entry.dtype(to), _reader(entry, leaves, entry.dtype(to), reordered))
         for entry in chosen.entries(config, shapes)
     ]
-    with replacing(Path(directory), overwrite) as partial:
+    with replacing(Path(expanded(directory)), overwrite) as partial:
         write_json(partial / "config.json", config_json(chosen, config, dtype, named))
         if chosen.modelling_file is not None:
             shutil.copyfile(modelling_file(chosen.modelling_file), partial / chosen.modelling_file)
@@ -161,7 +165,18 @@ def save_pretrained(
             training=training,
         )
         (partial / CARD).write_text(card, encoding="utf-8")
-        write_tensors(partial, tensors, max_shard_bytes)
+        plain = training is not None and training.plain_text
+        write_tensors(partial, tensors, max_shard_bytes, {_TRAINED_ON: _PLAIN_TEXT} if plain else {})
+
+
+def says_plain_text(directory: Path) -> bool:
+    """Whether an export says that its weights saw plain text alone; those of other programs say nothing.
+
+    Raises:
+      ValueError: its weights are missing or unreadable.
+    """
+    with WeightFiles(directory, verify=False) as files:
+        return files.metadata(_TRAINED_ON) == _PLAIN_TEXT
 
 
 def round_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -77,6 +77,7 @@ class WeightFiles:
         self._verify = verify
         self._stack = contextlib.ExitStack()
         self._stored: dict[str, _Stored] = {}
+        self._metadata: list[Mapping[str, str]] = []
         try:
             self._open()
         except BaseException:
@@ -109,7 +110,8 @@ class WeightFiles:
                     f"{path} is not a readable safetensors file ({clipped(str(error))}): copy the file again"
                 ) from error
             names = handle.keys()
-            checksums = stored_checksums(handle.metadata(), names, path) if self._verify else {}
+            self._metadata.append(handle.metadata() or {})
+            checksums = stored_checksums(self._metadata[-1], names, path) if self._verify else {}
             for name in names:
                 if name in self._stored:
                     raise ValueError(f"{path}: tensor {clipped(name)} also lies in another file of {self.directory}")
@@ -121,6 +123,11 @@ class WeightFiles:
     def names(self) -> list[str]:
         """Every tensor."""
         return list(self._stored)
+
+    def metadata(self, entry: str) -> str | None:
+        """The value of an entry in the metadata of every file; None where one lacks it or they differ."""
+        values = {held.get(entry) for held in self._metadata}
+        return values.pop() if len(values) == 1 else None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
@@ -192,8 +199,15 @@ class Tensor:
         return self.size * self.dtype.itemsize
 
 
-def write_tensors(directory: Path, tensors: Sequence[Tensor], max_shard_bytes: int) -> None:
+def write_tensors(
+    directory: Path,
+    tensors: Sequence[Tensor],
+    max_shard_bytes: int,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes one file, or numbered files of at most ``max_shard_bytes`` with an index; a larger tensor gets its own.
+
+    Each has the ``metadata`` beside the checksums of its tensors.
 
     Raises:
       ValueError: ``max_shard_bytes`` is not positive.
@@ -209,34 +223,34 @@ def write_tensors(directory: Path, tensors: Sequence[Tensor], max_shard_bytes: i
         shards[-1].append(tensor)
         filled += tensor.nbytes
     if len(shards) == 1:
-        _write_file(directory / SINGLE, shards[0])
+        _write_file(directory / SINGLE, shards[0], metadata)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / file, shard)
+        _write_file(directory / file, shard, metadata)
         weight_map |= {tensor.name: file for tensor in shard}
     total = {"total_parameters": sum(t.size for t in tensors), "total_size": sum(t.nbytes for t in tensors)}
     write_json(directory / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
+def _write_file(path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
     checksums = unknown_checksums(tensor.name for tensor in tensors)
     with path.open("wb") as file:
-        file.write(_header(tensors, checksums))
+        file.write(_header(tensors, {**metadata, **metadata_of(checksums)}))
         for tensor in tensors:
             array = np.ascontiguousarray(tensor.read())
             assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.name
             file.write(array.reshape(-1).view(np.uint8).data)
             checksums[tensor.name] = checksum(array)
         file.seek(0)
-        file.write(_header(tensors, checksums))  # as long as before
+        file.write(_header(tensors, {**metadata, **metadata_of(checksums)}))  # as long as before
         file.flush()
         os.fsync(file.fileno())
 
 
-def _header(tensors: Sequence[Tensor], checksums: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": metadata_of(checksums)}
+def _header(tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {

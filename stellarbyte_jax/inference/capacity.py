@@ -149,8 +149,8 @@ def new_token_counts(
         if limit is not None and prompt.size + new > limit:
             raise TooLongError(
                 f"row {number}: {prompt.size} prompt tokens and {new} new ones are longer than the cache: "
-                f"the model has {limit} positions in all; ask for at most {limit - prompt.size} new tokens, or "
-                f"shorten the prompt{longer}"
+                f"the model has {limit} positions in all; give a {name} of at most "
+                f"{limit if max_new_tokens is None else limit - prompt.size}, or shorten the prompt{longer}"
             )
         new_tokens.append(new)
     return np.asarray(new_tokens, np.int32)

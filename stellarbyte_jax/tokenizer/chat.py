@@ -55,7 +55,7 @@ class Conversation:
             if len(turns) == 1:
                 raise ValueError(
                     f"the message makes a prompt of {len(ids)} tokens, and there is room for {limit}: shorten it, or "
-                    "ask for fewer new tokens"
+                    "lower max_new_tokens"
                 )
             del self.messages[turns[0] : turns[1]]
             ids = self._prompt()

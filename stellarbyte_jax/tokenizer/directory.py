@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from stellarbyte_jax.config.foreign import absent, clipped, json_object, shown
+from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.tokenizer.named import SpecialTokens, find_special_tokens, uses_older_files
 
 LIBRARY = "tokenizer.json"  # read by the tokenizers library
@@ -48,8 +49,8 @@ class TokenizerDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Names the directory; nothing is read yet."""
-        self.path = Path(path)
+        """Names the directory, where a leading ``~`` is the home directory; nothing is read yet."""
+        self.path = Path(expanded(path))
 
     @property
     def has_library(self) -> bool:
@@ -308,8 +309,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def copy_tokenizer(
@@ -329,8 +333,8 @@ def copy_tokenizer(
       The names of the files, ``generation_config.json`` among them where ``ids`` or the source's ``config.json`` gave
       some of its content.
     """
-    source, target = Path(source), Path(target)
-    directory = TokenizerDirectory(source)
+    directory, target = TokenizerDirectory(source), Path(target)
+    source = directory.path
     present = directory.files
     # Ends of a text may be named in the model's settings alone, which stay behind.
     ids = {**(directory.generation_ids() if (source / MODEL_CONFIG).is_file() else {}), **ids}

@@ -1,6 +1,9 @@
 """What a run begins with: settings and weights of ``init_from``, and what is checked before its directory is made."""
 
+import contextlib
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,20 @@ import optax
 
 from stellarbyte_jax.checkpoint.compatibility import check_same_model
 from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
-from stellarbyte_jax.checkpoint.store import CheckpointError
+from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
+from stellarbyte_jax.config.foreign import absent
+from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.sources import expand_all
+from stellarbyte_jax.hf.hub import is_hub_name, local_directory
+from stellarbyte_jax.launch import write_failure
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
+from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
+from stellarbyte_jax.tokenizer.special import kept_ids
 from stellarbyte_jax.training import finish
+from stellarbyte_jax.training.directory import holds_run
+from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Resumed, begin_with
 from stellarbyte_jax.training.state import TrainState
 
@@ -32,13 +43,18 @@ def inherit(init_from: str, output_dir: str) -> Mapping[str, Any]:
     Raises:
       ValueError, CheckpointError: the directory is none with weights, or cannot be read.
     """
-    for step in reversed(stored_steps(output_dir)):
-        try:
-            own = load_config(output_dir, step)
-        except CheckpointError:
-            continue  # the run will tell, and take the one before it
+    own = _own(output_dir)
+    if own is not None:
         return _base(own.model, tokenizer_of(output_dir, own), own.data.add_bos)
     return _base(*find_source(init_from).settings())
+
+
+def _own(output_dir: str | Path) -> TrainConfig | None:
+    """The settings of a run's newest readable checkpoint; None where there is none."""
+    for step in reversed(stored_steps(output_dir)):
+        with contextlib.suppress(CheckpointError):  # the run will tell, and take the one before it
+            return load_config(output_dir, step)
+    return None
 
 
 def _base(model: ByteConfig, tokenizer: str | Path, add_bos: bool) -> Mapping[str, Any]:
@@ -48,6 +64,74 @@ def _base(model: ByteConfig, tokenizer: str | Path, add_bos: bool) -> Mapping[st
 def complete(config: TrainConfig) -> TrainConfig:
     """The settings with the model of ``init_from``, where it is left out."""
     return compose(config, inherit=inherit) if config.leaves_model_out else config
+
+
+@dataclass(frozen=True)
+class Found:
+    """Settings whose tokenizer was found.
+
+    Attributes:
+      named: as they are recorded, with the tokenizer's name.
+      used: the same with its directory.
+      note: what to tell of it; None: nothing.
+    """
+
+    named: TrainConfig
+    used: TrainConfig
+    note: str | None = None
+
+
+def find_tokenizer(config: TrainConfig) -> Found:
+    """Finds the tokenizer: a directory, else what a run keeps of the one that it began with, else a name of the hub.
+
+    Raises:
+      ValueError: the hub did not give it, or there is no such directory.
+    """
+    name, run = config.data.tokenizer, Path(config.output_dir)
+    if os.path.lexists(name):
+        return Found(config, config)
+    own = _own(run)
+    if own is not None and own.data.tokenizer == name and (copied := _copied(config, run)) is not None:
+        return copied
+    if is_hub_name(name):
+        return Found(config, _with_tokenizer(config, local_directory(name, weights=False)))
+    if own is not None and own.init_from is not None and config.init_from is None:
+        raise ValueError(
+            f"data.tokenizer {absent(name)}; the run in {run} began with init_from={own.init_from}, and its tokenizer: "
+            "name that again"
+        )
+    return Found(config, config)
+
+
+def with_copy(config: TrainConfig, run: Path) -> tuple[TrainConfig, str | None]:
+    """The settings that ``run`` recorded, with its copy of the tokenizer where theirs is not here, and what to tell.
+
+    Raises:
+      ConfigError: there is neither.
+    """
+    name = config.data.tokenizer
+    if os.path.lexists(name):
+        return config, None
+    if (copied := _copied(config, run)) is not None:
+        return copied.used, copied.note
+    require(
+        is_hub_name(name),
+        f"data.tokenizer {absent(name)}, and {run / TOKENIZER} is no copy of it: set data.tokenizer to its directory",
+    )
+    return config, None
+
+
+def _copied(config: TrainConfig, run: Path) -> Found | None:
+    copy = run / TOKENIZER
+    if not TokenizerDirectory(copy).is_complete:
+        return None
+    name = config.data.tokenizer
+    why = f"{name} is a name of the hub" if is_hub_name(name) else absent(name)
+    return Found(config, _with_tokenizer(config, copy), f"data.tokenizer: {why}; its copy in {copy} is used")
+
+
+def _with_tokenizer(config: TrainConfig, directory: Path) -> TrainConfig:
+    return replace(config, data=replace(config.data, tokenizer=str(directory)))
 
 
 def check(config: TrainConfig) -> None:
@@ -76,7 +160,7 @@ def _check_same_model(config: TrainConfig, there: ByteConfig, say: Callable[[str
 
 def _check_place(run_dir: Path) -> None:
     """A run does not strew its files into a project, the home directory or the root of the file system."""
-    if (run_dir / "checkpoints").is_dir() or (run_dir / "train_config.json").is_file():
+    if holds_run(run_dir):
         return
     place = run_dir.absolute().resolve()
     held = [name for name in _PROJECT if (place / name).exists()]
@@ -109,6 +193,27 @@ def from_weights(
         return begin_with(jax.tree.map(jnp.copy, params), config, shapes, optimizer)
     except FloatingPointError as error:
         raise CheckpointError(f"{config.init_from} cannot begin a run: {error}. Name another checkpoint") from None
+
+
+def keep(found: Found, parameters: int) -> None:
+    """Writes settings, environment, and a copy of the tokenizer: checkpoints stay readable when the original moves.
+
+    Raises:
+      OSError: a file cannot be written or read; the message names it.
+    """
+    run_dir, tokenizer = Path(found.used.output_dir), found.used.data.tokenizer
+    target = run_dir / "train_config.json"
+    try:
+        write_json(target, found.named.to_dict())
+        target = run_dir / ABOUT
+        write_json(target, about(parameters))
+        target = run_dir / TOKENIZER
+        copy_tokenizer(tokenizer, target, kept_ids(target, tokenizer, found.used.model.vocab_size))
+    except OSError as error:
+        source = error.filename if error.filename2 is None else None  # a copy that fails names both
+        if source is not None and Path(source).parent == Path(tokenizer):
+            raise OSError(f"{source} could not be read: {error.strerror}; make it readable, start again") from error
+        raise write_failure(target, error) from error
 
 
 def tell_unused_rows(config: TrainConfig, say: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from stellarbyte_jax.command import drop_output, spelled
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.config.reference import changed, written
+from stellarbyte_jax.config.reference import REQUIRED, changed, written
 from stellarbyte_jax.launch import write_failure
 
 _REDRAW_SECONDS = 0.2
@@ -97,9 +97,22 @@ class Reporter:
         self.log(text)
 
     def config(self, config: TrainConfig) -> None:
-        """Prints the settings that differ from their defaults."""
-        rows = {name: written(value) for name, (value, _) in changed(config).items()}
-        self.table("settings other than the defaults", {name: spelled(text) for name, text in rows.items()})
+        """Prints the settings that differ from their defaults, beside these."""
+        rows = {
+            name: (spelled(written(value)), "" if default is REQUIRED else written(default))
+            for name, (value, default) in changed(config).items()
+        }
+        title = "settings other than the defaults"
+        plain = [
+            f"  {name}: {value}" + (f" (default: {default})" if default else "")
+            for name, (value, default) in rows.items()
+        ]
+        shown = Table("setting", "value", "default", title=title, title_justify="left")
+        for column in shown.columns:
+            column.overflow = "fold"
+        for name, row in rows.items():
+            shown.add_row(name, *row)
+        self._table(shown, [title, *plain])
 
     def start_bar(self, title: str, total: int, done: int) -> None:
         """Shows a bar on a terminal; elsewhere does nothing."""
@@ -158,18 +171,19 @@ class Reporter:
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         """Prints a summary: a table on a terminal, ``name: value`` lines elsewhere."""
+        shown = Table(title=title, show_header=False, title_justify="left")
+        for _ in range(2):
+            shown.add_column(overflow="fold")
+        for name, value in rows.items():
+            shown.add_row(name, value)
+        self._table(shown, [title, *(f"  {name}: {value}" for name, value in rows.items())])
+
+    def _table(self, shown: Table, plain: Sequence[str]) -> None:
+        """Prints the table on a terminal, the lines elsewhere and in the log."""
         self.end_bar()
-        plain = "\n".join([title, *(f"  {name}: {value}" for name, value in rows.items())])
-        if self._console.is_terminal:
-            table = Table(title=title, show_header=False, title_justify="left")
-            for _ in range(2):
-                table.add_column(overflow="fold")
-            for name, value in rows.items():
-                table.add_row(name, value)
-            self._print(table)
-        else:
-            self._print(plain)
-        self.log(plain)
+        text = "\n".join(plain)
+        self._print(shown if self._console.is_terminal else text)
+        self.log(text)
 
 
 _FORMATS = {

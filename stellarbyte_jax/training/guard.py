@@ -1,6 +1,7 @@
-"""The traceback of what a user can mend goes to the log, one clear line to standard error."""
+"""The traceback of what a user can mend goes to the log of its run, one clear line to standard error."""
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ def run_guarded(act: Callable[[], int], output_dir: str) -> int:
     except MENDABLE as error:
         error = _advised(error, Path(output_dir))
         log, where = Path(output_dir) / "train.log", ""
-        with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), log.open("r+", encoding="utf-8") as file:  # none where no run was begun
+            file.seek(0, os.SEEK_END)
             file.write(traceback.format_exc())
             where = f" (details: {log})"
         print_error(error, where)

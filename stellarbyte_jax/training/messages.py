@@ -38,3 +38,13 @@ def end_of_data(config: TrainConfig, step: int) -> str:
 def early_stop(stale: int, step: int) -> str:
     """That a run stopped at this step, after so many validations without a better loss."""
     return f"stopped early at step {step}: {stale} validations without a better loss"
+
+
+def over(config: TrainConfig, step: int, stale: int) -> str:
+    """That a run which stands at this step has none left."""
+    if step < config.steps:
+        return f"{early_stop(stale, step)}. A larger evaluation.patience goes on"
+    where = f"{step} of {config.steps} steps"
+    if step > config.steps:
+        where = f"it stands at step {step}, beyond steps={config.steps}"
+    return f"the run in {config.output_dir} is complete: {where}"

@@ -11,6 +11,7 @@ import optax
 
 from stellarbyte_jax.checkpoint.compatibility import check_resumable
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep
+from stellarbyte_jax.checkpoint.weights import stored_steps
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.model.io import State
@@ -69,11 +70,13 @@ class Resumed:
       state: of the last step.
       progress: of the run.
       data: place of the loader; None where only foreign weights were found, at step 0.
+      settings: to record from now on.
     """
 
     state: TrainState
     progress: Progress
     data: dict[str, Any] | None
+    settings: TrainConfig
 
 
 def save(
@@ -106,17 +109,25 @@ def save(
     checkpointer.save(step, arrays, facts, frozen=paths(state.frozen), validation_loss=validation_loss)
 
 
+def may_be_over(config: TrainConfig) -> bool:
+    """Whether the run in ``output_dir`` may have no step left, as far as the names of its checkpoints tell."""
+    steps = stored_steps(config.output_dir)
+    return bool(steps) and (steps[-1] >= config.steps or config.evaluation.patience is not None)
+
+
 def restore(
     checkpointer: Checkpointer,
     config: TrainConfig,
     shapes: TrainState,
     optimizer: optax.GradientTransformation,
     say: Callable[[str], None],
+    tokenizer: str | None = None,
 ) -> Resumed | None:
     """The newest readable state, or None where there is no checkpoint.
 
     From a checkpoint without optimizer state only weights come back, and training begins with them at step 0. One that
-    holds numbers that are not finite is taken for unreadable.
+    holds numbers that are not finite is taken for unreadable. ``tokenizer`` is the directory of the tokenizer that the
+    settings name; None: they name a directory.
 
     Raises:
       CheckpointError: all checkpoints are unreadable, or they belong to other settings.
@@ -124,10 +135,10 @@ def restore(
 
     def read(stored: StoredStep) -> Resumed:
         initial = not stored.has("optimizer")
-        check_resumable(stored.json("config"), config, stored.path, initial, say)
+        recorded = check_resumable(stored.json("config"), config, stored.path, initial, say, tokenizer)
         if initial:
-            return begin_with(stored.arrays({"params": shapes.weights})["params"], config, shapes, optimizer)
-        return _whole(stored, shapes)
+            return begin_with(stored.arrays({"params": shapes.weights})["params"], recorded, shapes, optimizer)
+        return _whole(stored, shapes, recorded)
 
     return checkpointer.restore(read, say)
 
@@ -151,10 +162,10 @@ def begin_with(
         frozen=frozen,
         carried=State.initial(config.model, config.global_batch_size),
     )
-    return Resumed(state, Progress(), None)
+    return Resumed(state, Progress(), None, config)
 
 
-def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
+def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig) -> Resumed:
     differ = sorted(set(stored.frozen_paths) ^ set(paths(shapes.frozen)))
     if differ:
         raise CheckpointError(
@@ -184,7 +195,7 @@ def _whole(stored: StoredStep, shapes: TrainState) -> Resumed:
         seconds=data.get("seconds"),
         tokens=data.get("tokens"),
     )
-    return Resumed(state, progress, data["loader"])
+    return Resumed(state, progress, data["loader"], settings)
 
 
 def _finite(items: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,22 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer
-from stellarbyte_jax.command import make_directory
+from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.inspect.costs import count_parameters
-from stellarbyte_jax.launch import CompileCache, Interrupt, RunLock, environment, quiet_libraries, write_failure
+from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import token_byte_lengths
-from stellarbyte_jax.tokenizer.directory import copy_tokenizer, write_json
-from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.training import begin, finish, messages, resume
+from stellarbyte_jax.training import begin, finish, messages, resume, script
 from stellarbyte_jax.training.console import Reporter, format_metrics
+from stellarbyte_jax.training.directory import RunDirectory
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sample, Sampler
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
@@ -54,15 +51,19 @@ class Finished:
 
 @dataclass
 class _Run:
-    """Everything that the loop works with; ``total`` is the number of steps, or where the run stands beyond them."""
+    """Everything that the loop works with; ``total`` is the number of steps, or where the run stands beyond them.
+
+    ``config`` has the directory of the tokenizer, and ``named`` its name, as the run records it.
+    """
 
     config: TrainConfig
+    named: TrainConfig
     total: int
     report: Reporter
     began: float
     cache: CompileCache
     interrupt: Interrupt
-    lock: RunLock
+    directory: RunDirectory
     checkpointer: Checkpointer
     model: ByteTransformer
     parameters: int
@@ -85,29 +86,31 @@ def train(config: TrainConfig) -> Finished:
       DivergedError: the loss became NaN or infinite; the checkpoints before it are kept.
     """
     began = time.perf_counter()
+    script.refuse_worker()
     quiet_libraries()
-    config = begin.complete(config)
+    found = begin.find_tokenizer(begin.complete(config))
+    config = found.used
     begin.check(config)
     run_dir = Path(config.output_dir)
-    make_directory(run_dir, "output_dir")
-    with RunLock(run_dir) as lock, Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
+    directory = RunDirectory(run_dir)
+    with directory.locked(), Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        prepared = _prepare(config, began, interrupt, lock, report, stack)
+        prepared = _prepare(found, began, interrupt, directory, report, stack)
         if isinstance(prepared, Finished):
             return prepared
         stack.callback(report.end_bar)
         start = int(prepared.state.step)
         report.start_bar("training", prepared.total, start)
         finished = _finish(prepared, _loop(prepared, start))
-        lock.check()
+        directory.check()
         return finished
 
 
 def _prepare(
-    config: TrainConfig,
+    settings: begin.Found,
     began: float,
     interrupt: Interrupt,
-    lock: RunLock,
+    directory: RunDirectory,
     report: Reporter,
     stack: contextlib.ExitStack,
 ) -> _Run | Finished:
@@ -115,10 +118,12 @@ def _prepare(
 
     What is opened is closed with ``stack``. A run that is complete already is finished.
     """
+    config, named = settings.used, settings.named
     run_dir = Path(config.output_dir)
     cache = CompileCache()
-    report.line(environment())
-    report.config(config)
+    may_be_over = resume.may_be_over(config)
+    if not may_be_over:
+        _introduce(settings, report)
     finish.recover(config)
 
     model = ByteTransformer(config.model)
@@ -127,11 +132,14 @@ def _prepare(
     checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
     shapes = state_shapes(config, model, optimizer)
     parameters = count_parameters(shapes.weights)
-    found = resume.restore(checkpointer, config, shapes, optimizer, report.line)
+    found = resume.restore(checkpointer, named, shapes, optimizer, report.line, config.data.tokenizer)
+    if found is not None:
+        named = found.settings
+        config = replace(config, init_from=named.init_from)
     resumed = found or begin.from_weights(config, shapes, optimizer, report.line)
     if resumed is None:
         begin.tell_unused_rows(config, report.line)
-        resumed = Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None)
+        resumed = Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None, named)
     start = int(resumed.state.step)
     total = max(start, config.steps)
     if start == total and resumed.progress.validated != start:
@@ -139,6 +147,9 @@ def _prepare(
     validates = resumed.progress.unvalidated and bool(config.data.validation)
     if (start == total and not validates) or resumed.progress.exhausted(config.evaluation.patience):
         return _over(config, model, resumed, report, interrupt)
+    if may_be_over:
+        _introduce(settings, report)
+    script.check_guarded(config.data)
     loader = stack.enter_context(contextlib.closing(_open_loader(config, "train")))
     validation = None
     if config.data.validation:
@@ -149,7 +160,7 @@ def _prepare(
         report.line(f"resumed at step {start} from {run_dir}")
     elif found is not None:
         report.line(f"starting from the weights in {run_dir}")
-    _keep(config, run_dir, parameters)
+    begin.keep(begin.Found(named, config), parameters)
     report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
     trackers = make_trackers(config, start, validated=not validates)
     for tracker in trackers:
@@ -172,12 +183,13 @@ def _prepare(
     byte_lengths_V = None if byte_lengths is None else jnp.asarray(byte_lengths)
     return _Run(
         config=config,
+        named=named,
         total=total,
         report=report,
         began=began,
         cache=cache,
         interrupt=interrupt,
-        lock=lock,
+        directory=directory,
         checkpointer=checkpointer,
         model=model,
         parameters=parameters,
@@ -195,20 +207,11 @@ def _prepare(
     )
 
 
-def _keep(config: TrainConfig, run_dir: Path, parameters: int) -> None:
-    """Writes settings, environment, and a copy of the tokenizer: checkpoints stay readable when the original moves."""
-    target = run_dir / "train_config.json"
-    try:
-        write_json(target, config.to_dict())
-        target = run_dir / ABOUT
-        write_json(target, about(parameters))
-        target = run_dir / TOKENIZER
-        copy_tokenizer(config.data.tokenizer, target, kept_ids(target, config.data.tokenizer, config.model.vocab_size))
-    except OSError as error:
-        source = error.filename if error.filename2 is None else None  # a copy that fails names both
-        if source is not None and Path(source).parent == Path(config.data.tokenizer):
-            raise OSError(f"{source} could not be read: {error.strerror}; make it readable, start again") from error
-        raise write_failure(target, error) from error
+def _introduce(settings: begin.Found, report: Reporter) -> None:
+    report.line(environment())
+    report.config(settings.named)
+    if settings.note is not None:
+        report.line(settings.note)
 
 
 def _loop(run: _Run, start: int) -> Finished:
@@ -228,6 +231,7 @@ def _loop(run: _Run, start: int) -> Finished:
             finish.forget(config)
             run.report.compiling()
         run.state, metrics = run.train_step(run.state, batch)
+        run.directory.keep()
         run.meter.push(step, metrics)
         if step == start + 1:
             run.meter.flush()
@@ -290,7 +294,7 @@ def _finish(run: _Run, ended: Finished) -> Finished:
         return _stopped(run, ended.step)
     if ended.ended_by == "patience":
         report.line(messages.early_stop(run.progress.stale, ended.step))
-    run.lock.check()
+    run.directory.check()
     loss = run.progress.loss_at(ended.step)
     exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, run.sampler, loss)
     report.table("summary", _summary(run, ended.step, exported))
@@ -312,14 +316,7 @@ def _over(
 ) -> Finished:
     """A run that has no step left: does what is missing of its end."""
     step = int(resumed.state.step)
-    if step == config.steps:
-        report.line(f"the run in {config.output_dir} is complete: {step} of {config.steps} steps")
-    elif step > config.steps:
-        report.line(
-            f"the run in {config.output_dir} is complete: it stands at step {step}, beyond steps={config.steps}"
-        )
-    else:
-        report.line(f"{messages.early_stop(resumed.progress.stale, step)}. A larger evaluation.patience goes on")
+    report.line(messages.over(config, step, resumed.progress.stale))
     sampler, loss = Sampler(config, model, step, lambda: interrupt.signal is not None), resumed.progress.loss_at(step)
     finish.finish(config, model, resumed.state.averaged, step, report.line, sampler, loss)
     if interrupt.signal is not None and not finish.is_done(config, step, sampler):
@@ -361,11 +358,11 @@ def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
     run.meter.flush()
     if validation_loss is not None and not math.isfinite(validation_loss):
         validation_loss = None  # no measure of which checkpoints are the best
-    run.lock.check()
+    run.directory.check()
     with run.meter.paused():
         place = run.loader.state()
         run.progress.seconds, run.progress.tokens = run.meter.seconds, run.meter.tokens
-        resume.save(run.checkpointer, run.config, run.state, step, place, run.progress, validation_loss)
+        resume.save(run.checkpointer, run.named, run.state, step, place, run.progress, validation_loss)
 
 
 def _open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> Loader:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.inference.capacity import TooLongError, limits_of
 from stellarbyte_jax.inference.programs import cast_for_inference
 from stellarbyte_jax.inference.request import Request
 from stellarbyte_jax.inference.text import encode_prompt, generate_text
@@ -29,8 +30,21 @@ def check(config: TrainConfig) -> None:
         row = encode_prompt(tokenizer, prompt, add_bos=config.data.add_bos)
         try:
             Request.make(config.model, [row], max_new_tokens=_new_tokens(config))
+        except TooLongError:
+            raise ValueError(f"sample_prompts: {prompt[:40]!r} {_too_long(config, len(row))}") from None
         except ValueError as error:
             raise ValueError(f"sample_prompts: {prompt[:40]!r} cannot be continued: {error}") from None
+
+
+def _too_long(config: TrainConfig, tokens: int) -> str:
+    """What is said of a prompt of so many tokens."""
+    new, positions = _new_tokens(config), limits_of(config.model).positions
+    assert positions is not None
+    enough = min(2 * tokens - 1, tokens + _MOST_TOKENS)  # since half of the positions, or so many, are for new tokens
+    return (
+        f"has {tokens} tokens, and with {new} new ones the model has room for {positions - new}: shorten it, or "
+        f"set model.max_position_embeddings={enough}"
+    )
 
 
 class SampleFile:

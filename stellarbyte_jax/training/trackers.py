@@ -2,15 +2,23 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
+import os
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from stellarbyte_jax.command import MendableError, one_line
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config.foreign import json_object, shown
 from stellarbyte_jax.launch import write_failure
+from stellarbyte_jax.tokenizer.directory import write_json
 from stellarbyte_jax.training.jsonl import keep_lines
 from stellarbyte_jax.training.samples import Sample
+
+IDS = "trackers.json"  # in the run's directory
+_ID_LENGTH = 21  # SwanLab takes no other one
+_SWANLAB_CLOUD = ("cloud", "online")
 
 
 class Tracker(Protocol):
@@ -82,29 +90,66 @@ class TensorBoardTracker:
         self._writer.close()
 
 
+def known_as(run_dir: Path, tracker: str) -> str:
+    """The id under which a tracker knows a run: made once, and kept in the run's directory.
+
+    An earlier version gave the name of the directory to W&B: a run that it began goes on under that name.
+
+    Raises:
+      ValueError: the file of ids is damaged.
+      OSError: it cannot be read or written.
+    """
+    path = run_dir / IDS
+    ids = json_object(path.read_bytes(), str(path)) if path.exists() else {}
+    if tracker not in ids:
+        named = tracker == "wandb" and (run_dir / "wandb").is_dir()
+        ids[tracker] = run_dir.name if named else uuid.uuid4().hex[:_ID_LENGTH]
+        try:
+            write_json(path, ids)
+        except OSError as error:
+            raise write_failure(path, error) from error
+    if not isinstance(ids[tracker], str) or not ids[tracker]:
+        raise ValueError(
+            f"{path}: the id of {tracker} must be a text, got {shown(ids[tracker])}; remove it for a new one"
+        )
+    return ids[tracker]
+
+
+def _begin(tracker: str, start: Callable[..., Any], offline: str, **settings: Any) -> Any:
+    """What a tracker's ``start`` returns.
+
+    Raises:
+      MendableError: it could not begin.
+    """
+    try:
+        return start(**settings)
+    except Exception as error:  # of the package's own kinds, whose names differ between its versions
+        raise MendableError(
+            f"logging.trackers names {tracker!r}, which could not begin ({type(error).__name__}: "
+            f"{one_line(str(error))}): log in with `{tracker} login`, or set {offline}"
+        ) from error
+
+
 class WandbTracker:
     """A Weights & Biases run, continued on resume."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """Starts or continues the run named after the output directory."""
+        """Starts or continues the run with the id that is kept in the output directory, which gives it its name."""
         import wandb  # pyright: ignore[reportMissingImports]
 
         self._wandb: Any = wandb
-        name = Path(config.output_dir).name
-        try:
-            self._run: Any = wandb.init(
-                project="stellarbyte",
-                name=name,
-                id=name,
-                resume="allow",
-                dir=config.output_dir,
-                config=config.to_dict(),
-            )
-        except Exception as error:  # wandb's own kinds, whose names differ between its versions
-            raise MendableError(
-                f"logging.trackers names 'wandb', which could not begin ({type(error).__name__}: "
-                f"{one_line(str(error))}): log in with `wandb login`, or set WANDB_MODE=offline"
-            ) from error
+        directory = Path(config.output_dir)
+        self._run: Any = _begin(
+            "wandb",
+            wandb.init,
+            "WANDB_MODE=offline",
+            project="stellarbyte",
+            name=directory.name,
+            id=known_as(directory, "wandb"),
+            resume="allow",
+            dir=config.output_dir,
+            config=config.to_dict(),
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Sends scalars."""
@@ -121,16 +166,26 @@ class WandbTracker:
 
 
 class SwanLabTracker:
-    """A SwanLab experiment."""
+    """A SwanLab experiment, continued on resume; away from its cloud each start makes a new one."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """Starts the experiment named after the output directory."""
+        """Starts or continues the experiment with the id that is kept in the output directory."""
         import swanlab  # pyright: ignore[reportMissingImports]
 
         self._swanlab = swanlab
-        name = Path(config.output_dir).name
-        swanlab.init(
-            project="stellarbyte", experiment_name=name, logdir=f"{config.output_dir}/swanlab", config=config.to_dict()
+        directory = Path(config.output_dir)
+        continues = {}
+        if os.environ.get("SWANLAB_MODE", "cloud") in _SWANLAB_CLOUD:  # refused in other modes
+            continues = {"id": known_as(directory, "swanlab"), "resume": "allow"}
+        _begin(
+            "swanlab",
+            swanlab.init,
+            "SWANLAB_MODE=local",
+            project="stellarbyte",
+            experiment_name=directory.name,
+            logdir=f"{config.output_dir}/swanlab",
+            config=config.to_dict(),
+            **continues,
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -158,6 +213,7 @@ def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = Tru
     Raises:
       ModuleNotFoundError: a tracker's package is not installed; the message names the extra.
       MendableError: a tracker could not begin, such as one that wants a login.
+      ValueError, OSError: the file of their ids is damaged, or cannot be read or written.
     """
     directory = Path(config.output_dir)
     trackers: list[Tracker] = [JsonlTracker(directory / "metrics.jsonl", start_step, validated=validated)]
@@ -169,10 +225,10 @@ def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = Tru
                 trackers.append(WandbTracker(config))
             else:
                 trackers.append(SwanLabTracker(config))
-        except (ModuleNotFoundError, MendableError) as error:
+        except (MendableError, ValueError, OSError, ModuleNotFoundError) as error:
             for tracker in trackers:
                 tracker.close()
-            if isinstance(error, MendableError):
+            if not isinstance(error, ModuleNotFoundError):
                 raise
             raise ModuleNotFoundError(
                 f"logging.trackers names {name!r}, but {error.name} is not installed: pip install {error.name}"

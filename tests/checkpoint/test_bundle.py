@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.hf_models import assert_same_tree, random_model, save_words
+from helpers.hf_models import NEEDS_TORCH, assert_same_tree, random_model, save_words
+from safetensors.numpy import load_file, save_file
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.store import TOKENIZER, Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import save_initial
 from stellarbyte_jax.config import CheckpointConfig, DataConfig, TrainConfig
+from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.hf.directory import save_pretrained
+from stellarbyte_jax.tokenizer.directory import copy_tokenizer
 
 MODEL, WEIGHTS = random_model(num_hidden_layers=1)
 WORDS = ["x", "<b>", "<e>", "y"]
@@ -165,15 +169,40 @@ def trained(run: Path, step: int, init_from: str | None = None, **data: Any) -> 
 
 
 def test_what_is_known_of_a_training_on_plain_text(copies: Path) -> None:
-    run, export = copies / "run", copies / "run" / "hf"
-    shutil.copytree(copies / "hf", export)
-    assert not any(load_bundle(path).plain_text for path in (run, copies / "hf", export))  # foreign weights
+    run = copies / "run"
+    assert not any(load_bundle(path).plain_text for path in (run, copies / "hf"))  # foreign weights
     trained(run, 20)
-    assert load_bundle(run).plain_text and load_bundle(export).plain_text
-    assert not load_bundle(copies / "hf").plain_text and not load_bundle(run, 0).plain_text
+    assert load_bundle(run).plain_text and not load_bundle(run, 0).plain_text
     trained(run, 30, template="Question: {q} Answer: {a}")
     assert not load_bundle(run).plain_text
     trained(run, 25, init_from="a/chat-model")  # which may have been trained on conversations
     assert not load_bundle(run, 25).plain_text
-    shutil.rmtree(run / "checkpoints" / "30" / "config")  # a broken run does not keep its export from being loaded
+
+
+@pytest.mark.parametrize("size", [5 * 10**9, 4096])
+def test_an_export_says_itself_what_it_was_trained_on(size: int, directories: Path, tmp_path: Path) -> None:
+    facts = TrainingFacts(steps=3, tokens=9, optimizer="adamw", plain_text=True)
+    words, export = directories / "words", tmp_path / "hf"
+    save_pretrained(export, MODEL, WEIGHTS, tokenizer=words, training=facts, max_shard_bytes=size)
+    assert (len(list(export.glob("*.safetensors"))) > 1) == (size == 4096)
+    moved = export.rename(tmp_path / "elsewhere")
+    assert load_bundle(moved).plain_text
+    assert "trained" not in (moved / "config.json").read_text()  # which outlives training by other programs
+    other = replace(facts, plain_text=False)
+    save_pretrained(export, MODEL, WEIGHTS, tokenizer=words, training=other)
     assert not load_bundle(export).plain_text
+    file = min(moved.glob("*.safetensors"))
+    save_file(load_file(file), file, metadata={"format": "pt"})  # as other programs write one
+    assert not load_bundle(moved).plain_text
+
+
+def test_weights_that_transformers_wrote_anew_say_nothing(directories: Path, tmp_path: Path) -> None:
+    """It may have trained them on conversations."""
+    pytest.importorskip("torch", reason=NEEDS_TORCH)
+    from transformers import AutoModelForCausalLM
+
+    facts = TrainingFacts(steps=3, tokens=9, optimizer="adamw", plain_text=True)
+    save_pretrained(tmp_path / "hf", MODEL, WEIGHTS, tokenizer=directories / "words", training=facts)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "chat")
+    copy_tokenizer(directories / "words", tmp_path / "chat")
+    assert load_bundle(tmp_path / "hf").plain_text and not load_bundle(tmp_path / "chat").plain_text

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.hf_models import save_words
 
 from stellarbyte_jax.checkpoint.compatibility import check_resumable
 from stellarbyte_jax.checkpoint.store import CheckpointError
@@ -93,11 +95,68 @@ def test_the_copy_that_a_run_keeps_of_its_tokenizer_stands_for_the_original() ->
     assert "data.tokenizer was" in refusal(settings(), settings(data={"tokenizer": "else/tokenizer"}))
 
 
-def test_other_weights_to_begin_with_are_told_to_be_without_effect() -> None:
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the copy of its tokenizer that the run keeps; the original ``tokenizer`` is gone."""
+    monkeypatch.chdir(tmp_path)
+    return save_words(Path("run/tokenizer"), ["x", "<b>", "<e>"], bos_token="<b>", eos_token="<e>")
+
+
+def test_a_tokenizer_of_the_same_content_is_the_same_one(kept: Path) -> None:
+    shutil.copytree(kept, "moved")
+    assert check(settings(), settings(data={"tokenizer": "moved"})) == []
+    now = settings(data={"tokenizer": "org/name"})  # of which this is the directory
+    assert check_resumable(json.loads(settings().to_json()), now, PATH, False, print, "moved").data == now.data
+
+
+@pytest.mark.parametrize(
+    ("words", "ends"), [(["x", "<b>", "<e>", "y"], "<e>"), (["x", "<b>", "<e>"], "x")], ids=["other", "other_eos"]
+)
+def test_a_tokenizer_of_other_content_is_another_one(words: list[str], ends: str, kept: Path) -> None:
+    save_words(Path("moved"), words, bos_token="<b>", eos_token=ends)
+    assert "data.tokenizer was 'tokenizer' and is 'moved'" in refusal(settings(), settings(data={"tokenizer": "moved"}))
+
+
+def test_a_copy_that_cannot_be_read_is_compared_by_its_name(kept: Path) -> None:
+    """Any other error would be taken for one of the checkpoint, which would be put aside."""
+    shutil.copytree(kept, "moved")
+    (kept / "tokenizer.json").write_text("{")
+    assert "data.tokenizer was" in refusal(settings(), settings(data={"tokenizer": "moved"}))
+
+
+def recorded(before: TrainConfig, now: TrainConfig, initial: bool = False) -> TrainConfig:
+    return check_resumable(json.loads(before.to_json()), now, PATH, initial, lambda _: None)
+
+
+def test_what_a_run_began_with_stays_on_record(kept: Path) -> None:
+    began, more = settings(init_from="old", data={"tokenizer": "old/words"}), {"tokenizer": "run/tokenizer"}
+    for initial in (False, True):
+        assert recorded(began, settings(steps=40, data=more), initial) == settings(
+            init_from="old", steps=40, data={"tokenizer": "old/words"}
+        )
+        assert recorded(settings(), settings(init_from="new"), initial).init_from is None
+    shutil.copytree(kept, "moved")
+    assert recorded(began, settings(data={"tokenizer": "moved"})).data.tokenizer == "moved"  # which is there
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_other_weights_to_begin_with_are_told_to_be_without_effect(initial: bool) -> None:
+    remark = " (without effect: the run goes on with its own weights)"
     now = settings(init_from="elsewhere")
-    assert check(settings(), now) == [
-        "setting changed: init_from None -> 'elsewhere' (without effect: the run goes on with its own weights)"
-    ]
+    assert check(settings(), now, initial) == [f"setting changed: init_from None -> 'elsewhere'{remark}"]
+    began = settings(init_from="first")
+    assert check(began, now, initial) == [f"setting changed: init_from 'first' -> 'elsewhere'{remark}"]
+    for same in (None, "first", os.path.abspath("first")):
+        assert check(began, settings(init_from=same), initial) == []
+
+
+def test_settings_that_lack_the_weights_to_begin_with_are_told_to_name_them() -> None:
+    began = settings(init_from="old", model={"qk_norm": True})
+    assert refusal(began, settings()).endswith(
+        "there and False here. Use the same settings (the run began with the model of init_from=old: name that again), "
+        "or another output_dir"
+    )
+    assert "name that again" not in refusal(began, settings(init_from="old"))
 
 
 def test_sizes_may_be_spelt_out_or_derived() -> None:

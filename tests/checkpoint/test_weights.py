@@ -169,9 +169,9 @@ def test_what_is_known_of_the_training(tmp_path: Path) -> None:
     measured = {"best_loss": 2.5, "stale": 1, "validated": 20, "last_loss": 2.75}
     older = {"best_loss": 2.5, "stale": 0}
     write_trained(tmp_path / "run", {3: older, 20: measured, 30: measured})
-    assert load_training_facts(tmp_path / "run") == TrainingFacts(30, 30 * 32 * 16, "adamw", None)
-    assert load_training_facts(tmp_path / "run", 20) == TrainingFacts(20, 20 * 32 * 16, "adamw", 2.75)
-    assert load_training_facts(tmp_path / "run", 3) == TrainingFacts(3, 3 * 32 * 16, "adamw", None)
+    assert load_training_facts(tmp_path / "run") == TrainingFacts(30, 30 * 32 * 16, "adamw", None, True)
+    assert load_training_facts(tmp_path / "run", 20) == TrainingFacts(20, 20 * 32 * 16, "adamw", 2.75, True)
+    assert load_training_facts(tmp_path / "run", 3) == TrainingFacts(3, 3 * 32 * 16, "adamw", None, True)
     save_initial(tmp_path / "foreign", CONFIG, WEIGHTS)
     assert load_training_facts(tmp_path / "foreign") is None
     data = tmp_path / "run" / "checkpoints" / "20" / "data" / "metadata"

@@ -5,12 +5,13 @@ import json
 import subprocess
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import settings
 
 from stellarbyte_jax.checkpoint import store
-from stellarbyte_jax.cli import benchmark, measurements
+from stellarbyte_jax.cli import benchmark, measurements, program
 from stellarbyte_jax.cli.measurements import WORKERS
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data import loader
@@ -100,6 +101,38 @@ def test_without_torch_there_is_no_peer_and_a_line(machine, torch, capsys):
     assert [name for name, _ in measured] == ["synthetic", "real"]
 
 
+def test_what_is_being_done_is_told_apart_from_the_results(machine, torch, tmp_path, capsys):
+    measured = machine("cpu", fails=["real"])
+    run = benchmark._run_worker
+
+    def told(name, options):
+        shown.append((name, capsys.readouterr()))
+        return run(name, options)
+
+    benchmark._run_worker, shown = told, []  # undone with the machine's own
+    assert benchmark.main(["train"]) == 1 and len(measured) == 3
+    assert [name for name, _ in shown] == ["device", "synthetic", "real", "huggingface"]
+    assert [printed.err for _, printed in shown] == [
+        "looking for a GPU\n",
+        "measuring synthetic (1 of 3)\n",
+        "measuring real (2 of 3)\n",
+        "measuring huggingface (3 of 3)\n",
+    ], "before it begins"
+    assert [printed.out.split()[:1] for _, printed in shown[2:]] == [["synthetic"], ["real"]], "each as it is done"
+
+
+def test_a_machine_on_which_jax_does_not_start_is_one_line(machine, monkeypatch, capsys):
+    machine("gpu")
+    asked = []
+    failed = {"error": "exit code 1"}
+    monkeypatch.setattr(benchmark, "_run_worker", lambda name, options: asked.append((name, options.set)) or failed)
+    assert benchmark.main(["train", "--set", "steps=x"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: JAX could not start (exit code 1): its own message stands above"
+    )
+    assert asked == [("device", [])], "whatever the settings are"
+
+
 def test_a_wrong_setting_is_told_before_any_measurement(machine, torch, capsys):
     measured = machine("gpu")
     assert benchmark.main(["train", "--set", "model.hiden_size=3"]) == 2
@@ -116,13 +149,18 @@ def test_a_worker_is_a_process_of_its_own(monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch
 @pytest.mark.parametrize("name", ["synthetic", "huggingface"])
-def test_a_step_is_measured(name, monkeypatch):
+def test_a_step_is_measured(name, monkeypatch, capsys):
     if name == "huggingface":
         torch = pytest.importorskip("torch", reason="the peer is transformers on torch: pip install -e '.[torch]'")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = WORKERS[name](settings(), 1)
     assert result["repeats"] == 5 and 0 < result["lowest"] <= result["tokens_per_second"] <= result["highest"]
     assert "cpu" in result["on"].lower() and 0 < result["loss"] < 10
+    printed = capsys.readouterr()
+    first, warm, *repeats = printed.err.splitlines()
+    assert printed.out == "" and "first step" in first and "to warm up" in warm
+    assert [line.split(":")[0].strip() for line in repeats] == [f"repeat {n} of 5" for n in range(1, 6)]
+    assert {f"{result[key]:,} tokens/s" for key in ("lowest", "highest")} <= {line.split(": ")[1] for line in repeats}
 
 
 def test_the_steps_that_were_asked_for_are_measured(monkeypatch, capsys):
@@ -206,9 +244,47 @@ def test_shards_are_measured_as_such(monkeypatch, tmp_path):
 def test_what_a_config_takes_over_is_measured(machine, torch, monkeypatch):
     """In the process that measures, and in the one that checks the settings first."""
     asked = []
-    monkeypatch.setattr(benchmark, "inherit", lambda source, output: asked.append(source) or {"model": {}})
+    monkeypatch.setattr(program, "inherit", lambda source, output: asked.append(source) or {"model": {}})
     monkeypatch.setitem(benchmark.WORKERS, "synthetic", lambda config, steps: {"loss": 1.0})
     machine("gpu")
     for more in ([], ["--worker", "synthetic"]):
         assert benchmark.main(["train", "--config", "quickstart", "--set", "init_from=x", *more]) in (0, 2)
     assert asked == ["x", "x"]
+
+
+def test_the_tokenizer_is_found_as_in_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: f"cache/{name}")
+    used: list[str] = []
+    monkeypatch.setitem(benchmark.WORKERS, "jsonl", lambda config, steps: used.append(config.data.tokenizer))
+    typed = ["data", "--worker", "jsonl", "--config", "quickstart", "--set", "data.tokenizer=org/name"]
+    assert benchmark.main(typed) == 0
+    copy = Path(save_byte_tokenizer(tmp_path / "run" / "tokenizer"))
+    recorded = settings(data=DataConfig(sequence_length=16, tokenizer="gone"))
+    (tmp_path / "run" / "train_config.json").write_text(recorded.to_json())
+    assert benchmark.main(["data", "--worker", "jsonl", "--config", "run/train_config.json"]) == 0
+    assert used == ["cache/org/name", str(copy.relative_to(tmp_path))]
+
+
+def test_generation_tells_each_repeat(capsys, monkeypatch):
+    small = dataclasses.replace(
+        measurements.CACHE,
+        vocab_size=32,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    result = measurements._decode(small, 2, 4, 3)
+    printed = capsys.readouterr()
+    compiling, *repeats = printed.err.splitlines()
+    assert printed.out == "" and compiling == "  compiling for 2 x 4 tokens, to which 3 are added"
+    assert [line.split(":")[0] for line in repeats] == [f"  repeat {n} of 5" for n in range(1, 6)]
+    assert result["repeats"] == 5 and 0 < result["lowest"] <= result["tokens_per_second"] <= result["highest"]
+
+
+def test_a_checkpoint_tells_each_repeat(capsys):
+    WORKERS["verified"](settings(), 1)
+    printed = capsys.readouterr()
+    told = [line for line in printed.err.splitlines() if line.startswith("  ")]
+    assert told == ["  compiling, and saving once", *(f"  repeat {n} of 5" for n in range(1, 6))]

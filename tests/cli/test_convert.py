@@ -76,7 +76,7 @@ def test_to_hf_and_back(
     assert config.data.tokenizer == str(again / "tokenizer")
 
     # The name of one checkpoint will do, and its tokenizer is found beside it.
-    assert convert("to-hf", again / "checkpoints" / "0", run_dir.parent / "hf2", "--dtype", "bfloat16") == 0
+    assert convert("to-hf", again / "checkpoints" / "0", run_dir.parent / "hf2", "--dtype", "bf16") == 0
     assert (run_dir.parent / "hf2" / "tokenizer_config.json").is_file()
     with safe_open(run_dir.parent / "hf2" / "model.safetensors", framework="np") as handle:
         assert handle.get_tensor("lm_head.weight").dtype == "bfloat16"
@@ -245,7 +245,7 @@ def test_existing_directories(
     hf, again = tmp_path / "hf", tmp_path / "again"
     assert convert("to-hf", run_dir, hf) == 0
     assert convert("to-hf", run_dir, hf) == 1
-    assert "is not empty" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("is not empty: give another directory, or add --overwrite\n")
     assert convert("to-hf", run_dir, hf, "--overwrite") == 0
     assert convert("from-hf", hf, again) == 0
     assert convert("from-hf", hf, again) == 1

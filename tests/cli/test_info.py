@@ -110,13 +110,13 @@ def test_speed_is_measured_where_asked_for(directory, monkeypatch, capsys):
 def test_reports_are_files(directory, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     target = tmp_path / "some" / "where"
-    assert main(["--model", directory, "--output", str(target)]) == 0
+    assert main(["--model", directory, "--output", str(target), "--format", "markdown"]) == 0
     assert capsys.readouterr().out == f"wrote {target / 'report.md'}\n"
     images = {path.name for path in target.glob("*.png")}
     assert images == {"structure.png", "parameters.png", "comparison.png", "deviations.png"}
     text = (target / "report.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\((.*?)\)", text)) == images and text.startswith("# Model report: a \\[b\\]model\n")
-    assert main(["--config", QUICKSTART, "--output", str(target), "--format", "html", "--language", "zh"]) == 0
+    assert main(["--config", QUICKSTART, "--output", str(target), "--format", "HTML", "--language", "zh-CN"]) == 0
     page = (target / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 3 and "<h1>模型报告: quickstart</h1>" in page
 
@@ -145,7 +145,8 @@ def test_without_matplotlib_reports_name_the_extra(monkeypatch, tmp_path, capsys
     [
         (["--config", "nowhere.py"], 2, "config file nowhere.py does not exist"),
         (["--config", QUICKSTART, "--set", "model.hidden=3"], 2, "hidden"),
-        (["--model", "nowhere"], 1, "neither a Hugging Face directory (config.json) nor a run directory"),
+        (["--model", "nowhere"], 1, "nowhere does not exist (looked from"),
+        (["--model", "tests"], 1, "neither a Hugging Face directory (config.json) nor a run directory"),
         (["--config", QUICKSTART, "--batch-sizes", "3"], "exit", "--batch-sizes belongs to --speed"),
         (["--config", QUICKSTART, "--format", "html"], "exit", "--format belongs to --output"),
         (["--config", QUICKSTART, "--step", "3"], "exit", "--step belongs to --model"),

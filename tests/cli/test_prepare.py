@@ -4,17 +4,24 @@ import errno
 import json
 import os
 import re
+import shlex
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.cli import prepare as script
+from stellarbyte_jax.cli import train
+from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.files import shipped
 from stellarbyte_jax.data.encode import EncodeDocuments
+from stellarbyte_jax.data.files import DataError
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
+SHARD = ["offsets-00000.npy", "tokens-00000.npy"]
 TEXTS = [f"[{i}] 春眠不覚暁 spring {'.' * (i % 9)}" for i in range(100)]
 
 
@@ -49,10 +56,37 @@ def prepare(tmp_path, capsys):
 
 def test_text_files_and_what_comes_next(prepare, tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    status, out, errors = prepare("--input", tmp_path / "a.txt", "--text-documents", "paragraph")
+    status, out, errors = prepare("--input", tmp_path / "a.txt", "--text-documents", "paragraphs")
     assert (status, errors) == (0, "")
     assert out.startswith("2 documents, 6 tokens, 1 shards\n")
-    assert f"--set data.train={tmp_path / 'out'} data.tokenizer={tmp_path / 'tokenizer'}\n" in out
+    assert (
+        f"--config quickstart --set data.train={tmp_path / 'out'} data.tokenizer={tmp_path / 'tokenizer'} "
+        "model.vocab_size=288 output_dir=runs/out\n"
+    ) in out
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["bos and eos", "neither"])
+def test_what_comes_next_trains_as_it_is_typed(prepare, tmp_path, monkeypatch, marked):
+    """With a tokenizer that is not the config's, and may have no tokens for the ends of a text; in fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    if not marked:
+        settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+        kept = {name: value for name, value in settings.items() if name not in ("bos_token", "eos_token")}
+        (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(kept))
+        (tmp_path / "tokenizer" / "special_tokens_map.json").unlink()
+    (tmp_path / "a b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    status, out, _ = prepare("--input", "a b.jsonl", "--output", "my shards")
+    line = next(line for line in out.splitlines() if line.startswith("  train:"))
+    words = shlex.split(line.partition(":")[2])
+    assert (status, words[:2]) == (0, ["stellarbyte", "train"])
+    small = ["steps=1", "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16"]
+    fast = ["schedule.warmup_steps=0", "evaluation.batches=1", "sample_prompts=none", "export_at_end=false"]
+    fast += ["data.sequence_length=16", "global_batch_size=2", "data.cache_dir=cache"]
+    with jax.numpy_dtype_promotion("standard"):
+        assert train.main([*words[2:], *small, *fast]) == 0
+    made = TrainConfig.from_dict(json.loads((tmp_path / "runs" / "my shards" / "train_config.json").read_text()))
+    assert (made.data.train, made.model.vocab_size) == (("my shards",), 288)
+    assert made.data.add_bos == made.data.add_eos == marked
 
 
 def test_bad_lines_are_told_with_options_of_this_command(prepare, tmp_path):
@@ -67,7 +101,7 @@ def test_bad_lines_are_told_with_options_of_this_command(prepare, tmp_path):
     status, out, errors = prepare("--input", path, "--on-error", "skip")
     assert (status, errors) == (0, "") and "1 documents, 1 tokens, 1 shards, 1 unusable ones skipped\n" in out
     status, out, errors = prepare("--input", path, "--on-error", "skip")
-    assert (status, out) == (1, "") and errors.endswith("choose another directory, or add --overwrite\n")
+    assert (status, out) == (1, "") and errors.endswith("choose another --output, or add --overwrite\n")
 
 
 @pytest.mark.parametrize(
@@ -76,9 +110,10 @@ def test_bad_lines_are_told_with_options_of_this_command(prepare, tmp_path):
         (["--input", "absent.jsonl"], r"error: --input: absent\.jsonl does not exist .*"),
         (["--input", "a.jsonl", "--template", "{"], r"error: --template '\{': .*"),
         (["--input", "a.jsonl", "--shard-tokens", "0"], r"error: --shard-tokens must be positive, got 0"),
+        (["--input", "a.jsonl", "--workers", "-1"], r"error: --workers must not be negative, got -1"),
         (["--input", "a.jsonl", "--cache-dir", "a.jsonl"], r"error: .*another --cache-dir"),
         (["--input", "a.jsonl", "--output", "a.jsonl/x"], r"error: cannot write to the output a\.jsonl/x: Not a dir.*"),
-        (["--input", "sets"], r"error: sets holds the splits train: .*, such as --input sets/train"),
+        (["--input", "sets"], r"error: --input: sets holds the splits train: name one, such as sets/train"),
     ],
     ids=str,
 )
@@ -107,7 +142,7 @@ def test_an_output_that_cannot_be_written_is_one_line_before_the_work(prepare, t
         1,
         "",
         f"error: cannot write to the output {tmp_path / 'out'}: Read-only file system; make it writable or choose "
-        "another output directory\n",
+        "another --output\n",
     )
 
 
@@ -125,7 +160,7 @@ def test_on_a_terminal_the_bar_comes_with_the_work_and_goes_with_it(prepare, tmp
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_an_interruption_says_what_is_left(prepare, tmp_path, monkeypatch, begun):
+def test_an_interruption_leaves_nothing(prepare, tmp_path, monkeypatch, begun):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     calls = iter([begun])
     encode = EncodeDocuments.__call__
@@ -137,8 +172,64 @@ def test_an_interruption_says_what_is_left(prepare, tmp_path, monkeypatch, begun
 
     monkeypatch.setattr(EncodeDocuments, "__call__", interrupted)
     status, _, errors = prepare("--input", tmp_path / "a.jsonl", "--shard-tokens", "1")
-    left = f": {tmp_path / 'out'} is incomplete, run again with --overwrite" if begun else ""
-    assert (status, errors) == (130, f"interrupted{left}\n")
+    assert (status, errors) == (130, "\ninterrupted\n")
+    assert not (tmp_path / "out").exists()
+
+
+BAD_STARTS = {
+    "no file": ["--input", "absent.jsonl"],
+    "bad record": ["--input", "bad.jsonl"],
+    "bad record after shards": ["--input", "late.jsonl", "--shard-tokens", "1"],
+    "bad gzip": ["--input", "bad.jsonl.gz"],
+    "bad parquet": ["--input", "bad.parquet"],
+    "unknown kind": ["--input", "a.csv"],
+    "no text": ["--input", "empty.jsonl"],
+    "no tokens": ["--input", "blank.jsonl"],
+    "template": ["--input", "a.jsonl", "--template", "{"],
+    "shard tokens": ["--input", "a.jsonl", "--shard-tokens", "0"],
+    "workers": ["--input", "a.jsonl", "--workers", "-1"],
+    "tokenizer": ["--input", "a.jsonl", "--tokenizer", "absent"],
+}
+
+
+@pytest.mark.parametrize("output", ["new/folder/out", "out"])
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_a_start_that_fails_leaves_no_directory(prepare, tmp_path, monkeypatch, case, output):
+    """Nor a cache that holds nothing; a directory that was there stays, and is empty."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name, text in {
+        "bad.jsonl": "{}\n",
+        "late.jsonl": '{"text": "a"}\n' * 100 + "{}\n",
+        "bad.jsonl.gz": "no gzip",
+        "bad.parquet": "no parquet",
+        "a.csv": "a",
+        "empty.jsonl": "",
+        "blank.jsonl": '{"text": ""}\n',
+        "a.jsonl": '{"text": "a"}\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.iterdir())
+    status, _, errors = prepare(*BAD_STARTS[case], "--output", output, "--cache-dir", "new/kept")
+    assert status == 1 and errors.startswith("error: ") and errors.count("\n") == 1
+    assert sorted((tmp_path / "new").glob("*")) in ([], [tmp_path / "new" / "kept"])
+    assert not (tmp_path / "new").exists() or any((tmp_path / "new" / "kept").iterdir())
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    assert sorted(tmp_path.iterdir()) == before and not any((tmp_path / "out").iterdir())
+
+
+def test_what_is_overwritten_stays_until_there_is_something_in_its_place(prepare, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 100)
+    assert prepare("--input", path, "--shard-tokens", "1")[0] == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert len(before) > 3
+    path.write_text("{}\n")
+    assert prepare("--input", path, "--overwrite")[0] == 1
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    path.write_text('{"text": "b"}\n')
+    assert prepare("--input", path, "--overwrite")[0] == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["meta.json", *SHARD]
 
 
 def test_the_tokenizer_that_comes_with_the_package_is_the_default(tmp_path, monkeypatch, capsys):
@@ -148,6 +239,15 @@ def test_the_tokenizer_that_comes_with_the_package_is_the_default(tmp_path, monk
     assert script.main(["--input", "a.txt", "--output", "out", "--workers", "0", "--cache-dir", "cache"]) == 0
     vocabulary = load_tokenizer(shipped("tokenizer"))
     assert np.load(tmp_path / "out" / "tokens-00000.npy").tolist() == vocabulary.encode("春眠不覚暁")
+
+
+def test_nothing_is_said_of_checkpoints(prepare, tmp_path, monkeypatch):
+    def work(*places, **settings):
+        raise DataError("inputs: a.jsonl became shorter. Put it back and start again; the checkpoints are kept")
+
+    monkeypatch.setattr(script, "prepare", work)
+    told = "error: --input: a.jsonl became shorter. Put it back and start again\n"
+    assert prepare("--input", "a.jsonl") == (1, "", told)
 
 
 def test_every_option_reaches_the_work(prepare, tmp_path, monkeypatch):

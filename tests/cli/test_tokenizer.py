@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +80,19 @@ def test_without_text_that_is_held_out_there_are_no_figures_of_it(tmp_path, caps
     assert report["tokenizer"] == {} and report["held_out_bytes"] == {"t": 0}
 
 
+def test_baselines_of_a_small_corpus_are_told_as_skipped(tmp_path, capsys):
+    content = json.dumps({"text": ENGLISH + CHINESE}) + "\n"
+    assert _train(tmp_path, GOOD + content, "--baselines") == 0
+    printed = capsys.readouterr()
+    told = re.findall(
+        r"^baseline (\w+) skipped: the corpus has pairs for \d+ merges, \d+ are needed.*$", printed.out, re.M
+    )
+    assert told == ["gpt2_like_50257", "lossy_50000"] and printed.err == ""
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["skipped_baselines"]) == told
+    assert list(report["baselines"]) == [f"gpt2_like_{FIXED + 5}", f"lossy_{FIXED + 5}"]
+
+
 @pytest.mark.parametrize(
     ("line", "more", "message"),
     [
@@ -92,6 +107,85 @@ def test_a_mistake_is_one_line(tmp_path, capsys, line, more, message):
     assert _train(tmp_path, GOOD + line, *more) == 1
     error = capsys.readouterr().err
     assert re.search("^error: .*" + message, error) and error.count("\n") == 1
+
+
+BAD_STARTS = {
+    "no file": ["--corpus", "u=absent.txt"],
+    "bad record": ["--corpus", "u=bad.jsonl"],
+    "bad gzip": ["--corpus", "u=bad.jsonl.gz"],
+    "no text": ["--corpus", "u=empty.jsonl"],
+    "filter": ["--only", "t:text=("],
+    "all filtered out": ["--only", "t:text=zzz"],
+    "stage": ["--stage", "x"],
+    "stage without room": ["--stage", "10:t"],
+    "too few pairs": ["--stage", "32000:t"],
+    "unknown corpus": ["--stage", "400:x"],
+}
+
+
+@pytest.mark.parametrize("output", ["new/folder/out", "out"])
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_a_start_that_fails_leaves_no_directory(tmp_path, monkeypatch, capsys, case, output):
+    """Nor a cache that holds nothing; a directory that was there stays, and is empty."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name, text in {"a[1].jsonl": "", "bad.jsonl": "{}\n", "bad.jsonl.gz": "no gzip", "empty.jsonl": ""}.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.iterdir())
+    assert _train(tmp_path, GOOD, *BAD_STARTS[case], "--output", output, "--cache-dir", "new/kept") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert sorted((tmp_path / "new").glob("*")) in ([], [tmp_path / "new" / "kept"])
+    assert not (tmp_path / "new").exists() or any((tmp_path / "new" / "kept").iterdir())
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    assert sorted(tmp_path.iterdir()) == before and not any((tmp_path / "out").iterdir())
+
+
+def test_what_was_trained_stays_where_its_figures_cannot_be_had(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no figures")
+
+    monkeypatch.setattr(script, "evaluate", fail)
+    assert _train(tmp_path, GOOD) == 1 and "error: no figures" in capsys.readouterr().err
+    assert load_tokenizer(tmp_path / "out").vocab_size == FIXED + 5
+
+
+@pytest.mark.parametrize(("size", "place"), [(10_000, "out"), (30_000, r"out/report\.json")])
+def test_a_write_that_fails_is_one_line_and_leaves_no_part(tmp_path, monkeypatch, capsys, size, place):
+    """Of the tokenizer, whose largest file has 20 kB, or of a report that is larger."""
+    report = {"tokenizer": {}, "skipped_baselines": {}, "more": "x" * 50_000}
+    monkeypatch.setattr(script, "evaluate", lambda *_: report)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        assert _train(tmp_path, GOOD) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    errors = capsys.readouterr().err
+    assert re.fullmatch(rf"error: .*{place} cannot be written: File too large; a limit .*ulimit -f.*\n", errors), errors
+    assert not list(tmp_path.rglob("*.partial")) and (tmp_path / "out").exists() == (size == 30_000)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--sample-megabytes", "nan"),
+        ("--sample-megabytes", "-1"),
+        ("--held-out-megabytes", "x"),
+        ("--max-token-length", "0"),
+        ("--model-max-length", "-3"),
+    ],
+)
+def test_a_number_that_cannot_be_is_told_by_its_option(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        _train(tmp_path, GOOD, option, value)
+    assert f"error: argument {option}: '{value}' must be a" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_told_by_its_option(tmp_path, capsys):
+    assert _train(tmp_path, GOOD, "--cache-dir", str(tmp_path / "a[1].jsonl" / "x")) == 1
+    assert "choose another --cache-dir\n" in capsys.readouterr().err
 
 
 def test_a_tokenizer_is_not_replaced_unless_asked(tmp_path, capsys):
@@ -120,7 +214,9 @@ def test_filters_of_one_field_are_alternatives_and_of_several_conditions():
 
 def test_options_reach_the_tokenizer(tmp_path, monkeypatch):
     evaluated = []
-    monkeypatch.setattr(script, "evaluate", lambda *given: evaluated.append(given[3]) or {"tokenizer": {}})
+    monkeypatch.setattr(
+        script, "evaluate", lambda *given: evaluated.append(given[3]) or {"tokenizer": {}, "skipped_baselines": {}}
+    )
     content = GOOD.replace('"text"', '"body"')
     more = ["--text-field", "body", "--model-max-length", "99", "--max-token-length", "2"]
     assert _train(tmp_path, content, *more) == 0

@@ -79,7 +79,7 @@ def test_overrides_apply_together_and_the_last_one_wins(run):
         ("steps=true", r"steps must be int"),
         ("steps=0", r"steps must be int \(positive, below 2.(31|63)\)"),
         ("model.tie_word_embeddings=1", r"tie_word_embeddings must be bool"),
-        ("model.hidden_act=relu", r"hidden_act must be one of 'silu', 'gelu'"),
+        ("model.hidden_act=relu", r"hidden_act must be one of silu, gelu, gelu_pytorch_tanh$"),
         ("model.rope_theta=nan", r"rope_theta must be float \(positive, finite\)"),
         ("model.rope_theta=inf", r"rope_theta must be float \(positive, finite\)"),
         ("model.head_dim=wide", r"head_dim must be int \(positive, below 2.(31|63)\) or none"),
@@ -120,13 +120,28 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
         ("return TrainConfig(output_dir='a', steps='3')", r"line 5: TrainConfig\.steps must be int .*got '3'"),
         ("return TrainConfig(output_dir='a')", r"line 5: TypeError: .*missing .*'steps'"),
         ("return TrainConfg()", r"line 5: NameError: .*TrainConfg"),
-        ("return TrainConfig(", r"line 5: SyntaxError"),
+        ("return TrainConfig(", r"line 5: SyntaxError: '\(' was never closed$"),
+        ("return {}['a']", r"line 5: KeyError: 'a'$"),
+        ("raise SystemExit(3)", r"line 5: it ends the program \(SystemExit: 3\); leave that out$"),
     ],
 )
-def test_a_faulty_file_is_named_with_its_line(tmp_path, body, message):
+def test_a_faulty_file_is_named_with_its_line(tmp_path, body, message, monkeypatch):
     path = write(tmp_path / "run.py", body)
-    with pytest.raises(ConfigError, match=rf"run\.py.*{message}"):
-        load(path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.py").symlink_to(path)
+    for given in (str(path), "run.py", "folder/../run.py", "link.py"):
+        with pytest.raises(ConfigError, match=message) as caught:
+            load(given)
+        start = f"{given}, " if message.startswith("line") else f"{given}: "
+        assert str(caught.value).startswith(start)
+
+
+def test_a_faulty_neighbour_is_named_with_its_line_too(tmp_path):
+    write(tmp_path / "base.py", "return TrainConfig(")
+    (tmp_path / "run.py").write_text("\nfrom .base import config\n")
+    with pytest.raises(ConfigError, match=r"run\.py, line 2: SyntaxError: .*\(base\.py, line 5\)$"):
+        load(tmp_path / "run.py")
 
 
 def test_a_file_without_config_or_of_another_kind(tmp_path):
@@ -202,7 +217,7 @@ def test_the_settings_of_a_run_are_a_config_file(tmp_path, run):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path)
     path.unlink()
-    with pytest.raises(ConfigError, match=rf"^config file {tmp_path} is a directory$"):
+    with pytest.raises(ConfigError, match=rf"^config file {tmp_path} is a directory; name a Python file, or the "):
         load(tmp_path)
 
 
@@ -303,5 +318,35 @@ def test_lists_of_overrides_are_json_or_words(tmp_path):
     for text in ("['a', 'b']", '["a",]'):
         with pytest.raises(ConfigError, match="sample_prompts must be a list of str"):
             load(path, [f"sample_prompts={text}"])
-    with pytest.raises(ConfigError, match="begins with ~"):
-        load(path, ["output_dir=~/x"])
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(
+        tmp_path / "a.py",
+        "return TrainConfig(output_dir='~/b', steps=300, data=DataConfig(train=('~/a.jsonl', 'c/~'), cache_dir='~'))",
+    )
+    config = load("~/a.py")
+    assert (config.output_dir, config.data.train) == (f"{tmp_path}/b", (f"{tmp_path}/a.jsonl", "c/~"))
+    assert (config.data.cache_dir, config.init_from) == (str(tmp_path), None)
+    asked: list[tuple[str, ...]] = []
+
+    def inherit(*names: str) -> dict[str, object]:
+        asked.append(names)
+        return {"model": {}, "data.tokenizer": "theirs"}
+
+    typed = ["output_dir=~/x", "data.validation=~/v*.jsonl,./~/w", "data.tokenizer=~/tok", "init_from=~/old"]
+    config = load("~/a.py", typed, inherit)
+    assert asked == [(f"{tmp_path}/old", f"{tmp_path}/x")]
+    assert (config.output_dir, config.data.validation) == (f"{tmp_path}/x", (f"{tmp_path}/v*.jsonl", "./~/w"))
+    assert (config.data.tokenizer, config.init_from) == (f"{tmp_path}/tok", f"{tmp_path}/old")
+    assert "~" not in config.to_json().replace("./~/w", "").replace("c/~", "")  # a record holds for other users too
+
+
+def test_the_home_directory_of_nobody(tmp_path):
+    path = write(tmp_path / "a.py", "return TrainConfig(output_dir='runs/a', steps=300)")
+    advice = r"there is no home directory of ~no\.body: write the whole path, or \./~no\.body/x for a folder there"
+    with pytest.raises(ConfigError, match=rf"^DataConfig\.tokenizer ~no\.body/x: {advice}"):
+        load(path, ["data.tokenizer=~no.body/x"])
+    with pytest.raises(ConfigError, match=rf"^~no\.body/x: {advice}"):
+        load("~no.body/x")

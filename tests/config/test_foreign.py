@@ -5,13 +5,22 @@ import json
 import pytest
 from helpers.hostile import is_one_line
 
-from stellarbyte_jax.config.foreign import clipped, json_object, listed, shown
+from stellarbyte_jax.config.foreign import clipped, digits, json_object, listed, shown
 
 
 def test_values_are_shown_as_they_are_spelled() -> None:
     assert [shown(value) for value in ("a", ["a", 1], None)] == ["'a'", "['a', 1]", "None"]
     assert clipped("a 词") == "a 词"
     assert listed("abcde") == "a, b, c, d, e" and listed("abcdefg") == "a, b, c, d, e and 2 more"
+
+
+def test_a_fingerprint_is_told_by_its_first_digits() -> None:
+    assert [digits(value) for value in ("0123456789abcdef" * 4, "ab", None, 10**5000)] == [
+        "0123456789ab",
+        "ab",
+        "None",
+        "a value of type int that is too large to show",
+    ]
 
 
 def test_the_middle_of_what_is_long_is_cut_out() -> None:

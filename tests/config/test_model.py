@@ -23,7 +23,11 @@ from stellarbyte_jax.config import ByteConfig, ConfigError
         ({"hidden_size": True}, r"ByteConfig\.hidden_size must be int"),
         ({"hidden_sizes": 3}, "no setting 'hidden_sizes'; did you mean hidden_size"),
         ({"layer_types": ["full_attention"]}, "names 1 layers, num_hidden_layers is 12"),
-        ({"num_hidden_layers": 1, "layer_types": ["windowed"]}, "layer_types may hold .* got .'windowed'"),
+        ({"memory": {"length": [4, 4]}}, r"^memory\.length names 2 layers, num_hidden_layers is 12$"),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["windowed"]},
+            "^layer_types may hold full_attention, sliding_attention, got windowed$",
+        ),
         ({"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "give sliding_window"),
     ],
 )
@@ -58,7 +62,7 @@ def test_sizes_that_do_not_fit_are_refused(settings, message):
         ({"memory": {"length": 8}, "cache": {"heavy_hitters": 1, "recent": 1}}, "cannot be used with memory"),
         ({"memory": {"length": 8, "recent_share": 0.0}}, "no slot for the newest"),
         ({"memory": {"compression_weight": 0.5}}, "memory.length is 0"),
-        ({"cache": {"recent": 8}}, "belong together"),
+        ({"cache": {"recent": 8}}, "belong together, got none and 8$"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

@@ -41,8 +41,21 @@ from stellarbyte_jax.config import (
         (ScheduleConfig, {"cycles": 2}, "belong to cosine_restarts, the schedule is cosine"),
         (ScheduleConfig, {"decay_steps": 2}, "belongs to wsd, the schedule is cosine"),
         (ScheduleConfig, {"final_ratio": 1.5}, r"final_ratio must be float \(in \[0, 1\]\)"),
-        (LoggingConfig, {"trackers": ["mlflow"]}, "trackers may hold .* got .'mlflow'"),
-        (TrainConfig, {"steps": 10}, "warmup_steps 100 and decay_steps None do not fit into 10 steps"),
+        (
+            LoggingConfig,
+            {"trackers": ["mlflow"]},
+            r"^logging\.trackers may hold tensorboard, wandb, swanlab, got mlflow$",
+        ),
+        (
+            TrainConfig,
+            {"steps": 150, "schedule": {"name": "wsd", "decay_steps": 60}},
+            r"^schedule\.warmup_steps=100 and schedule\.decay_steps=60 do not fit into steps=150: lower them, or",
+        ),
+        (
+            TrainConfig,
+            {"steps": 10},
+            r"^schedule\.warmup_steps=100 do not fit into steps=10: lower them, or set more steps$",
+        ),
         (TrainConfig, {"global_batch_size": 32, "gradient_accumulation_steps": 5}, "32 is not divisible by .* 5"),
         (TrainConfig, {"model": ByteConfig(max_position_embeddings=512)}, "1024 is longer than .* 512"),
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay must be"),

@@ -215,6 +215,12 @@ def test_restoring_other_data_is_refused(data, tmp_path):
         loader.restore(state)
     with _loader(data) as loader, pytest.raises(DataError, match="format 99"):
         loader.restore({**state, "format": 99})
+    now = state["stream"]["tokenizer"]
+    with (
+        _loader(data) as loader,
+        pytest.raises(DataError, match=f"tokenizer was {'0' * 12} and is now {now[:12]}; keep"),
+    ):
+        loader.restore({**state, "stream": {**state["stream"], "tokenizer": "0" * 64}})
     long = "x\n\x1b[2J" * 10**5
     for hostile in ({**state, "format": long}, {**state, "stream": {**state["stream"], "tokenizer": long}}):
         with _loader(data) as loader:

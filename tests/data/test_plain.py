@@ -8,6 +8,7 @@ from helpers.hostile import is_one_line
 from helpers.tiny_documents import save_byte_tokenizer
 
 from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.data import line_index
 from stellarbyte_jax.data.loader import make_loader
 from stellarbyte_jax.data.shards import prepare
 from stellarbyte_jax.data.sources import DataError, open_corpus
@@ -43,7 +44,7 @@ PARAGRAPHS = {
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "mark"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
 @pytest.mark.parametrize("case", PARAGRAPHS)
 def test_a_file_is_one_document_or_each_of_its_paragraphs(tmp_path, case, newline, mark):
     text = "\n\n".join(PARAGRAPHS[case]) + "\n"
@@ -63,11 +64,35 @@ def test_lines_of_white_space_are_blank_and_other_files_go_along(tmp_path):
         read_text(*corpus.locate(1), TextFormat(("title",)))
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
+@pytest.mark.parametrize(
+    "blank", ["\u3000", "\u00a0", "\u3000 \t\u00a0", "\u2003", "\u0085", "\u2028", "\x1c", "\f"], ids=ascii
+)
+def test_a_line_that_strip_empties_parts_paragraphs_and_no_other_character_ends_a_line(tmp_path, blank, newline):
+    """Such white space inside lines, and at their beginning, is text."""
+    paragraphs = [f"\u3000\u3000甲{blank}乙\n\u3000丙", f"{blank}丁"]
+    text = f"{blank}\n{paragraphs[0]}\n{blank}\n\n{paragraphs[1]}{blank}\n{blank}"
+    (tmp_path / "a.txt").write_bytes(text.replace("\n", newline).encode())
+    corpus = _open(tmp_path, "a.txt", documents="paragraph")
+    assert _texts(corpus) == paragraphs
+    assert [corpus.sources[0].location(row) for row in (0, 1)] == [f"{tmp_path}/a.txt:{line}" for line in (2, 6)]
+    assert _texts(_open(tmp_path, "a.txt")) == [text]
+
+
+def test_a_byte_that_is_not_utf8_moves_no_paragraph(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xe9\xed\xa0\x80\n\nb\n\n\xff\n\nd")
+    corpus = _open(tmp_path, "a.txt", documents="paragraph")
+    assert [read_text(*corpus.locate(row), TextFormat()) for row in (1, 3)] == ["b", "d"]
+    with pytest.raises(UnusableRecordError, match=r"a\.txt:5:1: not valid UTF-8"):
+        read_text(*corpus.locate(2), TextFormat())
+
+
 @pytest.mark.parametrize(
     ("documents", "bad", "unit"), [("file", 0, "file"), ("paragraph", 1, "paragraph")], ids=["file", "paragraph"]
 )
-def test_what_is_not_utf8_is_one_error_with_its_place_or_one_skip(tmp_path, tokenizer, documents, bad, unit):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffine\n\nfine\nb\xe9d\n")
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
+def test_what_is_not_utf8_is_one_error_with_its_place_or_one_skip(tmp_path, tokenizer, documents, bad, unit, newline):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffine\n\nfine\nb\xe9d\n".replace(b"\n", newline))
     (tmp_path / "b.txt").write_text("good")
     corpus = _open(tmp_path, "*.txt", documents=documents)
     with pytest.raises(UnusableRecordError) as caught:
@@ -92,12 +117,18 @@ def test_what_is_not_utf8_is_one_error_with_its_place_or_one_skip(tmp_path, toke
     assert found == {"file": "good", "paragraph": "finegood"}[documents]
 
 
-@pytest.mark.parametrize("content", [b"", b" \n\t\r\n", b"\xef\xbb\xbf\n"], ids=repr)
+@pytest.mark.parametrize("content", [b"", b" \n\t\r\n", b"\xef\xbb\xbf\n", "\u3000\r\u00a0".encode()], ids=repr)
 @pytest.mark.parametrize("documents", ["file", "paragraph"])
 def test_a_file_without_text_is_named(tmp_path, content, documents):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.txt holds no text: it is empty, or its lines are blank"):
         _open(tmp_path, "a.txt", documents=documents)
+
+
+def test_text_after_much_white_space_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(line_index, "_SCAN_CHARACTERS", 4)
+    (tmp_path / "a.txt").write_text("\n \u3000" * 5 + "a\n")
+    assert _texts(_open(tmp_path, "a.txt")) == ["\n \u3000" * 5 + "a\n"]
 
 
 @pytest.mark.parametrize("documents", ["file", "paragraph"])

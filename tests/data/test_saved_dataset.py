@@ -1,6 +1,7 @@
 """Data sets on disk, in the layout of ``save_to_disk`` of the datasets package."""
 
 import json
+import re
 
 import pyarrow as pa
 import pytest
@@ -139,14 +140,69 @@ def test_what_cannot_be_read_is_one_line(tmp_path, case):
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_of_several_splits_one_is_to_be_named(tmp_path):
-    for split in ("train", "validation"):
+@pytest.mark.parametrize(
+    ("named", "begin", "guess"),
+    [
+        ("sets", "{sets} holds", "train"),
+        ("sets/trian", r"{sets}/trian does not exist \(.*\); {sets} holds", "train"),
+        ("sets/validation", r"{sets}/validation does not exist \(.*\); {sets} holds", "valid"),
+        ("sets/holdout", r"{sets}/holdout does not exist \(.*\); {sets} holds", "train"),
+    ],
+)
+def test_of_several_splits_one_is_to_be_named(tmp_path, named, begin, guess):
+    """The one for training, where the name is not nearly another one's."""
+    for split in ("train", "valid", "extra"):
         save(tmp_path / "sets" / split, *_tables(RECORDS[:3]))
-    (tmp_path / "sets" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    (tmp_path / "sets" / "dataset_dict.json").write_text('{"splits": ["extra", "train", "valid"]}')
+    sets = re.escape(str(tmp_path / "sets"))
     with pytest.raises(DataError) as caught:
-        _open(tmp_path, tmp_path / "sets")
-    assert str(caught.value) == (
-        f"{tmp_path / 'sets'} holds the splits train, validation: name the directory of one, such as "
-        f"data.train={tmp_path / 'sets' / 'train'}"
+        _open(tmp_path, tmp_path / named)
+    message = (
+        f"data\\.train: {begin.format(sets=sets)} the splits train, extra, valid: name one, such as {sets}/{guess}"
     )
+    assert re.fullmatch(message, str(caught.value)), caught.value
+    assert is_one_line(caught.value)
     assert len(_open(tmp_path, tmp_path / "sets" / "train")) == 3
+
+
+def test_a_data_set_without_its_splits_is_named(tmp_path):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(
+        DataError, match=r"sets holds no split \(no folder with state\.json\); copy the data set again$"
+    ):
+        _open(tmp_path, tmp_path / "sets")
+    for absent in ("sets/train", "elsewhere/train"):
+        with pytest.raises(DataError, match=rf"{absent} does not exist \([^;]*$"):
+            _open(tmp_path, tmp_path / absent)
+
+
+NO_ROWS = {
+    "no batch": _tables(RECORDS[:1])[0].slice(0, 0),
+    "a column without a type": pa.table({"text": pa.nulls(0), "title": pa.nulls(0)}),
+    "no column": pa.table({}),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ROWS)
+def test_files_without_rows_add_nothing(tmp_path, kind):
+    save(tmp_path / "set", NO_ROWS[kind], *_tables(RECORDS[:2]), NO_ROWS[kind])
+    corpus = _open(tmp_path, tmp_path / "set")
+    assert _texts(corpus) == [r["text"] for r in RECORDS[:2]] and len(corpus.sources) == 1
+    save(tmp_path / "none", NO_ROWS[kind], NO_ROWS[kind])
+    with pytest.raises(DataError) as caught:
+        _open(tmp_path, tmp_path / "none")
+    assert str(caught.value) == (
+        f"data.train: none of the 2 files that '{tmp_path / 'none'}' names holds text, such as "
+        f"{tmp_path / 'none' / 'data-00000-of-00002.arrow'}: it has no rows; name files with text"
+    )
+
+
+def test_a_batch_without_rows_goes_before_others(tmp_path):
+    table = _tables(RECORDS[:2])[0]
+    save(tmp_path / "set", table)
+    with pa.OSFile(str(tmp_path / "set" / "data-00000-of-00001.arrow"), "wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            for rows in ([], RECORDS[:2]):
+                stream.write_batch(pa.RecordBatch.from_pylist([{"id": 3, **row} for row in rows], table.schema))
+    assert _texts(_open(tmp_path, tmp_path / "set")) == [r["text"] for r in RECORDS[:2]]

@@ -93,17 +93,13 @@ def test_workers_write_the_same_files(tmp_path, source, tokenizer):
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
-def test_an_interrupted_run_is_refused_until_it_is_done_again(tmp_path, source, tokenizer, monkeypatch):
-    def stop(read, tokens, total):
-        if read > 50:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        _prepare(tmp_path, source, tokenizer, shard_tokens=100, progress=stop)
-    assert list((tmp_path / "out").glob("tokens-*.npy"))
+def test_a_killed_run_is_refused_until_it_is_done_again(tmp_path, source, tokenizer):
+    _prepare(tmp_path, source, tokenizer, shard_tokens=100)
+    (tmp_path / "out" / "meta.json").unlink()  # which comes last
+    assert len(list((tmp_path / "out").glob("tokens-*.npy"))) > 1
     with pytest.raises(DataError, match=r"out has no meta\.json: .* interrupted"):
         _batches(tmp_path, tmp_path / "out", tokenizer)
-    with pytest.raises(DataError, match="is not empty; choose another directory, or ask to overwrite it"):
+    with pytest.raises(DataError, match="is not empty; choose another output directory, or ask to overwrite it"):
         _prepare(tmp_path, source, tokenizer)
     _prepare(tmp_path, source, tokenizer, overwrite=True)
     assert len(list((tmp_path / "out").glob("tokens-*.npy"))) == 1
@@ -122,7 +118,11 @@ def test_another_tokenizer_is_refused(tmp_path, source, tokenizer):
     _prepare(tmp_path, source, tokenizer)
     other = tmp_path / "other"
     tokenizer_format.save(tokenizer_format.build([("a", "b")]), other, 1024)
-    with pytest.raises(DataError, match="was prepared with another tokenizer"):
+    made_with, used = (load_tokenizer(path).fingerprint for path in (tokenizer, other))
+    shown = (
+        rf"was prepared with another tokenizer \(fingerprint {made_with[:12]}, data\.tokenizer has {used[:12]}\); set"
+    )
+    with pytest.raises(DataError, match=shown):
         _batches(tmp_path, tmp_path / "out", str(other))
 
 

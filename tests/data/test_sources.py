@@ -72,6 +72,8 @@ def test_the_home_directory_may_be_a_tilde(tmp_path, monkeypatch):
         corpus = open_corpus([name], setting="data.train", columns=("text",), fingerprint="f", cache_dir="~/kept")
         assert _texts(corpus) == [r["text"] for r in RECORDS[:2]]
     assert list((tmp_path / "kept").iterdir()) and not (tmp_path / "~").exists()
+    with pytest.raises(DataError, match=r"^data\.train: ~no\.body/x: there is no home directory of ~no\.body: write"):
+        open_corpus(["~no.body/x"], setting="data.train", columns=("text",), fingerprint="f")
 
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "[ab]/x.jsonl"])
@@ -221,15 +223,19 @@ def test_a_parquet_file_with_a_damaged_page_is_named(tmp_path):
         _open(tmp_path, path)
 
 
+EMPTY = r"data\.train: [^ ]*a\.jsonl[.gz]* holds no text: it is empty, or its lines are blank; name files with text"
 BAD_FILES = {
     "missing": ("none.jsonl", None, r"none\.jsonl does not exist"),
     "glob": ("none*.jsonl", None, r"no file matches '.*none\*\.jsonl'"),
-    "empty": ("a.jsonl", b"", r"a\.jsonl is empty"),
-    "blank": ("a.jsonl", b"\n\n  \n", r"a\.jsonl holds no documents, only blank lines"),
+    "empty": ("a.jsonl", b"", EMPTY),
+    "blank": ("a.jsonl", b"\n\n  \n", EMPTY),
     "kind": ("a.csv", b"hello", r"a\.csv: unknown kind of data file; use \.jsonl.*\.arrow, \.txt or"),
     "gzip": ("a.jsonl.gz", b"hello", r"a\.jsonl\.gz: damaged or not gzip"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(b"hello" * 1000)[:-12], r"a\.jsonl\.gz: damaged or not gzip"),
-    "empty gzip": ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz holds no documents"),
+    "empty gzip": ("a.jsonl.gz", gzip.compress(b""), EMPTY),
+    "no bytes gzip": ("a.jsonl.gz", b"", r"a\.jsonl\.gz has no bytes, as no file of this kind does; fetch or write it"),
+    "no bytes zstd": ("a.jsonl.zst", b"", r"a\.jsonl\.zst has no bytes"),
+    "no bytes parquet": ("a.parquet", b"", r"a\.parquet has no bytes"),
     "zstd": ("a.jsonl.zst", b"hello", r"a\.jsonl\.zst: damaged or not zstd"),
     "parquet": ("a.parquet", b"hello", r"a\.parquet: cannot be read as Parquet"),
 }
@@ -244,6 +250,50 @@ def test_a_bad_file_is_named(tmp_path, case):
         _open(tmp_path, tmp_path / name)
     leftovers = [p for p in (tmp_path / "cache").glob("**/*") if p.name.startswith(".partial")]
     assert leftovers == []
+
+
+def _write_without_text(path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": pa.nulls(0)}), path)  # as writers type a column of nothing
+    elif path.suffix == ".txt":
+        path.write_text("\n\u3000\n")
+    else:
+        write_records(path, [])
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "a.txt"])
+def test_files_without_text_among_others_add_nothing(tmp_path, name):
+    """Data sets that many processes write have such parts; alone, or all of a pattern, they are a mistake."""
+    for number in (0, 2):
+        _write_without_text(tmp_path / f"{number}{name}")
+    if name == "a.txt":
+        (tmp_path / f"1{name}").write_text(RECORDS[0]["text"])
+    else:
+        write_records(tmp_path / f"1{name}", RECORDS[:1])
+    corpus = _open(tmp_path, tmp_path / f"*{name}")
+    assert _texts(corpus) == [RECORDS[0]["text"]]
+    assert corpus.listing == [(f"1{name}", 1)] and len(corpus.contents) == 1
+    why = "it has no rows" if name == "a.parquet" else "it is empty, or its lines are blank"
+    first, both = tmp_path / f"0{name}", str(tmp_path / f"[02]{name}")
+    for pattern, what in (
+        (first, f"{first} holds no text"),
+        (both, f"none of the 2 files that {both!r} names holds text, such as {first}"),
+    ):
+        with pytest.raises(DataError) as caught:
+            _open(tmp_path, tmp_path / f"1{name}", pattern)
+        assert str(caught.value) == f"data.train: {what}: {why}; name files with text"
+        assert is_one_line(caught.value)
+
+
+def test_files_that_are_left_out_are_told(tmp_path, caplog):
+    caplog.set_level("INFO", "stellarbyte_jax")
+    (tmp_path / "0.jsonl").touch()
+    write_records(tmp_path / "1.jsonl", RECORDS[:1])
+    _open(tmp_path, tmp_path / "*.jsonl")
+    assert caplog.messages == [f"data.train: 1 of the 2 files of {tmp_path}/*.jsonl hold no text"]
 
 
 def test_a_cut_zstd_stream_is_refused(tmp_path):
@@ -306,7 +356,7 @@ def test_an_index_that_cannot_be_written_says_why(tmp_path):
             open_lines(path, tmp_path / "cache", ("text",))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache").exists()
     assert open_lines(path, tmp_path / "cache", ("text",)).documents == 100
 
 
@@ -321,4 +371,4 @@ def test_a_converted_file_for_which_there_is_no_room_is_no_damaged_file(tmp_path
             _open(tmp_path, tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache").exists()

@@ -99,7 +99,7 @@ def test_any_other_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
     (tmp_path / "b.py").write_text("春 = 1\n", encoding="utf-8")
     (tmp_path / "empty.py").touch()
-    assert _read(tmp_path, tmp_path / "a.txt", tmp_path / "*.py", only={"k": "x"}) == ["one\ntwo\n", "春 = 1\n", ""]
+    assert _read(tmp_path, tmp_path / "a.txt", tmp_path / "*.py", only={"k": "x"}) == ["one\ntwo\n", "春 = 1\n"]
     (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbfone\nt \xe9t")
     with pytest.raises(
         DataError, match=r"latin\.txt:2:3: not valid UTF-8; save the file as UTF-8; .*files out with --on-error skip$"
@@ -124,12 +124,14 @@ def test_paths_and_patterns(tmp_path):
         ("absent.txt", "corpus 'c': .*absent.txt does not exist"),
         ("absent*", r"corpus 'c': no file matches '.*absent\*'"),
         ("folder", "corpus 'c': .*folder names only directories; name the files in them with a glob"),
-        ("empty.jsonl", r"empty\.jsonl is empty"),
+        ("empty.jsonl", r"corpus 'c': .*empty\.jsonl holds no text: it is empty, or its lines are blank; name files"),
+        ("empty.*", r"corpus 'c': none of the 2 files that '.*empty\.\*' names holds text, such as .*empty\.jsonl"),
     ],
 )
 def test_paths_that_name_no_text(tmp_path, path, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.py").touch()
     with pytest.raises(DataError, match=message):
         _read(tmp_path, tmp_path / path)
 

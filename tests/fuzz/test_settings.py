@@ -12,14 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, override
-from stellarbyte_jax.config.files import _settings
+from stellarbyte_jax.config.files import setting_types
 from stellarbyte_jax.hf.families import FAMILIES
 from stellarbyte_jax.hf.rope import ROPE_NAMES, parse_rope
 from stellarbyte_jax.hf.settings import parse_config, read_config
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 
 RUN = TrainConfig(output_dir="runs/test", steps=1000)
-NAMES = tuple(_settings(TrainConfig))
+NAMES = tuple(setting_types(TrainConfig))
 VALUES = st.one_of(
     TEXTS,
     JSON_VALUES.map(json.dumps),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
@@ -116,6 +117,28 @@ def assert_close(found, expected, **tolerance) -> None:
     assert found.keys() == expected.keys()
     for path, x in found.items():
         np.testing.assert_allclose(x, expected[path], err_msg=path, **tolerance)
+
+
+RIVER = '{"text": "a river runs past the old stone bridge"}\n' * 20
+
+
+def river_run(directory: Path, model: ByteConfig, tokenizer: str | Path | None = None, **changes) -> TrainConfig:
+    """Settings of a run of two steps, ``directory/run``, on twenty equal lines; tokenizer None: the default."""
+    (directory / "a.jsonl").write_text(RIVER)
+    data = DataConfig(
+        train=(str(directory / "a.jsonl"),), sequence_length=16, workers=0, cache_dir=str(directory / "cache")
+    )
+    if tokenizer is not None:
+        data = dataclasses.replace(data, tokenizer=str(tokenizer))
+    base = TrainConfig(
+        output_dir=str(directory / "run"),
+        steps=2,
+        global_batch_size=2,
+        model=model,
+        data=data,
+        schedule=ScheduleConfig(warmup_steps=0),
+    )
+    return dataclasses.replace(base, **changes)
 
 
 def one_layer(output_dir, tokenizer, positions=32, add_bos=True, **changes) -> TrainConfig:

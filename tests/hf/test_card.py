@@ -48,6 +48,9 @@ def test_training_is_told_where_it_is_known():
     assert "validation loss" not in card(training=dataclasses.replace(FACTS, validation_loss=None))
     zero = dataclasses.replace(FACTS, validation_loss=0.0)
     assert rows(card(training=zero))["validation loss"] == "0.0000 nats a token"
+    assert "texts" not in found
+    plain = rows(card(training=dataclasses.replace(FACTS, plain_text=True)))
+    assert plain["texts"].startswith("plain text, no conversations")
     assert "Training" not in card() and "tokens" not in rows(card())
 
 

@@ -17,6 +17,7 @@ from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.cli import convert
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 MODEL, WEIGHTS = random_model(num_hidden_layers=1)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -168,7 +169,14 @@ def test_offline_with_a_cache_that_has_the_model(
     assert found == snapshot
     monkeypatch.setattr(huggingface_hub, "snapshot_download", real)
     assert local_directory("org/name") == local_directory("org/name", "main") == snapshot
+    assert load_tokenizer(local_directory("org/name", weights=False)).encode("y") == [3]
     assert_same_tree(from_pretrained("org/name")[1], WEIGHTS)
+    (snapshot / "model.safetensors").unlink()  # as where a tokenizer alone was fetched
+    assert load_tokenizer(local_directory("org/name", weights=False)).encode("y") == [3]
+    with pytest.raises(
+        ValueError, match=r"^org/name: there is no such directory here .* HF_HUB_OFFLINE forbids asking"
+    ):
+        from_pretrained("org/name")
 
 
 def test_a_failure_of_the_hub_is_one_line_with_what_was_tried(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -184,7 +184,7 @@ def test_long_xpos_prompts_are_read_in_parts():
     [
         ({}, {}, "longer than the cache.*rope_scaling.*sliding_window and sink_tokens.*position_embedding xpos"),
         ({"rope_scaling": RopeScaling(name="linear", factor=1.5)}, {}, "the model has 24 positions in all"),
-        ({"position_embedding": "stellarbyte", "sliding_window": 4}, {}, "new tokens, or shorten the prompt$"),
+        ({"position_embedding": "stellarbyte", "sliding_window": 4}, {}, "at most 16, or shorten the prompt$"),
         ({"sliding_window": 25}, {}, "longer than the cache"),  # wider than the 24 positions of training
         (
             {"position_embedding": "xpos", "xpos_scale_base": 0.5, "memory": MemoryConfig(length=80)},

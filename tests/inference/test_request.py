@@ -88,7 +88,15 @@ def test_what_is_no_prompt_is_named_with_its_row(tokens, message):
         ({"top_k": 3}, "top_k=3 has no effect at temperature 0"),
         ({"seed": [1, 2, 3]}, "seed holds 3 numbers for 2 rows"),
         ({"max_length": 9}, "give either max_new_tokens .* or max_length"),
-        ({"max_new_tokens": 63}, "row 1: 2 prompt tokens and 63 new ones are longer than the cache"),
+        (
+            {"max_new_tokens": 63},
+            "row 1: 2 prompt tokens and 63 new ones are longer than the cache: the model has 64 positions in all; "
+            "give a max_new_tokens of at most 62, or shorten",
+        ),
+        (
+            {"max_new_tokens": None, "max_length": 65},
+            "row 0: 1 prompt tokens and 64 new ones .* give a max_length of at most 64, or shorten",
+        ),
         ({"prefill_chunk": 0}, "prefill_chunk must be an integer of at least 1, got 0"),
     ],
 )

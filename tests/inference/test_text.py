@@ -164,7 +164,7 @@ def directories(tmp_path_factory, tiny, letters):
     return base
 
 
-COMMON = ["--max-new-tokens", "12", "--compute-dtype", "float32"]
+COMMON = ["--max-new-tokens", "12", "--compute-dtype", "fp32"]
 
 
 @pytest.mark.parametrize("kind", ["hf", "run"])
@@ -323,7 +323,18 @@ def test_a_conversation_outgrows_the_positions(script, directories, monkeypatch,
             ["--model", "{run}", "--prompt", "x" * 70],
             "prompt of 71 tokens is longer than the cache.*with --set",
         ),
-        (["--model", "{run}", "--prompt", "x", "--top-p", "0.5", *COMMON], "has no effect at temperature 0"),
+        (
+            ["--model", "{run}", "--prompt", "x", "--top-p", "0.5", *COMMON],
+            "^error: --top-p 0.5 has no effect at temperature 0",
+        ),
+        (
+            ["--model", "{run}", "--prompt", "x", "--max-new-tokens", "500"],
+            "give a --max-new-tokens of at most \\d+, or shorten the prompt",
+        ),
+        (
+            ["--model", "{run}", "--prompt", "x", "--max-length", "500"],
+            "give a --max-length of at most 64, or shorten the prompt",
+        ),
         (["--model", "{run}", "--prompt-file", "missing.txt"], "missing.txt"),
         (["--model", "{run}", "--prompt", "x", "--step", "7"], "no checkpoint of step 7"),
         (["--model", "{hf}", "--prompt", "x", "--step", "7"], "a step belongs to a run directory"),

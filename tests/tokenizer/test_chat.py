@@ -53,7 +53,7 @@ def test_old_turns_are_forgotten_but_not_the_system_message(words):
     conversation.answer("third")
     short = Conversation(words, system="Be brief.").ask("four")
     assert conversation.ask("four", limit=len(short)) == short
-    with pytest.raises(ValueError, match=f"room for {len(short)}: shorten it, or ask for fewer new tokens"):
+    with pytest.raises(ValueError, match=f"room for {len(short)}: shorten it, or lower max_new_tokens"):
         conversation.ask("five " * 40, limit=len(short))
 
 

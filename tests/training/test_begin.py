@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from helpers.hf_models import assert_same_tree
 from helpers.tiny_documents import save_byte_tokenizer
+from helpers.training import RIVER, river_run
 
 from stellarbyte_jax.checkpoint.store import CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.cli.train import main
-from stellarbyte_jax.config import ByteConfig, ConfigError, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from stellarbyte_jax.config import ByteConfig, ConfigError, OptimizerConfig, TrainConfig
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
@@ -72,7 +73,7 @@ def tokenizer(tmp_path) -> Path:
 @pytest.fixture
 def config_file(tmp_path) -> Path:
     """A run of another, smaller network, with a tokenizer that does not exist."""
-    (tmp_path / "a.jsonl").write_text('{"text": "a river runs past the old stone bridge"}\n' * 20)
+    (tmp_path / "a.jsonl").write_text(RIVER)
     text = CONFIG.format(run=str(tmp_path / "new"), train=str(tmp_path / "a.jsonl"), cache=str(tmp_path / "cache"))
     (tmp_path / "first.py").write_text(text)
     return tmp_path / "first.py"
@@ -94,23 +95,8 @@ def hf(tmp_path, tokenizer) -> Path:
 
 
 def settings(tmp_path, tokenizer, **changes) -> TrainConfig:
-    (tmp_path / "a.jsonl").write_text('{"text": "a river runs past the old stone bridge"}\n' * 20)
-    data = DataConfig(
-        train=(str(tmp_path / "a.jsonl"),),
-        tokenizer=str(tokenizer),
-        sequence_length=16,
-        workers=0,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    base = TrainConfig(
-        output_dir=str(tmp_path / "new"),
-        steps=2,
-        global_batch_size=2,
-        model=MODEL,
-        data=data,
-        schedule=ScheduleConfig(warmup_steps=0),
-    )
-    return dataclasses.replace(base, **changes)
+    model = changes.pop("model", MODEL)
+    return river_run(tmp_path, model, tokenizer, **{"output_dir": str(tmp_path / "new"), **changes})
 
 
 def test_a_run_begins_with_another_ones_weights_and_goes_on_with_its_own(run, tmp_path, config_file, capsys):
@@ -156,10 +142,7 @@ def test_another_init_from_on_a_run_with_checkpoints_is_told_to_count_for_nothin
 @pytest.mark.parametrize("kind", ["hf", "old", "old/checkpoints/0"])
 def test_a_model_that_is_left_out_is_that_of_the_weights(kind, hf, run, tmp_path):
     source = str(tmp_path / kind)
-    data = DataConfig(
-        train=(str(tmp_path / "a.jsonl"),), sequence_length=16, workers=0, cache_dir=str(tmp_path / "cache")
-    )
-    config = settings(tmp_path, "unused", init_from=source, model=ByteConfig(), data=data, optimizer=NO_CHANGE, steps=1)
+    config = settings(tmp_path, None, init_from=source, model=ByteConfig(), optimizer=NO_CHANGE, steps=1)
     assert train(config).exit_code == 0
     stored, weights = load_weights(tmp_path / "new")
     assert_same_tree(weights, weights_of(MODEL))

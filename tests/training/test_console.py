@@ -146,9 +146,25 @@ def test_the_settings_other_than_the_defaults_are_printed(log, capsys):
         "settings other than the defaults",
         "  output_dir: a\\x1b[2J",
         "  steps: 200",
-        '  sample_prompts: ["a", "春"]',
-        '  data.train: ["x.jsonl"]',
-        "  data.workers: 0",
+        '  sample_prompts: ["a", "春"] (default: [])',
+        '  data.train: ["x.jsonl"] (default: [])',
+        "  data.workers: 0 (default: 1)",
+    ]
+
+
+def test_a_terminal_has_a_table_of_settings_beside_their_defaults(log, terminal):
+    config = TrainConfig(output_dir="runs/[a]", steps=200, ema_decay=0.5, data=DataConfig(workers=0))
+    with Reporter(log) as report:
+        report.config(config)
+    lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue()).splitlines()
+    assert lines[0].strip() == "settings other than the defaults"
+    cells = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines if line[:1] in ("┃", "│")]
+    assert cells == [
+        ["setting", "value", "default"],
+        ["output_dir", "runs/[a]", ""],
+        ["steps", "200", ""],
+        ["ema_decay", "0.5", "none"],
+        ["data.workers", "0", "1"],
     ]
 
 

@@ -162,7 +162,7 @@ def test_what_is_missing_is_done_later(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("prompt", "add_bos", "message"),
     [
-        ("x" * 40, True, r"sample_prompts: 'xxx.*' cannot be continued: .*longer than the cache"),
+        ("x" * 40, True, r"sample_prompts: 'xxx.*' has 41 tokens, and with 16 new ones the model has room for 16"),
         ("", False, r"sample_prompts: '' cannot be continued: row 0: the prompt is empty"),
     ],
 )

@@ -85,8 +85,11 @@ def test_what_the_system_says_without_a_name_has_advice(tmp_path, capsys):
     def act():
         raise OSError(24, "Too many open files")
 
+    (tmp_path / "train.log").write_text("before\n")
     assert run_guarded(act, str(tmp_path)) == 1
     assert one_error(capsys, "error: Too many open files; a limit on open files is in force (ulimit -n): raise it")
+    logged = (tmp_path / "train.log").read_text()
+    assert logged.startswith("before\nTraceback") and logged.endswith("OSError: [Errno 24] Too many open files\n")
 
     def foreign():
         raise OSError(13, "Permission denied", "/elsewhere")
@@ -111,6 +114,16 @@ def test_a_tracker_that_is_not_installed(config_file, tmp_path, capsys, monkeypa
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert cli(config_file, "logging.trackers=wandb") == 1
     assert one_error(capsys, "'wandb'", "pip install wandb")
+
+
+def test_a_directory_without_a_run_gets_no_log(tmp_path, capsys):
+    def act():
+        raise ValueError("no tokenizer")
+
+    for place in (tmp_path, tmp_path / "none"):
+        assert run_guarded(act, str(place)) == 1
+        assert capsys.readouterr().err == "error: no tokenizer\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_is_no_place_for_a_run_gets_no_log(tmp_path):

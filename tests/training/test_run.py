@@ -5,7 +5,7 @@ import math
 import re
 import signal
 
-from helpers.runs import ROOT, cli, data_setting, log_of, same_weights
+from helpers.runs import ROOT, cli, copy_of, data_setting, log_of, same_weights
 
 from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights
 from stellarbyte_jax.config import override
@@ -33,9 +33,21 @@ def test_what_a_run_leaves_and_says(straight, capsys):
     assert config.optimizer.learning_rate == 1e-2
     before = {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*")}
     assert train(override(config, ["checkpoint.keep_latest=3"])) == Finished(0, 20, "steps")
-    assert "is complete: 20 of 20 steps" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"the run in {straight} is complete: 20 of 20 steps\n"
     assert before == {p: p.stat().st_mtime_ns for p in (straight / "checkpoints").rglob("*")}
     assert not same_weights(params, load_weights(straight, 10)[1])
+
+
+def test_a_run_that_may_have_been_over_is_introduced_where_it_goes_on(straight, config_file, tmp_path, capsys):
+    copy_of(straight, tmp_path)
+    assert cli(config_file, "steps=21", "evaluation.patience=9", "evaluation.interval=100") == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [lines.index("settings other than the defaults"), lines.index("  steps: 21")]
+    assert shown[0] < shown[1] < lines.index(f"resumed at step 20 from {tmp_path / 'run'}")
+    assert lines.count("settings other than the defaults") == 1
+    capsys.readouterr()
+    assert cli(config_file, "steps=21", "evaluation.patience=9", "evaluation.interval=100") == 0
+    assert capsys.readouterr().out.startswith(f"the run in {tmp_path / 'run'} is complete: 21 of 21 steps\nnext:")
 
 
 def test_skipped_lines_are_counted_in_the_log(config_file, tmp_path, capsys):

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
+from helpers.training import river_run
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
-from stellarbyte_jax.config import ByteConfig, DataConfig, ScheduleConfig, TrainConfig
+from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -31,38 +32,21 @@ def tokenizer(tmp_path):
     return path
 
 
-def _settings(tmp_path, tokenizer, **changes):
-    (tmp_path / "a.jsonl").write_text('{"text": "a river runs past the old stone bridge"}\n' * 20)
-    data = DataConfig(
-        train=(str(tmp_path / "a.jsonl"),),
-        tokenizer=str(tokenizer),
-        sequence_length=16,
-        workers=0,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    model = ByteConfig(
-        vocab_size=300,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        compute_dtype="float32",
-    )
-    return TrainConfig(
-        output_dir=str(tmp_path / "run"),
-        global_batch_size=2,
-        model=model,
-        data=data,
-        schedule=ScheduleConfig(warmup_steps=0),
-        **changes,
-    )
+MODEL = ByteConfig(
+    vocab_size=300,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    max_position_embeddings=16,
+    compute_dtype="float32",
+)
 
 
 def test_a_run_from_weights_without_a_tokenizer_exports_their_ends_of_texts(tokenizer, tmp_path):
     """Which from-hf put into the run's folder of the tokenizer; also after the run was typed again."""
     (tokenizer / "generation_config.json").unlink()
-    config = _settings(tmp_path, tokenizer, steps=1, export_at_end=True)
+    config = river_run(tmp_path, MODEL, tokenizer, steps=1, export_at_end=True)
     run = tmp_path / "run"
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), param_shapes(ByteTransformer(config.model)))
     (tmp_path / "config.json").write_text('{"eos_token_id": [4, 7], "pad_token_id": 9}')
@@ -79,7 +63,7 @@ def test_a_run_from_weights_without_a_tokenizer_exports_their_ends_of_texts(toke
 
 
 def test_a_run_keeps_the_whole_tokenizer(tokenizer, tmp_path):
-    config = _settings(tmp_path, tokenizer, steps=1)
+    config = river_run(tmp_path, MODEL, tokenizer, steps=1)
     run = tmp_path / "run"
     with jax.numpy_dtype_promotion("standard"):  # optax mixes float and integer types inside
         assert train(config).exit_code == 0

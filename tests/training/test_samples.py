@@ -1,5 +1,6 @@
 """Samples of text: how prompts go on, which file keeps them, and that a run with them trains as one without."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -13,6 +14,7 @@ from helpers.training import one_layer
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.weights import load_weights
+from stellarbyte_jax.config import RopeScaling
 from stellarbyte_jax.inference.text import generate_text
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -147,13 +149,39 @@ def test_a_round_takes_the_place_of_one_after_the_same_step(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "add_bos", "message"),
     [
-        ("x" * 40, True, r"sample_prompts: 'xxx.*' cannot be continued: .*longer than the cache"),
+        (
+            "x" * 40,
+            True,
+            r"^sample_prompts: 'x{40}' has 41 tokens, and with 16 new ones the model has room for 16: shorten it, "
+            r"or set model\.max_position_embeddings=81$",
+        ),
         ("", False, r"sample_prompts: '' cannot be continued: row 0: the prompt is empty"),
     ],
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(run, prompt, add_bos, message):
     with pytest.raises(ValueError, match=message):
         samples.check(run(sample_prompts=("a", prompt), add_bos=add_bos))
+
+
+@pytest.mark.parametrize("tokens", [25, 63, 64, 65, 200])
+@pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling(name="linear", factor=2.0)], ids=["", "stretched"])
+def test_the_advice_for_a_long_prompt_is_followed_with_success(run, tokens, scaling):
+    """Where positions are not stretched, one less would not do; nor would a prompt of one token more."""
+
+    def config(positions, length):
+        made = run(sample_prompts=("x" * length,), add_bos=False, positions=positions)
+        return dataclasses.replace(made, model=dataclasses.replace(made.model, rope_scaling=scaling))
+
+    with pytest.raises(ValueError, match="has room for") as caught:
+        samples.check(config(16, tokens))
+    room, enough = map(int, re.findall(r"room for (\d+): .*=(\d+)$", str(caught.value))[0])
+    samples.check(config(16, room))
+    samples.check(config(enough, tokens))
+    with pytest.raises(ValueError, match="has room for"):
+        samples.check(config(16, room + 1))
+    if scaling.name == "none":
+        with pytest.raises(ValueError, match="has room for"):
+            samples.check(config(enough - 1, tokens))
 
 
 SAMPLED = ('sample_prompts=["春", "Call me"]', "sample_interval=7")

@@ -1,6 +1,7 @@
 """Where metrics go: the file that a resume mends, and packages that are not here, played by modules of the test."""
 
 import json
+import re
 import sys
 import types
 from types import ModuleType
@@ -122,10 +123,11 @@ def test_tensorboard_gets_scalars_and_hides_what_is_past_the_step(tmp_path, play
     file.close()
 
 
-def test_wandb_continues_the_run_named_after_the_directory(tmp_path, played):
+def test_wandb_gets_a_run_named_after_the_directory(tmp_path, played):
     calls = played("wandb", "init")
     config = run_of(tmp_path / "small", "wandb")
     (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "trackers.json").write_text('{"wandb": "abc"}')
     file, tracker = make_trackers(config, 7)
     tracker.log(8, {"loss": 2.5, "accuracy": 0.5})
     tracker.samples(8, [("a", "b"), ("c", "d")])
@@ -134,7 +136,7 @@ def test_wandb_continues_the_run_named_after_the_directory(tmp_path, played):
     assert positional == () and named == {
         "project": "stellarbyte",
         "name": "small",
-        "id": "small",
+        "id": "abc",
         "resume": "allow",
         "dir": str(tmp_path / "small"),
         "config": config.to_dict(),
@@ -147,10 +149,16 @@ def test_wandb_continues_the_run_named_after_the_directory(tmp_path, played):
     file.close()
 
 
-def test_swanlab_has_an_experiment_named_after_the_directory(tmp_path, played):
+@pytest.mark.parametrize("mode", [None, "online", "local", "offline"])
+def test_swanlab_has_an_experiment_named_after_the_directory(mode, tmp_path, played, monkeypatch):
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("SWANLAB_MODE", mode)
+    continues = {"id": "abc", "resume": "allow"} if mode in (None, "online") else {}  # refused elsewhere
     calls = played("swanlab", "init")
     config = run_of(tmp_path / "small", "swanlab")
     (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "trackers.json").write_text('{"swanlab": "abc"}')
     file, tracker = make_trackers(config, 7)
     tracker.log(8, {"loss": 2.5})
     tracker.samples(8, [("a", "b"), ("c", "d")])
@@ -161,6 +169,7 @@ def test_swanlab_has_an_experiment_named_after_the_directory(tmp_path, played):
         "experiment_name": "small",
         "logdir": str(tmp_path / "small" / "swanlab"),
         "config": config.to_dict(),
+        **continues,
     }
     assert others == [
         ("log", ({"loss": 2.5},), {"step": 8}),
@@ -168,6 +177,52 @@ def test_swanlab_has_an_experiment_named_after_the_directory(tmp_path, played):
         ("finish", (), {}),
     ]
     file.close()
+
+
+def ids_of(calls):
+    return [named["id"] for name, _, named in calls if name == "init"]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "swanlab"])
+def test_runs_of_one_name_are_told_apart_and_a_resume_is_the_same_run(tracker, tmp_path, played, monkeypatch):
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    calls = played(tracker, "init")
+    for start, place in ((0, "a"), (0, "b"), (7, "a"), (7, "b")):
+        (tmp_path / place / "quickstart").mkdir(parents=True, exist_ok=True)
+        for each in make_trackers(run_of(tmp_path / place / "quickstart", tracker), start):
+            each.close()
+    first, second, *again = ids_of(calls)
+    assert first != second and again == [first, second]
+    assert all(re.fullmatch("[a-z0-9]{21}", each) for each in (first, second)), "what both services take"
+    (tmp_path / "a" / "quickstart").rename(tmp_path / "moved")
+    for each in make_trackers(run_of(tmp_path / "moved", tracker), 7):
+        each.close()
+    assert ids_of(calls)[-1] == first
+
+
+def test_a_run_that_wandb_knows_by_the_name_of_its_directory_keeps_it(tmp_path, played):
+    calls = played("wandb", "init")
+    (tmp_path / "small" / "wandb").mkdir(parents=True)
+    for start in (7, 9):
+        for each in make_trackers(run_of(tmp_path / "small", "wandb"), start):
+            each.close()
+    assert ids_of(calls) == ["small", "small"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", r"trackers\.json must hold a JSON object, got list$"),
+        ('{"wandb": 3}', r"trackers\.json: the id of wandb must be a text, got 3; remove it for a new one$"),
+        ('{"wandb": ""}', r"must be a text, got ''; remove it for a new one$"),
+    ],
+)
+def test_a_damaged_file_of_ids_is_told(text, message, tmp_path, played):
+    calls = played("wandb", "init")
+    (tmp_path / "trackers.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        make_trackers(run_of(tmp_path, "wandb"), 0)
+    assert calls == []
 
 
 def test_trackers_come_in_the_order_of_their_names(tmp_path, played):
@@ -225,19 +280,20 @@ def test_lines_that_are_no_metrics_are_dropped_and_the_file_is_replaced_whole(tm
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(("name", "offline"), [("wandb", "WANDB_MODE=offline"), ("swanlab", "SWANLAB_MODE=local")])
 @pytest.mark.parametrize("kind", ["UsageError", "CommError"])
-def test_a_tracker_without_a_login_is_one_line_with_a_way_out(tmp_path, monkeypatch, kind):
+def test_a_tracker_without_a_login_is_one_line_with_a_way_out(tmp_path, monkeypatch, name, offline, kind):
     def init(**settings):
         raise type(kind, (Exception,), {})("No API key configured.\nUse `wandb login` to log in.")
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=init))
     closed = []
     close = JsonlTracker.close
     monkeypatch.setattr(JsonlTracker, "close", lambda self: closed.append(self) or close(self))
     with pytest.raises(MendableError) as caught:
-        make_trackers(run_of(tmp_path, "wandb"), 0)
+        make_trackers(run_of(tmp_path, name), 0)
     assert str(caught.value) == (
-        f"logging.trackers names 'wandb', which could not begin ({kind}: No API key configured. Use `wandb login` to "
-        "log in.): log in with `wandb login`, or set WANDB_MODE=offline"
+        f"logging.trackers names {name!r}, which could not begin ({kind}: No API key configured. Use `wandb login` to "
+        f"log in.): log in with `{name} login`, or set {offline}"
     )
     assert len(closed) == 1

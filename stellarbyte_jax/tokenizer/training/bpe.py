@@ -17,6 +17,18 @@ from stellarbyte_jax.tokenizer.training.format import byte_alphabet, byte_charac
 _SEPARATOR, _DEAD = -1, -2  # between pieces; swallowed by a merge
 
 
+class TooLittleTextError(ValueError):
+    """The corpus has no pair left; ``merges`` are those that it gave."""
+
+    def __init__(self, merges: list[tuple[str, str]], size: int) -> None:
+        """Says how many merges there are and how many, ``size``, were asked for."""
+        super().__init__(
+            f"the corpus has no pair left after {len(merges)} merges, {size} were asked for: give more text or ask for "
+            "a smaller vocabulary"
+        )
+        self.merges = merges
+
+
 def learn_merges(
     counts: Mapping[str, int],
     size: int,
@@ -36,7 +48,8 @@ def learn_merges(
         max_token_length: In bytes; None: no limit.
 
     Raises:
-        ValueError: ``size`` is smaller than ``earlier``, or the corpus has no pair left.
+        ValueError: ``size`` is smaller than ``earlier``.
+        TooLittleTextError: The corpus has no pair left.
     """
     if size < len(earlier):
         raise ValueError(f"{size} merges were asked for, the earlier stages have already learned {len(earlier)}")
@@ -47,10 +60,7 @@ def learn_merges(
     heapq.heapify(heap)
     while len(merges) < size:
         if not heap:
-            raise ValueError(
-                f"the corpus has no pair left after {len(merges)} merges, {size} were asked for: "
-                "give more text or ask for a smaller vocabulary"
-            )
+            raise TooLittleTextError(merges, size)
         negative, left, right = heapq.heappop(heap)
         count = corpus.counts.get((left, right), 0)
         if count != -negative:  # stale: an earlier merge took some of its occurrences

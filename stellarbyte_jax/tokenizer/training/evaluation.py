@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from stellarbyte_jax.tokenizer.directory import vocabulary_size
-from stellarbyte_jax.tokenizer.training.bpe import learn_merges, segment
+from stellarbyte_jax.tokenizer.training.bpe import TooLittleTextError, learn_merges, segment
 from stellarbyte_jax.tokenizer.training.format import build, byte_alphabet, pre_tokenizer
 from stellarbyte_jax.tokenizer.training.stages import Sample, Stage, mix
 
@@ -82,6 +82,7 @@ def evaluate(
 
     There are none of a corpus of which no text is held out.
     A baseline is trained in one stage, the last one's mixture, once at the size that it is known for and once at ours.
+    Where the text has too few pairs for a size, ``skipped_baselines`` says so.
     """
     tokenizer = build(merges)
     vocab_size = vocabulary_size(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -96,15 +97,28 @@ def evaluate(
         "held_out_bytes": {n: sum(len(t.encode()) for t in s.held_out) for n, s in samples.items()},
         "tokenizer": _measured(tokenizer, samples),
         "baselines": {},
+        "skipped_baselines": {},
     }
     for name, (make, size) in BASELINES.items() if draw_again else ():
         counts = mix(draw_again(cutter(make(()))), stages[-1].mixture)  # type: ignore[misc]
-        learned = learn_merges(counts, size - len(byte_alphabet()))
+        learned = _learned(counts, max(size, vocab_size) - len(byte_alphabet()))
         for its_size in (size, vocab_size):
-            baseline = make(learned[: its_size - len(byte_alphabet())])
-            key = f"{name}_{its_size}"
-            report["baselines"][key] = _measured(baseline, samples)
+            key, merges_of_it = f"{name}_{its_size}", its_size - len(byte_alphabet())
+            if merges_of_it > len(learned):
+                report["skipped_baselines"][key] = (
+                    f"the corpus has pairs for {len(learned)} merges, {merges_of_it} are needed: give more text"
+                )
+            else:
+                report["baselines"][key] = _measured(make(learned[:merges_of_it]), samples)
     return report
+
+
+def _learned(counts: Mapping[str, int], size: int) -> list[tuple[str, str]]:
+    """Merges, ``size`` of them or as many as there are."""
+    try:
+        return learn_merges(counts, size)
+    except TooLittleTextError as error:
+        return error.merges
 
 
 def pieces_of(pattern: str | None = None) -> Callable[[str], Iterator[str]]:
