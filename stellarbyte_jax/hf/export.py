@@ -63,7 +63,7 @@ def _meaning(config: ByteConfig) -> Mapping[str, Any]:
         "head_dim": config.head_size,
         "intermediate_size": config.mlp_size,
         "layer_types": None,
-        "sliding_window": None if config.has_memory else list(config.windows),
+        "sliding_window": list(config.windows),
     }
     scaling = values.pop("rope_scaling")
     original = scaling["original_max_position_embeddings"] or config.max_position_embeddings

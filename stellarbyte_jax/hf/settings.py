@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.config import ByteConfig, ConfigError
+from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import listed, shown
 from stellarbyte_jax.hf.families import FAMILIES
 from stellarbyte_jax.hf.files import read_json
@@ -74,6 +74,8 @@ def parse_family(family: Family, values: Mapping[str, Any], where: str) -> ByteC
     """As :func:`parse_config`, of a file that is known to be the family's."""
     for name, allowed in family.fixed.items():
         if name in values and values[name] not in allowed:
+            if values[name] is None:
+                raise ValueError(f"{where}: {name} is null: give {allowed[0]!r}, or remove the field for the default")
             raise ValueError(f"{where}: {name} is {shown(values[name])}; only {allowed[0]!r} is implemented")
     defaults, nullable = family.defaults, family.nullable
     # A field of another family that is null asks for nothing.

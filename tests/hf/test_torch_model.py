@@ -1,4 +1,4 @@
-"""The modelling file that goes with our own networks: the same numbers in transformers, whatever is done with it there."""
+"""The modelling file that goes with our own networks: the same numbers in transformers, whatever is done there."""
 
 import dataclasses
 import json

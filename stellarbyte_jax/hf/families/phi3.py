@@ -38,6 +38,6 @@ PHI3 = Family(
         same("attention_dropout", 0.0),
         common.one_window(None),
     ),
-    fixed={**common.NO_BIASES, "resid_pdrop": (0.0,), "embd_pdrop": (0.0,)},
+    fixed={**common.NO_BIASES, "resid_pdrop": (0.0,), "embd_pdrop": (0.0,), "partial_rotary_factor": (1.0,)},
     rope_types=("default",),
 )

@@ -15,7 +15,7 @@ QWEN2 = Family(
         common.WINDOW_PATTERN,
         same("num_attention_heads", 32),
         common.kv_heads(32, nullable=True),
-        common.head_size(None, nullable=True),
+        common.head_size(None, nullable=False),
         common.ACTIVATION,
         same("max_position_embeddings", 32768),
         same("initializer_range", 0.02),

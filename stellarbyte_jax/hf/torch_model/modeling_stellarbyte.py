@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 import transformers
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -206,7 +206,7 @@ class Call:
         return self._made[S, window, device]
 
     def frequencies(self, device: torch.device) -> tuple[torch.Tensor, float]:
-        """Angle of each pair from one position to the next, [P] or [B, 1 or T, P], and a factor of cosines and sines."""
+        """Angle of each pair from a position to the next, [P] or [B, 1 or T, P], and a factor of cosines and sines."""
         if ("frequencies", device) not in self._made:
             lengths_BT = None
             if self.config.rope_parameters["rope_type"] == "dynamic":
@@ -274,7 +274,7 @@ def rotate(x: torch.Tensor, positions_BS: torch.Tensor, frequencies: torch.Tenso
 
 
 def decay(x: torch.Tensor, distances_BS: torch.Tensor, rates_P: torch.Tensor, base: float, pairing: str):
-    """[B, heads, S, H] with pair i times ``exp(-rate_i distance / base)``, whose growth is clipped (Sun et al. 2022)."""
+    """[B, heads, S, H] with pair i times ``exp(-rate_i distance / base)``, whose growth is clipped."""
     exponents = (-rates_P.float() * distances_BS[..., None].float() / base).clamp(max=_LARGEST_EXPONENT)
     factors = exponents.exp()[:, None]
     factors = factors.repeat_interleave(2, -1) if pairing == "interleaved" else torch.cat([factors, factors], -1)
