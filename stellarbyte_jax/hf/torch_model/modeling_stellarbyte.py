@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -28,6 +28,43 @@ _CHOICES = {
     "mlp_style": ("gated", "stellarbyte"),
     "residual_scaling": ("none", "branch", "deepnorm"),
     "rms_norm_eps_rule": ("add", "clamp"),
+}
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "intermediate_size": None,
+    "hidden_act": "silu",
+    "mlp_style": "gated",
+    "max_position_embeddings": 2048,
+    "position_embedding": "rope",
+    "rope_parameters": None,
+    "rope_pairing": "half",
+    "xpos_scale_base": 512.0,
+    "xpos_learnable": False,
+    "rms_norm_eps": 1e-5,
+    "rms_norm_eps_rule": "add",
+    "attention_bias": False,
+    "attention_output_bias": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "attention_windows": None,
+    "sink_tokens": 0,
+    "attention_logit_softcap": None,
+    "parallel_residual": False,
+    "residual_scaling": "none",
+    "layer_scale_init": None,
+    "drop_path": 0.0,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "initialization": None,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "use_cache": True,
 }
 _LARGEST_EXPONENT = 80.0  # of a factor that float32 and bfloat16 can hold
 _XPOS_GAMMA = 0.4  # of the XPos paper
@@ -45,88 +82,26 @@ class StellarByteConfig(PretrainedConfig):
     model_type = "stellarbyte"
     keys_to_ignore_at_inference = ("past_key_values", "cache")
 
-    def __init__(
-        self,
-        vocab_size: int = 32000,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        intermediate_size: int | None = None,
-        hidden_act: str = "silu",
-        mlp_style: str = "gated",
-        max_position_embeddings: int = 2048,
-        position_embedding: str = "rope",
-        rope_parameters: dict[str, Any] | None = None,
-        rope_pairing: str = "half",
-        xpos_scale_base: float = 512.0,
-        xpos_learnable: bool = False,
-        rms_norm_eps: float = 1e-5,
-        rms_norm_eps_rule: str = "add",
-        attention_bias: bool = False,
-        attention_output_bias: bool = False,
-        mlp_bias: bool = False,
-        qk_norm: bool = False,
-        attention_windows: list[int | None] | None = None,
-        sink_tokens: int = 0,
-        attention_logit_softcap: float | None = None,
-        parallel_residual: bool = False,
-        residual_scaling: str = "none",
-        layer_scale_init: float | None = None,
-        drop_path: float = 0.0,
-        attention_dropout: float = 0.0,
-        hidden_dropout: float = 0.0,
-        residual_dropout: float = 0.0,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ):
-        """Keeps the settings; raises ValueError where one of them names something that does not exist."""
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.intermediate_size = intermediate_size or 4 * hidden_size
-        self.hidden_act = hidden_act
-        self.mlp_style = mlp_style
-        self.max_position_embeddings = max_position_embeddings
-        self.position_embedding = position_embedding
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
-        self.rope_pairing = rope_pairing
-        self.xpos_scale_base = xpos_scale_base
-        self.xpos_learnable = xpos_learnable
-        self.rms_norm_eps = rms_norm_eps
-        self.rms_norm_eps_rule = rms_norm_eps_rule
-        self.attention_bias = attention_bias
-        self.attention_output_bias = attention_output_bias
-        self.mlp_bias = mlp_bias
-        self.qk_norm = qk_norm
-        self.attention_windows = list(attention_windows or [None] * num_hidden_layers)
-        self.sink_tokens = sink_tokens
-        self.attention_logit_softcap = attention_logit_softcap
-        self.parallel_residual = parallel_residual
-        self.residual_scaling = residual_scaling
-        self.layer_scale_init = layer_scale_init
-        self.drop_path = drop_path
-        self.attention_dropout = attention_dropout
-        self.hidden_dropout = hidden_dropout
-        self.residual_dropout = residual_dropout
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
+    def __init__(self, **settings: Any):
+        """Keeps the settings, :data:`_DEFAULTS` for absent ones; raises ValueError for what does not exist."""
+        values = {name: settings.pop(name, default) for name, default in _DEFAULTS.items()}
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if len(self.attention_windows) != num_hidden_layers:
-            raise ValueError(f"attention_windows names {len(self.attention_windows)} of {num_hidden_layers} layers")
-        windows = [None if sink_tokens else window for window in self.attention_windows]
-        kwargs["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in windows]
-        kwargs["sliding_window"] = next((w for w in windows if w is not None), None)
-        self.layer_types, self.sliding_window = kwargs["layer_types"], kwargs["sliding_window"]
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+            if values[name] not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {values[name]!r}")
+        layers = values["num_hidden_layers"]
+        values["num_key_value_heads"] = values["num_key_value_heads"] or values["num_attention_heads"]
+        values["head_dim"] = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
+        values["intermediate_size"] = values["intermediate_size"] or 4 * values["hidden_size"]
+        values["attention_windows"] = list(values["attention_windows"] or [None] * layers)
+        values["rope_parameters"] = values["rope_parameters"] or {"rope_type": "default", "rope_theta": 10000.0}
+        if len(values["attention_windows"]) != layers:
+            raise ValueError(f"attention_windows names {len(values['attention_windows'])} of {layers} layers")
+        droppable = [None if values["sink_tokens"] else window for window in values["attention_windows"]]
+        values["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in droppable]
+        values["sliding_window"] = next((w for w in droppable if w is not None), None)
+        for name, value in values.items():
+            setattr(self, name, value)
+        super().__init__(**{**settings, **values})
 
 
 class StellarByteNorm(nn.Module):
@@ -439,8 +414,8 @@ class StellarBytePreTrainedModel(PreTrainedModel):
     config_class = StellarByteConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("StellarByteLayer",)
-    _skip_keys_device_placement = ("past_key_values", "cache")
+    _no_split_modules = ["StellarByteLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_cache_class = True
     _supports_static_cache = True
