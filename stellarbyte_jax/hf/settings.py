@@ -4,6 +4,8 @@ A field that is neither implemented nor known to be without effect is an error: 
 """
 
 import difflib
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from stellarbyte_jax.hf.files import read_json
 from stellarbyte_jax.hf.rope import ROPE_NAMES, check_rope_type, parse_rope, rope_json
 from stellarbyte_jax.hf.table import Family
 from stellarbyte_jax.tokenizer.directory import SPECIAL_IDS
+
+_log = logging.getLogger(__name__)
 
 # About generation, storage, bookkeeping or other heads: none of it changes the logits.
 _WITHOUT_EFFECT = {
@@ -43,6 +47,25 @@ _WITHOUT_EFFECT = {
     "transformers_version",
     "unk_token_id",
     "use_cache",
+}
+
+# Of sampling, which older files keep here, and of programs that trained: accepted, and told.
+_TOLD = {
+    *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id"),
+    *("forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "min_p"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "penalty_alpha"),
+    *("prefix", "remove_invalid_values", "renormalize_logits", "repetition_penalty", "return_dict_in_generate"),
+    *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
+    *("decoder_start_token_id", "finetuning_task", "sep_token_id", "tf_legacy_loss", "torchscript", "use_bfloat16"),
+    *("cross_attention_hidden_size", "neftune_noise_alpha"),
+}
+_TOLD_PATTERN = re.compile(r"_?(unsloth|axolotl|llamafactory|llama_factory|trl|swift|mlx|optimum)_\w+|\w+_version")
+# What to do about fields that mean another computation.
+_REMEDIES = {
+    "quantization_config": "the weights are quantized: save them dequantized, as dequantize() of transformers does",
+    "auto_map": "the directory has a modelling file of its own, which may compute anything: remove the field where the "
+    "model is an ordinary {}",
 }
 
 
@@ -82,13 +105,20 @@ def parse_family(family: Family, values: Mapping[str, Any], where: str) -> ByteC
     known = {*defaults, *family.fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
     known |= {"auto_map"} if family.modelling_file else set()  # it names our own file
     unknown = [name for name, value in values.items() if name not in known and value is not None]
+    told = [name for name in unknown if name in _TOLD or _TOLD_PATTERN.fullmatch(name)]
+    unknown = [name for name in unknown if name not in told]
     if unknown:
         guess = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {guess[0]}?)" if guess else ""
+        remedy = "If the model computes the same without it, remove it from config.json"
+        if unknown[0] in _REMEDIES:
+            hint, remedy = "", _REMEDIES[unknown[0]].format(family.model_type).capitalize()
         raise ValueError(
             f"{where}: {listed(unknown)}{hint}: not implemented for {family.model_type}, nor known to be without "
-            "effect. If the model computes the same without it, remove it from config.json"
+            f"effect. {remedy}"
         )
+    if told:
+        _log.warning("%s: without effect on the logits: %s", where, listed(told))
     stated = {name: values.get(name, default) for name, default in defaults.items()}
     nulls = [name for name in stated if name in values and values[name] is None and name not in nullable]
     if nulls:  # ByteConfig would derive some of them, and transformers refuses them

@@ -71,9 +71,16 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
         ({"rope_theta": None}, "rope_theta is null: give a number, or remove the field for the default$"),
         (
             {"quantization_config": {"bits": 4}},
-            "quantization_config: not implemented for llama, nor known to be without effect. If the model computes the "
-            "same without it, remove it from config.json$",
+            "quantization_config: not implemented for llama, nor known to be without effect. The weights are "
+            r"quantized: save them dequantized, as dequantize\(\) of transformers does$",
         ),
+        (
+            {"auto_map": {}},
+            "auto_map: not implemented for llama, .* The directory has a modelling file .* ordinary llama$",
+        ),
+        ({"residual_scale": 4}, "residual_scale: .* computes the same without it, remove it from config.json$"),
+        ({"logit_softcapping": 4}, "logit_softcapping: not implemented for llama"),
+        ({"versions": 4}, "versions: not implemented for llama"),
         ({"sliding_window": 4}, "sliding_window: not implemented for llama"),
         ({"hidden_sise": 4}, r"hidden_sise \(did you mean hidden_size\?\): not implemented for llama"),
         ({"qqqq": 0, "zzzz": False, "wwww": None}, "qqqq, zzzz: not implemented for llama"),
@@ -97,6 +104,14 @@ def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
     assert config(**harmless, **switched_off, **fixed) == config()
     biases = {"attention_bias": None, "mlp_bias": None}  # MistralConfig has no such fields
     assert parse_config(MISTRAL_FILE | biases, "here") == parse_config(MISTRAL_FILE, "here")
+
+
+def test_fields_of_sampling_and_of_trainers_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    written = {"unsloth_version": "2026.1", "temperature": 0.7, "max_length": 4096, "unsloth_fixed": True}
+    assert config(**written, top_p=None) == config()
+    assert caplog.messages == [
+        "here: without effect on the logits: unsloth_version, temperature, max_length, unsloth_fixed"
+    ]
 
 
 def test_a_field_that_is_given_twice_is_refused(tmp_path: Path) -> None:
