@@ -34,7 +34,7 @@ def export_family(config: ByteConfig, name: str | None = None) -> Family:
     raise ValueError(
         f"a Hugging Face directory of the family {candidates[-1].model_type} cannot express this model: "
         f"{'; '.join(lost)}. "
-        + ("Keep it as a checkpoint of this project" if name is None else "Name no family, to have one chosen")
+        + ("Keep it as a checkpoint of this project" if name is None else "Leave the family out, to have one chosen")
     )
 
 

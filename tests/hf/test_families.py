@@ -206,7 +206,7 @@ def test_a_family_may_be_asked_for() -> None:
         )
     assert str(caught.value) == (
         "a Hugging Face directory of the family mistral cannot express this model: position_embedding is 'xpos', there "
-        "'rope'. Name no family, to have one chosen"
+        "'rope'. Leave the family out, to have one chosen"
     )
     with pytest.raises(ValueError, match="rope_type 'linear' means something else there; implemented is default"):
         export_family(small_config(rope_scaling={"name": "linear", "factor": 2.0}), "phi3")
