@@ -143,7 +143,7 @@ def from_hf(arguments: argparse.Namespace) -> Any:
 
 
 def compare(directory: Path, model: ByteTransformer, params: Any) -> Agreement:
-    """How well a Hugging Face directory agrees with a model: on the embedded corpus, or without a tokenizer at random."""
+    """How well a Hugging Face directory agrees with a model: on texts, or without a tokenizer on random tokens."""
     tokens_BT = None
     if TokenizerDirectory(directory).is_complete:
         tokens_BT = text_rows(load_tokenizer(directory), min(_VERIFIED_TOKENS, model.config.max_position_embeddings))
@@ -152,7 +152,7 @@ def compare(directory: Path, model: ByteTransformer, params: Any) -> Agreement:
 
 
 def text_rows(tokenizer: Tokenizer, length: int) -> np.ndarray | None:
-    """Beginnings of texts in every language of the corpus, int32 [B, T] with T at most ``length``; None if too short."""
+    """Beginnings of texts of the embedded corpus, int32 [B, T] with T at most ``length``; None if all are too short."""
     lines = (shipped("data") / "tiny_bilingual_valid.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines[:: max(1, len(lines) // _VERIFIED_ROWS)]]
     rows = [ids for ids in (tokenizer.encode(text)[:length] for text in texts) if len(ids) > 1]
