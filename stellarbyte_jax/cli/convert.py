@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, told_by_options
+from stellarbyte_jax.cli.tensors import inspect_checkpoints
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config.files import shipped
 
@@ -51,6 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "Checkpoints to and from Hugging Face directories, and to another size of the vocabulary.",
         "to-hf RUN OUT [--dtype bfloat16] [--verify]               RUN may also be RUN/checkpoints/STEP",
         "from-hf DIR RUN [--verify]                                makes a run of DIR, or of owner/name of the hub",
+        "inspect DIR [OTHER]                                       tensors of a checkpoint, or how two differ",
         "resize DIR RUN --tokenizer TOKENIZER                      the same of either, with a row for each token",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -82,6 +84,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     resize.add_argument("--vocab-size", type=int, help="default: the model's, or the tokenizer's where that is larger")
     resize.add_argument("--multiple", type=int, help="rows are padded to a multiple of this; default: as before")
+    look = commands.add_parser("inspect", help="list the tensors of a checkpoint, or say how two differ")
+    look.add_argument(
+        "source", type=path_or_name, help="Hugging Face directory, owner/name, run, or its checkpoints/STEP"
+    )
+    look.add_argument(
+        "other", nargs="?", type=path_or_name, help="another one, to compare with; status 1 if they differ"
+    )
+    look.add_argument("--step", type=int, help="checkpoint of the run SOURCE; the newest where none is named")
+    look.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
     for each in (to_hf, from_hf):
         each.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
     for each in (to_hf, from_hf, resize):
@@ -250,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
     with told_by_options(()):
+        if options.command == "inspect":
+            return 0 if inspect_checkpoints(options.source, options.other, options.step, options.revision) else 1
         agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
     if agreement is not None:
         print(f"verify: {agreement}: {'agrees with transformers' if agreement.ok else 'DOES NOT AGREE'}")
