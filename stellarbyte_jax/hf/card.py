@@ -10,8 +10,9 @@ CARD = "README.md"
 _FRONT = """---
 library_name: transformers
 pipeline_tag: text-generation
----
+{}---
 """
+_OWN_CODE = "tags:\n- custom_code\n"
 _LOAD_HF = """```python
 from transformers import AutoModelForCausalLM
 
@@ -94,7 +95,7 @@ def model_card(
     ]
     if training is not None:
         sections += ["## Training", _table(("", ""), _facts(training))]
-    return _FRONT + "\n" + "\n\n".join(sections) + "\n"
+    return _FRONT.format(_OWN_CODE if own_code else "") + "\n" + "\n\n".join(sections) + "\n"
 
 
 def _with_transformers(has_tokenizer: bool, own_code: bool) -> str:
