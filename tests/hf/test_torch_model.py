@@ -15,6 +15,7 @@ from helpers.variants import run
 
 from stellarbyte_jax import generate
 from stellarbyte_jax.config import DataConfig, LossConfig, OptimizerConfig, ScheduleConfig
+from stellarbyte_jax.config.files import shipped
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.families import FAMILIES
 from stellarbyte_jax.training.loss import batch_loss
@@ -414,3 +415,16 @@ def test_defaults_here_and_there_are_equal(tmp_path: Path) -> None:
     expected = family.defaults | derived
     assert {name: getattr(theirs, name, None) for name in expected} == expected
     assert SMALL["vocab_size"] != theirs.vocab_size
+
+
+def test_a_tokenizer_is_read_without_trust(tmp_path: Path) -> None:
+    """Nothing of the modelling file is needed for it; its chat template goes along."""
+    model, params = make("the project's own config", vocab_size=32000)
+    save_pretrained(tmp_path / "hf", model, params, tokenizer=shipped("tokenizer"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.decode(tokenizer("The whale 春風").input_ids, skip_special_tokens=True) == "The whale 春風"
+    talk = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True).count("<|SBOS|>") == 2
+    write = transformers.pipeline("text-generation", model=load(tmp_path / "hf"), tokenizer=tokenizer)
+    texts = write(["The whale", "A"], max_new_tokens=3, do_sample=False, batch_size=2)
+    assert texts[0][0]["generated_text"].startswith("The whale")
