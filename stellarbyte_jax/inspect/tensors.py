@@ -107,7 +107,7 @@ def open_tensors(source: Source, *, as_tree: bool) -> Iterator[Tensors]:
 def _leaves(tree: Params, prefix: str = "") -> dict[str, Held]:
     found: dict[str, Held] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             found |= _leaves(value, f"{prefix}{name}/")
         else:
             found[prefix + name] = Held(value.shape, value.dtype.name, partial(np.asarray, value))
