@@ -27,4 +27,4 @@ def config() -> TrainConfig:
         layer_scale_init=1e-5,
         qk_norm=True,
     )
-    return dataclasses.replace(run, output_dir="runs/stellarbyte", model=model)
+    return dataclasses.replace(run, output_dir="runs/stellarbyte", model=model, export_at_end=True)

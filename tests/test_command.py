@@ -172,6 +172,7 @@ def test_no_program_shows_where_its_imports_were(path):
         "config.section",
         "cli.parser",
         "cli.program",
+        "cli.tensors",
         "cli.measurements",
     )
     quick = {*sys.stdlib_module_names, *(f"stellarbyte_jax.{name}" for name in ours)}

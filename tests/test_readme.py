@@ -35,6 +35,7 @@ SHORT: dict[str, str | tuple[str, str]] = {
     "python scripts/generate.py": "--max-new-tokens 4",
     "python scripts/convert.py to-hf": "",
     "python scripts/convert.py from-hf": "",
+    "python scripts/convert.py inspect": "",
     "python scripts/convert.py resize": "",
     "python scripts/prepare_data.py": "",
     "python scripts/train_tokenizer.py": ("--stage 8000:", "--stage 400:"),

@@ -1,6 +1,7 @@
 """Checkpoints to and from Hugging Face directories, and to another size of the vocabulary."""
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -8,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, told_by_options
+from stellarbyte_jax.cli.tensors import inspect_checkpoints
 from stellarbyte_jax.command import command, imports
+from stellarbyte_jax.config.files import shipped
 
 with imports():
     import jax
+    import numpy as np
 
     from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
     from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
@@ -19,15 +23,17 @@ with imports():
     from stellarbyte_jax.config import DataConfig
     from stellarbyte_jax.hf.card import TrainingFacts
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
+    from stellarbyte_jax.hf.families import FAMILIES
     from stellarbyte_jax.hf.hub import is_hub_name, local_directory
-    from stellarbyte_jax.hf.verify import compare_with_transformers, require_torch
+    from stellarbyte_jax.hf.verify import Agreement, compare_with_transformers, require_torch
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.model.decoder import ByteTransformer
-    from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
+    from stellarbyte_jax.tokenizer.codec import Tokenizer, check_vocabulary, load_tokenizer
     from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer
     from stellarbyte_jax.tokenizer.special import adds_bos, as_list, kept_ids, stop_ids
     from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
 
+_VERIFIED_ROWS, _VERIFIED_TOKENS = 8, 128
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -46,6 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "Checkpoints to and from Hugging Face directories, and to another size of the vocabulary.",
         "to-hf RUN OUT [--dtype bfloat16] [--verify]               RUN may also be RUN/checkpoints/STEP",
         "from-hf DIR RUN [--verify]                                makes a run of DIR, or of owner/name of the hub",
+        "inspect DIR [OTHER]                                       tensors of a checkpoint, or how two differ",
         "resize DIR RUN --tokenizer TOKENIZER                      the same of either, with a row for each token",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -57,6 +64,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--dtype", type=also_spelled(DTYPES), choices=dtypes, default="float32", help="of the weights")
     to_hf.add_argument("--max-shard-size", type=size, default="5GB", help="of one file, such as 5GB")
     to_hf.add_argument("--tokenizer", type=path_or_name, help="to copy its files; the run's where none")
+    families = f"one of {', '.join(FAMILIES)} (default: the most widely read one that computes the same)"
+    to_hf.add_argument("--family", metavar="NAME", help=families)
     from_hf = commands.add_parser("from-hf", help="make a run directory from a Hugging Face directory")
     from_hf.add_argument("source", type=path_or_name, help="Hugging Face directory, or owner/name of the hub")
     from_hf.add_argument("target", type=local_path, help="run directory to write")
@@ -75,6 +84,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     resize.add_argument("--vocab-size", type=int, help="default: the model's, or the tokenizer's where that is larger")
     resize.add_argument("--multiple", type=int, help="rows are padded to a multiple of this; default: as before")
+    look = commands.add_parser("inspect", help="list the tensors of a checkpoint, or say how two differ")
+    look.add_argument(
+        "source", type=path_or_name, help="Hugging Face directory, owner/name, run, or its checkpoints/STEP"
+    )
+    look.add_argument(
+        "other", nargs="?", type=path_or_name, help="another one, to compare with; status 1 if they differ"
+    )
+    look.add_argument("--step", type=int, help="checkpoint of the run SOURCE; the newest where none is named")
+    look.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
     for each in (to_hf, from_hf):
         each.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
     for each in (to_hf, from_hf, resize):
@@ -105,11 +123,12 @@ def to_hf(arguments: argparse.Namespace) -> Any:
         ids=ids,
         overwrite=arguments.overwrite,
         training=facts_of(run, step),
+        family=arguments.family,
     )
     report(arguments.target, params)
     if not arguments.verify:
         return None
-    return compare_with_transformers(arguments.target, model, round_params(params, arguments.dtype))
+    return compare(arguments.target, model, round_params(params, arguments.dtype))
 
 
 def facts_of(run: Path, step: int | None) -> TrainingFacts | None:
@@ -131,7 +150,24 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     write_run(run, model.config, params, source, begins_with_bos(source), {}, arguments.source)
     if not arguments.verify:
         return None
-    return compare_with_transformers(source, model, load_weights(run)[1])
+    return compare(source, model, load_weights(run)[1])
+
+
+def compare(directory: Path, model: ByteTransformer, params: Any) -> Agreement:
+    """How well a Hugging Face directory agrees with a model: on texts, or without a tokenizer on random tokens."""
+    tokens_BT = None
+    if TokenizerDirectory(directory).is_complete:
+        tokens_BT = text_rows(load_tokenizer(directory), min(_VERIFIED_TOKENS, model.config.max_position_embeddings))
+    print("comparing with transformers on", "random tokens" if tokens_BT is None else "texts of the embedded corpus")
+    return compare_with_transformers(directory, model, params, tokens_BT)
+
+
+def text_rows(tokenizer: Tokenizer, length: int) -> np.ndarray | None:
+    """Beginnings of texts of the embedded corpus, int32 [B, T] with T at most ``length``; None if all are too short."""
+    lines = (shipped("data") / "tiny_bilingual_valid.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines[:: max(1, len(lines) // _VERIFIED_ROWS)]]
+    rows = [ids for ids in (tokenizer.encode(text)[:length] for text in texts) if len(ids) > 1]
+    return np.asarray([ids[: min(map(len, rows))] for ids in rows], np.int32) if rows else None
 
 
 def resize(arguments: argparse.Namespace) -> None:
@@ -225,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     jax.config.update("jax_platforms", "cpu")  # a conversion needs no accelerator, and may not fit into one
     with told_by_options(()):
+        if options.command == "inspect":
+            return 0 if inspect_checkpoints(options.source, options.other, options.step, options.revision) else 1
         agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
     if agreement is not None:
         print(f"verify: {agreement}: {'agrees with transformers' if agreement.ok else 'DOES NOT AGREE'}")

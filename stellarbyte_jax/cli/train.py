@@ -90,7 +90,7 @@ class _ListSettings(argparse.Action):
 def next_commands(config: TrainConfig, finished: "Finished", options: argparse.Namespace) -> str:
     """The commands that make sense after the run, to copy and paste."""
     with imports():
-        from stellarbyte_jax.hf.families import export_family
+        from stellarbyte_jax.hf.export import export_family
 
     directory = str(Path(config.output_dir))
     directory = f"./{directory}" if directory.startswith("-") else directory  # else an option

@@ -10,8 +10,9 @@ CARD = "README.md"
 _FRONT = """---
 library_name: transformers
 pipeline_tag: text-generation
----
+{}---
 """
+_OWN_CODE = "tags:\n- custom_code\n"
 _LOAD_HF = """```python
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```"""
+_MODEL = 'AutoModelForCausalLM.from_pretrained("path/to/this/directory")'
+_MODEL_OF_OWN_CODE = 'AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_remote_code=True)'
 _LOAD_OURS = """```python
 from stellarbyte_jax import from_pretrained
 
@@ -56,6 +59,7 @@ def model_card(
     parameters: int,
     dtype: str,
     has_tokenizer: bool,
+    own_code: bool = False,
     training: TrainingFacts | None = None,
 ) -> str:
     """Markdown with the front matter of the Hugging Face Hub, without language, licence or data, which are not known.
@@ -66,6 +70,7 @@ def model_card(
       parameters: number of weights in the files.
       dtype: of the weights in the files.
       has_tokenizer: whether the export holds a tokenizer.
+      own_code: whether transformers needs the modelling file of the directory.
       training: facts of the run; None where there was none.
     """
     rows = [
@@ -84,13 +89,18 @@ def model_card(
         _table(("", ""), rows),
         "## Use",
         "With transformers:",
-        _LOAD_HF_TEXT if has_tokenizer else _LOAD_HF,
+        _with_transformers(has_tokenizer, own_code),
         "With stellarbyte_jax:",
         _LOAD_OURS,
     ]
     if training is not None:
         sections += ["## Training", _table(("", ""), _facts(training))]
-    return _FRONT + "\n" + "\n\n".join(sections) + "\n"
+    return _FRONT.format(_OWN_CODE if own_code else "") + "\n" + "\n\n".join(sections) + "\n"
+
+
+def _with_transformers(has_tokenizer: bool, own_code: bool) -> str:
+    text = _LOAD_HF_TEXT if has_tokenizer else _LOAD_HF
+    return text.replace(_MODEL, _MODEL_OF_OWN_CODE) if own_code else text
 
 
 def _facts(training: TrainingFacts) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,11 +15,12 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
-from stellarbyte_jax.hf.families import Entry, Family, export_family
+from stellarbyte_jax.hf.export import export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
 from stellarbyte_jax.hf.hub import local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
+from stellarbyte_jax.hf.table import Entry, Family, Piece, modelling_file
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.directory import (
     GENERATION_CONFIG,
@@ -73,22 +75,24 @@ def from_pretrained(
         if config.tie_word_embeddings and _EMBEDDING not in files.names():
             files.rename(_HEAD, _EMBEDDING)  # one table, which may be stored under either name
         entries = list(family.entries(config, shapes))
-        foreign = sorted(set(shapes) - {entry.path for entry in entries})
+        foreign = sorted(set(shapes) - {piece.path for entry in entries for piece in entry.pieces})
         if foreign:
             raise ValueError(
                 f"{directory}: the settings ask for weights that {family.architecture} does not have: "
                 f"{', '.join(foreign)}. Leave out the settings that make them ({', '.join(overrides)})"
             )
         _check_tensors(family, entries, files, config)
-        leaves: dict[str, list[Entry]] = {}
+        places: dict[str, list[tuple[Entry, int]]] = {}
         for entry in entries:
-            leaves.setdefault(entry.path, []).append(entry)
+            for number, piece in enumerate(entry.pieces):
+                places.setdefault(piece.path, []).append((entry, number))
         params: dict[str, Any] = {}
-        for path, parts in leaves.items():
+        for path, parts in places.items():
             leaf = _aligned_zeros(shapes[path], to)
-            for part in parts:
-                theirs = cast(files.read(part.theirs), to, part.theirs)
-                leaf[part.index] = part.row.layout.from_hf(theirs, part.shape)
+            for entry, number in parts:
+                piece = entry.pieces[number]
+                theirs = cast(files.read(entry.theirs)[entry.rows_of(number)], to, entry.theirs)
+                leaf[piece.index] = piece.row.layout.from_hf(theirs, piece.shape)
             _put(params, path, jax.device_put(leaf))
     return model, params
 
@@ -104,15 +108,19 @@ def save_pretrained(
     ids: Mapping[str, int | list[int]] = MappingProxyType({}),
     overwrite: bool = False,
     training: TrainingFacts | None = None,
+    family: str | None = None,
 ) -> None:
-    """Writes a model as a Hugging Face directory that ``AutoModelForCausalLM`` loads without custom code.
+    """Writes a model as a Hugging Face directory that ``AutoModelForCausalLM`` loads.
+
+    As the most widely read family that computes the same. Where none of transformers' own does, the directory holds a
+    modelling file of ours, and readers say ``trust_remote_code=True``.
 
     A ``README.md`` in it says what the model is, as a card of the Hugging Face Hub. The directory appears complete or
     not at all. Tensors are converted and written one after another.
 
     Args:
       directory: to be made.
-      model: one that Llama or Mistral can express.
+      model: any without a memory and without pruned attention weights.
       params: its weights, numpy or jax arrays.
       dtype: of the numbers on disk: ``float32``, ``bfloat16`` or ``float16``.
       max_shard_bytes: size at which another file is begun.
@@ -120,24 +128,28 @@ def save_pretrained(
       ids: special tokens that go before those, such as ``{"eos_token_id": [1, 2]}``.
       overwrite: an earlier export there is replaced, its README.md too.
       training: facts for the README.md, where the run is known; weights say themselves that they saw plain text alone.
+      family: the family's ``model_type``; None to have it chosen.
 
     Raises:
       ValueError: no family can express the model, the weights are another model's or do not fit the dtype, or the
         directory is not empty.
     """
     config = model.config
-    family = export_family(config)
+    chosen = export_family(config, family)
     shapes = _shapes(param_shapes(model))
     leaves = _flatten(params)
     _check_params(leaves, shapes)
     to = float_dtype(dtype)
     named = {**({} if tokenizer is None else special_ids(tokenizer, config.vocab_size)), **ids}
+    reordered = config.rope_pairing not in chosen.pairings
     tensors = [
-        Tensor(entry.theirs, entry.hf_shape, to, _reader(entry, leaves[entry.path], to, config))
-        for entry in family.entries(config, shapes)
+        Tensor(entry.theirs, entry.hf_shape, entry.dtype(to), _reader(entry, leaves, entry.dtype(to), reordered))
+        for entry in chosen.entries(config, shapes)
     ]
     with replacing(Path(expanded(directory)), overwrite) as partial:
-        write_json(partial / "config.json", config_json(family, config, dtype, named))
+        write_json(partial / "config.json", config_json(chosen, config, dtype, named))
+        if chosen.modelling_file is not None:
+            shutil.copyfile(modelling_file(chosen.modelling_file), partial / chosen.modelling_file)
         copied = [] if tokenizer is None else copy_tokenizer(tokenizer, partial, ids)
         if config.rope_scaling.name == "none":  # with another one, texts may be longer than the settings say
             limit_length(partial, config.max_position_embeddings)
@@ -145,7 +157,8 @@ def save_pretrained(
             write_json(partial / GENERATION_CONFIG, generation_json(named))
         card = model_card(
             config,
-            architecture=family.architecture,
+            architecture=chosen.architecture,
+            own_code=chosen.modelling_file is not None,
             parameters=sum(tensor.size for tensor in tensors),
             dtype=dtype,
             has_tokenizer=TokenizerDirectory(partial).is_complete,
@@ -189,12 +202,16 @@ def _check_no_run(directory: Path) -> None:
     )
 
 
-def _reader(entry: Entry, leaf: Any, dtype: np.dtype, config: ByteConfig) -> Callable[[], np.ndarray]:
+def _reader(entry: Entry, leaves: Mapping[str, Any], dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:
+    def part(piece: Piece) -> np.ndarray:
+        ours = np.asarray(leaves[piece.path][piece.index])  # cut first: only this part leaves the device
+        if piece.row.rotary and reordered:
+            ours = interleaved_to_half(ours)
+        return piece.row.layout.to_hf(cast(ours, dtype, entry.theirs))
+
     def read() -> np.ndarray:
-        part = np.asarray(leaf[entry.index])  # cut first: only this part leaves the device
-        if entry.row.rotary and config.rope_pairing == "interleaved":
-            part = interleaved_to_half(part)
-        return entry.row.layout.to_hf(cast(part, dtype, entry.theirs))
+        parts = [part(piece) for piece in entry.pieces]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return read
 

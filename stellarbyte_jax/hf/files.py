@@ -134,6 +134,11 @@ class WeightFiles:
         stored = self._stored[name]
         return tuple(stored.handle.get_slice(stored.name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Type of a tensor's numbers as the format calls it, such as ``BF16``, from the header alone."""
+        stored = self._stored[name]
+        return stored.handle.get_slice(stored.name).get_dtype()
+
     def rename(self, old: str, new: str) -> None:
         """Gives a tensor another name, if there is such a tensor."""
         if old in self._stored:
@@ -145,8 +150,7 @@ class WeightFiles:
         Raises:
           ValueError: its numbers are no plain floats, or differ from their checksum.
         """
-        stored = self._stored[name]
-        dtype = stored.handle.get_slice(stored.name).get_dtype()
+        stored, dtype = self._stored[name], self.dtype(name)
         if dtype not in _READABLE:
             raise ValueError(
                 f"{self.directory}: tensor {clipped(name)} is stored as {dtype}, readable are {', '.join(_READABLE)}. "

@@ -1,13 +1,18 @@
 """Rotary settings of ``config.json``: ``rope_scaling`` of transformers 4, ``rope_parameters`` of transformers 5."""
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from stellarbyte_jax.config import ByteConfig, ConfigError, RopeScaling
 from stellarbyte_jax.config.foreign import listed, shown
-from stellarbyte_jax.config.section import PositiveFloat, fits, spell
+from stellarbyte_jax.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, fits, spell
 
-ROPE_NAMES = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+_log = logging.getLogger(__name__)
+
+_ORIGINAL = "original_max_position_embeddings"
+ROPE_NAMES = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", _ORIGINAL)
 _TABLES = ROPE_NAMES[:2]
 _DEFAULT_THETA = 10000.0
 # Of every kind; what is said of them is checked apart from the kind's own fields.
@@ -17,9 +22,11 @@ _KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
-    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (("factor",), (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (_ORIGINAL,)),
 }
+# Read with them: what attention_factor is where it is not given.
+_YARN_SCALES = ("mscale", "mscale_all_dim")
 
 
 def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tuple[float, RopeScaling]:
@@ -42,7 +49,9 @@ def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tup
             continue
         if not isinstance(stated, Mapping):
             raise ValueError(f"{where}: {table} must be an object, got {shown(stated)}")
-        scalings[table] = _parse_table(stated, max_positions, f"{where}: {table}")
+        # Outside of the table it goes before the one inside.
+        outside = {_ORIGINAL: values[_ORIGINAL]} if values.get(_ORIGINAL) is not None else {}
+        scalings[table] = _parse_table({**stated, **outside}, max_positions, f"{where}: {table}", outside=bool(outside))
         thetas |= {f"{table}.rope_theta": stated["rope_theta"]} if "rope_theta" in stated else {}
         shares[f"{table}.partial_rotary_factor"] = stated.get("partial_rotary_factor")
     # Of two tables transformers reads the older one, and gives it the theta beside it or the default one.
@@ -64,7 +73,7 @@ def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tup
     return next(iter(given.values())), next(iter(scalings.values()), RopeScaling())
 
 
-def _parse_table(stated: Mapping[str, Any], max_positions: Any, where: str) -> RopeScaling:
+def _parse_table(stated: Mapping[str, Any], max_positions: Any, where: str, *, outside: bool) -> RopeScaling:
     # A null means the default, but of truncate, which transformers then takes for false.
     fields: dict[str, Any] = {n: value for n, value in stated.items() if value is not None or n == "truncate"}
     kinds = [fields[name] for name in ("rope_type", "type") if name in fields]
@@ -80,7 +89,12 @@ def _parse_table(stated: Mapping[str, Any], max_positions: Any, where: str) -> R
     null = [name for name in needed if name in stated and stated[name] is None]
     if null:
         raise ValueError(f"{where}.{null[0]} is null: give a value, or remove the field for the default")
-    harmless = ("truncate",) if kind == "yarn" and fields.get("truncate") is True else ()
+    harmless: tuple[str, ...] = (_ORIGINAL,) if _ORIGINAL not in optional else ()  # nobody reads it there
+    if kind == "yarn":
+        harmless += _YARN_SCALES
+        harmless += ("truncate",) if fields.get("truncate") is True else ()
+        if "factor" in stated and stated["factor"] is None:  # what the lengths say
+            fields["factor"] = _ratio(max_positions, fields.get(_ORIGINAL, max_positions), where)
     unknown = [name for name in fields if name not in (*_COMMON, *required, *optional, *harmless)]
     if kind == "yarn" and "truncate" in unknown:
         raise ValueError(f"{where}.truncate is {shown(fields['truncate'])}; only true, the default, is implemented")
@@ -89,11 +103,15 @@ def _parse_table(stated: Mapping[str, Any], max_positions: Any, where: str) -> R
     missing = [name for name in required if name not in fields]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}, which rope_type {kind!r} needs")
+    if _ORIGINAL in stated and _ORIGINAL in harmless and not outside:
+        _log.warning("%s.%s: nothing of rope_type %r reads it, here or in transformers", where, _ORIGINAL, kind)
     if kind == "default":
         return RopeScaling()
     settings = {name: fields[name] for name in (*required, *optional) if name in fields}
-    if "original_max_position_embeddings" in optional:
-        settings.setdefault("original_max_position_embeddings", max_positions)
+    if _ORIGINAL in optional:
+        settings.setdefault(_ORIGINAL, max_positions)
+    if kind == "yarn":
+        settings |= _attention_factor(fields, where)
     if kind != "dynamic" and settings["factor"] == 1 and settings.get("attention_factor") is None:
         return RopeScaling()  # it changes nothing
     try:
@@ -102,16 +120,43 @@ def _parse_table(stated: Mapping[str, Any], max_positions: Any, where: str) -> R
         raise ValueError(f"{where}: {error}") from error
 
 
+def _ratio(stretched: Any, original: Any, where: str) -> float:
+    if not (fits(stretched, PositiveInt) and fits(original, PositiveInt)):
+        raise ValueError(f"{where}.factor is null, and the lengths it follows from are no numbers: give a factor")
+    return stretched / original
+
+
+def _attention_factor(fields: Mapping[str, Any], where: str) -> dict[str, float]:
+    """The setting that two scales of DeepSeek stand for, where it is not given itself."""
+    for name in (*_YARN_SCALES, "factor"):
+        if fields.get(name) is not None and not fits(fields[name], NonNegativeFloat):
+            raise ValueError(f"{where}.{name} must be {spell(NonNegativeFloat)}, got {shown(fields[name])}")
+    one, all_dims = (fields.get(name) for name in _YARN_SCALES)
+    if fields.get("attention_factor") is not None or not (one and all_dims):
+        return {}
+    logarithm = math.log(max(fields["factor"], 1))
+    return {"attention_factor": (0.1 * one * logarithm + 1) / (0.1 * all_dims * logarithm + 1)}
+
+
+def check_rope_type(scaling: RopeScaling, allowed: tuple[str, ...] | None, where: str) -> None:
+    """Raises ValueError where a family has only the kinds ``allowed``; None allows all."""
+    kind = _kind(scaling)
+    if allowed is not None and kind not in allowed:
+        raise ValueError(f"{where}: rope_type {kind!r} means something else there; implemented is {', '.join(allowed)}")
+
+
+def _kind(scaling: RopeScaling) -> str:
+    return "default" if scaling.name == "none" else scaling.name
+
+
 def rope_json(config: ByteConfig) -> dict[str, Any]:
     """The rotary part of ``config.json``, for readers of both generations."""
     scaling = config.rope_scaling
-    table: dict[str, Any] = {"rope_type": "default" if scaling.name == "none" else scaling.name}
+    table: dict[str, Any] = {"rope_type": _kind(scaling)}
     required, optional = _KINDS[table["rope_type"]]
     table |= {name: getattr(scaling, name) for name in (*required, *optional)}
-    if "original_max_position_embeddings" in optional:
-        table["original_max_position_embeddings"] = (
-            scaling.original_max_position_embeddings or config.max_position_embeddings
-        )
+    if _ORIGINAL in optional:
+        table[_ORIGINAL] = scaling.original_max_position_embeddings or config.max_position_embeddings
     table = {name: value for name, value in table.items() if value is not None}
     written = {"rope_theta": config.rope_theta, "rope_parameters": table | {"rope_theta": config.rope_theta}}
     return written if scaling.name == "none" else written | {"rope_scaling": table}

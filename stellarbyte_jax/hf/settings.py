@@ -4,23 +4,22 @@ A field that is neither implemented nor known to be without effect is an error: 
 """
 
 import difflib
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.config import ByteConfig, ConfigError
+from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import listed, shown
-from stellarbyte_jax.hf.families import FAMILIES, Family
+from stellarbyte_jax.hf.families import FAMILIES
 from stellarbyte_jax.hf.files import read_json
-from stellarbyte_jax.hf.rope import ROPE_NAMES, parse_rope, rope_json
+from stellarbyte_jax.hf.rope import ROPE_NAMES, check_rope_type, parse_rope, rope_json
+from stellarbyte_jax.hf.table import Family
 from stellarbyte_jax.tokenizer.directory import SPECIAL_IDS
 
-# Their names for activations, by the function that they compute; the first one is written.
-_ACTIVATIONS = {
-    "silu": ("silu", "swish"),
-    "gelu": ("gelu", "gelu_python"),
-    "gelu_pytorch_tanh": ("gelu_pytorch_tanh", "gelu_new"),
-}
+_log = logging.getLogger(__name__)
+
 # About generation, storage, bookkeeping or other heads: none of it changes the logits.
 _WITHOUT_EFFECT = {
     *SPECIAL_IDS,
@@ -50,6 +49,25 @@ _WITHOUT_EFFECT = {
     "use_cache",
 }
 
+# Of sampling, which older files keep here, and of programs that trained: accepted, and told.
+_TOLD = {
+    *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id"),
+    *("forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "min_p"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "penalty_alpha"),
+    *("prefix", "remove_invalid_values", "renormalize_logits", "repetition_penalty", "return_dict_in_generate"),
+    *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
+    *("decoder_start_token_id", "finetuning_task", "sep_token_id", "tf_legacy_loss", "torchscript", "use_bfloat16"),
+    *("cross_attention_hidden_size", "neftune_noise_alpha"),
+}
+_TOLD_PATTERN = re.compile(r"_?(unsloth|axolotl|llamafactory|llama_factory|trl|swift|mlx|optimum)_\w+|\w+_version")
+# What to do about fields that mean another computation.
+_REMEDIES = {
+    "quantization_config": "the weights are quantized: save them dequantized, as dequantize() of transformers does",
+    "auto_map": "the directory has a modelling file of its own, which may compute anything: remove the field where the "
+    "model is an ordinary {}",
+}
+
 
 def read_config(directory: Path) -> tuple[Family, ByteConfig]:
     """The family of a directory, and its settings.
@@ -72,56 +90,59 @@ def parse_config(values: Mapping[str, Any], where: str) -> tuple[Family, ByteCon
         raise ValueError(f"{where}: architectures must be a list of names, got {shown(architectures)}")
     if architectures and family.architecture not in architectures:
         raise ValueError(f"{where}: architectures is {shown(architectures)}; supported is {family.architecture}")
+    return family, parse_family(family, values, where)
+
+
+def parse_family(family: Family, values: Mapping[str, Any], where: str) -> ByteConfig:
+    """As :func:`parse_config`, of a file that is known to be the family's."""
     for name, allowed in family.fixed.items():
         if name in values and values[name] not in allowed:
+            if values[name] is None:
+                raise ValueError(f"{where}: {name} is null: give {allowed[0]!r}, or remove the field for the default")
             raise ValueError(f"{where}: {name} is {shown(values[name])}; only {allowed[0]!r} is implemented")
+    defaults, nullable = family.defaults, family.nullable
     # A field of another family that is null asks for nothing.
-    known = {*family.settings, *family.fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
+    known = {*defaults, *family.fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
+    known |= {"auto_map"} if family.modelling_file else set()  # it names our own file
     unknown = [name for name, value in values.items() if name not in known and value is not None]
+    told = [name for name in unknown if name in _TOLD or _TOLD_PATTERN.fullmatch(name)]
+    unknown = [name for name in unknown if name not in told]
     if unknown:
         guess = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {guess[0]}?)" if guess else ""
+        remedy = "If the model computes the same without it, remove it from config.json"
+        if unknown[0] in _REMEDIES:
+            hint, remedy = "", _REMEDIES[unknown[0]].format(family.model_type).capitalize()
         raise ValueError(
-            f"{where}: {listed(unknown)}{hint}: not implemented for {model_type}, nor known to be without effect. "
-            "If the model computes the same without it, remove it from config.json"
+            f"{where}: {listed(unknown)}{hint}: not implemented for {family.model_type}, nor known to be without "
+            f"effect. {remedy}"
         )
-    settings = {name: values.get(name, default) for name, default in family.settings.items()}
-    nulls = [name for name in settings if name in values and values[name] is None and name not in family.nullable]
+    if told:
+        _log.warning("%s: without effect on the logits: %s", where, listed(told))
+    stated = {name: values.get(name, default) for name, default in defaults.items()}
+    nulls = [name for name in stated if name in values and values[name] is None and name not in nullable]
     if nulls:  # ByteConfig would derive some of them, and transformers refuses them
         raise ValueError(f"{where}: {nulls[0]} is null: give a value, or remove the field for the default")
-    settings["hidden_act"] = _activation(settings["hidden_act"], where)
-    settings["attention_output_bias"] = settings.get("attention_bias", False)  # one setting of theirs, two of ours
-    theta, scaling = parse_rope(values, settings["max_position_embeddings"], where)
-    settings |= {"rope_theta": theta, "rope_scaling": scaling}
+    theta, scaling = parse_rope(values, stated["max_position_embeddings"], where)
+    check_rope_type(scaling, family.rope_types, where)
     try:
-        return family, ByteConfig(**settings)
-    except ConfigError as error:
+        return ByteConfig(**family.read(stated), rope_theta=theta, rope_scaling=scaling)
+    except ValueError as error:  # ConfigError among them
         raise ValueError(f"{where}: {error}") from error
 
 
-def _activation(name: Any, where: str) -> str:
-    for ours, theirs in _ACTIVATIONS.items():
-        if name in theirs:
-            return ours
-    supported = [name for theirs in _ACTIVATIONS.values() for name in theirs]
-    raise ValueError(f"{where}: hidden_act is {shown(name)}; supported are {', '.join(supported)}")
+def settings_json(family: Family, config: ByteConfig) -> dict[str, Any]:
+    """What ``config.json`` says of the network, under the names of transformers 4 and 5 where they differ."""
+    return {**family.write(config), **rope_json(config)}
 
 
 def config_json(family: Family, config: ByteConfig, dtype: str, special_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of ``config.json``, under the names of transformers 4 and 5 where they differ."""
-    derived = {
-        "intermediate_size": config.mlp_size,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "hidden_act": _ACTIVATIONS[config.hidden_act][0],
-        "sliding_window": config.windows[0],
-    }
-    settings = {name: derived.get(name, getattr(config, name)) for name in family.settings}
+    """Content of ``config.json``."""
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **settings,
-        **rope_json(config),
+        **({"auto_map": family.auto_map} if family.modelling_file else {}),
+        **settings_json(family, config),
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,

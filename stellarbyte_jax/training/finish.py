@@ -11,7 +11,7 @@ from stellarbyte_jax.checkpoint.weights import training_facts
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.hf.directory import save_pretrained
-from stellarbyte_jax.hf.families import export_family
+from stellarbyte_jax.hf.export import export_family
 from stellarbyte_jax.hf.files import clear_abandoned
 from stellarbyte_jax.launch import write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer

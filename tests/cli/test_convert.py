@@ -1,6 +1,7 @@
 """The command convert: checkpoints to Hugging Face and back, what it prints, and its errors."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers.hf_models import edit_config, save_words
+from helpers.hf_models import edit_config, random_model, save_words
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, processors
 from transformers import GenerationConfig
@@ -18,9 +19,12 @@ from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.store import CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.cli import convert as script
+from stellarbyte_jax.cli.convert import text_rows
 from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.config.files import shipped
 from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 SMALL = ByteConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8
@@ -207,9 +211,32 @@ def test_verify_agrees(
     pytest.importorskip("torch", reason=NEEDS_TORCH)
     hf = run_dir.parent / "hf"
     assert convert("to-hf", run_dir, hf, "--dtype", dtype, "--verify") == 0
-    assert "agrees with transformers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "agrees with transformers" in printed and "comparing with transformers on random tokens" in printed
     assert convert("from-hf", hf, run_dir.parent / "again", "--verify") == 0
     assert "agrees with transformers" in capsys.readouterr().out
+
+
+def test_verify_reads_texts_where_there_is_a_tokenizer(
+    convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of both languages of the embedded corpus; the family is the one that was asked for."""
+    pytest.importorskip("torch", reason=NEEDS_TORCH)
+    tokenizer = load_tokenizer(shipped("tokenizer"))
+    model, params = random_model(vocab_size=tokenizer.vocab_size)
+    save_initial(tmp_path / "run", model.config, params, str(shipped("tokenizer")))
+    arguments = ("to-hf", tmp_path / "run", tmp_path / "hf", "--verify", "--family", "stellarbyte", "--tokenizer")
+    assert convert(*arguments, shipped("tokenizer")) == 0
+    printed = capsys.readouterr().out
+    assert "comparing with transformers on texts of the embedded corpus" in printed
+    assert re.search(r"verify: \d{3} tokens: .*, in bfloat16 on \d+\.\d+%: agrees", printed)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "stellarbyte"
+    rows_BT = text_rows(tokenizer, 24)
+    assert rows_BT is not None and rows_BT.shape == (rows_BT.shape[0], 24) and rows_BT.shape[0] >= 8
+    texts = [tokenizer.decode(row) for row in rows_BT]
+    assert any(text.isascii() for text in texts) and any("。" in text or "，" in text for text in texts)
+    assert convert("to-hf", tmp_path / "run", tmp_path / "other", "--family", "gpt2") == 1
+    assert "there is no family 'gpt2': known are llama, mistral" in capsys.readouterr().err
 
 
 def test_verify_notices_other_weights(

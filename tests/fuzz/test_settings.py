@@ -63,7 +63,7 @@ LLAMA = {
     "eos_token_id": [2, 3],
     "torch_dtype": "float32",
 }
-FIELDS = tuple(dict.fromkeys([*ROPE_NAMES, *(n for f in FAMILIES.values() for n in (*f.settings, *f.fixed))]))
+FIELDS = tuple(dict.fromkeys([*ROPE_NAMES, *(n for f in FAMILIES.values() for n in (*f.defaults, *f.fixed))]))
 
 
 @pytest.fixture(scope="module")

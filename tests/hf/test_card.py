@@ -31,6 +31,7 @@ def test_front_matter_says_what_is_known_and_no_more():
     read = ModelCard(card())
     assert read.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation"}
     assert yaml.safe_load(card().split("---")[1]) == read.data.to_dict()
+    assert ModelCard(card(own_code=True)).data.tags == ["custom_code"]
 
 
 def test_what_the_model_is():
@@ -58,9 +59,11 @@ def test_a_tokenizer_is_loaded_where_there_is_one():
     assert "AutoTokenizer" in card() and "AutoTokenizer" not in card(has_tokenizer=False)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    model = ByteTransformer(MODEL)
+@pytest.fixture(params=[False, True], ids=["llama", "own code"])
+def saved(request, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    model = ByteTransformer(dataclasses.replace(MODEL, parallel_residual=request.param))
     params = jax.device_get(init_params(model, jax.random.key(0)))
     save_pretrained(tmp_path / "hf", model, params, training=FACTS)
     return model, params, tmp_path / "hf"
@@ -75,7 +78,7 @@ def test_an_export_has_a_card_with_its_own_numbers(saved):
 
 
 def test_its_commands_work(saved):
-    _, params, target = saved
+    model, params, target = saved
     text = (target / "README.md").read_text(encoding="utf-8")
     hf, ours = (
         code.replace("path/to/this/directory", str(target)) for code in re.findall(r"```python\n(.*?)```", text, re.S)
@@ -85,6 +88,7 @@ def test_its_commands_work(saved):
     jax.tree.map(np.testing.assert_array_equal, names["params"], params)
     pytest.importorskip("torch")
     exec(hf, names)
+    assert ("trust_remote_code=True" in hf) == model.config.parallel_residual
     assert sum(p.numel() for p in names["model"].parameters()) == sum(map(np.size, jax.tree.leaves(params)))
 
 
@@ -97,5 +101,6 @@ def test_a_card_is_replaced_as_the_other_files_are(saved):
     save_pretrained(target, model, params, overwrite=True)
     assert (
         "Training" not in (target / "README.md").read_text()
-        and "LlamaForCausalLM" in (target / "README.md").read_text()
+        and ("StellarByte" if model.config.parallel_residual else "Llama") + "ForCausalLM"
+        in (target / "README.md").read_text()
     )

@@ -289,8 +289,8 @@ def test_bad_arguments_leave_nothing(settings: dict[str, Any], message: str, tmp
 
 
 def test_a_model_of_no_family_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no Hugging Face family .*: qk_norm is true"):
-        save_pretrained(tmp_path / "hf", *random_model(qk_norm=True))
+    with pytest.raises(ValueError, match=r"cannot express this model: attention_prune_below is 0.1"):
+        save_pretrained(tmp_path / "hf", *random_model(attention_prune_below=0.1))
     assert os.listdir(tmp_path) == []
 
 

@@ -96,12 +96,16 @@ def test_without_an_original_length_the_models_own_is_meant() -> None:
             r": rope_scaling holds factor: not implemented for rope_type 'default'$",
         ),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}},
-            r": rope_parameters holds original_max_position_embeddings: not implemented for rope_type 'dynamic'$",
+            {"rope_parameters": LLAMA3 | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            r": rope_parameters holds mscale, mscale_all_dim: not implemented for rope_type 'llama3'$",
         ),
         (
-            {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
-            r": rope_parameters holds mscale, mscale_all_dim: not implemented for rope_type 'yarn'$",
+            {"rope_parameters": YARN | {"mscale": "1"}},
+            r": rope_parameters\.mscale must be float \(not negative, finite\), got '1'$",
+        ),
+        (
+            {"rope_parameters": YARN | {"factor": None, "original_max_position_embeddings": "8"}},
+            r": rope_parameters\.factor is null, and the lengths it follows from are no numbers: give a factor$",
         ),
         (
             {"rope_parameters": {"full_attention": {}}},
@@ -178,6 +182,22 @@ FILES: dict[str, dict[str, Any]] = {
         "rope_theta": 500.0,
         "rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0.8, "beta_fast": 4.0, "beta_slow": 0.5},
     },
+    "yarn with scales": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.5}},
+    "yarn with one scale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.0}},
+    "yarn with scales and what they stand for": {
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.5, "attention_factor": 1.25}
+    },
+    "yarn whose factor follows": {
+        "rope_parameters": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}
+    },
+    "an original length outside": {"rope_scaling": YARN, "original_max_position_embeddings": 16},
+    "original lengths outside and inside": {
+        "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 16,
+    },
+    "an original length of dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
+    },
     "llama3": {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}},
     "llama3 of 5": {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}},
 }
@@ -226,7 +246,7 @@ def test_a_null_means_what_it_means_to_transformers_or_is_refused(kind: str, nul
         config = parse_config({"model_type": "llama"} | values, "here")[1]
     except ValueError as error:
         assert null in str(error)
-        assert theirs is None or (kind, null) == ("yarn", "factor")  # which follows from lengths there
+        assert theirs is None
         return
     assert theirs is not None
     ours, magnitude = scaled_frequencies(config.head_size, config.rope_theta, position_scheme(config).scaling)
@@ -284,3 +304,12 @@ def test_what_is_written_is_read_again(name: str) -> None:
     assert parse(**written) == (777.0, scaling)
     del written["rope_parameters"]
     assert parse(**written) == (777.0, scaling)
+
+
+def test_what_nobody_reads_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    assert parse(rope_parameters=dynamic | {"original_max_position_embeddings": 8}) == parse(rope_parameters=dynamic)
+    assert caplog.messages == [
+        "here/config.json: rope_parameters.original_max_position_embeddings: nothing of rope_type 'dynamic' reads it, "
+        "here or in transformers"
+    ]

@@ -10,11 +10,13 @@ import pytest
 from helpers.hf_models import NEEDS_TORCH, SMALL, small_config
 
 from stellarbyte_jax.config import ByteConfig, RopeScaling
-from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL, Family
+from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL
 from stellarbyte_jax.hf.rope import ROPE_NAMES
 from stellarbyte_jax.hf.settings import config_json, generation_json, parse_config, read_config
+from stellarbyte_jax.hf.table import Family
 from stellarbyte_jax.model.mlp import ACTIVATIONS
 
+THEIRS = [family for family in FAMILIES.values() if family.modelling_file is None]
 LLAMA_FILE = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96}
 MISTRAL_FILE = LLAMA_FILE | {"model_type": "mistral", "num_key_value_heads": 2}
 
@@ -37,8 +39,8 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are llama, mistral$"),
-        ({"model_type": None}, "model_type is None; supported are llama, mistral$"),
+        ({"model_type": "gpt2"}, f"model_type is 'gpt2'; supported are {', '.join(FAMILIES)}$"),
+        ({"model_type": None}, f"model_type is None; supported are {', '.join(FAMILIES)}$"),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
             r"architectures is \['LlamaForSequenceClassification'\]; supported is LlamaForCausalLM$",
@@ -56,7 +58,7 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
         ({"pretraining_tp": 2}, "pretraining_tp is 2; only 1 is implemented$"),
         ({"rope_interleaved": True}, "rope_interleaved is True; only False is implemented$"),
         ({"intermediate_size": None}, "intermediate_size is null: give a value, or remove the field for the default$"),
-        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; supported are llama, mistral$"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; supported are llama, "),
         ({"architectures": 3}, "architectures must be a list of names, got 3$"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, got 'LlamaForCausalLM'$"),
         ({"attention_dropout": []}, r"ByteConfig.attention_dropout must be float \(in \[0, 1\)\), got \(\)$"),
@@ -69,9 +71,16 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
         ({"rope_theta": None}, "rope_theta is null: give a number, or remove the field for the default$"),
         (
             {"quantization_config": {"bits": 4}},
-            "quantization_config: not implemented for llama, nor known to be without effect. If the model computes the "
-            "same without it, remove it from config.json$",
+            "quantization_config: not implemented for llama, nor known to be without effect. The weights are "
+            r"quantized: save them dequantized, as dequantize\(\) of transformers does$",
         ),
+        (
+            {"auto_map": {}},
+            "auto_map: not implemented for llama, .* The directory has a modelling file .* ordinary llama$",
+        ),
+        ({"residual_scale": 4}, "residual_scale: .* computes the same without it, remove it from config.json$"),
+        ({"logit_softcapping": 4}, "logit_softcapping: not implemented for llama"),
+        ({"versions": 4}, "versions: not implemented for llama"),
         ({"sliding_window": 4}, "sliding_window: not implemented for llama"),
         ({"hidden_sise": 4}, r"hidden_sise \(did you mean hidden_size\?\): not implemented for llama"),
         ({"qqqq": 0, "zzzz": False, "wwww": None}, "qqqq, zzzz: not implemented for llama"),
@@ -95,6 +104,14 @@ def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
     assert config(**harmless, **switched_off, **fixed) == config()
     biases = {"attention_bias": None, "mlp_bias": None}  # MistralConfig has no such fields
     assert parse_config(MISTRAL_FILE | biases, "here") == parse_config(MISTRAL_FILE, "here")
+
+
+def test_fields_of_sampling_and_of_trainers_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    written = {"unsloth_version": "2026.1", "temperature": 0.7, "max_length": 4096, "unsloth_fixed": True}
+    assert config(**written, top_p=None) == config()
+    assert caplog.messages == [
+        "here: without effect on the logits: unsloth_version, temperature, max_length, unsloth_fixed"
+    ]
 
 
 def test_a_field_that_is_given_twice_is_refused(tmp_path: Path) -> None:
@@ -127,17 +144,19 @@ def test_absent_settings_are_the_familys_defaults() -> None:
 
 def test_the_defaults_are_those_of_transformers() -> None:
     pytest.importorskip("torch", reason="transformers' model configs are compared where the peer exists")
-    from transformers import LlamaConfig, MistralConfig
+    from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
     derived = {"num_key_value_heads": None, "head_dim": None}
-    for theirs, stated in ((LlamaConfig(), {}), (LlamaConfig(**derived), derived), (MistralConfig(), {})):
+    plain = [(made(), {}) for made in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Phi3Config)]
+    assert {theirs.model_type for theirs, _ in plain} == {family.model_type for family in THEIRS}
+    for theirs, stated in (*plain, (LlamaConfig(**derived), derived)):
         spelt = parse_config(theirs.to_dict(), "here")[1]
         short = parse_config({"model_type": theirs.model_type} | stated, "here")[1]
         sizes = {"num_key_value_heads": short.kv_heads, "head_dim": spelt.head_dim and short.head_size}
         assert short.to_dict() | sizes == spelt.to_dict()
 
 
-NULLABLE = [(f, name) for f in FAMILIES.values() for name in (*f.settings, *f.fixed, *ROPE_NAMES, "architectures")]
+NULLABLE = [(f, name) for f in THEIRS for name in (*f.defaults, *f.fixed, *ROPE_NAMES, "architectures")]
 
 
 @pytest.mark.parametrize(("family", "name"), NULLABLE, ids=lambda x: x if isinstance(x, str) else x.model_type)
@@ -145,18 +164,19 @@ def test_null_means_what_it_means_to_transformers_or_is_refused(tmp_path: Path, 
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = SMALL | {"model_type": family.model_type, "num_hidden_layers": 1, name: None}
+    values = SMALL | {"model_type": family.model_type, "num_hidden_layers": 1, "pad_token_id": 0, name: None}
     (tmp_path / "config.json").write_text(json.dumps(values))
     try:
         theirs = AutoConfig.from_pretrained(tmp_path)
         for mode in (True, False):  # a null attention_dropout of Llama is refused in training alone
             AutoModelForCausalLM.from_config(theirs).train(mode)(torch.zeros((1, 3), dtype=torch.long))
     except Exception:  # in any way that Python, torch or the library can refuse
-        with pytest.raises(ValueError, match=f"config.json: {name} is null: give a "):
+        with pytest.raises(ValueError, match=f"config.json: {name} is null: give "):
             read_config(tmp_path)
         return
     ours = read_config(tmp_path)[1]
-    sizes = (theirs.num_key_value_heads, theirs.head_dim, getattr(theirs, "sliding_window", None))
+    head_size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    sizes = (theirs.num_key_value_heads, head_size, getattr(theirs, "sliding_window", None))
     assert (ours.kv_heads, ours.head_size, ours.sliding_window) == sizes
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling == RopeScaling()
     assert (ours.attention_dropout, ours.mlp_size) == (theirs.attention_dropout, theirs.intermediate_size)

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.hf_models import random_model
 from helpers.llama_pair import llama_pair
 from helpers.training import MODEL
 
+from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.verify import Agreement, compare_with_transformers
 from stellarbyte_jax.model.decoder import ByteTransformer
 
@@ -29,12 +31,12 @@ TOKENS_BT = np.random.default_rng(3).integers(0, 67, (3, 9), dtype=np.int32)
     ],
 )
 def test_a_difference_is_measured_by_the_largest_logit(largest: float, difference: float, ok: bool) -> None:
-    assert Agreement(8, largest, difference, 1.0).ok == ok
+    assert Agreement(8, largest, difference, 1.0, 1.0).ok == ok
 
 
 def test_an_agreement_says_its_numbers() -> None:
-    assert str(Agreement(256, 12.345, 0.000123, 0.9961)) == (
-        "256 tokens: max logit difference 1.23e-04 (largest logit 12.3), argmax equal on 99.61%"
+    assert str(Agreement(256, 12.345, 0.000123, 0.9961, 0.9844)) == (
+        "256 tokens: max logit difference 1.23e-04 (largest logit 12.3), argmax equal on 99.61%, in bfloat16 on 98.44%"
     )
 
 
@@ -60,6 +62,7 @@ def test_the_same_weights_agree(pair: Pair) -> None:
     # float32 is compared, whatever the settings say.
     found = compare_with_transformers(directory, half, params, TOKENS_BT)
     assert found.ok and found.tokens == 27 and found.argmax_agreement == 1
+    assert found.bfloat16_agreement > 0.9
     assert found.max_difference < 1e-5
     assert found.largest_logit == pytest.approx(np.abs(their_logits(peer, TOKENS_BT)).max(), rel=1e-6)
 
@@ -85,6 +88,17 @@ def test_other_weights_are_measured(pair: Pair) -> None:
     assert found.max_difference == pytest.approx(np.abs(ours_BTV - theirs_BTV).max(), rel=1e-4)
     assert found.argmax_agreement == pytest.approx((ours_BTV.argmax(-1) == theirs_BTV.argmax(-1)).mean())
     assert 0 < found.argmax_agreement < 1
+    assert abs(found.bfloat16_agreement - found.argmax_agreement) < 0.2
+
+
+def test_code_of_others_is_not_run(tmp_path: Path) -> None:
+    model, params = random_model(parallel_residual=True)
+    save_pretrained(tmp_path, model, params, overwrite=True)
+    assert compare_with_transformers(tmp_path, model, params).ok
+    file = tmp_path / "modeling_stellarbyte.py"
+    file.write_text("raise SystemExit('run')\n" + file.read_text())
+    with pytest.raises(ValueError, match=r"modeling_stellarbyte.py is not the modelling file of this version"):
+        compare_with_transformers(tmp_path, model, params)
 
 
 def test_without_torch_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,9 +175,9 @@ def test_a_model_that_no_family_expresses_is_refused_at_the_start(run):
     config = run(export_at_end=True)
     finish.check(config)
     config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, position_embedding="xpos", qk_norm=True)
+        config, model=dataclasses.replace(config.model, position_embedding="xpos", attention_prune_below=0.1)
     )
-    with pytest.raises(ValueError, match="position_embedding is 'xpos', only 'rope' exists there; qk_norm is true, "):
+    with pytest.raises(ValueError, match=r"cannot express this model: attention_prune_below is 0\.1, there 0\.0"):
         finish.check(config)
     finish.check(dataclasses.replace(config, export_at_end=False))
 

@@ -1,0 +1,73 @@
+"""Which family a model is exported as: the first whose settings, read back, are the same model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.config.foreign import shown
+from stellarbyte_jax.hf.families import FAMILIES
+from stellarbyte_jax.hf.settings import parse_family, settings_json
+from stellarbyte_jax.hf.table import Family
+
+# Of training, of computing or of the first weights: the same model whatever they are. Every other setting must survive.
+_WITHOUT_MEANING = (
+    *("vocab_size_multiple", "rope_pairing", "drop_path", "attention_dropout", "hidden_dropout", "residual_dropout"),
+    *("initialization", "initializer_range", "compute_dtype", "attention_implementation", "remat", "scan_unroll"),
+    "cache",
+)
+
+
+def export_family(config: ByteConfig, name: str | None = None) -> Family:
+    """The family that computes exactly what ``config`` says: the most widely read one, or the one called ``name``.
+
+    Raises:
+      ValueError: there is none, or it cannot; the message names each setting that stands in the way and what to do.
+    """
+    if name is not None and name not in FAMILIES:
+        raise ValueError(f"there is no family {shown(name)}: known are {', '.join(FAMILIES)}")
+    candidates = list(FAMILIES.values()) if name is None else [FAMILIES[name]]
+    lost: list[str] = []
+    for family in candidates:
+        lost = _lost(family, config)
+        if not lost:
+            return family
+    raise ValueError(
+        f"a Hugging Face directory of the family {candidates[-1].model_type} cannot express this model: "
+        f"{'; '.join(lost)}. "
+        + ("Keep it as a checkpoint of this project" if name is None else "Leave the family out, to have one chosen")
+    )
+
+
+def _lost(family: Family, config: ByteConfig) -> list[str]:
+    """What would be another model there, in words."""
+    limit = family.limit(config)
+    if limit is not None:
+        return [limit]
+    try:
+        back = parse_family(family, settings_json(family, config), family.model_type)
+    except ValueError as error:
+        return [str(error)]
+    ours, theirs = _meaning(config), _meaning(back)
+    return [
+        f"{name} is {shown(value)}, there {shown(theirs[name])}"
+        for name, value in ours.items()
+        if value != theirs[name]
+    ]
+
+
+def _meaning(config: ByteConfig) -> Mapping[str, Any]:
+    """Every setting that says what the model computes, with what is derived filled in."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _WITHOUT_MEANING}
+    values |= {
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.mlp_size,
+        "layer_types": None,
+        "sliding_window": list(config.windows),
+    }
+    scaling = values.pop("rope_scaling")
+    original = scaling["original_max_position_embeddings"] or config.max_position_embeddings
+    values |= {f"rope_scaling.{name}": value for name, value in scaling.items()}
+    values["rope_scaling.original_max_position_embeddings"] = original
+    values |= {f"memory.{name}": value for name, value in values.pop("memory").items()}
+    return values

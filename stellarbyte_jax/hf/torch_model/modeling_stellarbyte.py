@@ -1,0 +1,624 @@
+"""StellarByte language models for transformers, 4.5x and 5.
+
+Loaded by ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)``; it needs torch and transformers
+alone. The fields of :class:`StellarByteConfig` are those of stellarbyte_jax, which wrote this directory.
+
+B batch, T new tokens, S keys (T of them new, others from the cache), N query heads, K key/value heads, H head size,
+P = H/2 rotated pairs, D model, F feed-forward, L length of the attention mask.
+"""
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+_DYNAMIC_TAKES_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+_CHOICES = {
+    "position_embedding": ("rope", "xpos", "stellarbyte"),
+    "rope_pairing": ("half", "interleaved"),
+    "mlp_style": ("gated", "stellarbyte"),
+    "residual_scaling": ("none", "branch", "deepnorm"),
+    "rms_norm_eps_rule": ("add", "clamp"),
+}
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "intermediate_size": None,
+    "hidden_act": "silu",
+    "mlp_style": "gated",
+    "max_position_embeddings": 2048,
+    "position_embedding": "rope",
+    "rope_parameters": None,
+    "rope_pairing": "half",
+    "xpos_scale_base": 512.0,
+    "xpos_learnable": False,
+    "rms_norm_eps": 1e-5,
+    "rms_norm_eps_rule": "add",
+    "attention_bias": False,
+    "attention_output_bias": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "attention_windows": None,
+    "sink_tokens": 0,
+    "attention_logit_softcap": None,
+    "parallel_residual": False,
+    "residual_scaling": "none",
+    "layer_scale_init": None,
+    "drop_path": 0.0,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "initialization": None,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+_LARGEST_EXPONENT = 80.0  # of a factor that float32 and bfloat16 can hold
+_XPOS_GAMMA = 0.4  # of the XPos paper
+_FASTEST_XPOS = -math.log(_XPOS_GAMMA / (1 + _XPOS_GAMMA))
+
+
+class StellarByteConfig(PretrainedConfig):
+    """Settings of the network, under the names of stellarbyte_jax.
+
+    ``attention_windows`` has the window of each layer, null where it sees every earlier token. ``layer_types`` and
+    ``sliding_window`` say the same to the caches of transformers, which drop what is out of a window; with
+    ``sink_tokens`` nothing may be dropped, and they name no window.
+    """
+
+    model_type = "stellarbyte"
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
+
+    def __init__(self, **settings: Any):
+        """Keeps the settings, :data:`_DEFAULTS` for absent ones; raises ValueError for what does not exist."""
+        values = {name: settings.pop(name, default) for name, default in _DEFAULTS.items()}
+        for name, choices in _CHOICES.items():
+            if values[name] not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {values[name]!r}")
+        layers = values["num_hidden_layers"]
+        values["num_key_value_heads"] = values["num_key_value_heads"] or values["num_attention_heads"]
+        values["head_dim"] = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
+        values["intermediate_size"] = values["intermediate_size"] or 4 * values["hidden_size"]
+        values["attention_windows"] = list(values["attention_windows"] or [None] * layers)
+        values["rope_parameters"] = values["rope_parameters"] or {"rope_type": "default", "rope_theta": 10000.0}
+        if len(values["attention_windows"]) != layers:
+            raise ValueError(f"attention_windows names {len(values['attention_windows'])} of {layers} layers")
+        droppable = [None if values["sink_tokens"] else window for window in values["attention_windows"]]
+        values["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in droppable]
+        values["sliding_window"] = next((w for w in droppable if w is not None), None)
+        for name, value in values.items():
+            setattr(self, name, value)
+        super().__init__(**{**settings, **values})
+
+
+class StellarByteNorm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) with float32 statistics."""
+
+    def __init__(self, size: int, config: StellarByteConfig, eps: float | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps or config.rms_norm_eps
+        self.clamp = config.rms_norm_eps_rule == "clamp"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] to the same."""
+        x32 = x.float()
+        square = x32.square().mean(-1, keepdim=True)
+        square = square.clamp(min=self.eps) if self.clamp else square + self.eps
+        return (x32 * square.rsqrt() * self.weight.float()).to(x.dtype)
+
+
+class Call:
+    """What the layers of a call share: where its tokens stand, what they see, and how they are rotated."""
+
+    def __init__(
+        self,
+        config: StellarByteConfig,
+        positions_BT: torch.Tensor,
+        slots_T: torch.Tensor,
+        mask_BL: torch.Tensor | None,
+        segments_BT: torch.Tensor | None,
+        cache: Any,
+        weights: bool,
+    ):
+        self.config = config
+        self.positions_BT = positions_BT  # of each new token in its text
+        self.slots_T = slots_T  # index of each new token in its row, padding counted
+        self.mask_BL = mask_BL  # 1 for tokens, 0 for padding; None where there is none
+        self.segments_BT = segments_BT  # text of each token, where rows hold several; None where they do not
+        self.cache = cache
+        self.weights = weights  # whether attention weights are asked for
+        self._made: dict[Any, Any] = {}  # on each device: layers may lie on several
+
+    def keys(self, S: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots [S] and positions [B or 1, S] of the keys that a layer has, those of the call included."""
+        if ("keys", S, device) not in self._made:
+            found = self.slots_T.to(device), self.positions_BT.to(device)
+            if self.cache is not None:  # one that keeps the end of a text gives fewer keys, one of fixed size more
+                slots_S = torch.arange(S, device=device) + (found[0][-1] + 1 - S).clamp(min=0)
+                found = slots_S, slots_S[None]
+                if self.mask_BL is not None:
+                    positions_BL = token_positions(self.mask_BL.to(device))
+                    found = slots_S, positions_BL[:, slots_S.clamp(max=positions_BL.shape[1] - 1)]
+            self._made["keys", S, device] = found
+        return self._made["keys", S, device]
+
+    def visible(self, S: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """Which keys each query sees, bool [B or 1, 1, T, S]; None where it is every key that is not later."""
+        T = self.slots_T.shape[0]
+        window = None if window is None or window >= S else window
+        if window is None and self.mask_BL is None and self.segments_BT is None and T in (1, S):
+            if not getattr(self.cache, "is_compileable", False):  # those have slots that hold nothing yet
+                return None
+        if (S, window, device) not in self._made:
+            slots_T, (slots_S, positions_BS) = self.slots_T.to(device), self.keys(S, device)
+            seen_BTS = (slots_S[None, :] <= slots_T[:, None])[None]
+            if window is not None:
+                near_BTS = self.positions_BT.to(device)[:, :, None] - positions_BS[:, None, :] < window
+                seen_BTS = seen_BTS & (near_BTS | (positions_BS < self.config.sink_tokens)[:, None, :])
+            if self.segments_BT is not None:
+                segments_BT = self.segments_BT.to(device)
+                seen_BTS = seen_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+            if self.mask_BL is not None:
+                mask_BL = self.mask_BL.to(device).bool()
+                real_BS = mask_BL[:, slots_S.clamp(max=mask_BL.shape[1] - 1)] & (slots_S < mask_BL.shape[1])
+                itself_TS = slots_S[None, :] == slots_T[:, None]  # so that padding has something to attend to
+                seen_BTS = (seen_BTS & real_BS[:, None, :]) | itself_TS[None]
+            self._made[S, window, device] = seen_BTS[:, None]
+        return self._made[S, window, device]
+
+    def frequencies(self, device: torch.device) -> tuple[torch.Tensor, float]:
+        """Angle of each pair from a position to the next, [P] or [B, 1 or T, P], and a factor of cosines and sines."""
+        if ("frequencies", device) not in self._made:
+            lengths_BT = None
+            if self.config.rope_parameters["rope_type"] == "dynamic":
+                positions_BT = self.positions_BT.to(device)
+                lengths_BT = positions_BT.amax(1, keepdim=True) + 1
+                if self.segments_BT is not None:
+                    segments_BT = self.segments_BT.to(device)
+                    longest = torch.zeros_like(positions_BT).scatter_reduce(1, segments_BT, positions_BT, "amax")
+                    lengths_BT = longest.gather(1, segments_BT) + 1
+            self._made["frequencies", device] = rotary_frequencies(self.config, lengths_BT, device)
+        return self._made["frequencies", device]
+
+
+def token_positions(mask_BL: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its text, int64 [B, L], where padding (0) may stand anywhere."""
+    return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def rotary_frequencies(
+    config: StellarByteConfig, lengths_BT: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, float]:
+    """Frequencies of RoPE (Su et al. 2021) with the scaling of the settings, float32, and a factor of the rotation."""
+    rope, H = config.rope_parameters, config.head_dim
+    kind, factor, trained = rope["rope_type"], rope.get("factor", 1.0), config.max_position_embeddings
+    theta, original = rope["rope_theta"], rope.get("original_max_position_embeddings") or trained
+    channel_P = torch.arange(0, H, 2, dtype=torch.float32, device=device)
+    plain_P = theta ** -(channel_P / H)
+    if kind == "default":
+        return plain_P, 1.0
+    if kind == "linear":
+        return plain_P / factor, 1.0
+    if kind == "dynamic":
+        growth_BT1 = (1 + factor * (lengths_BT - trained).clamp(min=0).float() / trained)[..., None]
+        return plain_P * growth_BT1 ** -(channel_P / max(H - 2, 1)), 1.0
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept_P = ((plain_P * (original / (2 * math.pi)) - low) / (high - low)).clamp(0, 1)
+        return plain_P / factor * (1 - kept_P) + plain_P * kept_P, 1.0
+    if kind == "yarn":
+
+        def pair_with(rotations: float) -> float:
+            return H * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
+
+        first = max(math.floor(pair_with(rope.get("beta_fast") or 32.0)), 0)
+        last = min(math.ceil(pair_with(rope.get("beta_slow") or 1.0)), H - 1)
+        stretched_P = ((channel_P / 2 - first) / (last - first or 1)).clamp(0, 1)
+        magnitude = rope.get("attention_factor") or 0.1 * math.log(factor) + 1.0
+        return plain_P / factor * stretched_P + plain_P * (1 - stretched_P), magnitude
+    raise ValueError(f"rope_type must be default, linear, dynamic, llama3 or yarn, got {kind!r}")
+
+
+def rotate(x: torch.Tensor, positions_BS: torch.Tensor, frequencies: torch.Tensor, magnitude: float, pairing: str):
+    """[B, heads, S, H] with each pair of channels rotated by the angle of its position, in float32."""
+    angles = (positions_BS[..., None].float() * frequencies)[:, None]
+    cos, sin, x32 = angles.cos() * magnitude, angles.sin() * magnitude, x.float()
+    first, second = x32.chunk(2, -1)
+    even, odd = x32[..., 0::2], x32[..., 1::2]
+    if pairing == "half":
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    elif pairing == "interleaved":
+        rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+    else:  # mixed: the original StellarByte's, no rotation, for weights that were trained with it
+        rotated = torch.cat([first * cos - odd * sin, second * cos + even * sin], -1)
+    return rotated.to(x.dtype)
+
+
+def decay(x: torch.Tensor, distances_BS: torch.Tensor, rates_P: torch.Tensor, base: float, pairing: str):
+    """[B, heads, S, H] with pair i times ``exp(-rate_i distance / base)``, whose growth is clipped."""
+    exponents = (-rates_P.float() * distances_BS[..., None].float() / base).clamp(max=_LARGEST_EXPONENT)
+    factors = exponents.exp()[:, None]
+    factors = factors.repeat_interleave(2, -1) if pairing == "interleaved" else torch.cat([factors, factors], -1)
+    return (x.float() * factors).to(x.dtype)
+
+
+class StellarByteAttention(nn.Module):
+    """Grouped-query attention with the rotation, window and cache of its layer."""
+
+    def __init__(self, config: StellarByteConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(D, N * H, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, K * H, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, K * H, bias=config.attention_bias)
+        self.o_proj = nn.Linear(N * H, D, bias=config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = StellarByteNorm(H, config), StellarByteNorm(H, config)
+        if config.xpos_learnable:
+            self.xpos_rate = nn.Parameter(self._first_rates(torch.device("cpu")))
+        self.pairing = "mixed" if config.position_embedding == "stellarbyte" else config.rope_pairing
+        kind = config.rope_parameters["rope_type"]
+        self.caches_rotated = kind != "dynamic" and config.position_embedding != "stellarbyte"
+
+    def _first_rates(self, device: torch.device) -> torch.Tensor:
+        share_P = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device) / self.config.head_dim
+        if self.config.position_embedding == "stellarbyte":
+            return -share_P  # the original's, which grow scores with distance
+        return -torch.log((share_P + _XPOS_GAMMA) / (1 + _XPOS_GAMMA))
+
+    def forward(self, x_BTD: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, D] to the same, and attention weights [B, N, T, S] where they are asked for."""
+        c, (B, T, _), device = self.config, x_BTD.shape, x_BTD.device
+        q, k, v = (w(x_BTD).view(B, T, -1, c.head_dim) for w in (self.q_proj, self.k_proj, self.v_proj))
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        positions_BT, rotation = call.positions_BT.to(device), call.frequencies(device)
+        if self.caches_rotated:
+            k = rotate(k, positions_BT, *rotation, self.pairing)
+        window = c.attention_windows[self.layer_idx]
+        if call.cache is not None:
+            about = {"cache_position": call.slots_T.to(device), "sliding_window": window}
+            k, v = call.cache.update(k, v, self.layer_idx, about)
+        S = k.shape[2]
+        positions_BS = call.keys(S, device)[1]
+        if c.position_embedding != "rope":
+            q, k = self._decay(q, k, positions_BT, positions_BS)
+        q = rotate(q, positions_BT, *rotation, self.pairing)
+        if not self.caches_rotated:
+            k = rotate(k, positions_BS, *rotation, self.pairing)
+        out_BNTH, weights = self._attend(q, k, v, call.visible(S, window, device), call.weights)
+        out_BTD = self.o_proj(out_BNTH.transpose(1, 2).reshape(B, T, -1))
+        return F.dropout(out_BTD, c.residual_dropout, self.training), weights
+
+    def _decay(self, q, k, positions_BT: torch.Tensor, positions_BS: torch.Tensor):
+        """Queries and keys whose scores change with their distance."""
+        c = self.config
+        rates_P = self.xpos_rate if c.xpos_learnable else self._first_rates(q.device)
+        if c.position_embedding == "stellarbyte":
+            origin = torch.full_like(positions_BT[:, :1], c.max_position_embeddings // 2)
+        else:  # it cancels, and floats hold the factors of a row best with the origin in its middle
+            origin = (positions_BT.amin(1, keepdim=True) + positions_BT.amax(1, keepdim=True)) // 2
+            rates_P = rates_P.clamp(max=2 * _FASTEST_XPOS) if c.xpos_learnable else rates_P
+        q = decay(q, positions_BT - origin, rates_P, c.xpos_scale_base, self.pairing)
+        return q, decay(k, origin - positions_BS, rates_P, c.xpos_scale_base, self.pairing)
+
+    def _attend(self, q, k, v, seen: torch.Tensor | None, weights_too: bool):
+        c, (B, N, T, H), S = self.config, q.shape, k.shape[2]
+        k, v = (x[:, :, None].expand(B, x.shape[1], N // x.shape[1], S, H).reshape(B, N, S, H) for x in (k, v))
+        dropout = c.attention_dropout if self.training else 0.0
+        if c._attn_implementation != "eager" and c.attention_logit_softcap is None and not weights_too:
+            causal = seen is None and T > 1
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal), None
+        scores = (q @ k.transpose(-1, -2)).float() * H**-0.5
+        if c.attention_logit_softcap is not None:
+            scores = c.attention_logit_softcap * torch.tanh(scores / c.attention_logit_softcap)
+        if seen is None and T > 1:
+            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
+        weights = scores.softmax(-1)
+        return F.dropout(weights, dropout, self.training).to(v.dtype) @ v, weights.to(v.dtype)
+
+
+class StellarByteMLP(nn.Module):
+    """The feed-forward layer: gated (Shazeer 2020), or the original StellarByte's."""
+
+    def __init__(self, config: StellarByteConfig):
+        super().__init__()
+        self.config = config
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, F_, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, F_, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(F_, D, bias=config.mlp_bias)
+        if config.mlp_style == "stellarbyte":
+            self.norm = StellarByteNorm(D, config, eps=1e-6)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to the same."""
+        if self.config.mlp_style == "stellarbyte":
+            n_BTD = self.norm(x_BTD)
+            out_BTD = self.down_proj(F.silu(self.up_proj(n_BTD)) * torch.sigmoid(self.gate_proj(n_BTD))) + x_BTD
+        else:
+            out_BTD = self.down_proj(ACT2FN[self.config.hidden_act](self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return F.dropout(out_BTD, self.config.hidden_dropout, self.training)
+
+
+class StellarByteLayer(nn.Module):
+    """Attention and feed-forward layer in the residual style of the settings."""
+
+    gradient_checkpointing = False
+
+    def __init__(self, config: StellarByteConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.self_attn, self.mlp = StellarByteAttention(config, layer_idx), StellarByteMLP(config)
+        self.input_layernorm = StellarByteNorm(config.hidden_size, config)
+        if not config.parallel_residual:
+            self.post_attention_layernorm = StellarByteNorm(config.hidden_size, config)
+        self.attn_scale = self.mlp_scale = None
+        if config.layer_scale_init is not None:  # Touvron et al. 2021
+            self.attn_scale = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
+            self.mlp_scale = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
+        self.branch_factor = (2 * config.num_hidden_layers) ** -0.5 if config.residual_scaling == "branch" else None
+        self.drop_path = config.drop_path * layer_idx / max(1, config.num_hidden_layers - 1)
+
+    def _scale(self, h_BTD: torch.Tensor, scale_D: torch.Tensor | None) -> torch.Tensor:
+        h_BTD = h_BTD if scale_D is None else h_BTD * scale_D.to(h_BTD.dtype)
+        return h_BTD if self.branch_factor is None else h_BTD * self.branch_factor
+
+    def _drop(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        if self.drop_path == 0 or not self.training:  # Huang et al. 2016
+            return h_BTD
+        keep_B11 = torch.rand(h_BTD.shape[0], 1, 1, device=h_BTD.device) >= self.drop_path
+        return torch.where(keep_B11, h_BTD / (1 - self.drop_path), torch.zeros_like(h_BTD))
+
+    def forward(self, x_BTD: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, D] to the same, and attention weights where they are asked for."""
+        if self.config.residual_scaling == "deepnorm":  # Wang et al. 2022
+            alpha = (2 * self.config.num_hidden_layers) ** 0.25
+            h_BTD, weights = self.self_attn(x_BTD, call)
+            x_BTD = self.input_layernorm(alpha * x_BTD + self._drop(self._scale(h_BTD, self.attn_scale)))
+            h_BTD = self.mlp(x_BTD)
+            return self.post_attention_layernorm(
+                alpha * x_BTD + self._drop(self._scale(h_BTD, self.mlp_scale))
+            ), weights
+        n_BTD = self.input_layernorm(x_BTD)
+        h_BTD, weights = self.self_attn(n_BTD, call)
+        h_BTD = self._scale(h_BTD, self.attn_scale)
+        if self.config.parallel_residual:
+            return x_BTD + self._drop(h_BTD + self._scale(self.mlp(n_BTD), self.mlp_scale)), weights
+        x_BTD = x_BTD + self._drop(h_BTD)
+        h_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
+        return x_BTD + self._drop(self._scale(h_BTD, self.mlp_scale)), weights
+
+
+class StellarBytePreTrainedModel(PreTrainedModel):
+    """What both models have in common."""
+
+    config_class = StellarByteConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StellarByteLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_cache_class = True
+    _supports_static_cache = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: StellarByteConfig):
+        super().__init__(config)
+        if config.xpos_learnable:  # 16 bits would change what a distant key counts; names that are absent are refused
+            self._keep_in_fp32_modules_strict = {"xpos_rate"}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, StellarByteNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, StellarByteLayer) and module.attn_scale is not None:
+            nn.init.constant_(module.attn_scale, self.config.layer_scale_init)
+            nn.init.constant_(module.mlp_scale, self.config.layer_scale_init)
+
+
+class StellarByteModel(StellarBytePreTrainedModel):
+    """The network without its head."""
+
+    def __init__(self, config: StellarByteConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(StellarByteLayer(config, i) for i in range(config.num_hidden_layers))
+        # After a post-norm the stream is normalised already.
+        deepnorm = config.residual_scaling == "deepnorm"
+        self.norm = nn.Identity() if deepnorm else StellarByteNorm(config.hidden_size, config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding."""
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Hidden states [B, T, D] of tokens [B, T].
+
+        ``attention_mask`` is 1 for tokens and 0 for padding, [B, tokens of the cache + T]. Without one and without a
+        cache, positions that begin anew begin another text. ``cache`` is the newer name of ``past_key_values``.
+        """
+        c = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        use_cache = (c.use_cache if use_cache is None else use_cache) and not recomputes
+        if not use_cache:
+            cache = None
+        elif cache is None:
+            cache = DynamicCache(config=c) if _DYNAMIC_TAKES_CONFIG else DynamicCache()
+        weights_too = c.output_attentions if output_attentions is None else output_attentions
+        call = self._call(x_BTD, attention_mask, position_ids, cache, bool(weights_too))
+        x_BTD = F.dropout(x_BTD, c.hidden_dropout, self.training)
+        states, weights = [x_BTD], []
+        for layer in self.layers:
+            if recomputes:
+                x_BTD, w = self._gradient_checkpointing_func(layer.__call__, x_BTD, call)
+            else:
+                x_BTD, w = layer(x_BTD, call)
+            states.append(x_BTD)
+            weights.append(w)
+        x_BTD = self.norm(x_BTD)
+        hidden = c.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x_BTD,
+            hidden_states=(*states[:-1], x_BTD) if hidden else None,
+            attentions=tuple(weights) if weights_too else None,
+            **{_CACHE: cache},
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _call(self, x_BTD, mask_BL, positions_BT, cache, weights_too: bool) -> Call:
+        (B, T), device = x_BTD.shape[:2], x_BTD.device
+        past = 0 if cache is None else cache.get_seq_length()
+        slots_T = torch.arange(T, device=device) + past
+        compiling = torch.compiler.is_compiling()
+        if mask_BL is not None and mask_BL.dim() != 2:
+            raise ValueError(f"attention_mask must be [batch, tokens], got {list(mask_BL.shape)}")
+        if mask_BL is not None and not compiling and cache is None and mask_BL.all():
+            mask_BL = None
+        segments_BT = None
+        if positions_BT is None:
+            if mask_BL is None:
+                positions_BT = slots_T.expand(B, T)
+            else:
+                at_T = slots_T.clamp(max=mask_BL.shape[1] - 1)
+                positions_BT = token_positions(mask_BL)[:, at_T]
+        else:
+            positions_BT = positions_BT.expand(B, T)
+            if mask_BL is None and cache is None:
+                begins_BT = F.pad(positions_BT.diff(dim=1) != 1, (1, 0))
+                if compiling or begins_BT.any():
+                    segments_BT = begins_BT.long().cumsum(1)
+        longest = 2 * _LARGEST_EXPONENT * self.config.xpos_scale_base / _FASTEST_XPOS
+        longest = int(longest / 2 if self.config.xpos_learnable else longest)
+        if self.config.position_embedding == "xpos" and T > longest:
+            raise ValueError(f"{T} tokens are more than the {longest} that XPos can rotate at once: use a cache")
+        return Call(self.config, positions_BT, slots_T, mask_BL, segments_BT, cache, weights_too)
+
+
+class StellarByteForCausalLM(StellarBytePreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = _TIED if int(transformers.__version__.split(".")[0]) >= 5 else list(_TIED)
+
+    def __init__(self, config: StellarByteConfig):
+        super().__init__(config)
+        self.model = StellarByteModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the head."""
+        self.lm_head = value
+
+    def get_decoder(self) -> nn.Module:
+        """The network without its head."""
+        return self.model
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        """The mask [B, tokens] as it is, padded to a cache's fixed size so that compiled steps have one shape."""
+        cache = kwargs.get("cache") or kwargs.get("past_key_values")
+        layers = getattr(cache, "layers", None)
+        if attention_mask is None or not layers:
+            return attention_mask
+        size = max(layer.max_cache_len for layer in layers)
+        return F.pad(attention_mask, (0, max(0, size - attention_mask.shape[1])))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits [B, T, vocabulary], or of the last ``logits_to_keep`` tokens alone, and the loss of labels."""
+        kwargs.pop("cache_position", None)  # follows from the cache
+        found = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=past_key_values if cache is None else cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(found.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+            **{_CACHE: getattr(found, _CACHE)},
+        )
+        return output.to_tuple() if return_dict is False else output
