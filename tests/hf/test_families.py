@@ -85,7 +85,7 @@ def test_tensors_are_those_of_transformers(name: str, settings: dict[str, Any]) 
         (STELLARBYTE, {"mlp_style": "stellarbyte", "parallel_residual": True, "qk_norm": True}, (1, 0)),
         (STELLARBYTE, {"residual_scaling": "deepnorm", "attention_bias": True, "mlp_bias": True}, (0,)),
     ],
-    ids=str,
+    ids=lambda x: x.model_type if isinstance(x, Family) else str(x),
 )
 def test_every_weight_is_part_of_one_tensor(family: Family, settings: dict[str, Any], sizes: tuple[int, ...]) -> None:
     config = small_config(**settings)
