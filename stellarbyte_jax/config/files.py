@@ -224,7 +224,10 @@ def parsed(cls: type[Section], overrides: Sequence[str]) -> dict[str, Any]:
         require(bool(equals), f"setting {shown(text)}: expected section.name=value")
         require(name in settings, unknown_name(name, settings, f"setting {shown(text)}"))
         readings = [value for value in _readings(raw) if fits(value, settings[name])]
-        require(len(readings) > 0, f"setting {name}={clipped(raw)}: {name} must be {spell(settings[name])}")
+        require(
+            len(readings) > 0,
+            f"setting {name}={clipped(raw)}: {name} must be {spell(settings[name])}{_as_list(name, raw)}",
+        )
         values[name] = readings[0]
     return values
 
@@ -235,6 +238,13 @@ def setting_types(cls: type, prefix: str = "") -> dict[str, Any]:
     for name, hint in hints(cls).items():
         settings |= setting_types(hint, f"{prefix}{name}.") if is_section(hint) else {prefix + name: hint}
     return settings
+
+
+def _as_list(name: str, raw: str) -> str:
+    """How a list is written, for brackets round words, which are no JSON."""
+    if not (raw.startswith("[") and raw.endswith("]")):
+        return ""
+    return f": write {name}=a,b without brackets, or JSON, whose texts stand in double quotes"
 
 
 def _readings(raw: str) -> Iterator[Any]:

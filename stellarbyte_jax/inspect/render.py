@@ -13,9 +13,11 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { border: 1px solid #bbb; padding: .3rem .7rem; text-align: right; }
 th { background: #f0f0f0; }
 th:first-child, td:first-child { text-align: left; }
+td.short { white-space: nowrap; }
 img { max-width: 100%; }
 p.note { color: #555; }
 """.strip()
+_SHORT = 16  # characters of a cell that stays on one line
 _PLAIN = re.compile(r"([\\`*_{}\[\]<>#|!&~])")
 
 
@@ -82,6 +84,9 @@ def _html_section(section: Section, charts: Mapping[str, bytes]) -> str:
 
 def _html_table(table: Table) -> str:
     def row(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{kind(cell)}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    def kind(cell: str) -> str:  # a number is not to break at its sign or before its unit
+        return ' class="short"' if len(cell) <= _SHORT else ""
 
     return "\n".join(["<table>", row(table.columns, "th"), *(row(cells, "td") for cells in table.rows), "</table>"])

@@ -255,6 +255,9 @@ class TokenizerDirectory:
         if not self.path.is_dir():
             raise ValueError(f"tokenizer directory {absent(self.path)}: give a directory that holds {LIBRARY}")
         if not self.has_library:
+            inside = self.path / "tokenizer"  # of a run, or of the root of a clone
+            if (inside / LIBRARY).is_file():
+                raise ValueError(f"{self.path} holds no {LIBRARY}, but {inside} does: give that directory")
             raise ValueError(
                 f"{self.path} holds no {LIBRARY}: only tokenizers in that format can be read "
                 "(trained ones of this project are, and so are those that transformers' save_pretrained writes)"

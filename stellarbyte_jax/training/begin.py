@@ -16,7 +16,7 @@ from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
-from stellarbyte_jax.config.foreign import absent
+from stellarbyte_jax.config.foreign import absent, shown
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
@@ -62,7 +62,15 @@ def _base(model: ByteConfig, tokenizer: str | Path, add_bos: bool) -> Mapping[st
 
 
 def complete(config: TrainConfig) -> TrainConfig:
-    """The settings with the model of ``init_from``, where it is left out."""
+    """The settings with the model of ``init_from``, where it is left out.
+
+    Raises:
+      ConfigError: these are no settings, but for instance the path of a config file.
+    """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"train() takes a TrainConfig, not {shown(config)}: stellarbyte_jax.config.load(path) reads a config file"
+        )
     return compose(config, inherit=inherit) if config.leaves_model_out else config
 
 

@@ -318,6 +318,11 @@ def test_lists_of_overrides_are_json_or_words(tmp_path):
     for text in ("['a', 'b']", '["a",]'):
         with pytest.raises(ConfigError, match="sample_prompts must be a list of str"):
             load(path, [f"sample_prompts={text}"])
+    advice = (
+        r"must be a list of str: write sample_prompts=a,b without brackets, or JSON, whose texts stand in double quo"
+    )
+    with pytest.raises(ConfigError, match=advice):
+        load(path, ["sample_prompts=[a.jsonl, b.jsonl]"])  # as a shell leaves of ["a.jsonl", "b.jsonl"]
 
 
 def test_a_tilde_is_the_home_directory_in_every_path(tmp_path, monkeypatch):

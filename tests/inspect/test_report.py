@@ -145,6 +145,13 @@ def test_html_holds_everything_and_runs_nothing():
     assert ("lang", "en") in page.attributes
 
 
+def test_numbers_stay_on_one_line_and_long_cells_may_break():
+    cells = ("-3.75e-05", "0.00 %", "a window of 4096, in each layer but the last")
+    page = to_html(Report("t", "en", (Section("s", (Table(("a", "b", "c"), (cells,)),)),)), {})
+    assert "td.short { white-space: nowrap; }" in page
+    assert '<td class="short">-3.75e-05</td><td class="short">0.00 %</td><td>a window' in page
+
+
 def test_markdown_is_text_and_tables():
     text = to_markdown(nasty(), {"pie": "pie.png"})
     lines = text.splitlines()

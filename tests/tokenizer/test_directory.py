@@ -35,7 +35,11 @@ def test_separate_and_named_templates(tmp_path):
 def test_unreadable_directories(tmp_path):
     with pytest.raises(ValueError, match="does not exist: give a directory"):
         load_tokenizer(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json: only"):
+        load_tokenizer(tmp_path)
+    inside = tmp_path / "tokenizer"
+    shutil.copytree(COMMITTED, inside)
+    with pytest.raises(ValueError, match=rf"holds no tokenizer\.json, but {inside} does: give that directory$"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer that"):

@@ -256,6 +256,12 @@ def test_a_run_in_a_thread_trains_without_signals(tmp_path, tokenizer):
     assert [(end.exit_code, end.step) for end in ended] == [(0, 2)]
 
 
+@pytest.mark.parametrize("given", ["configs/quickstart.py", Path("quickstart"), None])
+def test_what_is_no_config_is_told_how_one_is_read(given):
+    with pytest.raises(ConfigError, match=r"^train\(\) takes a TrainConfig, not .*: stellarbyte_jax\.config\.load\("):
+        train(given)
+
+
 def test_the_folder_of_the_command_is_no_place_for_a_run(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a")
