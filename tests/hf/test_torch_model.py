@@ -101,7 +101,8 @@ def load(directory: Path, **options: Any) -> Any:
 
 def logits_of(peer: Any, tokens_BT: np.ndarray, **options: Any) -> np.ndarray:
     with torch.no_grad():
-        return peer(torch.from_numpy(np.asarray(tokens_BT, np.int64)), **options).logits.numpy()
+        tokens = torch.from_numpy(np.asarray(tokens_BT, np.int64)).to(peer.device)
+        return peer(tokens, **options).logits.cpu().numpy()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -189,6 +190,7 @@ def test_positions_that_begin_anew_are_another_text(name: str, tmp_path: Path) -
     np.testing.assert_allclose(found[:, 10:], logits_of(peer, second), atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of one part of torch about another
 @pytest.mark.parametrize("name", ["the project's own config", "windows, interleaved"])
 def test_it_compiles_as_one_graph(name: str, tmp_path: Path) -> None:
     model, params = export(name, tmp_path / "hf")

@@ -22,8 +22,8 @@ MISTAKES = {
     "tokenizer bigger than the vocabulary": (lambda t: ["model.vocab_size=100"], ["100", "288"]),
     "no tokenizer": (lambda t: ["data.tokenizer=nowhere"], ["nowhere"]),
     "not exportable": (
-        lambda t: ["export_at_end=true", "model.position_embedding=xpos"],
-        ["position_embedding"],
+        lambda t: ["export_at_end=true", "model.attention_prune_below=0.1"],
+        ["attention_prune_below"],
     ),
     "loss that diverges": (
         lambda t: ["optimizer.learning_rate=1e30", "optimizer.gradient_clip_norm=none", "schedule.warmup_steps=0"],
