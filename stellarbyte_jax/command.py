@@ -162,6 +162,8 @@ def remedy(error: BaseException | None, directory: str = "output_dir") -> str | 
     with or without a cause.
     """
     while error is not None:
+        if isinstance(error, FileExistsError) and error.filename and not os.path.exists(error.filename):
+            return f"{error.filename} is a link to nothing: mend the link or choose another {directory}"
         for words, advice in _REMEDIES.items():
             if words in str(error):
                 if words in _GONE and directory != "output_dir":  # which no run has had open

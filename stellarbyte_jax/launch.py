@@ -149,6 +149,10 @@ class Interrupt:
 LOCK = "run.lock"  # in the run's directory
 
 
+class InUseError(OSError):
+    """Another process trains in the directory, which is its own."""
+
+
 class RunLock:
     """Keeps two processes from training in one directory; released when the process ends, however it does."""
 
@@ -161,7 +165,7 @@ class RunLock:
         """Takes the lock.
 
         Raises:
-          OSError: another process has it.
+          InUseError: another process has it.
         """
         self._file = self._path.open("a+", encoding="utf-8")
         try:
@@ -172,7 +176,7 @@ class RunLock:
             self._file.seek(0)
             owner = self._file.read().strip() or "another process"
             self._file.close()
-            raise OSError(
+            raise InUseError(
                 f"{self._path.parent} is in use by {owner}: wait until it ends, stop it, or choose another output_dir"
             ) from None
         self._opened = os.open(self._directory, os.O_RDONLY)  # so that no other one gets its number

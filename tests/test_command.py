@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -255,3 +256,20 @@ def test_a_directory_that_cannot_be_made_leaves_none_above_it(tmp_path, monkeypa
     with pytest.raises(ZeroDivisionError), directory_for(tmp_path / "a" / "b"):
         pass
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["link", "link/run"])
+def test_a_link_to_nothing_is_told_as_such(tmp_path, place):
+    """A folder of runs is often a link to another disk, which may not be there."""
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    advice = f"{tmp_path / 'link'} is a link to nothing: mend the link or choose another output_dir"
+    with pytest.raises(OSError, match=rf"cannot be made: File exists; {re.escape(advice)}$"):
+        make_directory(tmp_path / place, "output_dir")
+    with pytest.raises(FileExistsError) as failure, directory_for(tmp_path / place):
+        pass
+    assert remedy(failure.value) == advice
+    (tmp_path / "disk").mkdir()
+    make_directory(tmp_path / place, "output_dir")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="there is a file where a folder belongs"):
+        make_directory(tmp_path / "file", "output_dir")

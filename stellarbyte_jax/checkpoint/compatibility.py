@@ -11,6 +11,7 @@ from typing import Any
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import clipped, shown
+from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.data.patterns import expand
 from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError
 from stellarbyte_jax.data.text import TextFormat
@@ -100,7 +101,7 @@ def _order(name: str, data: DataConfig) -> Any:
     if name == "text_documents":
         return data.text_documents if any(str(file).endswith(TEXT_SUFFIX) for file in _files(data.train)) else None
     if name == "tokenizer":
-        return Path(data.tokenizer).resolve()
+        return real(data.tokenizer)
     if name in ("fields", "template"):
         try:
             return TextFormat(data.fields, data.template).meaning
@@ -217,7 +218,7 @@ def _with_tokenizer(config: TrainConfig, tokenizer: str) -> TrainConfig:
 
 
 def _same_place(one: str | Path, other: str | Path) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
+    return real(one) == real(other)
 
 
 def _same_tokenizer(directory: Path, copy: Path) -> bool:

@@ -12,6 +12,7 @@ from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_pa
 from stellarbyte_jax.cli.tensors import inspect_checkpoints
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config.files import shipped
+from stellarbyte_jax.config.paths import real
 
 with imports():
     import jax
@@ -174,7 +175,7 @@ def resize(arguments: argparse.Namespace) -> None:
     """Writes a run directory whose model has a row for each token of the given tokenizer."""
     run = arguments.target
     for path in (arguments.source, arguments.tokenizer):
-        if not is_hub_name(path) and Path(path).resolve().is_relative_to(run.resolve()):
+        if not is_hub_name(path) and real(path).is_relative_to(real(run)):
             raise ValueError(f"{path} lies in {run}, which is to be written: give another target directory")
     check_target(run, arguments.overwrite)
     directory = local_directory(arguments.tokenizer, weights=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from stellarbyte_jax.cli.program import also_spelled, inherit, local_path, new_parser, path_or_name, positive
 from stellarbyte_jax.command import command, imports, remedy, spelled
 from stellarbyte_jax.config import ByteConfig, TrainConfig, load
+from stellarbyte_jax.config.paths import real
 
 with imports():
     import jax
@@ -136,7 +137,7 @@ def _subject(options: argparse.Namespace) -> _Subject:
         return _Subject(Path(options.config).stem, ByteTransformer(run.model), run, None)
     weights = options.weights or options.speed
     source = find_source(options.model, options.step, options.revision, weights=weights)
-    name, run, params = Path(options.model).resolve().name, None, None
+    name, run, params = real(options.model).name, None, None
     if source.is_run:
         run, params = load_weights(source.path, source.step)
         name, model = source.path.resolve().name, ByteTransformer(run.model)

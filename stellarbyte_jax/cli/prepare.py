@@ -12,6 +12,7 @@ from stellarbyte_jax.cli.program import also_spelled, new_parser, path_or_name, 
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config import ConfigError, TrainConfig
 from stellarbyte_jax.config.files import parsed, shipped
+from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.config.section import written
 
 with imports():
@@ -79,7 +80,7 @@ def _train(output: str, name: str, tokenizer: Tokenizer) -> str:
     ends = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     settings = [_named("data.train", output), f"data.tokenizer={name}", f"model.vocab_size={tokenizer.vocab_size}"]
     settings += [f"data.add_{end}=false" for end, token in ends.items() if token is None]
-    settings.append(f"output_dir={Path('runs', Path(output).resolve().name)}")
+    settings.append(f"output_dir={Path('runs', real(output).name)}")
     return f"{typed('train')} --config quickstart --set {shlex.join(settings)}"
 
 

@@ -18,3 +18,11 @@ def expanded(path: str | Path) -> str:
             f"{given}: there is no home directory of {user}: write the whole path, or ./{given} for a folder there"
         )
     return made
+
+
+def real(path: str | Path) -> Path:
+    """The absolute path without links, as far as they lead anywhere.
+
+    ``Path.resolve`` raises a RuntimeError, up to Python 3.12, where a link leads to itself.
+    """
+    return Path(os.path.realpath(path))

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from stellarbyte_jax.config.foreign import absent, clipped, json_object, shown
-from stellarbyte_jax.config.paths import expanded
+from stellarbyte_jax.config.paths import expanded, real
 from stellarbyte_jax.tokenizer.named import SpecialTokens, find_special_tokens, uses_older_files
 
 LIBRARY = "tokenizer.json"  # read by the tokenizers library
@@ -341,7 +341,7 @@ def copy_tokenizer(
     present = directory.files
     # Ends of a text may be named in the model's settings alone, which stay behind.
     ids = {**(directory.generation_ids() if (source / MODEL_CONFIG).is_file() else {}), **ids}
-    if (present or ids) and source.resolve() != target.resolve():
+    if (present or ids) and real(source) != real(target):
         target.mkdir(parents=True, exist_ok=True)
         for name in set(TokenizerDirectory(target).files) - set(present):
             (target / name).unlink()

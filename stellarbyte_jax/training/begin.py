@@ -17,6 +17,7 @@ from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
 from stellarbyte_jax.config.foreign import absent, shown
+from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
@@ -188,11 +189,11 @@ def _check_place(run_dir: Path) -> None:
     """A run does not strew its files into a project, the home directory or the root of the file system."""
     if holds_run(run_dir):
         return
-    place = run_dir.absolute().resolve()
+    place = real(run_dir)
     held = [name for name in _PROJECT if (place / name).exists()]
     what = f"holds a project ({held[0]})" if held else "is your home directory" if place == Path.home() else None
     what = "is the root of the file system" if place == place.parent else what
-    if what is None and Path.cwd().resolve().is_relative_to(place):
+    if what is None and real(Path.cwd()).is_relative_to(place):
         what = "is the folder in which the command was typed, or one above it"
     if what:
         raise ConfigError(

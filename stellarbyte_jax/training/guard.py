@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stellarbyte_jax.command import MENDABLE, print_error, remedy
 from stellarbyte_jax.config import ConfigError
-from stellarbyte_jax.launch import write_failure
+from stellarbyte_jax.launch import InUseError, write_failure
 
 
 def run_guarded(act: Callable[[], int], output_dir: str) -> int:
@@ -21,6 +21,9 @@ def run_guarded(act: Callable[[], int], output_dir: str) -> int:
         return act()
     except ConfigError:
         raise
+    except InUseError as error:  # nor in the log of a run that is another process's
+        print_error(error)
+        return 1
     except MENDABLE as error:
         error = _advised(error, Path(output_dir))
         log, where = Path(output_dir) / "train.log", ""

@@ -12,6 +12,7 @@ import numpy as np
 
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.config.reference import changed, written
 from stellarbyte_jax.training import plots
 from stellarbyte_jax.training.plots import Curve, Scale
@@ -104,7 +105,7 @@ def write_page(output: Path, page: str) -> None:
 
 def _names(directories: Sequence[Path]) -> list[str]:
     """What the runs are called: the names of their folders, or where those are equal, their paths."""
-    places = [path.resolve() for path in directories]
+    places = [real(path) for path in directories]
     if len(set(places)) < len(places):
         raise ConfigError("a run is given twice: name each once")
     names = [place.name for place in places]

@@ -1,5 +1,6 @@
 """Is every mistake one clear line?"""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from helpers.runs import cli, data_setting, one_error
 
 from stellarbyte_jax.config import ConfigError
+from stellarbyte_jax.launch import RunLock
 from stellarbyte_jax.training.guard import run_guarded
 
 MISTAKES = {
@@ -133,3 +135,18 @@ def test_a_place_that_is_no_place_for_a_run_gets_no_log(tmp_path):
     with pytest.raises(ConfigError, match="holds a project"):
         run_guarded(act, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_in_use_keeps_its_log_for_itself(config_file, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    before = (tmp_path / "run" / "train.log").read_bytes()
+    with RunLock(tmp_path / "run"):
+        assert cli(config_file, "steps=99") == 1
+        assert one_error(capsys, f"{tmp_path / 'run'} is in use by process {os.getpid()}")
+    assert (tmp_path / "run" / "train.log").read_bytes() == before
+
+
+def test_an_output_that_is_a_link_to_itself_is_told(config_file, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert cli(config_file, f"output_dir={tmp_path / 'loop'}") == 1
+    assert one_error(capsys, f"{tmp_path / 'loop'} is a link to nothing: mend the link")
