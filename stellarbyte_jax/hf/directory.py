@@ -69,15 +69,14 @@ def from_pretrained(
     family, config = read_config(directory)
     config = ByteConfig(**(config.to_dict() | overrides))
     model = ByteTransformer(config)
-    shapes = _shapes(param_shapes(model))
     to = float_dtype(dtype)
     with WeightFiles(directory, verify=verify) as files:
         if config.tie_word_embeddings and _EMBEDDING not in files.names():
             files.rename(_HEAD, _EMBEDDING)  # one table, which may be stored under either name
-        entries = table_entries(family, config, shapes, str(directory), overrides)
+        entries = table_entries(family, model, str(directory), overrides)
         tied = (_EMBEDDING, _HEAD) if config.tie_word_embeddings else None
         check_tensors(entries, files, str(directory), "config.json", buffers=family.buffers, tied=tied)
-        params = read_params(entries, shapes, files, to)
+        params = read_params(entries, model, files, to)
     return model, params
 
 
@@ -216,19 +215,14 @@ class Tensors(Protocol):
         ...
 
 
-def table_entries(
-    family: Family,
-    config: ByteConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    where: str,
-    overrides: Mapping[str, Any],
-) -> list[Entry]:
+def table_entries(family: Family, model: ByteTransformer, where: str, overrides: Mapping[str, Any]) -> list[Entry]:
     """The tensors from which a model is read; every one of our leaves must be in some of them.
 
     Raises:
       ValueError: ``overrides`` ask for weights that the family does not have.
     """
-    entries = list(family.entries(config, shapes))
+    shapes = _shapes(param_shapes(model))
+    entries = list(family.entries(model.config, shapes))
     foreign = sorted(set(shapes) - {piece.path for entry in entries for piece in entry.pieces})
     if foreign:
         raise ValueError(
@@ -281,10 +275,9 @@ def check_tensors(
     _raise(problems, f"{where}: the tensors do not fit {settings}")
 
 
-def read_params(
-    entries: list[Entry], shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, dtype: np.dtype
-) -> dict[str, Any]:
+def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
     """The parameter tree, jax arrays of ``dtype`` on the default device, from tensors that were checked."""
+    shapes = _shapes(param_shapes(model))
     places: dict[str, list[tuple[Entry, int]]] = {}
     for entry in entries:
         for number, piece in enumerate(entry.pieces):
