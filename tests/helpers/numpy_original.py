@@ -1,6 +1,6 @@
 """The original StellarByte's two networks in numpy with float64 and loops, written from their description alone.
 
-``state`` is a state dict of the original, ``c`` its settings by its own names, ``tokens`` a vector; float64 logits [T, V].
+``state`` is a state dict of the original, ``c`` its settings by its own names, ``tokens`` a vector; logits are [T, V].
 """
 
 import math

@@ -5,6 +5,7 @@ nothing else; there is no other way to read them here.
 """
 
 import contextlib
+import pickle
 import re
 import warnings
 import zipfile
@@ -42,9 +43,7 @@ class OriginalFile:
         for name, each in stored.items():
             own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
             if own in self._stored:
-                raise ValueError(
-                    f"{path}: two tensors are {clipped(own)}, one of them {clipped(name)}: keep one of them"
-                )
+                raise ValueError(f"{path}: two tensors are {clipped(own)} but for the names of wrappers: keep one")
             self._stored[own] = each
 
     def names(self) -> list[str]:
@@ -131,16 +130,18 @@ def _load(path: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # a broken file ends in an error of any kind
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))  # in a message that advises to load the file without care
         if found:
             raise ValueError(
                 f"{path} holds the Python object {clipped(found[1])}, which is not loaded because that can run code: "
                 f"where you trust the file, load it with torch and {_SAVE}"
             ) from error
-        reason = clipped(str(error).partition("\n")[0])
-        raise ValueError(
-            f"{path} is not a readable file of torch.save ({type(error).__name__}: {reason}): copy it again"
-        ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} holds a pickle of something else than weights, which is not read: {_SAVE}"
+            ) from error
+        reason = clipped(str(error).partition("\n")[0]) or "it ends too early"
+        raise ValueError(f"{path} is not a readable file of torch.save ({reason}): copy it again") from error
 
 
 def _state_dict(content: Any, path: Path) -> Mapping[Any, Any]:

@@ -39,6 +39,7 @@ _TRAINING = (
 _MARKS = ("train_data_path", "learning_rate", "tokenizer_path")  # which no config class has
 # What the original's trainers did not hand over: the model was made with the default, whatever the file says.
 _NOT_READ = {"seed": ("use_causal",), "december": ("rope_theta",)}
+_DEEPEST = 32  # levels of YAML: the time that PyYAML takes grows with the square of their number
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -135,12 +136,14 @@ def yaml_object(content: bytes, where: str) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError(f"reading {where} needs PyYAML: pip install pyyaml, or write the settings as JSON") from error
     try:
-        # An alias may stand for itself, or for more than memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=yaml.SafeLoader)):
-            raise ValueError(f"{where} uses YAML aliases (*name): write the values out")
+        depth = 0
+        for event in yaml.parse(content, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError(f"{where} is nested too deeply: copy the file again")
+            if isinstance(event, yaml.AliasEvent):  # it may stand for itself, or for more than memory holds
+                raise ValueError(f"{where} uses YAML aliases (*name): write the values out")
         value = _plain(yaml.compose(content, Loader=yaml.SafeLoader), where)
-    except RecursionError:
-        raise ValueError(f"{where} is not valid YAML: it is nested too deeply. Copy the file again") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not valid YAML: {clipped(' '.join(str(error).split()))}") from None
     if not isinstance(value, dict):

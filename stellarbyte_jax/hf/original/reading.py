@@ -127,7 +127,7 @@ def _layout(name: str, tensors: OriginalFile) -> Original:
 
 
 def _refuse(path: Path, names: list[str], pattern: re.Pattern[str], what: str, remedy: str) -> None:
-    found = [name for name in names if pattern.fullmatch(name)]
+    found = sorted(name for name in names if pattern.fullmatch(name))
     if found:
         raise ValueError(f"{path} holds {what} ({listed(found)}): {remedy}")
 

@@ -51,14 +51,14 @@ def settings_of_file(layout: Original, shapes: Shapes, read: OriginalSettings) -
         if name in values and values[name] not in allowed
     ]
     known = {*defaults, *family.fixed, *idle}
-    unknown = [n for n in values if n not in known and not is_bookkeeping(n) and not is_told(n)]
-    problems += [_unknown(name, known) for name in unknown]
+    unread = [name for name in values if name not in known and not is_bookkeeping(name)]
+    problems += [_unknown(name, known) for name in unread if not is_told(name)]
     nulls = [n for n in defaults if n in values and values[n] is None and n not in family.nullable]
     problems += [f"{name} is null: give a value, or remove the field for the default" for name in nulls]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{where}: {'; '.join(problems[:8])}{more}")
-    told = [name for name in values if name in idle or (is_told(name) and name not in known)]
+    told = [name for name in values if name in idle or (name in unread and is_told(name))]
     notes = [*read.notes, *([f"without effect on the network here: {', '.join(map(clipped, told))}"] if told else [])]
     stated = defaults | {name: _number(values[name], like) for name, like in defaults.items() if name in values}
     if read.of_training:
@@ -79,7 +79,11 @@ def byte_config(layout: Original, stated: Mapping[str, Any], overrides: Mapping[
     try:
         return ByteConfig(**(layout.family.read(stated) | dict(overrides)))
     except ValueError as error:  # ConfigError among them
-        raise ValueError(f"{where}: {error}") from error
+        message = str(error)
+        for theirs, ours in ByteConfig._aliases.items():
+            if theirs in stated:
+                message = message.replace(f"ByteConfig.{ours} ", f"{theirs} ")
+        raise ValueError(f"{where}: {message}") from error
 
 
 def _unknown(name: str, known: set[str]) -> str:
