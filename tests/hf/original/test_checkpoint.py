@@ -39,8 +39,16 @@ def refused(path: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.module."])
-@pytest.mark.parametrize("container", [None, "model_state", "model_state_dict", "model"])
+@pytest.mark.parametrize(
+    ("prefix", "container"),
+    [
+        ("", None),
+        ("_orig_mod.", "model_state"),
+        ("module.", "model_state_dict"),
+        ("module._orig_mod.", "model"),
+        ("_orig_mod.module.module.", None),
+    ],
+)
 def test_wrappers_and_containers(prefix: str, container: str | None, tmp_path: Path) -> None:
     state = seed_state()
     expected = from_original(saved(tmp_path / "x.safetensors", state)).params
