@@ -1,7 +1,6 @@
 """Config files of the original: fields of its config classes, or settings of its trainers, as JSON or YAML."""
 
 import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,6 @@ _MARKS = ("train_data_path", "learning_rate", "tokenizer_path")  # which no conf
 # What the original's trainers did not hand over: the model was made with the default, whatever the file says.
 _NOT_READ = {"seed": ("use_causal",), "december": ("rope_theta",)}
 _DEEPEST = 32  # levels of YAML: the time that PyYAML takes grows with the square of their number
-_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def _without_ignored(fields: dict[str, Any], where: str, layout: Original, train
 
 
 def yaml_object(content: bytes, where: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds, of plain values; numbers such as ``1e-5``, which YAML takes for texts, too.
+    """The mapping that a YAML file holds, of plain values; YAML takes numbers such as ``1e-5`` for texts.
 
     Raises:
       ImportError: PyYAML is not installed.
@@ -174,8 +172,6 @@ def _scalar(node: Any) -> Any:
     from yaml.constructor import SafeConstructor
 
     text, kind = node.value, node.tag.rpartition(":")[2]
-    if _EXPONENT.fullmatch(text):
-        return float(text)
     try:
         if kind == "null":
             return None

@@ -93,7 +93,7 @@ def _unknown(name: str, known: set[str]) -> str:
 
 
 def _number(value: Any, like: Any) -> Any:
-    """A number that the file gives as a text, which the original casts."""
+    """A number that the file gives as a text, as YAML reads ``1e-5``, and as the original casts it."""
     if isinstance(value, str) and type(like) in (int, float):
         try:
             return type(like)(value)
