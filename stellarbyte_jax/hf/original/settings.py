@@ -63,7 +63,7 @@ def settings_of_file(layout: Original, shapes: Shapes, read: OriginalSettings) -
     stated = defaults | {name: _number(values[name], like) for name, like in defaults.items() if name in values}
     if read.of_training:
         found = layout.sizes(shapes, stated)
-        other = {n: value for n, value in found.items() if stated[n] is not None and stated[n] != value}
+        other = {n: value for n, value in found.items() if values.get(n) not in (None, value)}
         if other:
             notes.append(f"sizes are those of the tensors, not those of the file: {_pairs(other)}")
         stated |= found
