@@ -1,4 +1,4 @@
-"""Checkpoints to and from Hugging Face directories, and to another size of the vocabulary."""
+"""Checkpoints to and from Hugging Face directories, from the original's, and to another size of the vocabulary."""
 
 import argparse
 import json
@@ -26,6 +26,8 @@ with imports():
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
     from stellarbyte_jax.hf.families import FAMILIES
     from stellarbyte_jax.hf.hub import is_hub_name, local_directory
+    from stellarbyte_jax.hf.original import LAYOUTS
+    from stellarbyte_jax.hf.original import from_original as read_original
     from stellarbyte_jax.hf.verify import Agreement, compare_with_transformers, require_torch
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.model.decoder import ByteTransformer
@@ -50,9 +52,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = new_parser(
         "convert",
-        "Checkpoints to and from Hugging Face directories, and to another size of the vocabulary.",
+        "Checkpoints to and from Hugging Face directories, from the original's, and to another size of the vocabulary.",
         "to-hf RUN OUT [--dtype bfloat16] [--verify]               RUN may also be RUN/checkpoints/STEP",
         "from-hf DIR RUN [--verify]                                makes a run of DIR, or of owner/name of the hub",
+        "from-original FILE.pth RUN [--config CONFIG]              makes a run of a checkpoint of the original",
         "inspect DIR [OTHER]                                       tensors of a checkpoint, or how two differ",
         "resize DIR RUN --tokenizer TOKENIZER                      the same of either, with a row for each token",
     )
@@ -71,6 +74,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from_hf.add_argument("source", type=path_or_name, help="Hugging Face directory, or owner/name of the hub")
     from_hf.add_argument("target", type=local_path, help="run directory to write")
     from_hf.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
+    from_original = commands.add_parser(
+        "from-original", help="make a run directory from a checkpoint of the original StellarByte"
+    )
+    from_original.add_argument("source", type=local_path, help="what torch.save wrote, or .safetensors")
+    from_original.add_argument("target", type=local_path, help="run directory to write")
+    from_original.add_argument(
+        "--config", type=local_path, help="the original's, JSON or YAML; without one sizes are those of the tensors"
+    )
+    from_original.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help="default: auto")
+    from_original.add_argument("--tokenizer", type=path_or_name, help="of the model: a directory, or owner/name")
     resize = commands.add_parser("resize", help="make a run directory with another tokenizer and vocabulary size")
     resize.add_argument(
         "source",
@@ -96,7 +109,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     look.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
     for each in (to_hf, from_hf):
         each.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
-    for each in (to_hf, from_hf, resize):
+    for each in (to_hf, from_hf, from_original, resize):
         each.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
     return parser.parse_args(arguments)
 
@@ -152,6 +165,26 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     if not arguments.verify:
         return None
     return compare(source, model, load_weights(run)[1])
+
+
+def from_original(arguments: argparse.Namespace) -> None:
+    """Writes a run directory from a checkpoint of the original."""
+    run = arguments.target
+    check_target(run, arguments.overwrite)
+    tokenizer = None
+    if arguments.tokenizer is not None:
+        tokenizer = local_directory(arguments.tokenizer, weights=False)
+    found = read_original(arguments.source, config=arguments.config, layout=arguments.layout)
+    check_tokenizer(tokenizer, found.model.config.vocab_size)
+    add_bos = found.layout.adds_bos and (tokenizer is None or has_bos(tokenizer))
+    print(f"layout: {found.layout.name}; texts begin with{'' if add_bos else 'out'} bos")
+    print(f"tokenizer: {tokenizer or 'none, so what reads texts asks for one; give --tokenizer DIR to add it'}")
+    write_run(run, found.model.config, found.params, tokenizer, add_bos, {}, str(arguments.source))
+
+
+def has_bos(tokenizer: Path) -> bool:
+    """Whether a directory holds a whole tokenizer that has a bos."""
+    return TokenizerDirectory(tokenizer).is_complete and load_tokenizer(tokenizer).bos_id is not None
 
 
 def compare(directory: Path, model: ByteTransformer, params: Any) -> Agreement:
@@ -235,12 +268,12 @@ def begins_with_bos(tokenizer: Path) -> bool:
 
 
 def write_run(
-    run: Path, config: Any, params: Any, tokenizer: Path, add_bos: bool, ids: dict[str, Any], source: str
+    run: Path, config: Any, params: Any, tokenizer: Path | None, add_bos: bool, ids: dict[str, Any], source: str
 ) -> None:
     """Writes weights of ``source`` as step 0 of a run directory, with what there is of a tokenizer and further ids."""
     for part in ("checkpoints", TOKENIZER):
         shutil.rmtree(run / part, ignore_errors=True)
-    copied = copy_tokenizer(tokenizer, run / TOKENIZER, ids)
+    copied = [] if tokenizer is None else copy_tokenizer(tokenizer, run / TOKENIZER, ids)
     save_initial(run, config, params, str(run / TOKENIZER) if copied else None, add_bos=add_bos, init_from=source)
     report(run, params)
 
@@ -264,7 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with told_by_options(()):
         if options.command == "inspect":
             return 0 if inspect_checkpoints(options.source, options.other, options.step, options.revision) else 1
-        agreement = {"to-hf": to_hf, "from-hf": from_hf, "resize": resize}[options.command](options)
+        converters = {"to-hf": to_hf, "from-hf": from_hf, "from-original": from_original, "resize": resize}
+        agreement = converters[options.command](options)
     if agreement is not None:
         print(f"verify: {agreement}: {'agrees with transformers' if agreement.ok else 'DOES NOT AGREE'}")
     return 0 if agreement is None or agreement.ok else 1

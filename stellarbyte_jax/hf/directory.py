@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -69,31 +69,14 @@ def from_pretrained(
     family, config = read_config(directory)
     config = ByteConfig(**(config.to_dict() | overrides))
     model = ByteTransformer(config)
-    shapes = _shapes(param_shapes(model))
     to = float_dtype(dtype)
     with WeightFiles(directory, verify=verify) as files:
         if config.tie_word_embeddings and _EMBEDDING not in files.names():
             files.rename(_HEAD, _EMBEDDING)  # one table, which may be stored under either name
-        entries = list(family.entries(config, shapes))
-        foreign = sorted(set(shapes) - {piece.path for entry in entries for piece in entry.pieces})
-        if foreign:
-            raise ValueError(
-                f"{directory}: the settings ask for weights that {family.architecture} does not have: "
-                f"{', '.join(foreign)}. Leave out the settings that make them ({', '.join(overrides)})"
-            )
-        _check_tensors(family, entries, files, config)
-        places: dict[str, list[tuple[Entry, int]]] = {}
-        for entry in entries:
-            for number, piece in enumerate(entry.pieces):
-                places.setdefault(piece.path, []).append((entry, number))
-        params: dict[str, Any] = {}
-        for path, parts in places.items():
-            leaf = _aligned_zeros(shapes[path], to)
-            for entry, number in parts:
-                piece = entry.pieces[number]
-                theirs = cast(files.read(entry.theirs)[entry.rows_of(number)], to, entry.theirs)
-                leaf[piece.index] = piece.row.layout.from_hf(theirs, piece.shape)
-            _put(params, path, jax.device_put(leaf))
+        entries = table_entries(family, model, str(directory), overrides)
+        tied = (_EMBEDDING, _HEAD) if config.tie_word_embeddings else None
+        check_tensors(entries, files, str(directory), "config.json", buffers=family.buffers, tied=tied)
+        params = read_params(entries, model, files, to)
     return model, params
 
 
@@ -216,26 +199,98 @@ def _reader(entry: Entry, leaves: Mapping[str, Any], dtype: np.dtype, reordered:
     return read
 
 
-def _check_tensors(family: Family, entries: list[Entry], files: WeightFiles, config: ByteConfig) -> None:
-    """Every tensor of the table exists in its shape, and there is no other one."""
+class Tensors(Protocol):
+    """Foreign tensors by name."""
+
+    def names(self) -> list[str]:
+        """Every tensor."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as it is stored, whole."""
+        ...
+
+
+def table_entries(family: Family, model: ByteTransformer, where: str, overrides: Mapping[str, Any]) -> list[Entry]:
+    """The tensors from which a model is read; every one of our leaves must be in some of them.
+
+    Raises:
+      ValueError: ``overrides`` ask for weights that the family does not have.
+    """
+    shapes = _shapes(param_shapes(model))
+    entries = list(family.entries(model.config, shapes))
+    foreign = sorted(set(shapes) - {piece.path for entry in entries for piece in entry.pieces})
+    if foreign:
+        raise ValueError(
+            f"{where}: the settings ask for weights that {family.architecture} does not have: "
+            f"{', '.join(foreign)}. Leave out the settings that make them ({', '.join(overrides)})"
+        )
+    return entries
+
+
+def check_tensors(
+    entries: list[Entry],
+    tensors: Tensors,
+    where: str,
+    settings: str,
+    *,
+    buffers: tuple[str, ...] = (),
+    tied: tuple[str, str] | None = None,
+) -> None:
+    """Every tensor of the table exists in its shape, and there is no other one.
+
+    Args:
+      entries: the table.
+      tensors: what there is.
+      where: names them in messages.
+      settings: names what the table follows from.
+      buffers: patterns of others that there may be.
+      tied: names of embedding and head where they are one: the head may be there too, if it is equal.
+
+    Raises:
+      ValueError: it is otherwise.
+    """
     wanted = {entry.theirs: entry.hf_shape for entry in entries}
-    present = set(files.names())
-    unknown = sorted(name for name in present - set(wanted) if not any(re.fullmatch(b, name) for b in family.buffers))
-    if config.tie_word_embeddings and _HEAD in unknown and _EMBEDDING in present:
-        if not np.array_equal(files.read(_HEAD), files.read(_EMBEDDING)):
+    present = set(tensors.names())
+    unknown = sorted(name for name in present - set(wanted) if not any(re.fullmatch(b, name) for b in buffers))
+    if tied is not None and tied[1] in unknown and tied[0] in present:
+        embedding, head = tied
+        if not np.array_equal(tensors.read(head), tensors.read(embedding)):
             raise ValueError(
-                f"{files.directory}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}. "
-                "Set tie_word_embeddings to false in config.json to keep both"
+                f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}. "
+                f"Set tie_word_embeddings to false in {settings} to keep both"
             )
-        unknown.remove(_HEAD)
+        unknown.remove(head)
     problems = [f"missing {name}" for name in wanted if name not in present]
     problems += [f"unknown {name}" for name in unknown]
     problems += [
-        f"{name} has shape {files.shape(name)}, the settings ask for {shape}"
+        f"{name} has shape {tensors.shape(name)}, the settings ask for {shape}"
         for name, shape in wanted.items()
-        if name in present and files.shape(name) != shape
+        if name in present and tensors.shape(name) != shape
     ]
-    _raise(problems, f"{files.directory}: the tensors do not fit config.json")
+    _raise(problems, f"{where}: the tensors do not fit {settings}")
+
+
+def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
+    """The parameter tree, jax arrays of ``dtype`` on the default device, from tensors that were checked."""
+    shapes = _shapes(param_shapes(model))
+    places: dict[str, list[tuple[Entry, int]]] = {}
+    for entry in entries:
+        for number, piece in enumerate(entry.pieces):
+            places.setdefault(piece.path, []).append((entry, number))
+    params: dict[str, Any] = {}
+    for path, parts in places.items():
+        leaf = _aligned_zeros(shapes[path], dtype)
+        for entry, number in parts:
+            piece = entry.pieces[number]
+            theirs = cast(tensors.read(entry.theirs)[entry.rows_of(number)], dtype, entry.theirs)
+            leaf[piece.index] = piece.row.layout.from_hf(theirs, piece.shape)
+        _put(params, path, jax.device_put(leaf))
+    return params
 
 
 def _check_params(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -29,6 +29,12 @@ SAME = Layout(
     to_hf=lambda ours: ours,
     hf_shape=lambda shape: shape,
 )
+# what is a rate of decay here is one of growth there
+NEGATED = Layout(
+    from_hf=lambda theirs, shape: -theirs,
+    to_hf=lambda ours: -ours,
+    hf_shape=lambda shape: shape,
+)
 # [*out] <-> [out]
 FLAT = Layout(
     from_hf=lambda theirs, shape: theirs.reshape(shape),

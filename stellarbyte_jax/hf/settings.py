@@ -69,6 +69,16 @@ _REMEDIES = {
 }
 
 
+def is_bookkeeping(name: str) -> bool:
+    """Whether a field of a config class of transformers says nothing of the network."""
+    return name in _WITHOUT_EFFECT
+
+
+def is_told(name: str) -> bool:
+    """Whether a field is of sampling or of another program: accepted, and told."""
+    return name in _TOLD or _TOLD_PATTERN.fullmatch(name) is not None
+
+
 def read_config(directory: Path) -> tuple[Family, ByteConfig]:
     """The family of a directory, and its settings.
 
@@ -105,7 +115,7 @@ def parse_family(family: Family, values: Mapping[str, Any], where: str) -> ByteC
     known = {*defaults, *family.fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
     known |= {"auto_map"} if family.modelling_file else set()  # it names our own file
     unknown = [name for name, value in values.items() if name not in known and value is not None]
-    told = [name for name in unknown if name in _TOLD or _TOLD_PATTERN.fullmatch(name)]
+    told = [name for name in unknown if is_told(name)]
     unknown = [name for name in unknown if name not in told]
     if unknown:
         guess = difflib.get_close_matches(unknown[0], known, n=1)

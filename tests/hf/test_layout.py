@@ -5,7 +5,7 @@ import pytest
 from helpers.hf_models import NEEDS_TORCH
 from ml_dtypes import bfloat16
 
-from stellarbyte_jax.hf.layout import FLAT, SAME, SPLIT_INPUT, SPLIT_OUTPUT, Layout, cast, interleaved_to_half
+from stellarbyte_jax.hf.layout import FLAT, NEGATED, SAME, SPLIT_INPUT, SPLIT_OUTPUT, Layout, cast, interleaved_to_half
 
 F16, F32, BF16 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(bfloat16)
 
@@ -36,6 +36,7 @@ def test_a_flat_bias_is_one_for_each_head_and_channel() -> None:
     ("layout", "ours", "theirs"),
     [
         (SAME, (7, 3), (7, 3)),
+        (NEGATED, (7,), (7,)),
         (FLAT, (3, 4), (12,)),
         (FLAT, (12,), (12,)),
         (SPLIT_OUTPUT, (6, 3, 4), (12, 6)),
