@@ -169,6 +169,7 @@ def test_no_program_shows_where_its_imports_were(path):
         "command",
         "config",
         "config.files",
+        "config.paths",
         "config.reference",
         "config.section",
         "cli.parser",
