@@ -227,7 +227,10 @@ def test_resize_says_what_is_wrong(convert, directories, capsys):
             "vocab_size_multiple must be int (positive, below 2^31), got 0",
         ),
         ((run, new, "--tokenizer", directories), "holds no tokenizer.json"),
-        ((directories, new, "--tokenizer", t50), "is neither a Hugging Face directory (config.json) nor a run directory"),
+        (
+            (directories, new, "--tokenizer", t50),
+            "is neither a Hugging Face directory (config.json) nor a run directory",
+        ),
         ((directories / "hf", new, "--tokenizer", t50, "--step", 0), "a step belongs to a run directory"),
         ((run, run, "--tokenizer", t50, "--overwrite"), "is to be written: give another target directory"),
         ((t50, run, "--tokenizer", run / "tokenizer", "--overwrite"), "is to be written: give another target"),

@@ -217,7 +217,11 @@ def test_prompts_in_parts_are_padded_to_whole_parts():
     [
         ([[1, 61]], {}, "row 0: token id 61 is not in the model's vocabulary of 61"),
         ([[1], [1] * 64], {}, "row 1: the prompt of 64 tokens is longer than the cache: the model has 64 positions"),
-        ([[1] * 60], {"max_new_tokens": 5}, "row 0: 60 prompt tokens and 5 new .* 64 positions .* a max_new_tokens of at most 4,"),
+        (
+            [[1] * 60],
+            {"max_new_tokens": 5},
+            "row 0: 60 prompt tokens and 5 new .* 64 positions .* a max_new_tokens of at most 4,",
+        ),
         ([[1] * 9], {"max_new_tokens": None, "max_length": 9}, "prompt of 9 tokens leaves no room below max_length=9"),
         ([[1]], {"max_new_tokens": None, "max_length": 65}, "the model has 64 positions"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),

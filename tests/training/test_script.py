@@ -101,6 +101,7 @@ def main(tmp_path, monkeypatch):
         ("if __name__ != '__main__':\n    pass\nelse:\n    check()", None),
         ("with open(__file__):\n    if not multiprocessing.parent_process():\n        check()", None),
         ("check(workers=0)", None),
+        ("with open(__file__, 'wb') as file:\n    file.write(b'PK\\x03\\x04')\ncheck()", None),  # an archive
     ],
 )
 def test_what_is_taken_for_guarded(text, line, main, tmp_path):
