@@ -226,7 +226,7 @@ def _same_tokenizer(directory: Path, copy: Path) -> bool:
     if _same_place(directory, copy):
         return True
     try:
-        one, other = load_tokenizer(directory), load_tokenizer(copy)
+        one, other = load_tokenizer(copy), load_tokenizer(directory)
     except ValueError:  # one of them is missing or broken; those who read it tell
         return False
     return one.is_same(other)
@@ -235,7 +235,7 @@ def _same_tokenizer(directory: Path, copy: Path) -> bool:
 def _same_origin(before: TrainConfig, config: TrainConfig) -> bool:
     """Whether the settings name no other weights to begin with than those that the run began with."""
     was, now = before.init_from, config.init_from
-    return now is None or was == now or (was is not None and _same_place(was, now))
+    return now is None or (was is not None and _same_place(was, now))
 
 
 def _advice(before: TrainConfig, config: TrainConfig) -> str:

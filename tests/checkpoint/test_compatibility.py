@@ -110,10 +110,12 @@ def test_a_tokenizer_of_the_same_content_is_the_same_one(kept: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "ends"), [(["x", "<b>", "<e>", "y"], "<e>"), (["x", "<b>", "<e>"], "x")], ids=["other", "other_eos"]
+    ("words", "begins", "ends"),
+    [(["x", "<b>", "<e>", "y"], "<b>", "<e>"), (["x", "<b>", "<e>"], "x", "<e>"), (["x", "<b>", "<e>"], "<b>", "x")],
+    ids=["other", "other_bos", "other_eos"],
 )
-def test_a_tokenizer_of_other_content_is_another_one(words: list[str], ends: str, kept: Path) -> None:
-    save_words(Path("moved"), words, bos_token="<b>", eos_token=ends)
+def test_a_tokenizer_of_other_content_is_another_one(words: list[str], begins: str, ends: str, kept: Path) -> None:
+    save_words(Path("moved"), words, bos_token=begins, eos_token=ends)
     assert "data.tokenizer was 'tokenizer' and is 'moved'" in refusal(settings(), settings(data={"tokenizer": "moved"}))
 
 

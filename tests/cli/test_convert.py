@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,16 @@ def test_to_hf_and_back(
     assert (run_dir.parent / "hf2" / "tokenizer_config.json").is_file()
     with safe_open(run_dir.parent / "hf2" / "model.safetensors", framework="np") as handle:
         assert handle.get_tensor("lm_head.weight").dtype == "bfloat16"
+
+
+def test_an_export_of_a_run_whose_tokenizer_is_gone_says_so(
+    convert: Callable[..., int], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run_dir.parent / "words")
+    assert convert("to-hf", run_dir, run_dir.parent / "hf") == 0
+    told = "tokenizer: none found, so the export has none; give --tokenizer DIR to add one\n"
+    assert capsys.readouterr().out.startswith(told)
+    assert "AutoTokenizer" not in (run_dir.parent / "hf" / "README.md").read_text(encoding="utf-8")
 
 
 def test_weights_are_converted_without_what_cannot_be_told_of_their_training(

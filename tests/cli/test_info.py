@@ -74,6 +74,17 @@ def test_a_model_and_its_weights(directory, params, capsys):
     assert "Statistics" not in capsys.readouterr().out
 
 
+def test_the_checkpoint_of_a_run_that_is_named_is_read(params, tmp_path, monkeypatch):
+    save_initial(tmp_path / "run", SMALL, params)
+    read, asked = info.load_weights, []
+    monkeypatch.setattr(info, "load_weights", lambda *named: asked.append(named) or read(tmp_path / "run"))
+    for words in (["run/checkpoints/3"], ["run", "--step", "4"], ["run"]):
+        model, *more = words
+        subject = info._subject(info._parse(["--model", str(tmp_path / model), *more]))
+        assert subject.name == "run"
+    assert asked == [(tmp_path / "run", step) for step in (3, 4, None)]
+
+
 def test_a_run_has_its_own_sizes(params, tmp_path, capsys):
     save_initial(tmp_path / "run", SMALL, params, str(shipped("tokenizer")))
     assert main(["--model", str(tmp_path / "run" / "checkpoints" / "0"), "--rows", "3", "--length", "24"]) == 0

@@ -58,6 +58,7 @@ def test_help_names_the_command_that_was_meant(capsys):
         ("steps=5", ["steps=5"]),
         ("--data.train x", ["data.train=x"]),
         ("--data.train x.jsonl y.jsonl --other", ["data.train=x.jsonl,y.jsonl"]),
+        ("--sample-prompts -5 --other", ["sample_prompts=-5"]),
         ("--data-train x", ["data.train=x"]),
         ("--model_hidden_size 8", ["model.hidden_size=8"]),
         ("--learning-rate 3e-4", ["optimizer.learning_rate=3e-4"]),

@@ -108,6 +108,11 @@ def test_every_command_takes_names_of_the_hub(
     assert load_bundle("again").tokenizer.encode("y") == [1] and asked == []
 
 
+def test_a_name_of_the_hub_does_not_lie_in_the_target(home: Path, asked: list[tuple[str, str | None, bool]]) -> None:
+    assert convert.main(["resize", "org/a", "org", "--tokenizer", "org/b"]) == 0
+    assert [name for name, _, _ in asked] == ["org/b", "org/a"] and load_config("org").init_from == "org/a"
+
+
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [

@@ -173,8 +173,10 @@ def test_on_a_terminal_the_bar_comes_with_the_work_and_goes_with_it(prepare, tmp
     assert status == 0 and "1 tokens" in bar and bar.endswith("\x1b[2K") and "\x1b" not in rest
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_an_interruption_leaves_nothing(prepare, tmp_path, monkeypatch, begun):
+@pytest.mark.parametrize(("begun", "there"), [(False, False), (True, False), (True, True)])
+def test_an_interruption_leaves_nothing(prepare, tmp_path, monkeypatch, begun, there):
+    if there:
+        (tmp_path / "out").mkdir()
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     calls = iter([begun])
     encode = EncodeDocuments.__call__
@@ -187,7 +189,7 @@ def test_an_interruption_leaves_nothing(prepare, tmp_path, monkeypatch, begun):
     monkeypatch.setattr(EncodeDocuments, "__call__", interrupted)
     status, _, errors = prepare("--input", tmp_path / "a.jsonl", "--shard-tokens", "1")
     assert (status, errors) == (130, "\ninterrupted\n")
-    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out").exists() == there and not any((tmp_path / "out").glob("*"))
 
 
 BAD_STARTS = {

@@ -3,9 +3,11 @@
 import argparse
 
 import pytest
+from helpers.tiny_documents import save_byte_tokenizer
+from helpers.training import settings
 
-from stellarbyte_jax.cli.program import also_spelled, positive, told_by_options, with_options
-from stellarbyte_jax.config import ConfigError
+from stellarbyte_jax.cli.program import also_spelled, load_settings, positive, told_by_options, with_options
+from stellarbyte_jax.config import ConfigError, DataConfig
 
 NAMES = ("cache_dir", "top_k", "workers")
 
@@ -19,7 +21,7 @@ NAMES = ("cache_dir", "top_k", "workers")
         ("(data.workers=0; cache_dir)", "(--workers 0; --cache-dir)"),
         ("the workers of data.train", "the workers of data.train"),
         ("/home/cache_dir/x, cache_dir/x, cache_dir.txt", "/home/cache_dir/x, cache_dir/x, cache_dir.txt"),
-        ("model.top_k and top_k_more", "model.top_k and top_k_more"),
+        ("model.top_k, top_k_more and my-top_k", "model.top_k, top_k_more and my-top_k"),
         ("it is not empty; ask to overwrite it", "it is not empty; add --overwrite"),
     ],
 )
@@ -54,3 +56,19 @@ def test_a_choice_may_be_spelled_in_other_ways(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--format", "pdf"])
     assert "invalid choice: 'pdf'" in capsys.readouterr().err
+
+
+def test_the_copy_of_a_tokenizer_is_for_what_a_run_recorded(tmp_path, monkeypatch, capsys):
+    """A Python file beside a tokenizer means the one that it names."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copy = save_byte_tokenizer(tmp_path / "tokenizer")
+    recorded = settings(data=DataConfig(sequence_length=16, tokenizer="gone"))
+    (tmp_path / "train_config.json").write_text(recorded.to_json())
+    assert load_settings("~/train_config.json", []).data.tokenizer == copy
+    assert f"its copy in {copy} is used\n" in capsys.readouterr().out
+    text = (
+        "from stellarbyte_jax.config import *\ndef config():\n    return TrainConfig(output_dir='a', steps=300, {})\n"
+    )
+    (tmp_path / "mine.py").write_text(text.format("data=DataConfig(tokenizer='gone')"))
+    assert load_settings(str(tmp_path / "mine.py"), []).data.tokenizer == "gone"
+    assert capsys.readouterr().out == ""

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -183,6 +184,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_no_part(tmp_path, monkeypatch
     ("option", "value"),
     [
         ("--sample-megabytes", "nan"),
+        ("--sample-megabytes", "inf"),
         ("--sample-megabytes", "-1"),
         ("--held-out-megabytes", "x"),
         ("--max-token-length", "0"),
@@ -216,6 +218,18 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, caps
     assert _train(tmp_path, GOOD) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and re.fullmatch(r"error: .*out cannot be written: File exists; .*\n", printed.err)
+
+
+def test_a_directory_that_takes_no_file_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+    """As root, whom no permission stops, the system's answer is put in its place."""
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(script.tempfile, "TemporaryFile", refuse)
+    assert _train(tmp_path, GOOD) == 1
+    told = f"error: {tmp_path / 'out'} cannot be written: Read-only file system; make it writable or choose another "
+    assert capsys.readouterr() == ("", f"{told}--output\n") and not (tmp_path / "out").exists()
 
 
 def test_filters_of_one_field_are_alternatives_and_of_several_conditions():

@@ -79,6 +79,11 @@ def test_a_line_that_strip_empties_parts_paragraphs_and_no_other_character_ends_
     assert _texts(_open(tmp_path, "a.txt")) == [text]
 
 
+def test_a_byte_order_mark_is_one_at_the_beginning_alone(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffa\n\ufeff\nb\n\n\ufeffc")
+    assert _texts(_open(tmp_path, "a.txt", documents="paragraph")) == ["a\n\ufeff\nb", "\ufeffc"]
+
+
 def test_a_byte_that_is_not_utf8_moves_no_paragraph(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xe9\xed\xa0\x80\n\nb\n\n\xff\n\nd")
     corpus = _open(tmp_path, "a.txt", documents="paragraph")

@@ -176,7 +176,8 @@ def test_a_data_set_without_its_splits_is_named(tmp_path):
         DataError, match=r"sets holds no split \(no folder with state\.json\); copy the data set again$"
     ):
         _open(tmp_path, tmp_path / "sets")
-    for absent in ("sets/train", "elsewhere/train"):
+    save(tmp_path / "mine" / "other", *_tables(RECORDS[:1]))  # a data set of its own, no split
+    for absent in ("sets/train", "elsewhere/train", "mine/train"):
         with pytest.raises(DataError, match=rf"{absent} does not exist \([^;]*$"):
             _open(tmp_path, tmp_path / absent)
 
@@ -200,6 +201,22 @@ def test_files_without_rows_add_nothing(tmp_path, kind):
         f"data.train: none of the 2 files that '{tmp_path / 'none'}' names holds text, such as "
         f"{tmp_path / 'none' / 'data-00000-of-00002.arrow'}: it has no rows; name files with text"
     )
+
+
+def test_a_batch_without_rows_is_as_none(tmp_path):
+    save(tmp_path / "set", *_tables(RECORDS[:2]), NO_ROWS["a column without a type"])
+    with pa.OSFile(str(tmp_path / "set" / "data-00001-of-00002.arrow"), "wb") as file:
+        with pa.ipc.new_stream(file, schema := pa.schema([("text", pa.null())])) as stream:
+            stream.write_batch(pa.RecordBatch.from_pylist([], schema))
+    assert _texts(_open(tmp_path, tmp_path / "set")) == [r["text"] for r in RECORDS[:2]]
+
+
+def test_a_stream_that_is_cut_off_before_its_rows_is_not_taken_for_one_without(tmp_path):
+    save(tmp_path / "set", *_tables(RECORDS[:2]), NO_ROWS["no batch"])
+    file = tmp_path / "set" / "data-00001-of-00002.arrow"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"data-00001-of-00002\.arrow: the Arrow stream is cut off"):
+        _open(tmp_path, tmp_path / "set")
 
 
 def test_a_batch_without_rows_goes_before_others(tmp_path):

@@ -1,6 +1,9 @@
 """Prepared shards: the same batches as from the text, and no directory that is half done or of another tokenizer."""
 
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +115,38 @@ def test_overwrite_touches_nothing_foreign(tmp_path, source, tokenizer):
     with pytest.raises(DataError, match=r"holds other files \(thesis\.tex\)"):
         _prepare(tmp_path, source, tokenizer, overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_comes_into_the_output_during_the_work_stays(tmp_path, source, tokenizer, there):
+    """Where shards are written, and where a run fails that has written some into a directory that was there."""
+    out = tmp_path / "out"
+    _prepare(tmp_path, source, tokenizer, shard_tokens=100)
+
+    def work(read, tokens, total):
+        (out / "thesis.tex").write_text("precious")
+        if there and read == total:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError) if there else contextlib.nullcontext():
+        _prepare(tmp_path, source, tokenizer, overwrite=True, progress=work, shard_tokens=100 if there else 10**9)
+    assert (out / "thesis.tex").exists() and (out / "meta.json").exists() == (not there)
+    assert len(list(out.glob("tokens-*.npy"))) == (not there)
+
+
+def test_a_disk_that_is_full_at_the_end_is_told(tmp_path, source, tokenizer, monkeypatch):
+    replace = os.replace
+
+    def full(path, target):
+        if target.name == "meta.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(path, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    told = f"^cannot write to the output {tmp_path / 'out'}: No space left on device; "
+    with pytest.raises(DataError, match=told):
+        _prepare(tmp_path, source, tokenizer)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_tokenizer_is_refused(tmp_path, source, tokenizer):

@@ -64,6 +64,17 @@ def test_other_columns_are_converted_anew(tmp_path):
         assert _texts(corpus, text) == ["\n".join(r[field] for field in fields) for r in RECORDS[:3]]
 
 
+@pytest.mark.parametrize(
+    ("name", "columns"), [("a.jsonl.gz", ("text",)), ("a.parquet", ("text", "title"))], ids=["lines", "parquet"]
+)
+def test_a_file_is_converted_once_for_what_takes_the_same_of_it(tmp_path, name, columns):
+    """Of lines, the whole; of columns, the same ones in whatever order."""
+    write_records(tmp_path / name, RECORDS[:3])
+    for taken in (columns, ("title", "text")):
+        _open(tmp_path, tmp_path / name, columns=taken)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_the_home_directory_may_be_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -292,7 +303,8 @@ def test_files_that_are_left_out_are_told(tmp_path, caplog):
     caplog.set_level("INFO", "stellarbyte_jax")
     (tmp_path / "0.jsonl").touch()
     write_records(tmp_path / "1.jsonl", RECORDS[:1])
-    _open(tmp_path, tmp_path / "*.jsonl")
+    for pattern in ("1.jsonl", "*.jsonl"):
+        _open(tmp_path, tmp_path / pattern)
     assert caplog.messages == [f"data.train: 1 of the 2 files of {tmp_path}/*.jsonl hold no text"]
 
 

@@ -116,6 +116,7 @@ def test_paths_and_patterns(tmp_path):
     everything = ["in/deep/y.txt", "in/deep/z.txt/w.txt", "in/x.txt"]
     assert _read(tmp_path, tmp_path / "in" / "**" / "*.txt") == everything
     assert _read(tmp_path, tmp_path / "in" / "**" / "*.txt", tmp_path / "in" / "*.txt") == everything
+    assert _read(tmp_path, tmp_path / "in" / "*.txt", tmp_path / "in" / "**" / "*.txt") == everything, "sorted"
 
 
 @pytest.mark.parametrize(

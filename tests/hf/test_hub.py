@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 import stellarbyte_jax
 from stellarbyte_jax.checkpoint.source import find_source
-from stellarbyte_jax.checkpoint.weights import load_weights
+from stellarbyte_jax.checkpoint.weights import load_config, load_weights
 from stellarbyte_jax.cli import convert
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
@@ -89,6 +89,7 @@ def test_a_model_of_the_hub_is_used_by_its_name(tmp_path: Path, asked: list[dict
     assert find_source("org/name").settings()[1] == tmp_path / "snapshot"
     assert convert.main(["from-hf", "org/name", str(tmp_path / "run"), "--revision", "v3"]) == 0
     assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)
+    assert load_config(tmp_path / "run").init_from == "org/name", "not the place of the cache"
     assert [(q["repo_id"], q["revision"]) for q in asked] == [
         ("org/name", "v1"),
         ("org/name", "v2"),

@@ -121,6 +121,15 @@ def test_what_another_program_puts_there_stays(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["theirs"]
 
 
+def test_of_a_run_that_is_moved_away_the_folder_stays(tmp_path):
+    directory = RunDirectory(tmp_path / "runs" / "today")
+    with pytest.raises(OSError, match="is no longer there"), directory.locked():
+        directory.keep()
+        (tmp_path / "runs" / "today").rename(tmp_path / "moved")
+        directory.check()
+    assert (tmp_path / "runs").is_dir()
+
+
 def test_a_directory_in_use_is_left_to_its_user(tmp_path):
     with RunDirectory(tmp_path / "run").locked():
         (tmp_path / "run" / "mine").touch()

@@ -110,6 +110,7 @@ def main(tmp_path, monkeypatch):
         ("if check():\n    pass", 1),
         ("check() or print()", 1),
         ("check(**({} or {}))", 1),
+        ("with open(__file__, 'wb') as file:\n    file.write(b'PK\\x03\\x04')\ncheck()", None),  # an archive
     ],
 )
 def test_what_is_taken_for_guarded(text, line, main, tmp_path):

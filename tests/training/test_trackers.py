@@ -1,6 +1,8 @@
 """Where metrics go: the file that a resume mends, and packages that are not here, played by modules of the test."""
 
+import errno
 import json
+import os
 import re
 import sys
 import types
@@ -11,6 +13,7 @@ from helpers.training import settings
 
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import LoggingConfig
+from stellarbyte_jax.training import trackers
 from stellarbyte_jax.training.trackers import JsonlTracker, make_trackers
 
 
@@ -209,6 +212,15 @@ def test_a_run_that_wandb_knows_by_the_name_of_its_directory_keeps_it(tmp_path, 
     assert ids_of(calls) == ["small", "small"]
 
 
+def test_the_name_of_the_directory_is_none_for_another_tracker(tmp_path, played, monkeypatch):
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    calls = played("swanlab", "init")
+    (tmp_path / "small" / "wandb").mkdir(parents=True)
+    for each in make_trackers(run_of(tmp_path / "small", "swanlab"), 7):
+        each.close()
+    assert len(ids_of(calls)[0]) == 21
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -218,24 +230,41 @@ def test_a_run_that_wandb_knows_by_the_name_of_its_directory_keeps_it(tmp_path, 
     ],
 )
 def test_a_damaged_file_of_ids_is_told(text, message, tmp_path, played):
-    calls = played("wandb", "init")
+    calls, others = played("wandb", "init"), played("tensorboardX", "SummaryWriter")
     (tmp_path / "trackers.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        make_trackers(run_of(tmp_path, "wandb"), 0)
-    assert calls == []
+        make_trackers(run_of(tmp_path, "tensorboard", "wandb"), 0)
+    assert calls == [] and others[-1][0] == "close"
+
+
+def test_a_file_of_ids_that_cannot_be_written_is_told(tmp_path, played, monkeypatch):
+    calls, others = played("wandb", "init"), played("tensorboardX", "SummaryWriter")
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trackers, "write_json", full)
+    with pytest.raises(OSError, match=rf"^{tmp_path}/trackers\.json could not be written: No space left on device; "):
+        make_trackers(run_of(tmp_path, "tensorboard", "wandb"), 0)
+    assert calls == [] and others[-1][0] == "close"
+
+
+def test_ids_of_other_trackers_are_kept(tmp_path):
+    first = trackers.known_as(tmp_path, "wandb")
+    assert trackers.known_as(tmp_path, "swanlab") != first == trackers.known_as(tmp_path, "wandb")
 
 
 def test_trackers_come_in_the_order_of_their_names(tmp_path, played):
     for name, made in (("wandb", "init"), ("swanlab", "init"), ("tensorboardX", "SummaryWriter")):
         played(name, made)
-    trackers = make_trackers(run_of(tmp_path, "swanlab", "tensorboard", "wandb"), 0)
-    assert [type(t).__name__ for t in trackers] == [
+    made = make_trackers(run_of(tmp_path, "swanlab", "tensorboard", "wandb"), 0)
+    assert [type(t).__name__ for t in made] == [
         "JsonlTracker",
         "SwanLabTracker",
         "TensorBoardTracker",
         "WandbTracker",
     ]
-    trackers[0].close()
+    made[0].close()
 
 
 @pytest.mark.parametrize(
