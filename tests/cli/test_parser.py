@@ -34,6 +34,7 @@ def refused(act, words, capsys):
         (convert.main, "to-hf", "the following arguments are required: source, target (see "),
         (prepare.main, "--output x", "the following arguments are required: --input (see "),
         (info.main, "--config x --format md", "--format belongs to --output (see "),
+        (info.main, "--config x --revision v1", "--revision belongs to --model (see "),
         (tokenizer.main, "--output x", "the following arguments are required: --corpus, --stage (see "),
         (report.main, "", "the following arguments are required: "),
         (benchmark.main, "speed", "argument what: invalid choice: 'speed' (choose from "),

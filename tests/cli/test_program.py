@@ -66,6 +66,10 @@ def test_the_copy_of_a_tokenizer_is_for_what_a_run_recorded(tmp_path, monkeypatc
     (tmp_path / "train_config.json").write_text(recorded.to_json())
     assert load_settings("~/train_config.json", []).data.tokenizer == copy
     assert f"its copy in {copy} is used\n" in capsys.readouterr().out
+    there = save_byte_tokenizer(tmp_path / "there")
+    (tmp_path / "train_config.json").write_text(recorded.to_json().replace('"gone"', f'"{there}"'))
+    assert load_settings("~/train_config.json", []).data.tokenizer == there
+    assert capsys.readouterr().out == ""
     text = (
         "from stellarbyte_jax.config import *\ndef config():\n    return TrainConfig(output_dir='a', steps=300, {})\n"
     )

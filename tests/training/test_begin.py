@@ -1,5 +1,6 @@
 """What a run begins with: weights of another directory, and what is checked before its own is made."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,10 +15,10 @@ from helpers.hf_models import assert_same_tree
 from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import RIVER, river_run
 
-from stellarbyte_jax.checkpoint.store import CheckpointError
+from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.cli.train import main
-from stellarbyte_jax.config import ByteConfig, ConfigError, OptimizerConfig, TrainConfig
+from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, OptimizerConfig, TrainConfig
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
@@ -97,6 +98,16 @@ def hf(tmp_path, tokenizer) -> Path:
 def settings(tmp_path, tokenizer, **changes) -> TrainConfig:
     model = changes.pop("model", MODEL)
     return river_run(tmp_path, model, tokenizer, **{"output_dir": str(tmp_path / "new"), **changes})
+
+
+def test_settings_are_those_of_the_newest_checkpoint_that_can_be_read(run):
+    config, weights = load_weights(run)
+    later = dataclasses.replace(config, data=dataclasses.replace(config.data, add_bos=True))
+    with contextlib.closing(Checkpointer(run, CheckpointConfig())) as checkpointer:
+        checkpointer.save(3, {"params": weights}, {"config": later.to_dict()}, frozen=[])
+    assert begin.inherit("nowhere", str(run))["data.add_bos"]
+    shutil.rmtree(run / "checkpoints" / "3" / "config")
+    assert not begin.inherit("nowhere", str(run))["data.add_bos"]
 
 
 def test_a_run_begins_with_another_ones_weights_and_goes_on_with_its_own(run, tmp_path, config_file, capsys):

@@ -48,7 +48,7 @@ def full_disk(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(source), None, str(target))
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    return [], "No space left"
+    return [], "/today/tokenizer could not be written: No space left"
 
 
 CAUSES = [without_wandb, without_login, of_another_tokenizer, damaged_data, full_disk]

@@ -171,6 +171,8 @@ def test_a_run_records_what_it_began_with(folder, capsys):
         train(settings(folder, words, 4, model=wide))
     with pytest.raises(ValueError, match=rf"^data\.tokenizer nowhere does not exist .* init_from={folder / 'hf'}, and"):
         train(settings(folder, "nowhere", 4))
+    with pytest.raises(ValueError, match=r"^tokenizer directory nowhere does not exist"):
+        train(settings(folder, "nowhere", 4, init_from=str(chat)))
 
 
 def test_an_export_warns_of_chats_wherever_it_lies(folder, capsys):
