@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import types
 from pathlib import Path
 
 import huggingface_hub
@@ -10,6 +11,7 @@ import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import settings
 
+import stellarbyte_jax
 from stellarbyte_jax.checkpoint import store
 from stellarbyte_jax.cli import benchmark, measurements, program
 from stellarbyte_jax.cli.measurements import WORKERS
@@ -222,6 +224,11 @@ def test_checkpoints_are_measured_with_and_without_their_checksums(name, verify,
     assert found.value.args == (verify,)
 
 
+def test_reading_takes_as_long_as_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(loader, "measure_loader", lambda *_, seconds, **__: {"seconds": float(seconds)})
+    assert f"reading batches for {WORKERS['jsonl'](settings(), 1)['seconds']:.0f} s\n" in capsys.readouterr().err
+
+
 def test_shards_are_measured_as_such(monkeypatch, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
     data = DataConfig(
@@ -266,16 +273,29 @@ def test_the_tokenizer_is_found_as_in_training(tmp_path, monkeypatch):
     assert used == ["cache/org/name", str(copy.relative_to(tmp_path))]
 
 
-def test_generation_tells_each_repeat(capsys, monkeypatch):
-    small = dataclasses.replace(
-        measurements.CACHE,
-        vocab_size=32,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-    )
-    result = measurements._decode(small, 2, 4, 3)
+TINY = dataclasses.replace(
+    measurements.CACHE,
+    vocab_size=32,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    intermediate_size=8,
+)
+
+
+def test_compilation_is_no_part_of_what_generation_takes(monkeypatch):
+    seconds = iter([100.0, *[2.0] * 5])
+
+    def played(*_, **__):
+        return types.SimpleNamespace(decode_seconds=next(seconds), prefill_seconds=1.0)
+
+    monkeypatch.setattr(stellarbyte_jax, "generate", played)
+    result = measurements._decode(TINY, 2, 4, 3)
+    assert (result["lowest"], result["highest"], result["with_prefill"]) == (3.0, 3.0, 2.0)
+
+
+def test_generation_tells_each_repeat(capsys):
+    result = measurements._decode(TINY, 2, 4, 3)
     printed = capsys.readouterr()
     compiling, *repeats = printed.err.splitlines()
     assert printed.out == "" and compiling == "  compiling for 2 x 4 tokens, to which 3 are added"

@@ -60,6 +60,8 @@ def test_a_tilde_is_the_home_directory_in_every_option(home: Path, capsys: pytes
 
 
 def test_a_tilde_is_the_home_directory_in_calls(home: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{home}/none does not exist"):
+        from_pretrained("~/none")
     assert load_tokenizer("~/words").path == str(home / "words")
     model, params = from_pretrained("~/hf")
     save_pretrained("~/again", model, params, tokenizer="~/words")

@@ -168,6 +168,13 @@ def test_a_terminal_has_a_table_of_settings_beside_their_defaults(log, terminal)
     ]
 
 
+def test_a_long_setting_is_folded_and_not_cut(log, terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    with Reporter(log) as report:
+        report.config(TrainConfig(output_dir="x" * 99, steps=200))
+    assert terminal.getvalue().count("x") == 99
+
+
 def test_steps_that_are_due_are_lines_where_there_is_no_terminal(log, capsys):
     with Reporter(log) as report:
         report.start_bar("training", 20, 0)

@@ -15,6 +15,7 @@ from helpers.training import settings
 
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
+from stellarbyte_jax.config import DataConfig, EvaluationConfig
 from stellarbyte_jax.hf.directory import from_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training import resume
@@ -42,6 +43,17 @@ INTERRUPTIONS = {
     "kill -9 in the middle of a save": (DIES_WHILE_SAVING.format(step=14), -9, None),
     "SIGINT": ("at_step(17, lambda: os.kill(os.getpid(), signal.SIGINT))", 130, None),
 }
+
+
+def test_names_of_checkpoints_tell_whether_a_run_may_be_over(tmp_path):
+    def may_be_over(steps, patience=None):
+        data, evaluation = DataConfig(sequence_length=16, validation=("x",)), EvaluationConfig(patience=patience)
+        config = settings(output_dir=str(tmp_path), steps=steps, data=data, evaluation=evaluation)
+        return resume.may_be_over(config)
+
+    assert not may_be_over(20, 3)
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    assert may_be_over(20) and may_be_over(19) and may_be_over(99, 3) and not may_be_over(21)
 
 
 def totals_of(run):

@@ -83,6 +83,7 @@ def test_a_run_goes_on_from_another_folder_and_with_a_tokenizer_that_was_moved(f
     train(settings(folder, "words", 2))
     told = f"data.tokenizer: words does not exist (looked from {folder / 'second'}); its copy in {copy} is used"
     printed = capsys.readouterr().out.splitlines()
+    assert "  data.tokenizer: words (default: tokenizer)" in printed
     assert told in printed and f"resumed at step 1 from {folder / 'run'}" in printed
     assert not [line for line in printed if line.startswith("setting changed: data")]
     assert record(folder / "run").data.tokenizer == "words"
@@ -148,6 +149,15 @@ def test_a_tokenizer_of_the_hub_is_fetched_once(folder, monkeypatch, capsys):
     assert record(folder / "run").data.tokenizer == "org/name"
     with pytest.raises(ValueError, match=r"^org/other: there is no such directory here .* HF_HUB_OFFLINE forbids"):
         train(settings(folder, "org/other", 3))
+
+
+def test_a_name_of_the_hub_for_the_tokenizer_of_a_run_goes_on_with_it(folder, monkeypatch, capsys):
+    words = save_byte_tokenizer(folder / "words")
+    train(settings(folder, words))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: words)
+    train(settings(folder, "org/name", 2))
+    assert f"resumed at step 1 from {folder / 'run'}\n" in capsys.readouterr().out
+    assert record(folder / "run").data.tokenizer == "org/name"
 
 
 def test_a_run_records_what_it_began_with(folder, capsys):
