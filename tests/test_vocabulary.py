@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers.variants import call
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.cli.convert import main
@@ -202,7 +202,10 @@ def test_resize_makes_a_run_that_fits_the_tokenizer(source, convert, directories
 
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_resize_keeps_whether_texts_begin_with_bos(add_bos, convert, directories):
-    """A run says so itself; of a Hugging Face directory the new tokenizer does, and this one puts none."""
+    """A run says so itself; of a Hugging Face directory the new tokenizer does: this one puts none, its own does."""
+    library = Tokenizer.from_file(str(directories / "hf" / "tokenizer.json"))
+    library.post_processor = processors.TemplateProcessing(single="<e> $A", special_tokens=[("<e>", 0)])
+    library.save(str(directories / "hf" / "tokenizer.json"))
     run = directories / "with"
     save_initial(run, SMALL, _params(SMALL), str(directories / "t30"), add_bos=add_bos)
     for source, expected in ((run, add_bos), (directories / "hf", False)):
