@@ -66,6 +66,13 @@ def test_text_files_and_what_comes_next(prepare, tmp_path):
     ) in out
 
 
+def test_a_run_on_shards_is_named_after_their_folder(prepare, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert " output_dir=runs/mine\n" in prepare("--input", "../a.txt", "--output", ".")[1]
+
+
 @pytest.mark.parametrize("marked", [True, False], ids=["bos and eos", "neither"])
 def test_what_comes_next_trains_as_it_is_typed(prepare, tmp_path, monkeypatch, marked):
     """With a tokenizer that is not the config's, and may have no tokens for the ends of a text; in fewer steps."""

@@ -83,7 +83,7 @@ def test_a_run_goes_on_from_another_folder_and_with_a_tokenizer_that_was_moved(f
     train(settings(folder, "words", 2))
     told = f"data.tokenizer: words does not exist (looked from {folder / 'second'}); its copy in {copy} is used"
     printed = capsys.readouterr().out.splitlines()
-    assert "  data.tokenizer: words (default: tokenizer)" in printed
+    assert printed.count("  data.tokenizer: words (default: tokenizer)") == 2, "not the copy's place"
     assert told in printed and f"resumed at step 1 from {folder / 'run'}" in printed
     assert not [line for line in printed if line.startswith("setting changed: data")]
     assert record(folder / "run").data.tokenizer == "words"
