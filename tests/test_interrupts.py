@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def test_it_does_not_come_where_it_would_be_dropped_again(ctrl_c):
         place()
         wait()
     assert left
+
+
+def test_a_thread_that_has_ended_gets_none(monkeypatch):
+    """The system would take its number for that of any thread, or end the program."""
+    sent = []
+    monkeypatch.setattr(signal, "pthread_kill", lambda *given: sent.append(given))
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+    for each in (thread.ident, threading.get_ident()):
+        _repeat(each, pytest.fixture.__code__)
+    assert sent == [(threading.get_ident(), signal.SIGINT)]
 
 
 def test_other_errors_are_left_to_the_hook_that_was_there(ctrl_c, collecting):
