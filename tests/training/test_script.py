@@ -71,6 +71,13 @@ def test_a_worker_that_runs_into_the_training_says_so(start, tmp_path):
     assert "is in use by" not in done.stderr
 
 
+def test_a_worker_of_what_is_no_file_says_so_too(monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    monkeypatch.delitem(sys.modules, "__mp_main__", raising=False)
+    with pytest.raises(MendableError, match=r"^the script begins the training in its data workers too"):
+        script.refuse_worker()
+
+
 @pytest.fixture
 def main(tmp_path, monkeypatch):
     """A main program at a line, as Python sees it."""
