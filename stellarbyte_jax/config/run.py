@@ -232,7 +232,7 @@ class TrainConfig(Section):
       ema_decay: decay rate of an average of the weights, used for validation and export; none: no average
       sample_prompts: texts that are continued at the end of the run
       sample_interval: optimizer steps between rounds of sample_prompts during training; none: no round before the end
-      export_at_end: writes output_dir/hf at the end; the model must be one that a Hugging Face family expresses
+      export_at_end: writes output_dir/hf at the end; a model with memory or pruned attention weights has no export
       report_at_end: writes output_dir/report.html at the end, a page with plots; needs the extra report
       model: the network
       data: documents, and how they become batches

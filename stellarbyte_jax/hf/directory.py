@@ -44,7 +44,7 @@ def from_pretrained(
     verify: bool = True,
     **overrides: Any,
 ) -> tuple[ByteTransformer, dict[str, Any]]:
-    """Reads a Hugging Face directory (Llama or Mistral, safetensors) as a model and its weights.
+    """Reads a Hugging Face directory of a known family (``hf.families``) as a model and its weights.
 
     Host memory holds the weights once, plus one of their leaves.
 

@@ -1,7 +1,7 @@
 """Llama 1 to 3. Touvron et al. 2023, https://arxiv.org/abs/2302.13971."""
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.hf.families import common
+from stellarbyte_jax.hf.families import llama_like
 from stellarbyte_jax.hf.table import Family, same
 
 
@@ -14,25 +14,25 @@ def _limit(config: ByteConfig) -> str | None:
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    rows=(*common.DECODER_ROWS, *common.QKV_BIAS_ROWS, *common.O_BIAS_ROWS, *common.MLP_BIAS_ROWS),
-    buffers=common.ROTARY_BUFFERS,
+    rows=(*llama_like.DECODER_ROWS, *llama_like.QKV_BIAS_ROWS, *llama_like.O_BIAS_ROWS, *llama_like.MLP_BIAS_ROWS),
+    buffers=llama_like.ROTARY_BUFFERS,
     fields=(
         same("vocab_size", 32000),
         same("hidden_size", 4096),
-        common.mlp_size(11008),
+        llama_like.mlp_size(11008),
         same("num_hidden_layers", 32),
         same("num_attention_heads", 32),
-        common.kv_heads(None, nullable=True),
-        common.head_size(None, nullable=True),
-        common.ACTIVATION,
+        llama_like.kv_heads(None, nullable=True),
+        llama_like.head_size(None, nullable=True),
+        llama_like.ACTIVATION,
         same("max_position_embeddings", 2048),
         same("initializer_range", 0.02),
         same("rms_norm_eps", 1e-6),
         same("tie_word_embeddings", False),
         same("attention_dropout", 0.0),
-        common.ATTENTION_BIAS,
+        llama_like.ATTENTION_BIAS,
         same("mlp_bias", False),
     ),
-    fixed=common.FIXED,
+    fixed=llama_like.FIXED,
     limit=_limit,
 )

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from stellarbyte_jax.hf.families import common
+from stellarbyte_jax.hf.families import llama_like
 from stellarbyte_jax.hf.table import Family, Field, same
 
 _NAMES = {
@@ -15,16 +15,16 @@ _NAMES = {
 PHI3 = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
-    rows=tuple(dataclasses.replace(row, theirs=_NAMES.get(row.ours, row.theirs)) for row in common.DECODER_ROWS),
-    buffers=common.ROTARY_BUFFERS,
+    rows=tuple(dataclasses.replace(row, theirs=_NAMES.get(row.ours, row.theirs)) for row in llama_like.DECODER_ROWS),
+    buffers=llama_like.ROTARY_BUFFERS,
     fields=(
         same("vocab_size", 32064),
         same("hidden_size", 3072),
-        common.mlp_size(8192),
+        llama_like.mlp_size(8192),
         same("num_hidden_layers", 32),
         same("num_attention_heads", 32),
-        common.kv_heads(None, nullable=True),
-        common.ACTIVATION,
+        llama_like.kv_heads(None, nullable=True),
+        llama_like.ACTIVATION,
         same("max_position_embeddings", 4096),
         # Only LongRoPE reads it, which is refused by its name.
         Field(
@@ -36,8 +36,8 @@ PHI3 = Family(
         same("rms_norm_eps", 1e-5),
         same("tie_word_embeddings", False),
         same("attention_dropout", 0.0),
-        common.one_window(None),
+        llama_like.one_window(None),
     ),
-    fixed={**common.NO_BIASES, "resid_pdrop": (0.0,), "embd_pdrop": (0.0,), "partial_rotary_factor": (1.0,)},
+    fixed={**llama_like.NO_BIASES, "resid_pdrop": (0.0,), "embd_pdrop": (0.0,), "partial_rotary_factor": (1.0,)},
     rope_types=("default",),
 )

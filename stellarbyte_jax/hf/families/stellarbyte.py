@@ -5,7 +5,7 @@ from typing import Any
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import shown
-from stellarbyte_jax.hf.families import common
+from stellarbyte_jax.hf.families import llama_like
 from stellarbyte_jax.hf.layout import SAME
 from stellarbyte_jax.hf.table import Family, Field, Row, same
 
@@ -37,7 +37,7 @@ def _read_windows(values: Mapping[str, Any]) -> Mapping[str, Any]:
             raise ValueError(f"{name} and attention_windows contradict each other: change attention_windows alone")
     if not sizes:
         return {}
-    types = tuple(common.layer_types(tuple(windows)))
+    types = tuple(llama_like.layer_types(tuple(windows)))
     return {"sliding_window": sizes[0], "layer_types": types if None in windows else None}
 
 
@@ -45,7 +45,7 @@ def _for_caches(windows: tuple[int | None, ...], sink_tokens: Any) -> dict[str, 
     """What the caches of transformers may drop: nothing where the first tokens stay visible."""
     droppable = tuple(None if sink_tokens else window for window in windows)
     return {
-        "layer_types": common.layer_types(droppable),
+        "layer_types": llama_like.layer_types(droppable),
         "sliding_window": next((window for window in droppable if window is not None), None),
     }
 
@@ -65,11 +65,11 @@ STELLARBYTE = Family(
     model_type="stellarbyte",
     architecture="StellarByteForCausalLM",
     rows=(
-        *common.DECODER_ROWS,
-        *common.QKV_BIAS_ROWS,
-        *common.O_BIAS_ROWS,
-        *common.MLP_BIAS_ROWS,
-        *common.QK_NORM_ROWS,
+        *llama_like.DECODER_ROWS,
+        *llama_like.QKV_BIAS_ROWS,
+        *llama_like.O_BIAS_ROWS,
+        *llama_like.MLP_BIAS_ROWS,
+        *llama_like.QK_NORM_ROWS,
         Row("layers/attn/xpos_rate", _LAYER + "self_attn.xpos_rate", SAME, float32=True),
         Row("layers/mlp/norm/scale", _LAYER + "mlp.norm.weight", SAME),
         Row("layers/attn_scale", _LAYER + "attn_scale", SAME),
@@ -79,10 +79,10 @@ STELLARBYTE = Family(
     fields=(
         *(same(name, getattr(_DEFAULTS, name)) for name in _SETTINGS),
         *(same(name, getattr(_DEFAULTS, name), nullable=True) for name in _MAYBE_NULL),
-        common.mlp_size(None, nullable=True),
-        common.kv_heads(None, nullable=True),
-        common.head_size(None, nullable=True),
-        common.ACTIVATION,
+        llama_like.mlp_size(None, nullable=True),
+        llama_like.kv_heads(None, nullable=True),
+        llama_like.head_size(None, nullable=True),
+        llama_like.ACTIVATION,
         _WINDOWS,
     ),
     pairings=("half", "interleaved"),

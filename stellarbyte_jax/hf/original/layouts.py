@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stellarbyte_jax.config.foreign import shown
-from stellarbyte_jax.hf.families import common
+from stellarbyte_jax.hf.families import llama_like
 from stellarbyte_jax.hf.layout import NEGATED, SAME, SPLIT_INPUT, SPLIT_OUTPUT
 from stellarbyte_jax.hf.table import Family, Field, Row, same
 
@@ -203,7 +203,7 @@ DECEMBER = Original(
     family=Family(
         model_type="stellarbytecasualmodel",
         architecture="StellarByteForCausalLM",
-        rows=common.DECODER_ROWS,
+        rows=llama_like.DECODER_ROWS,
         buffers=(),
         fields=(
             same("vocab_size", 64000),
@@ -216,7 +216,7 @@ DECEMBER = Original(
             same("num_hidden_layers", 8),
             same("num_attention_heads", 8),
             same("num_key_value_heads", 2, nullable=True),
-            common.ACTIVATION,
+            llama_like.ACTIVATION,
             Field(
                 {"max_position_embeddings": 32768, "inference_rope_scaling": False, "rope_scaling": None},
                 _december_positions,

@@ -18,6 +18,9 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _DYNAMIC_TAKES_CONFIG = "config" in inspect.signature(DynamicCache.__init__).parameters
@@ -362,8 +365,6 @@ class StellarByteMLP(nn.Module):
 class StellarByteLayer(nn.Module):
     """Attention and feed-forward layer in the residual style of the settings."""
 
-    gradient_checkpointing = False
-
     def __init__(self, config: StellarByteConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -426,6 +427,14 @@ class StellarBytePreTrainedModel(PreTrainedModel):
         if config.xpos_learnable:  # 16 bits would change what a distant key counts; names that are absent are refused
             self._keep_in_fp32_modules_strict = {"xpos_rate"}
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.base_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding."""
+        self.base_model.embed_tokens = value
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -449,15 +458,9 @@ class StellarByteModel(StellarBytePreTrainedModel):
         deepnorm = config.residual_scaling == "deepnorm"
         self.norm = nn.Identity() if deepnorm else StellarByteNorm(config.hidden_size, config)
         self.gradient_checkpointing = False
+        if config.attention_logit_softcap is not None and config._attn_implementation != "eager":
+            logger.info("attention: computed as with eager, since %s has no soft cap", config._attn_implementation)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding."""
-        self.embed_tokens = value
 
     def forward(
         self,
@@ -550,14 +553,6 @@ class StellarByteForCausalLM(StellarBytePreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding."""
-        self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""

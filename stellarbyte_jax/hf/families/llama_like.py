@@ -1,4 +1,4 @@
-"""Rows and fields that several families have."""
+"""Names that checkpoints took over from Llama: rows and fields that several families have."""
 
 from collections.abc import Mapping
 from typing import Any
