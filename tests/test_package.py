@@ -29,6 +29,7 @@ def test_importing_the_modules_starts_no_device():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in sorted((ROOT / "stellarbyte_jax").rglob("*.py"))
+        if path.parent.name != "torch_model"  # torch's file, which is copied, not imported
     ]
     started = python(
         f"import importlib; [importlib.import_module(m) for m in {modules}];"
