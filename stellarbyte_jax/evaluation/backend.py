@@ -4,7 +4,6 @@ This file does without lm-eval, of whose requests it reads ``args`` alone.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -16,7 +15,6 @@ from stellarbyte_jax.inference.programs import cast_for_inference
 from stellarbyte_jax.tokenizer.template import ChatTemplate
 
 _log = logging.getLogger(__name__)
-_TELL_EVERY = 10.0  # seconds
 Progress = Callable[[str, int, int], None]
 
 
@@ -43,8 +41,8 @@ class Backend:
         Args:
           bundle: the model.
           batch_size: requests that are computed at once.
-          progress: told the kind of requests, how many are done and how many there are, every few seconds; it may end
-            the evaluation by raising.
+          progress: told the kind of requests, how many are done and how many there are, after each call; it may end the
+            evaluation by raising.
 
         Raises:
           ValueError: the tokenizer has neither bos nor eos.
@@ -165,15 +163,13 @@ class Backend:
         )
 
     def _counter(self, kind: str, total: int) -> Callable[[int], None]:
-        done, told = 0, time.monotonic()
+        done = 0
         self._progress(kind, 0, total)
 
         def count(more: int) -> None:
-            nonlocal done, told
+            nonlocal done
             done += more
-            if done == total or time.monotonic() - told >= _TELL_EVERY:
-                told = time.monotonic()
-                self._progress(kind, done, total)
+            self._progress(kind, done, total)
 
         return count
 
