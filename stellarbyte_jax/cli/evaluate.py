@@ -23,6 +23,7 @@ with imports():
     from stellarbyte_jax.launch import CompileCache, environment, quiet_libraries
 
 _BATCH_SIZE = 32
+_LARGE = 1e6  # a number that is told with an exponent
 _TELL_EVERY = 10.0  # seconds
 _WIDTH = 140  # of the table where no terminal says how wide it is
 
@@ -148,4 +149,6 @@ def _print(results: Sequence[Result]) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if abs(value) < _LARGE else f"{value:.4e}"

@@ -25,10 +25,12 @@ def write_tasks(directory: Path) -> dict[str, Path]:
         question = f"HTTP status {int(status)}: {status.description}. Its name is"
         choices.append({"question": question, "choices": [s.phrase for s in offered], "gold": offered.index(status)})
         answers.append({"question": f"Name of HTTP status {int(status)}:", "answer": status.phrase})
-    texts = [json.loads(line)["text"] for line in CORPUS.read_text(encoding="utf-8").splitlines()]
-    pieces = [text[:200] for text in texts[:6]] + [text[:2000] for text in texts if text.isascii()][:1]
-    sentences = [" ".join(words) for text in texts if len(words := text.split()[:8]) == 8]
-    pairs = [{"choices": [s, " ".join(reversed(s.split()))], "gold": 0, "question": ""} for s in sentences[:12]]
+    corpus = [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines()]
+    english = next(document["text"] for document in corpus if document["lang"] == "en")
+    pieces = [english[:1500], *(document["text"][:100] for document in corpus if document["lang"] != "en")][:5]
+    words = english.split()
+    sentences = [" ".join(words[at : at + 8]) for at in range(0, 96, 8)]
+    pairs = [{"choices": [s, " ".join(reversed(s.split()))], "gold": 0, "question": ""} for s in sentences]
     choice = {
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
