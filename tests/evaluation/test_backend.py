@@ -108,6 +108,7 @@ def test_answers_end_with_a_stop_token_also_one_that_a_stop_text_spells(bundle):
         params = jax.tree.map(np.array, spoken.params)
         params["lm_head"]["kernel"][0, :] = 0
         params["lm_head"]["kernel"][0, end] = 10  # behind a
+        params["embed"]["embedding"][end, 1] = 1  # and c behind that, where it goes on
         named = [tokenizer.decode([end], skip_special_tokens=False)] if until is None else until
         backend = Backend(replace(spoken, params=params, stop_ids=stops), batch_size=3)
         kwargs = {"max_gen_toks": 20, "until": named}
