@@ -121,6 +121,10 @@ class Interrupt:
         """What launchers expect of a process ended by this signal: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
         return 0 if self.signal is None else 128 + self.signal
 
+    def came(self) -> bool:
+        """Whether a signal came."""
+        return self.signal is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.signal is not None:

@@ -39,6 +39,7 @@ COMMANDS = {
     "train": Command("train", "train.py", "train a model, or continue a run"),
     "generate": Command("generate", "generate.py", "continue prompts"),
     "chat": Command("generate", "generate.py", "talk to a model whose tokenizer has a chat template", ("--chat",)),
+    "evaluate": Command("evaluate", "evaluate.py", "measure a model on tasks of lm-eval"),
     "convert": Command("convert", "convert.py", "checkpoints to and from the Hugging Face format"),
     "report": Command("report", "report.py", "a page with the plots of a run, or of several"),
     "tokenizer": Command("tokenizer", "train_tokenizer.py", "train a tokenizer"),

@@ -169,17 +169,36 @@ class LossConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """Validation during training.
+    """Validation during training, and tasks of lm-eval.
 
     Attributes:
       interval: optimizer steps between validations
       batches: batches of global_batch_size rows in a validation; none: all there are
       patience: validations without a better loss after which the run stops; none: it goes on
+      tasks: tasks of lm-eval that the averaged weights are measured on at the end of the run, by name or as paths of
+        YAML or JSON files; needs the extra eval
+      tasks_interval: optimizer steps between measurements on tasks; none: none before the end
+      tasks_limit: documents of each task, the first ones; none: all there are
     """
 
     interval: PositiveInt = 500
     batches: PositiveInt | None = 50
     patience: PositiveInt | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_interval: PositiveInt | None = None
+    tasks_limit: PositiveInt | None = None
+
+    def _check(self) -> None:
+        require(all(self.tasks), "evaluation.tasks holds an empty name: leave it out")
+        for name in ("tasks_interval", "tasks_limit"):
+            require(
+                getattr(self, name) is None or len(self.tasks) > 0,
+                f"evaluation.{name}={getattr(self, name)} would change nothing without evaluation.tasks: name tasks, "
+                f"or set evaluation.{name}=none",
+            )
+
+
+_OF_VALIDATION = ("interval", "batches", "patience")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +258,7 @@ class TrainConfig(Section):
       optimizer: the update rule
       schedule: the learning rate over the run
       loss: what is minimised
-      evaluation: validation during training
+      evaluation: validation during training, and tasks
       checkpoint: what is kept on disk
       logging: where metrics go
     """
@@ -292,7 +311,11 @@ class TrainConfig(Section):
             "first step and a last one",
         )
         if not self.data.validation:
-            unread = {f"evaluation.{n}": getattr(EvaluationConfig(), n) for n in self.evaluation.given()}
+            unread = {
+                f"evaluation.{n}": getattr(EvaluationConfig(), n)
+                for n in self.evaluation.given()
+                if n in _OF_VALIDATION
+            }
             if "keep_best" in self.checkpoint.given():
                 unread["checkpoint.keep_best"] = CheckpointConfig().keep_best
             defaults = " ".join(f"{name}={str(value).lower()}" for name, value in unread.items())

@@ -1,4 +1,4 @@
-"""What a run does when it is over: an exported directory, samples of text, a report. What is done is not repeated."""
+"""What a run does when it is over: an export, samples of text, tasks, a report. What is done is not repeated."""
 
 import json
 from collections.abc import Callable
@@ -17,9 +17,10 @@ from stellarbyte_jax.launch import write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.directory import write_json
-from stellarbyte_jax.training import plots, samples
+from stellarbyte_jax.training import plots, samples, tasks
 from stellarbyte_jax.training.report import REPORT, make_page, write_page
 from stellarbyte_jax.training.samples import Sampler
+from stellarbyte_jax.training.tasks import TaskRounds
 
 _NOTE = "finished.json"  # in the run's directory: the last step, and what was done after it
 
@@ -29,6 +30,7 @@ def check(config: TrainConfig) -> None:
     if config.export_at_end:
         export_family(config.model)
     samples.check(config)
+    tasks.check(config)
     if config.report_at_end:
         plots.check("report_at_end=true")
 
@@ -54,9 +56,10 @@ def finish(
     step: int,
     say: Callable[[str], None],
     sampler: Sampler,
+    rounds: TaskRounds,
     validation_loss: float | None = None,
 ) -> Path | None:
-    """Exports, prints samples and writes a report as the settings ask for, unless that was done after this step.
+    """Exports, prints samples, measures tasks and writes a report as the settings ask for, unless that is done already.
 
     Args:
       config: of the run.
@@ -65,6 +68,7 @@ def finish(
       step: the last one.
       say: takes lines.
       sampler: makes the samples. Where a signal stops it, the next call does what is left.
+      rounds: measures the tasks; likewise.
       validation_loss: of these weights, where it is known.
 
     Returns:
@@ -83,6 +87,9 @@ def finish(
     if sampler.missing(step):
         sampler.sample(params, step, say)
         done.pop("reported", None)  # it lacks them
+    if rounds.missing(step) and not rounds.stopped():
+        rounds.measure(params, step, say)
+        done.pop("reported", None)
     if config.report_at_end and not sampler.stopped() and not (done.get("reported") and report.is_file()):
         page, _ = make_page([run_dir])
         try:
@@ -95,11 +102,11 @@ def finish(
     return target if config.export_at_end else None
 
 
-def is_done(config: TrainConfig, step: int, sampler: Sampler) -> bool:
+def is_done(config: TrainConfig, step: int, sampler: Sampler, rounds: TaskRounds) -> bool:
     """Whether nothing is left of what :func:`finish` does after this step."""
     run_dir = Path(config.output_dir)
     reported = not config.report_at_end or _read(run_dir / _NOTE, step).get("reported", False)
-    return reported and not sampler.missing(step)
+    return reported and not sampler.missing(step) and not rounds.missing(step)
 
 
 def export(config: TrainConfig, model: ByteTransformer, params: Params, training: TrainingFacts | None = None) -> None:

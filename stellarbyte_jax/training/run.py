@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,10 +27,11 @@ from stellarbyte_jax.training.directory import RunDirectory
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.training.resume import Progress, Resumed
-from stellarbyte_jax.training.samples import Sample, Sampler
+from stellarbyte_jax.training.samples import Sampler
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
 from stellarbyte_jax.training.step import make_eval_step, make_train_step
-from stellarbyte_jax.training.trackers import make_trackers
+from stellarbyte_jax.training.tasks import TaskRounds
+from stellarbyte_jax.training.trackers import Together, make_trackers
 from stellarbyte_jax.training.validation import check_comparable, evaluate, measured_on
 
 
@@ -73,6 +74,7 @@ class _Run:
     validation: Loader | None
     publish: Callable[[int, dict[str, float]], None]
     sampler: Sampler
+    rounds: TaskRounds
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., tuple[dict[str, jax.Array], State]]
     meter: Meter
@@ -162,23 +164,18 @@ def _prepare(
         report.line(f"starting from the weights in {run_dir}")
     begin.keep(begin.Found(named, config), parameters)
     report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
-    trackers = make_trackers(config, start, validated=not validates)
-    for tracker in trackers:
-        stack.callback(tracker.close)
-
-    def publish(step: int, metrics: dict[str, float]) -> None:
-        for tracker in trackers:
-            tracker.log(step, metrics)
-
-    def publish_samples(step: int, samples: Sequence[Sample]) -> None:
-        for tracker in trackers:
-            tracker.samples(step, samples)
+    trackers = Together(make_trackers(config, start, validated=not validates))
+    stack.callback(trackers.close)
 
     def show(step: int, metrics: dict[str, float], due: bool) -> None:
         report.step(step, total, metrics, due=due)
         if due:
-            publish(step, metrics)
+            trackers.log(step, metrics)
 
+    def publish_tasks(step: int, metrics: dict[str, float]) -> None:
+        trackers.log(step, {**metrics, **meter.totals()})
+
+    meter = Meter(config, parameters, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens)
     byte_lengths = token_byte_lengths(config.data.tokenizer)
     byte_lengths_V = None if byte_lengths is None else jnp.asarray(byte_lengths)
     return _Run(
@@ -197,13 +194,12 @@ def _prepare(
         progress=resumed.progress,
         loader=loader,
         validation=validation,
-        publish=publish,
-        sampler=Sampler(config, model, start, lambda: interrupt.signal is not None, publish_samples),
+        publish=trackers.log,
+        sampler=Sampler(config, model, start, interrupt.came, trackers.samples),
+        rounds=TaskRounds(config, model, start, interrupt.came, publish_tasks),
         train_step=jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0),
         eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V)),
-        meter=Meter(
-            config, parameters, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens
-        ),
+        meter=meter,
     )
 
 
@@ -220,8 +216,8 @@ def _loop(run: _Run, start: int) -> Finished:
     saved = start
     if run.progress.unvalidated and (ended := _make_up(run, start)) is not None:
         return ended
-    _sample(run, start)  # a signal may have come before, or among them
-    if run.interrupt.signal is not None and run.sampler.due(start):
+    _sample_and_measure(run, start)  # a signal may have come before, or among them
+    if run.interrupt.signal is not None and (run.sampler.due(start) or run.rounds.due(start)):
         return Finished(run.interrupt.exit_code, start, "signal")
     for step in range(start + 1, config.steps + 1):
         batch = next(run.loader, None)
@@ -245,7 +241,7 @@ def _loop(run: _Run, start: int) -> Finished:
         better = loss is not None and run.progress.stale == 0
         exhausted = not last and run.progress.exhausted(patience)
         if not last and not exhausted:  # the end of a run has its own
-            _sample(run, step)
+            _sample_and_measure(run, step)
         stopped = run.interrupt.signal is not None
         due = step % config.checkpoint.interval == 0 or (better and config.checkpoint.keep_best)
         if last or stopped or exhausted or due:
@@ -296,9 +292,11 @@ def _finish(run: _Run, ended: Finished) -> Finished:
         report.line(messages.early_stop(run.progress.stale, ended.step))
     run.directory.check()
     loss = run.progress.loss_at(ended.step)
-    exported = finish.finish(config, run.model, run.state.averaged, ended.step, report.line, run.sampler, loss)
+    exported = finish.finish(
+        config, run.model, run.state.averaged, ended.step, report.line, run.sampler, run.rounds, loss
+    )
     report.table("summary", _summary(run, ended.step, exported))
-    if run.interrupt.signal is None or finish.is_done(config, ended.step, run.sampler):
+    if run.interrupt.signal is None or finish.is_done(config, ended.step, run.sampler, run.rounds):
         return ended
     return _stopped(run, ended.step)
 
@@ -317,9 +315,10 @@ def _over(
     """A run that has no step left: does what is missing of its end."""
     step = int(resumed.state.step)
     report.line(messages.over(config, step, resumed.progress.stale))
-    sampler, loss = Sampler(config, model, step, lambda: interrupt.signal is not None), resumed.progress.loss_at(step)
-    finish.finish(config, model, resumed.state.averaged, step, report.line, sampler, loss)
-    if interrupt.signal is not None and not finish.is_done(config, step, sampler):
+    sampler, rounds = Sampler(config, model, step, interrupt.came), TaskRounds(config, model, step, interrupt.came)
+    loss = resumed.progress.loss_at(step)
+    finish.finish(config, model, resumed.state.averaged, step, report.line, sampler, rounds, loss)
+    if interrupt.came() and not finish.is_done(config, step, sampler, rounds):
         return Finished(interrupt.exit_code, step, "signal")
     return Finished(0, step, "steps" if step >= config.steps else "patience")
 
@@ -345,13 +344,17 @@ def _validate(run: _Run, step: int, batches: Loader) -> float | None:
     return validated["loss"]
 
 
-def _sample(run: _Run, step: int) -> None:
-    """Continues the prompts, where that is due after this step."""
-    if not run.sampler.due(step):
-        return
-    run.meter.flush()
-    with run.meter.paused():
-        run.sampler.sample(run.state.averaged, step, lambda text: run.report.line(f"step {step}/{run.total}  {text}"))
+def _sample_and_measure(run: _Run, step: int) -> None:
+    """Continues the prompts and measures the tasks, where that is due after this step."""
+
+    def say(text: str) -> None:
+        run.report.line(f"step {step}/{run.total}  {text}")
+
+    for is_due, act in ((run.sampler.due, run.sampler.sample), (run.rounds.due, run.rounds.measure)):
+        if is_due(step) and run.interrupt.signal is None:
+            run.meter.flush()
+            with run.meter.paused():
+                act(run.state.averaged, step, say)
 
 
 def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:

@@ -16,6 +16,7 @@ from stellarbyte_jax.tokenizer.directory import write_json
 from stellarbyte_jax.training.jsonl import keep_lines
 from stellarbyte_jax.training.samples import Sample
 
+METRICS = "metrics.jsonl"  # in the run's directory
 IDS = "trackers.json"  # in the run's directory
 _ID_LENGTH = 21  # SwanLab takes no other one
 _SWANLAB_CLOUD = ("cloud", "online")
@@ -218,6 +219,30 @@ class SwanLabTracker:
         self._swanlab.finish()
 
 
+class Together:
+    """Several trackers as one."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        """Takes them open."""
+        self._trackers = trackers
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Gives the metrics to each."""
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Gives the samples to each."""
+        for tracker in self._trackers:
+            tracker.samples(step, samples)
+
+    def close(self) -> None:
+        """Closes each, although another one could not be closed."""
+        with contextlib.ExitStack() as stack:
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
+
+
 def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = True) -> list[Tracker]:
     """The JSONL tracker and those that ``logging.trackers`` names.
 
@@ -232,7 +257,7 @@ def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = Tru
       ValueError, OSError: the file of their ids is damaged, or cannot be read or written.
     """
     directory = Path(config.output_dir)
-    trackers: list[Tracker] = [JsonlTracker(directory / "metrics.jsonl", start_step, validated=validated)]
+    trackers: list[Tracker] = [JsonlTracker(directory / METRICS, start_step, validated=validated)]
     for name in config.logging.trackers:
         try:
             if name == "tensorboard":

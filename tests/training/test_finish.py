@@ -19,6 +19,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.training import finish, plots
 from stellarbyte_jax.training.samples import Sampler
+from stellarbyte_jax.training.tasks import TaskRounds
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,8 @@ def finished(config, step=5, params=None, loss=None, stopped=False):
     """What is said, and what is exported, at the end of a run."""
     said, model = [], ByteTransformer(config.model)
     sampler = Sampler(config, model, step, lambda: stopped)
-    made = finish.finish(config, model, params or weights(config), step, said.append, sampler, loss)
+    rounds = TaskRounds(config, model, step, lambda: stopped)
+    made = finish.finish(config, model, params or weights(config), step, said.append, sampler, rounds, loss)
     return said, made
 
 
@@ -198,9 +200,10 @@ def test_what_a_signal_leaves_undone_is_done_later_and_a_report_has_what_came_af
     monkeypatch.setattr(plots, "draw", lambda *args: b"png")
     sampler = Sampler(config, ByteTransformer(config.model), 5, lambda: True)
     assert finished(config, stopped=True) == ([], None) and not report.exists()
-    assert not finish.is_done(config, 5, sampler)
+    rounds = TaskRounds(config, ByteTransformer(config.model), 5, lambda: True)
+    assert not finish.is_done(config, 5, sampler, rounds)
     assert finished(config)[0][1:] == [f"report: {report}"]
-    assert finish.is_done(config, 5, Sampler(config, ByteTransformer(config.model), 5, lambda: True))
+    assert finish.is_done(config, 5, Sampler(config, ByteTransformer(config.model), 5, lambda: True), rounds)
     assert "<b>a</b>" in report.read_text(encoding="utf-8")
     assert finished(config) == ([], None)
     more = dataclasses.replace(config, sample_prompts=("a", "b"))

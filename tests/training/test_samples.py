@@ -20,6 +20,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.training import finish, samples
 from stellarbyte_jax.training.samples import SampleFile, Sampler
+from stellarbyte_jax.training.tasks import TaskRounds
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +111,13 @@ def test_a_round_that_a_signal_breaks_off_is_made_whole_later(run, tokenizer, tm
     params = always_saying(config, tokenizer.encode("x")[0])
     assert len(said_by(config, params, 3, stopped=lambda: next(answers), published=published)) == 1
     assert not (tmp_path / "samples.jsonl").exists() and published == []
-    assert not finish.is_done(config, 3, sampler_of(config, 3))
+    no_tasks = TaskRounds(config, ByteTransformer(config.model), 3, lambda: False)
+    assert not finish.is_done(config, 3, sampler_of(config, 3), no_tasks)
     again = sampler_of(config, 3)
     assert again.due(3)
     again.sample(params, 3, lambda text: None)
     assert not again.due(3) and not sampler_of(config, 3).due(3)
-    assert finish.is_done(config, 3, again)
+    assert finish.is_done(config, 3, again, no_tasks)
     assert [line["prompt"] for line in lines_of(tmp_path)] == ["a", "b"]
 
 

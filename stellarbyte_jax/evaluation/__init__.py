@@ -1,0 +1,1 @@
+"""Evaluation on tasks of EleutherAI's lm-eval: scores of continuations, generated answers, and metrics of them."""

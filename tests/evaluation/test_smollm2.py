@@ -1,0 +1,39 @@
+"""A real pretrained model on tasks of its own, beside lm-eval's backend for transformers, to the last digit printed."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+from helpers.local_tasks import write_tasks
+from helpers.smollm2 import smollm2
+
+from stellarbyte_jax.checkpoint.bundle import load_bundle
+from stellarbyte_jax.inference.reconfigure import reconfigure
+
+pytest.importorskip("lm_eval", reason="the peer is lm-eval: pip install -e '.[eval]'")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of lm-eval and datasets
+
+from stellarbyte_jax.evaluation.adapter import as_lm  # noqa: E402
+from stellarbyte_jax.evaluation.tasks import evaluate_tasks  # noqa: E402
+
+
+def test_numbers_are_those_of_lm_evals_own_backend(tmp_path):
+    pytest.importorskip("accelerate", reason="lm-eval's backend for transformers needs it")
+    from lm_eval.models.huggingface import HFLM
+
+    directory = smollm2()
+    tasks = [str(path) for path in write_tasks(tmp_path / "tasks").values()]
+    bundle = load_bundle(directory)
+    bundle = replace(bundle, model=reconfigure(bundle.model, ["compute_dtype=float32"]))
+    with warnings.catch_warnings(action="ignore"):
+        peer = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=8)
+    found = evaluate_tasks(as_lm(bundle, batch_size=8), tasks)
+    wanted = evaluate_tasks(peer, tasks)
+    assert len(found) == 9
+    for ours, theirs in zip(found, wanted, strict=True):
+        print(ours, theirs.value)
+        if ours.metric == "word_perplexity":  # an exponential of 12.5: both are off by float32's rounding of logits
+            assert ours.value == pytest.approx(theirs.value, rel=1e-4)
+        else:
+            assert f"{ours.value:.4f}" == f"{theirs.value:.4f}", ours.metric
+        assert ours.stderr == (None if theirs.stderr is None else pytest.approx(theirs.stderr, abs=5e-5))
