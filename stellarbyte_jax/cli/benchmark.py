@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.measurements import WORKERS
+from stellarbyte_jax.cli import evaluation_speed, measurements
 from stellarbyte_jax.cli.program import load_settings, local_path, new_parser
 from stellarbyte_jax.command import MendableError, command, imports
 from stellarbyte_jax.config import TrainConfig
@@ -23,7 +23,10 @@ _NAMES = {
     "generate": ["batch_1", "batch_8", "batch_32", "batch_128"],
     "cache": ["float32", "bfloat16", "int8", "float8_e4m3fn"],
     "checkpoint": ["verified", "unverified"],
+    "eval": ["eval", "eval_huggingface"],
 }
+WORKERS = measurements.WORKERS | evaluation_speed.WORKERS
+_PEERS = ("huggingface", "eval_huggingface")  # they need torch
 _SMALL = "quickstart"  # what is trained where there is no GPU
 
 
@@ -49,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_settings(options.config, options.set)
     if small and options.what == "generate" and not options.only:
         names = ["small_batch_1", "small_batch_8"]
-    if "huggingface" in names and not options.only:
+    if not options.only and any(name in _PEERS for name in names):
         missing = not options.no_peer and importlib.util.find_spec("torch") is None
         if missing:
             print("no peer: torch is not installed (pip install torch)")
         if options.no_peer or missing:
-            names = [name for name in names if name != "huggingface"]
+            names = [name for name in names if name not in _PEERS]
     results = {}
     for number, name in enumerate(names, 1):
         print(f"measuring {name} ({number} of {len(names)})", file=sys.stderr, flush=True)
@@ -86,7 +89,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "data        batches from the files and from prepared shards; needs no device\n"
         "generate    128 prompt tokens and 256 new ones, a model of 1.10B parameters, by batch size\n"
         "cache       decoding over caches of each dtype, 25M parameters in float32\n"
-        "checkpoint  seconds to save and restore a run, and for checksums alone",
+        "checkpoint  seconds to save and restore a run, and for checksums alone\n"
+        "eval        requests of lm-eval (extra eval), and its backend for transformers (extra torch, accelerate)",
         "train --no-peer",
         "data --set 'data.train=my_corpus/train/*.jsonl'",
         settings=TrainConfig,

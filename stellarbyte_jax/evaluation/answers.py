@@ -105,7 +105,8 @@ def answers(
                 f"generation_kwargs.max_gen_toks of a task is {settings.max_new_tokens}, which leaves no room for a "
                 f"prompt in the {max_length} positions of the model: lower it in the task"
             )
-        rows = {number: encoder.encode(requests[number][0])[-room:] for number in numbers}
+        encoded = encoder.encode([requests[number][0] for number in numbers])
+        rows = {number: list(ids[-room:]) for number, ids in zip(numbers, encoded, strict=True)}
         ordered = sorted(numbers, key=lambda number: len(rows[number]), reverse=True)
         for at in range(0, len(ordered), batch_size):
             part = ordered[at : at + batch_size]

@@ -74,7 +74,7 @@ class Backend:
         Raises:
           ValueError: a continuation has no token or too many.
         """
-        pairs = [self._encoder.pair(*request.args) for request in requests]
+        pairs = self._encoder.pairs([request.args for request in requests])
         return self._scored("loglikelihood", pairs)
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
@@ -85,9 +85,9 @@ class Backend:
         """
         windows: list[Pair] = []
         counts = []
-        for request in requests:
-            (text,) = request.args
-            made = [checked(*window, text) for window in self.windows(self._encoder.encode(text))]
+        texts = [text for request in requests for text in request.args]
+        for text, ids in zip(texts, self._encoder.encode(texts), strict=True):
+            made = [checked(*window, text) for window in self.windows(list(ids))]
             windows += made
             counts.append(len(made))
         scored = iter(self._scored("loglikelihood_rolling", windows))

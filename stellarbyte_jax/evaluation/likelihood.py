@@ -20,7 +20,7 @@ from stellarbyte_jax.model.state.cache import make_cache
 
 Likelihood = tuple[float, bool]
 Scores = tuple[jax.Array, jax.Array]
-_CHUNK = 1024  # tokens whose logits exist at once
+_LOGITS = 2**26  # that exist at once, in float32
 
 
 def log_likelihoods(
@@ -120,7 +120,7 @@ def _score_shared(
         logits_BV = logits(model, params, last_BD)
         log_z_B, best_B = jax.nn.logsumexp(logits_BV, axis=-1), jnp.argmax(logits_BV, axis=-1)
         log_probs_R = logits_BV[owners_R, jnp.maximum(targets_RM[:, 0], 0)] - log_z_B[owners_R]
-        greedy_R = best_B[owners_R] == targets_RM[:, 0]
+        greedy_R = (best_B[owners_R] == targets_RM[:, 0]) & ~jnp.isnan(log_probs_R)
     if M == 0:
         return log_probs_R[:, None], greedy_R[:, None]
     assert out.state.cache is not None
@@ -140,7 +140,7 @@ def _target_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target behind its hidden state, and whether it is the likeliest token."""
     R, M, D = hidden_RMD.shape
-    chunks = -(-R * M // _CHUNK)
+    chunks = -(-R * M * model.config.padded_vocab_size // _LOGITS)
     C = -(-R * M // chunks)
     more = chunks * C - R * M
     hidden_SCD = jnp.pad(hidden_RMD.reshape(R * M, D), ((0, more), (0, 0))).reshape(chunks, C, D)
@@ -149,9 +149,12 @@ def _target_scores(
     def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> Scores:
         hidden_CD, targets_C = chunk
         logits_CV = logits(model, params, hidden_CD)
-        of_targets_C = jnp.take_along_axis(logits_CV, jnp.maximum(targets_C, 0)[:, None], axis=1)[:, 0]
-        greedy_C = jnp.argmax(logits_CV, axis=-1) == targets_C
-        return of_targets_C - jax.nn.logsumexp(logits_CV, axis=-1), greedy_C
+        wanted_C1 = jnp.maximum(targets_C, 0)[:, None]
+        of_targets_C1 = jnp.take_along_axis(logits_CV, wanted_C1, axis=1)
+        # What argmax says, the first of equals, in one pass: XLA's argmax takes longer than the product on a CPU.
+        later_CV = jnp.arange(logits_CV.shape[1])[None, :] >= wanted_C1
+        greedy_C = jnp.all((logits_CV < of_targets_C1) | ((logits_CV == of_targets_C1) & later_CV), axis=1)
+        return of_targets_C1[:, 0] - jax.nn.logsumexp(logits_CV, axis=-1), greedy_C
 
     log_probs_SC, greedy_SC = jax.lax.map(of_chunk, (hidden_SCD, targets_SC))
     return tuple(x.reshape(-1)[: R * M].reshape(R, M) for x in (log_probs_SC, greedy_SC))  # type: ignore[return-value]

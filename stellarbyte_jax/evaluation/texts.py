@@ -1,9 +1,12 @@
 """Texts of tasks to ids, as lm-eval's backend for transformers (``hf``) makes them, so that scores are comparable."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from stellarbyte_jax.tokenizer.codec import Tokenizer
+
+_T = TypeVar("_T")
+_AT_ONCE = 1024  # texts that are encoded together: the library keeps much more of each than its ids
 
 
 class Pair(NamedTuple):
@@ -30,33 +33,47 @@ class TextEncoder:
         """
         self.tokenizer = tokenizer
         self.prefix_id: int = tokenizer.require("eos") if tokenizer.bos_id is None else tokenizer.bos_id
-        self._bos = [self.prefix_id] if add_bos and tokenizer.bos_id is not None else []
+        self._bos = (self.prefix_id,) if add_bos and tokenizer.bos_id is not None else ()
         self._spelled = tokenizer.decode([self.prefix_id], skip_special_tokens=False)
 
-    def encode(self, text: str, *, begin: bool = True) -> list[int]:
-        """Ids of a text, with bos where texts begin with it; ``begin`` False: of a text that goes on."""
-        bos = self._bos if begin and not text.startswith(self._spelled) else []
-        return bos + self.tokenizer.encode(text, parse_special=True)
+    def encode(self, texts: Sequence[str], *, begin: bool = True) -> list[tuple[int, ...]]:
+        """Ids of texts, with bos where texts begin with it; ``begin`` False: of texts that go on.
 
-    def pair(self, context: str, continuation: str) -> Pair:
-        """Ids of a continuation that is scored behind its context.
+        Equal texts are encoded once and share their ids.
+        """
+        made: dict[str, tuple[int, ...]] = dict.fromkeys(texts, ())
+        for part in _parts(list(made)):
+            for text, ids in zip(part, self.tokenizer.encode_batch(part, parse_special=True), strict=True):
+                bos = self._bos if begin and not text.startswith(self._spelled) else ()
+                made[text] = (*bos, *ids)
+        return [made[text] for text in texts]
 
-        Spaces at the end of the context belong to the continuation, whose first word they begin. Both are encoded as
+    def pairs(self, requests: Sequence[tuple[str, str]]) -> list[Pair]:
+        """Ids of continuations that are scored behind their contexts, ``(context, continuation)``.
+
+        Spaces at the end of a context belong to the continuation, whose first word they begin. Both are encoded as
         one text, and what is longer than the context alone is the continuation.
 
         Raises:
-          ValueError: no token is left of the continuation.
+          ValueError: no token is left of a continuation.
         """
-        if context:
-            kept = context.rstrip()
-            before = self.encode(kept)
-            after = self.encode(kept + context[len(kept) :] + continuation)[len(before) :]
-        else:
-            after = self.encode(continuation, begin=False)
-            before = [self.prefix_id]
-            if after[:1] == before:
-                after = after[1:]
-        return checked(before, after, continuation)
+        contexts = self.encode([context.rstrip() for context, _ in requests])
+        pairs = []
+        for part, before in zip(_parts(requests), _parts(contexts), strict=True):
+            wholes = iter(self.encode([context + text for context, text in part if context]))
+            alone = iter(self.encode([text for context, text in part if not context], begin=False))
+            for (context, text), ids in zip(part, before, strict=True):
+                if context:
+                    pairs.append(checked(ids, next(wholes)[len(ids) :], text))
+                else:
+                    after = next(alone)
+                    pairs.append(checked((self.prefix_id,), after[after[:1] == (self.prefix_id,) :], text))
+        return pairs
+
+
+def _parts(everything: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    for at in range(0, len(everything), _AT_ONCE):
+        yield everything[at : at + _AT_ONCE]
 
 
 def checked(context: Sequence[int], continuation: Sequence[int], text: str) -> Pair:

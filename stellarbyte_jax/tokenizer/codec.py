@@ -184,17 +184,18 @@ class Tokenizer:
 
         return re.sub("|".join(map(re.escape, numbers)), stand_in, text[begin:end]) if numbers else text[begin:end]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts at once, on all cores; special tokens in them stay ordinary text.
+    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
+        """Ids of many texts at once, on all cores, each as :meth:`encode` makes them.
 
         Raises:
             ValueError: A text is no string, or holds a lone surrogate, which UTF-8 cannot express.
         """
+        library = self._parsing if parse_special else self._plain
         try:
-            rows = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+            rows = library.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             raise _unencodable(texts) from None
-        return [self._text_only(row.ids) for row in rows]
+        return [row.ids if parse_special else self._text_only(row.ids) for row in rows]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD.

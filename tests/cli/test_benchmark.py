@@ -103,6 +103,15 @@ def test_without_torch_there_is_no_peer_and_a_line(machine, torch, capsys):
     assert [name for name, _ in measured] == ["synthetic", "real"]
 
 
+def test_evaluation_has_a_peer_too(machine, torch, tmp_path):
+    measured = machine("cpu")
+    assert benchmark.main(["eval"]) == 0 and (tmp_path / "benchmarks" / "eval-cpu.json").is_file()
+    assert measured == [("eval", "quickstart"), ("eval_huggingface", "quickstart")]
+    measured.clear()
+    assert benchmark.main(["eval", "--no-peer"]) == 0
+    assert measured == [("eval", "quickstart")]
+
+
 def test_what_is_being_done_is_told_apart_from_the_results(machine, torch, tmp_path, capsys):
     measured = machine("cpu", fails=["real"])
     run = benchmark._run_worker
@@ -175,7 +184,7 @@ def test_the_steps_that_were_asked_for_are_measured(monkeypatch, capsys):
     monkeypatch.setattr(benchmark.subprocess, "run", run)
     options = benchmark._parse(["train", "--steps", "3", "--config", "quickstart"])
     assert benchmark._run_worker("real", options) == {"a": 1}
-    monkeypatch.setitem(WORKERS, "real", lambda config, steps: {"steps": steps})
+    monkeypatch.setitem(benchmark.WORKERS, "real", lambda config, steps: {"steps": steps})
     assert benchmark.main(typed[0][typed[0].index("benchmark") + 1 :]) == 0
     assert capsys.readouterr().out == 'RESULT {"steps": 3}\n'
 

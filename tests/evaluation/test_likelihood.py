@@ -77,6 +77,19 @@ def test_greedy_continuations_are_told(peer):
     assert [greedy for _, greedy in found] == [True, True, False, False]
 
 
+def test_of_equal_logits_the_first_is_the_greedy_one(peer):
+    """As argmax; with zeros in the head all are equal. Logits that are no numbers make nothing greedy."""
+    model, params, _ = peer
+    context = (3, 5, 8, 13, 21, 34, 55)
+    for scale, wanted in ((0.0, [True, False, False, True, False]), (np.nan, [False] * 5)):
+        broken = {**params, "lm_head": {"kernel": scale * np.asarray(params["lm_head"]["kernel"])}}
+        pairs = [Pair(context, continuation) for continuation in ((0,), (1,), (66,), (0, 0), (0, 1))]
+        found = log_likelihoods(model, broken, pairs, batch_size=8, max_length=LENGTH)
+        assert [greedy for _, greedy in found] == wanted
+        alone = [log_likelihoods(model, broken, [pair], batch_size=1, max_length=LENGTH)[0] for pair in pairs]
+        assert [greedy for _, greedy in alone] == wanted
+
+
 def test_what_is_too_long_loses_its_beginning(peer):
     model, params, _ = peer
     numbers = np.random.default_rng(1)
@@ -103,7 +116,7 @@ def test_likelihoods_are_of_the_network_whatever_its_cache(peer):
 def test_logits_are_made_in_parts(peer, monkeypatch):
     model, params, _ = peer
     pairs = requests()[:12]
-    monkeypatch.setattr(likelihood, "_CHUNK", 7)
+    monkeypatch.setattr(likelihood, "_LOGITS", 7 * 67)
     assert_as_expected(peer, pairs, log_likelihoods(model, params, pairs, batch_size=5, max_length=LENGTH))
 
 

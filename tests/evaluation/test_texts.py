@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 
+from stellarbyte_jax.evaluation import texts
 from stellarbyte_jax.evaluation.texts import TextEncoder, checked
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
@@ -66,9 +67,30 @@ def theirs(peer, context, continuation):
 def test_pairs_are_split_as_lm_eval_does(both, context, continuation):
     encoder, peer = both
     context, continuation = (text.format(bos=peer.bos_token, eos=peer.eos_token) for text in (context, continuation))
-    ours = encoder.pair(context, continuation)
+    ours = encoder.pairs([(context, continuation)])[0]
     assert (list(ours.context), list(ours.continuation)) == theirs(peer, context, continuation)
     assert encoder.prefix_id == peer.bos_token_id
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_many_pairs_are_split_as_each_alone(both, monkeypatch, at_once):
+    encoder, peer = both
+    requests = [tuple(text.format(bos=peer.bos_token, eos=peer.eos_token) for text in pair) for pair in PAIRS]
+    requests += [requests[0], *requests[::-1]]
+    alone = [encoder.pairs([request])[0] for request in requests]
+    monkeypatch.setattr(texts, "_AT_ONCE", at_once)
+    encoded, encode_batch = [], encoder.tokenizer.encode_batch
+
+    def recording(self, part, **options):
+        encoded.append(len(part))
+        return encode_batch(part, **options)
+
+    monkeypatch.setattr(type(encoder.tokenizer), "encode_batch", recording)
+    assert encoder.pairs(requests) == alone
+    assert max(encoded) <= at_once
+    encoded.clear()
+    encoder.pairs([("The river", f" {number}") for number in range(9)])
+    assert sum(encoded) == 10, "the context once"
 
 
 def test_without_bos_a_text_follows_eos(tmp_path):
@@ -81,13 +103,13 @@ def test_without_bos_a_text_follows_eos(tmp_path):
     tokenizer = load_tokenizer(directory)
     assert tokenizer.bos_id is None
     encoder = TextEncoder(tokenizer, add_bos=True)
-    assert encoder.pair("", "a").context == (tokenizer.eos_id,)
-    assert encoder.pair("b", "a").context == tuple(tokenizer.encode("b"))
+    assert encoder.pairs([("", "a")])[0].context == (tokenizer.eos_id,)
+    assert encoder.pairs([("b", "a")])[0].context == tuple(tokenizer.encode("b"))
 
 
 def test_a_continuation_without_a_token_is_refused(both):
     encoder, _ = both
     with pytest.raises(ValueError, match=r"^the continuation of a request has no token \(continuation ''\), so "):
-        encoder.pair("The river", "")
+        encoder.pairs([("The river", "")])
     with pytest.raises(ValueError, match=r"^the context of a request has no token"):
         checked([], [1], "x")

@@ -103,6 +103,9 @@ def test_documents_cannot_smuggle_control_tokens(tokenizer):
         assert min(ids) >= len(SPECIAL_TOKENS)
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert tokenizer.encode("good<|SEOS|>", parse_special=True)[-1] == tokenizer.eos_id
+    texts = ["good<|SEOS|>", text, "", "x"]
+    expected = [tokenizer.encode(each, parse_special=True) for each in texts]
+    assert tokenizer.encode_batch(texts, parse_special=True) == expected
 
 
 def test_encoding_equals_transformers(tokenizer, peer, real_texts):
