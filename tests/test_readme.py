@@ -33,6 +33,7 @@ SHORT: dict[str, str | tuple[str, str]] = {
     "python scripts/train.py --config configs/pretrain.py": TINY.format(steps=2),
     "python scripts/train.py --config configs/quickstart.py": TINY.format(steps=5),
     "python scripts/generate.py": "--max-new-tokens 4",
+    "python scripts/evaluate.py": "--help",  # its tasks are not here, see tests/evaluation
     "python scripts/convert.py to-hf": "",
     "python scripts/convert.py from-hf": "",
     "python scripts/convert.py inspect": "",

@@ -203,7 +203,8 @@ def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         text = TextFormat(data.fields, data.template)
         tell("tokenising")
-        prepare(data.train, Path(directory) / "shards", data.tokenizer, text=text, workers=data.workers)
+        shards = Path(directory) / "shards"
+        prepare(data.train, shards, data.tokenizer, text=text, workers=data.workers, cache_dir=data.cache_dir)
         data = dataclasses.replace(config.data, train=(str(Path(directory) / "shards"),))
         tell(f"reading batches for {_READING} s")
         return _rounded(measure_loader(data, batch_size=config.global_batch_size, seconds=_READING))

@@ -68,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepared = _prepare(options, tokenizer)
     except ValueError as error:
         raise ValueError(_told(str(error))) from error
-    skipped = f", {prepared.skipped:,} unusable ones skipped" if prepared.skipped else ""
-    print(f"{prepared.documents:,} documents, {prepared.tokens:,} tokens, {len(prepared.shards)} shards{skipped}")
+    ones = "one" if prepared.skipped == 1 else "ones"
+    skipped = f", {prepared.skipped:,} unusable {ones} skipped" if prepared.skipped else ""
+    counts = {"document": prepared.documents, "token": prepared.tokens, "shard": len(prepared.shards)}
+    counted = (f"{count:,} {what}{'' if count == 1 else 's'}" for what, count in counts.items())
+    print(", ".join(counted) + skipped)
     print(f"next:\n  train:     {_train(options.output, options.tokenizer, load_tokenizer(tokenizer))}")
     print("  on a GPU:  the same with --config pretrain, for a model of 12 layers")
     return 0

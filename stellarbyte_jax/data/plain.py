@@ -63,4 +63,4 @@ def _decoded(content: bytes) -> str:
     except UnicodeDecodeError as error:
         before = content[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         column = len(before) - before.rfind(b"\n")
-        raise BadRecordError("not valid UTF-8; save the file as UTF-8", column, before.count(b"\n")) from error
+        raise BadRecordError("not valid UTF-8 (save the file as UTF-8)", column, before.count(b"\n")) from error

@@ -78,7 +78,7 @@ class LineSource:
                 f"not valid JSON ({error.msg}); a line must hold one whole JSON object", error.colno
             ) from error
         except UnicodeDecodeError as error:
-            raise BadRecordError("not valid UTF-8; save the file as UTF-8", error.start + 1) from error
+            raise BadRecordError("not valid UTF-8 (save the file as UTF-8)", error.start + 1) from error
         except RecursionError as error:
             raise BadRecordError("JSON nested too deeply") from error
         except ValueError as error:  # Python reads no integer of more than 4,300 digits

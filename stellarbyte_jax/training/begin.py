@@ -21,7 +21,7 @@ from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
-from stellarbyte_jax.launch import write_failure
+from stellarbyte_jax.launch import LOCK, write_failure
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
@@ -186,19 +186,26 @@ def _check_same_model(config: TrainConfig, there: ByteConfig, say: Callable[[str
 
 
 def _check_place(run_dir: Path) -> None:
-    """A run does not strew its files into a project, the home directory or the root of the file system."""
+    """A run does not strew its files into a project, the home directory, or what others fill at the root."""
     if holds_run(run_dir):
         return
     place = real(run_dir)
     held = [name for name in _PROJECT if (place / name).exists()]
     what = f"holds a project ({held[0]})" if held else "is your home directory" if place == Path.home() else None
     what = "is the root of the file system" if place == place.parent else what
+    if what is None and place.parent == place.parent.parent and _held(place):
+        what = "is a folder of the system, or a volume, that holds other files"
     if what is None and real(Path.cwd()).is_relative_to(place):
         what = "is the folder in which the command was typed, or one above it"
     if what:
         raise ConfigError(
             f"output_dir {run_dir} ({place}) {what}: name a directory of the run's own, such as runs/first"
         )
+
+
+def _held(place: Path) -> bool:
+    """Whether a directory holds anything but what an empty volume has and a start leaves."""
+    return place.is_dir() and any(name not in ("lost+found", LOCK) for name in os.listdir(place))
 
 
 def from_weights(

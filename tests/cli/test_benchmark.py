@@ -245,6 +245,7 @@ def test_shards_are_measured_as_such(monkeypatch, tmp_path):
         tokenizer=save_byte_tokenizer(tmp_path / "bytes"),
         sequence_length=16,
         workers=0,
+        cache_dir=str(tmp_path / "cache"),
     )
     read = []
 

@@ -35,7 +35,7 @@ def test_an_empty_stop_text(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_prompt_file_in_another_encoding_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latin.txt").write_bytes(b"one\ncaf\xe9")
     assert main(["--model", "nothing", "--prompt-file", str(tmp_path / "latin.txt")]) == 1
-    assert one_error(capsys, f"error: {tmp_path / 'latin.txt'}:2:4: not valid UTF-8; save the file as UTF-8")
+    assert one_error(capsys, f"error: {tmp_path / 'latin.txt'}:2:4: not valid UTF-8 (save the file as UTF-8)")
 
 
 def test_a_checkpoint_of_a_run_and_what_is_known_of_its_training(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

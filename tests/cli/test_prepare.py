@@ -59,7 +59,7 @@ def test_text_files_and_what_comes_next(prepare, tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     status, out, errors = prepare("--input", tmp_path / "a.txt", "--text-documents", "paragraphs")
     assert (status, errors) == (0, "")
-    assert out.startswith("2 documents, 6 tokens, 1 shards\n")
+    assert out.startswith("2 documents, 6 tokens, 1 shard\n")
     assert (
         f"--config quickstart --set data.train={tmp_path / 'out'} data.tokenizer={tmp_path / 'tokenizer'} "
         "model.vocab_size=288 output_dir=runs/out\n"
@@ -120,7 +120,7 @@ def test_bad_lines_are_told_with_options_of_this_command(prepare, tmp_path):
         "lines out with --on-error skip\n",
     )
     status, out, errors = prepare("--input", path, "--on-error", "skip")
-    assert (status, errors) == (0, "") and "1 documents, 1 tokens, 1 shards, 1 unusable ones skipped\n" in out
+    assert (status, errors) == (0, "") and "1 document, 1 token, 1 shard, 1 unusable one skipped\n" in out
     status, out, errors = prepare("--input", path, "--on-error", "skip")
     assert (status, out) == (1, "") and errors.endswith("choose another --output, or add --overwrite\n")
 
@@ -176,7 +176,7 @@ def test_on_a_terminal_the_bar_comes_with_the_work_and_goes_with_it(prepare, tmp
     assert (status, out) == (1, "") and "no field 'text'" in errors
     path.write_text('{"text": "a"}\n')
     status, out, _ = prepare("--input", path, "--overwrite")
-    bar, _, rest = out.partition("1 documents, ")
+    bar, _, rest = out.partition("1 document, ")
     assert status == 0 and "1 tokens" in bar and bar.endswith("\x1b[2K") and "\x1b" not in rest
 
 
@@ -278,7 +278,7 @@ def test_every_option_reaches_the_work(prepare, tmp_path, monkeypatch):
     assert prepare("--input", tmp_path / "a.jsonl")[0] == 0
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
     status, out, _ = prepare("--input", tmp_path / "a.jsonl", "--overwrite")
-    assert status == 0 and out.startswith("1 documents, 3 tokens, ")
+    assert status == 0 and out.startswith("1 document, 3 tokens, ")
     given = {}
 
     def work(*places, **settings):

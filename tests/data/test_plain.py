@@ -102,7 +102,7 @@ def test_what_is_not_utf8_is_one_error_with_its_place_or_one_skip(tmp_path, toke
     corpus = _open(tmp_path, "*.txt", documents=documents)
     with pytest.raises(UnusableRecordError) as caught:
         read_text(*corpus.locate(bad), TextFormat())
-    assert re.search(rf"a\.txt:4:2: not valid UTF-8; .*; mend the {unit} or leave such {unit}s out", str(caught.value))
+    assert re.search(rf"a\.txt:4:2: not valid UTF-8 .*; mend the {unit} or leave such {unit}s out", str(caught.value))
     assert is_one_line(caught.value)
     data = DataConfig(
         train=(str(tmp_path / "*.txt"),),

@@ -102,7 +102,8 @@ def test_any_other_file_is_one_document(tmp_path):
     assert _read(tmp_path, tmp_path / "a.txt", tmp_path / "*.py", only={"k": "x"}) == ["one\ntwo\n", "春 = 1\n"]
     (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbfone\nt \xe9t")
     with pytest.raises(
-        DataError, match=r"latin\.txt:2:3: not valid UTF-8; save the file as UTF-8; .*files out with --on-error skip$"
+        DataError,
+        match=r"latin\.txt:2:3: not valid UTF-8 \(save the file as UTF-8\); .*files out with --on-error skip$",
     ):
         _read(tmp_path, tmp_path / "latin.txt")
 

@@ -22,18 +22,22 @@ def test_numbers_are_those_of_lm_evals_own_backend(tmp_path):
     from lm_eval.models.huggingface import HFLM
 
     directory = smollm2()
-    tasks = [str(path) for path in write_tasks(tmp_path / "tasks").values()]
+    files = write_tasks(tmp_path / "tasks")
+    tasks = [str(path) for path in files.values()]
     bundle = load_bundle(directory)
     bundle = replace(bundle, model=reconfigure(bundle.model, ["compute_dtype=float32"]))
     with warnings.catch_warnings(action="ignore"):
         peer = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=8)
+        precise = HFLM(pretrained=str(directory), dtype="float64", device="cpu", batch_size=1)
     found = evaluate_tasks(as_lm(bundle, batch_size=8), tasks)
     wanted = evaluate_tasks(peer, tasks)
+    exact = {result.metric: result.value for result in evaluate_tasks(precise, [str(files["corpus"])])}
     assert len(found) == 9
     for ours, theirs in zip(found, wanted, strict=True):
         print(ours, theirs.value)
-        if ours.metric == "word_perplexity":  # an exponential of 12.5: both are off by float32's rounding of logits
+        if ours.metric == "word_perplexity":  # an exponential of 12.5, so the peer's float32 sums show
             assert ours.value == pytest.approx(theirs.value, rel=1e-4)
+            assert ours.value == pytest.approx(exact[ours.metric], rel=1e-6)
         else:
             assert f"{ours.value:.4f}" == f"{theirs.value:.4f}", ours.metric
         assert ours.stderr == (None if theirs.stderr is None else pytest.approx(theirs.stderr, abs=5e-5))

@@ -293,7 +293,7 @@ def test_the_script_reads_prompts_as_other_commands_read_texts(script, directori
     for wrong in (command, [*command[:2], "--prompt", "x", "--remember", str(tmp_path / "a.txt")]):
         assert script(wrong) == 1
         error = capsys.readouterr().err
-        assert re.search(r"^error: .*a\.txt:2:4: not valid UTF-8; save the file as UTF-8; mend the file$", error)
+        assert re.search(r"^error: .*a\.txt:2:4: not valid UTF-8 \(save the file as UTF-8\); mend the file$", error)
         assert error.count("\n") == 1
 
 

@@ -224,6 +224,25 @@ def test_neither_home_nor_the_root_is_a_place_for_a_run(tmp_path, tokenizer, mon
             begin.check(settings(tmp_path, tokenizer, output_dir=str(place)))
 
 
+def test_a_folder_of_the_system_is_no_place_for_a_run(monkeypatch, tmp_path):
+    """An empty volume is one, and one that holds a run."""
+    for place in ("/usr", "/etc/"):
+        with pytest.raises(
+            ConfigError, match=r"^output_dir /\w+ \(/\w+\) is a folder of the system, or a volume, that"
+        ):
+            begin._check_place(Path(place))
+    held = []
+    monkeypatch.setattr(begin.os, "listdir", lambda place: held)
+    for names in ([], ["lost+found"], ["run.lock"]):
+        held[:] = names
+        begin._check_place(Path("/usr"))
+    held[:] = ["x"]
+    begin._check_place(Path("/not/there"))
+    begin._check_place(tmp_path)
+    monkeypatch.setattr(begin, "holds_run", lambda place: True)
+    begin._check_place(Path("/usr"))
+
+
 @pytest.mark.parametrize(
     ("rows", "multiple", "tokens", "told"),
     [
