@@ -165,15 +165,18 @@ class WandbTracker:
             dir=config.output_dir,
             config=config.to_dict(),
         )
+        # An axis of its own: W&B's counter never goes back, and what a resumed run logs again would be dropped.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Sends scalars."""
-        self._run.log(metrics, step=step)
+        self._run.log({**metrics, "step": step})
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Sends a table of prompts and texts."""
         table = self._wandb.Table(columns=["prompt", "text"], data=[list(sample) for sample in samples])
-        self._run.log({"samples": table}, step=step)
+        self._run.log({"samples": table, "step": step})
 
     def close(self) -> None:
         """Ends the run."""

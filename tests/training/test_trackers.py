@@ -45,7 +45,7 @@ def played(monkeypatch):
             return call
 
         module, run = ModuleType(name), ModuleType(f"{name}.run")
-        for attribute in ("log", "finish", "add_scalar", "add_text", "close"):
+        for attribute in ("log", "define_metric", "finish", "add_scalar", "add_text", "close"):
             setattr(run, attribute, noting(attribute))
             setattr(module, attribute, noting(attribute))
         setattr(module, made, noting(made, run))
@@ -145,8 +145,10 @@ def test_wandb_gets_a_run_named_after_the_directory(tmp_path, played):
         "config": config.to_dict(),
     }
     assert others == [
-        ("log", ({"loss": 2.5, "accuracy": 0.5},), {"step": 8}),
-        ("log", ({"samples": ("table", ["prompt", "text"], [["a", "b"], ["c", "d"]])},), {"step": 8}),
+        ("define_metric", ("step",), {"hidden": True}),
+        ("define_metric", ("*",), {"step_metric": "step"}),
+        ("log", ({"loss": 2.5, "accuracy": 0.5, "step": 8},), {}),
+        ("log", ({"samples": ("table", ["prompt", "text"], [["a", "b"], ["c", "d"]]), "step": 8},), {}),
         ("finish", (), {}),
     ]
     file.close()
