@@ -102,7 +102,7 @@ def load(directory: Path, **options: Any) -> Any:
 def logits_of(peer: Any, tokens_BT: np.ndarray, **options: Any) -> np.ndarray:
     with torch.no_grad():
         tokens = torch.from_numpy(np.asarray(tokens_BT, np.int64)).to(peer.device)
-        return peer(tokens, **options).logits.cpu().numpy()
+        return peer(tokens, **options).logits.float().cpu().numpy()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -430,3 +430,37 @@ def test_a_tokenizer_is_read_without_trust(tmp_path: Path) -> None:
     write = transformers.pipeline("text-generation", model=load(tmp_path / "hf"), tokenizer=tokenizer)
     texts = write(["The whale", "A"], max_new_tokens=3, do_sample=False, batch_size=2)
     assert texts[0][0]["generated_text"].startswith("The whale")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of torch about its compiler
+@pytest.mark.parametrize("name", ["the project's own config", "sinks, mixed", "deepnorm, cap"])
+def test_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """Both attentions, in float32 and bfloat16; texts of a ragged batch, of its compiled program too; gradients."""
+    model, params = export(name, tmp_path / "hf", max_position_embeddings=160)
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(run(model, params, TOKENS_BT))
+        prompts = [TOKENS_BT[0, :5].tolist(), TOKENS_BT[1, :9].tolist()]
+        texts = [list(row) for row in generate(model, params, prompts, max_new_tokens=24).sequences]
+    for attention in ("sdpa", "eager"):
+        peer = load(tmp_path / "hf", attn_implementation=attention, device_map="auto")
+        assert peer.device.type == "cuda"
+        np.testing.assert_allclose(logits_of(peer, TOKENS_BT), ours, atol=1e-4, rtol=0)
+        half = load(tmp_path / "hf", attn_implementation=attention, device_map="cuda", dtype=torch.bfloat16)
+        agreement = logits_of(half, TOKENS_BT).argmax(-1) == ours.argmax(-1)
+        assert agreement.mean() > 0.9
+    peer = load(tmp_path / "hf", device_map="cuda")
+    padded = torch.tensor([[0] * (9 - len(prompt)) + prompt for prompt in prompts], device="cuda")
+    for options in ({}, {"cache_implementation": "static"}):  # the static one is compiled
+        mask = (padded > 0).long()
+        theirs = peer.generate(padded, attention_mask=mask, max_new_tokens=24, do_sample=False, **options)
+        assert theirs[:, 9:].tolist() == texts, options
+    tokens = torch.from_numpy(TOKENS_BT.astype(np.int64)).cuda()
+    expected = load(tmp_path / "hf").train()
+    expected(tokens.cpu(), labels=tokens.cpu()).loss.backward()
+    wanted = {key: weight.grad for key, weight in expected.named_parameters()}
+    compiled = torch.compile(peer.train())
+    compiled(tokens, labels=tokens, use_cache=False).loss.backward()
+    for key, weight in peer.named_parameters():
+        np.testing.assert_allclose(weight.grad.cpu().numpy(), wanted[key].numpy(), atol=2e-5, err_msg=key)
+    torch._dynamo.reset()
