@@ -1,4 +1,4 @@
-"""Programs that ``gguf_files`` runs, each with the packages that it needs: ``python gguf_programs.py NAME ARGUMENTS``."""
+"""Programs that ``gguf_files`` runs, each with the packages that it needs: ``gguf_programs.py NAME ARGUMENTS``."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def train(corpus: str, target: str) -> None:
 
 def compute(file: str, target: str) -> None:
     """Answers the request on standard input: logits as npy, the rest printed as JSON."""
-    from llama_cpp import Llama
+    from llama_cpp import GGML_TYPE_F32, Llama
 
     request = json.load(sys.stdin)
     tokens = request["tokens"]
@@ -54,6 +54,8 @@ def compute(file: str, target: str) -> None:
         logits_all=True,
         verbose=False,
         n_threads=1,
+        type_k=GGML_TYPE_F32,  # the cache holds 16 bits by default, which moves logits by some 1e-4
+        type_v=GGML_TYPE_F32,
         kv_overrides=request["overrides"] or None,
     )
     if tokens:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import gguf_files
-from helpers.hf_models import NEEDS_TORCH, edit_config, random_model, tensors
+from helpers.hf_models import NEEDS_TORCH, random_model, save_words, tensors
 from helpers.smollm2 import smollm2
 from helpers.variants import run
 from tokenizers import Tokenizer
@@ -72,7 +72,7 @@ DROPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 of qwen2": ("qwen2", {"attention_bias": True, "rope_scaling": LLAMA3}),
     "llama3 of qwen3": ("qwen3", {"qk_norm": True, "rope_scaling": LLAMA3}),
 }
-# In this order; of transformers, the first where the second is not there.
+# Of a GGUF file, and of transformers.
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -136,6 +136,15 @@ def test_config_json_has_what_the_converter_reads(family: str, settings: dict[st
         assert written["original_max_position_embeddings"] == 256
 
 
+def test_an_export_names_the_tokenizer_as_releases_4_do(tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(96)]
+    named = {"bos_token": "w1", "eos_token": "w2", "pad_token": "w0"}
+    save_words(tmp_path / "t", words, tokenizer_class="TokenizersBackend", extra_special_tokens=["w3"], **named)
+    save_pretrained(tmp_path / "hf", *random_model(), tokenizer=tmp_path / "t")
+    written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert written == named | {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["w3"]}
+
+
 def _as_we_store(name: str, tensor: np.ndarray, heads: dict[str, int]) -> np.ndarray:
     """Undoes the order of rows that the converter gives queries and keys of Llama."""
     kind = name.rpartition(".")[0].rpartition(".")[2]
@@ -172,7 +181,7 @@ def converted(pieces: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_the_converter_reads_every_family(name: str, converted: Any, pieces: Path) -> None:
-    family, settings = SAME[name]
+    family, _ = SAME[name]
     model, _, directory, file = converted(name)
     config = model.config
     held, found = gguf_files.read(file)
@@ -220,9 +229,10 @@ def test_the_runtime_computes_the_same(name: str, converted: Any, pieces: Path) 
     model, params, _, file = converted(name)
     found = gguf_files.compute(file, TOKENS[0].tolist(), new_tokens=24, texts=TEXTS)
     assert "error" not in found, found
-    np.testing.assert_allclose(found["logits"], run(model, params, TOKENS)[0], atol=1e-4)
+    ours = run(model, params, TOKENS)[0]
+    np.testing.assert_allclose(found["logits"], ours, atol=1e-4)
+    assert len(set(ours.argmax(-1).tolist())) > 10  # not one token after every text
     assert found["greedy"] == generate(model, params, TOKENS[0], max_new_tokens=24).sequences[0]
-    assert len(set(found["greedy"])) > 10
     vocabulary = Tokenizer.from_file(str(pieces / "tokenizer.json"))
     assert found["ids"] == [vocabulary.encode(text).ids for text in TEXTS]
 
@@ -312,5 +322,5 @@ def test_a_pretrained_model(tmp_path: Path) -> None:
     prompt = ours.encode(TEXTS[0]).ids[:32]
     found = gguf_files.compute(file, prompt, new_tokens=48, texts=TEXTS)
     assert found["greedy"] == generate(model, params, np.asarray(prompt), max_new_tokens=48).sequences[0]
-    np.testing.assert_allclose(found["logits"], run(model, params, np.asarray([prompt]))[0], atol=1e-2)
+    np.testing.assert_allclose(found["logits"], run(model, params, np.asarray([prompt]))[0], atol=1e-3)
     assert found["ids"] == [ours.encode(text).ids for text in TEXTS]
