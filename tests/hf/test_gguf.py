@@ -13,13 +13,14 @@ import jax
 import numpy as np
 import pytest
 from helpers import gguf_files
-from helpers.hf_models import NEEDS_TORCH, random_model, save_words, tensors
+from helpers.hf_models import NEEDS_TORCH, random_model, save_words, small_config, tensors
 from helpers.smollm2 import smollm2
 from helpers.variants import run
 from tokenizers import Tokenizer
 
 from stellarbyte_jax.config import RopeScaling
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
+from stellarbyte_jax.hf.gguf import dropped_by_llama_cpp
 from stellarbyte_jax.inference.api import generate
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.ops.rotary.angles import rotary_frequencies
@@ -134,6 +135,34 @@ def test_config_json_has_what_the_converter_reads(family: str, settings: dict[st
             assert written[table]["original_max_position_embeddings"] == 64
     if family == "phi3":  # it must be outside of the table
         assert written["original_max_position_embeddings"] == 256
+
+
+@pytest.mark.parametrize(("family", "settings"), SAME.values(), ids=SAME)
+def test_nothing_is_dropped_of(family: str, settings: dict[str, Any]) -> None:
+    assert dropped_by_llama_cpp(family, small_config(**(SIZES | settings))) == []
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_what_is_dropped_is_named(name: str) -> None:
+    family, settings = DROPPED[name]
+    [told] = dropped_by_llama_cpp(family, small_config(**(SIZES | settings)))
+    assert told.startswith(
+        {"w": "sliding_window 8 (", "g": "hidden_act gelu (silu)", "l": "rope_scaling llama3"}[name[0]]
+    )
+
+
+def test_settings_that_only_some_models_lose() -> None:
+    def dropped(family: str = "llama", **settings: Any) -> list[str]:
+        return dropped_by_llama_cpp(family, small_config(**(SIZES | settings)))
+
+    yarn = {"name": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    factor = RopeScaling(**yarn, attention_factor=1.3)
+    assert dropped(rope_scaling=factor) == ["rope_scaling.attention_factor 1.3 (1.13863)"]
+    assert dropped(rope_scaling=RopeScaling(**yarn, attention_factor=0.1 * math.log(4) + 1)) == []
+    [told] = dropped(rope_scaling=RopeScaling(name="dynamic", factor=4.0))
+    assert told == "rope_scaling dynamic (none: the same up to 256 tokens)"
+    assert dropped(sliding_window=256) == []  # no text is longer
+    assert dropped("stellarbyte", sliding_window=8) == []  # it is refused by its name
 
 
 def test_an_export_names_the_tokenizer_as_releases_4_do(tmp_path: Path) -> None:
@@ -266,9 +295,11 @@ def test_an_attention_factor_is_given_when_loading(pieces: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_what_the_runtime_refuses(pieces: Path, tmp_path: Path) -> None:
     gguf_files.require_runtime()
-    _export(tmp_path / "biases", "qwen3", BIASES | {"qk_norm": True}, pieces)
-    gguf_files.convert(tmp_path / "biases", tmp_path / "biases.gguf")
-    assert "Failed to load model" in gguf_files.compute(tmp_path / "biases.gguf")["error"]
+    refused = {"qwen3": BIASES | {"qk_norm": True}, "qwen2": {"attention_bias": True, "head_dim": 32}}
+    for family, settings in refused.items():
+        _export(tmp_path / family, family, settings, pieces)
+        gguf_files.convert(tmp_path / family, tmp_path / f"{family}.gguf")
+        assert "Failed to load model" in gguf_files.compute(tmp_path / f"{family}.gguf")["error"]
     # A name with phi3 in it makes the runtime look for Phi-3's own tokens.
     _export(tmp_path / "my_phi3", "phi3", {}, pieces)
     gguf_files.convert(tmp_path / "my_phi3", tmp_path / "named.gguf")
