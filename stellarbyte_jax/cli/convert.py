@@ -25,9 +25,11 @@ with imports():
     from stellarbyte_jax.hf.card import TrainingFacts
     from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
     from stellarbyte_jax.hf.families import FAMILIES
+    from stellarbyte_jax.hf.gguf import dropped_by_llama_cpp
     from stellarbyte_jax.hf.hub import is_hub_name, local_directory
     from stellarbyte_jax.hf.original import LAYOUTS
     from stellarbyte_jax.hf.original import from_original as read_original
+    from stellarbyte_jax.hf.settings import read_config
     from stellarbyte_jax.hf.verify import Agreement, compare_with_transformers, require_torch
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.model.decoder import ByteTransformer
@@ -140,6 +142,9 @@ def to_hf(arguments: argparse.Namespace) -> Any:
         family=arguments.family,
     )
     report(arguments.target, params)
+    family, written = read_config(arguments.target)
+    for setting in dropped_by_llama_cpp(family.model_type, written):
+        print(f"a GGUF file of it would lack {setting}: see docs/gguf.md")
     if not arguments.verify:
         return None
     return compare(arguments.target, model, round_params(params, arguments.dtype))

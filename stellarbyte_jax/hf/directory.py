@@ -27,6 +27,7 @@ from stellarbyte_jax.tokenizer.directory import (
     TokenizerDirectory,
     copy_tokenizer,
     limit_length,
+    spell_for_older,
 )
 from stellarbyte_jax.tokenizer.special import special_ids
 
@@ -136,6 +137,7 @@ def save_pretrained(
         copied = [] if tokenizer is None else copy_tokenizer(tokenizer, partial, ids)
         if config.rope_scaling.name == "none":  # with another one, texts may be longer than the settings say
             limit_length(partial, config.max_position_embeddings)
+        spell_for_older(partial)
         if GENERATION_CONFIG not in copied:
             write_json(partial / GENERATION_CONFIG, generation_json(named))
         card = model_card(

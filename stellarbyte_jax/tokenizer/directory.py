@@ -13,7 +13,13 @@ from typing import Any
 
 from stellarbyte_jax.config.foreign import absent, clipped, json_object, shown
 from stellarbyte_jax.config.paths import expanded, real
-from stellarbyte_jax.tokenizer.named import SpecialTokens, find_special_tokens, uses_older_files
+from stellarbyte_jax.tokenizer.named import (
+    EXTRA,
+    EXTRA_BEFORE,
+    SpecialTokens,
+    find_special_tokens,
+    uses_older_files,
+)
 
 LIBRARY = "tokenizer.json"  # read by the tokenizers library
 CONFIG = "tokenizer_config.json"
@@ -279,6 +285,26 @@ def limit_length(directory: str | Path, positions: int) -> None:
     stated = read._read_object(CONFIG).get("model_max_length")
     if isinstance(stated, int | float) and stated > positions:
         write_json(read.path / CONFIG, read._read_object(CONFIG) | {"model_max_length": positions})
+
+
+def spell_for_older(directory: str | Path) -> None:
+    """Names the class and the tokens of ``tokenizer_config.json`` as ``transformers`` 4 does; 5 reads both spellings.
+
+    Release 4 has no class ``TokenizersBackend``, and takes ``extra_special_tokens`` for an object alone. Programs that
+    convert exports, such as llama.cpp's, are bound to it.
+    """
+    read = TokenizerDirectory(directory)
+    stated = read._read_object(CONFIG)
+    spelled = dict(stated)
+    if stated.get("tokenizer_class") == "TokenizersBackend":
+        spelled["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokens = stated.get(EXTRA)
+    # Under the older name, tokens of a SPECIAL_TOKENS_MAP would count beside them.
+    if tokens == [] or (isinstance(tokens, list) and not (read.path / SPECIAL_TOKENS_MAP).is_file()):
+        del spelled[EXTRA]
+        spelled |= {EXTRA_BEFORE: tokens} if tokens else {}
+    if spelled != stated:
+        write_json(read.path / CONFIG, spelled)
 
 
 def vocabulary_size(ids: Iterable[int]) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 from stellarbyte_jax.config.foreign import shown
 
 STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_EXTRA = "extra_special_tokens"
-_EXTRA_BEFORE = "additional_special_tokens"  # its name in transformers 4
+EXTRA = "extra_special_tokens"
+EXTRA_BEFORE = "additional_special_tokens"  # its name in transformers 4
 _BY_NAME = "model_specific_special_tokens"
 _ADDED = "added_tokens_decoder"
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -51,7 +51,7 @@ def find_special_tokens(
       ValueError: something that is no token is named; the message says where.
     """
     older = tokens_map if uses_older_files(config) else {}
-    extra, before = config.get(_EXTRA), config.get(_EXTRA_BEFORE)
+    extra, before = config.get(EXTRA), config.get(EXTRA_BEFORE)
     if not extra:
         extra, before = before, None
     spelled = {name: value for name, value in config.items() if _names_other(name) and isinstance(value, str)}
@@ -69,13 +69,13 @@ def find_special_tokens(
         {n: v for n, v in older.items() if n in STANDARD or (_names_other(n) and isinstance(v, str | dict))}, map_file
     )
     state(by_name, config_file)
-    lists = [(extra, config_file), (older.get(_EXTRA), map_file)]
+    lists = [(extra, config_file), (older.get(EXTRA), map_file)]
     for tokens, file in lists:
         if isinstance(tokens, dict) and file == map_file:
             state(tokens, file)
     lists = [(tokens, file) for tokens, file in lists if tokens is not None and not isinstance(tokens, dict)]
     if not lists:
-        lists = [(before, config_file), (older.get(_EXTRA_BEFORE), map_file)]
+        lists = [(before, config_file), (older.get(EXTRA_BEFORE), map_file)]
     order = {name: number for number, name in enumerate(STANDARD)}  # that of the ids of new ones
     named = {
         name: _token(*found[name], special=True)
@@ -95,8 +95,8 @@ def _is_typed(value: Any) -> bool:
 
 def _list(tokens: Any, file: str) -> list[dict[str, Any]]:
     if not isinstance(tokens, list | None):
-        raise ValueError(f"{file}: {_EXTRA} must be a list of tokens, or an object of names, got {shown(tokens)}")
-    return [_token(token, f"{file}: {_EXTRA}", special=isinstance(token, str)) for token in tokens or []]
+        raise ValueError(f"{file}: {EXTRA} must be a list of tokens, or an object of names, got {shown(tokens)}")
+    return [_token(token, f"{file}: {EXTRA}", special=isinstance(token, str)) for token in tokens or []]
 
 
 def _token(value: Any, where: str, *, special: bool) -> dict[str, Any]:

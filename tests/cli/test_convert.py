@@ -87,6 +87,18 @@ def test_to_hf_and_back(
         assert handle.get_tensor("lm_head.weight").dtype == "bfloat16"
 
 
+def test_what_a_gguf_file_would_lack_is_told(
+    convert: Callable[..., int], run_dir: Path, params: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert("to-hf", run_dir, run_dir.parent / "hf") == 0
+    assert "GGUF" not in capsys.readouterr().out
+    windowed = ByteConfig(**(SMALL.to_dict() | {"sliding_window": 8}))
+    save_initial(run_dir.parent / "windowed", windowed, params, str(run_dir.parent / "words"))
+    assert convert("to-hf", run_dir.parent / "windowed", run_dir.parent / "hf2") == 0
+    told = "a GGUF file of it would lack sliding_window 8 (every token sees the whole text): see docs/gguf.md\n"
+    assert capsys.readouterr().out.endswith(told)
+
+
 def test_an_export_of_a_run_whose_tokenizer_is_gone_says_so(
     convert: Callable[..., int], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

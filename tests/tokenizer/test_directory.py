@@ -249,3 +249,48 @@ def test_the_size_of_a_vocabulary_is_its_largest_id_and_one_everywhere(tmp_path,
     monkeypatch.setattr(evaluation, "build", lambda merges: sparse)
     sample = Sample(Counter({"a": 1}), 1, [])
     assert evaluation.evaluate([], {"t": sample}, [Stage(300, {"t": 1.0})])["vocab_size"] == 10
+
+
+NEWER = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<image>", "<new>"], "eos_token": "</s>"}
+OLDER = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<image>", "<new>"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (NEWER, OLDER | {"eos_token": "</s>"}),
+        (NEWER | {"additional_special_tokens": ["<x>"]}, OLDER | {"eos_token": "</s>"}),  # which nobody reads there
+        ({"extra_special_tokens": [], "eos_token": "</s>"}, {"eos_token": "</s>"}),
+        (
+            {"extra_special_tokens": [], "additional_special_tokens": ["<new>"]},
+            {"additional_special_tokens": ["<new>"]},
+        ),
+        ({"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": {"image_token": "<image>"}}, None),
+        ({"eos_token": "</s>"}, None),
+    ],
+)
+def test_settings_are_spelled_for_older_readers(tmp_path, given, written):
+    transformers = pytest.importorskip("transformers", reason="the peer")
+    path = save_words(tmp_path / "t", ["<unk>", "<s>", "</s>", "<image>"], **given)
+    before, tokens = TokenizerDirectory(path).special_tokens(), load_tokens(path)
+    peer = transformers.PreTrainedTokenizerFast.from_pretrained(path).get_added_vocab()
+    directory.spell_for_older(path)
+    assert json.loads((path / "tokenizer_config.json").read_text()) == (given if written is None else written)
+    assert (TokenizerDirectory(path).special_tokens(), load_tokens(path)) == (before, tokens)
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(path).get_added_vocab() == peer
+
+
+def load_tokens(path):
+    return TokenizerDirectory(path).read_library()[1].get_vocab(with_added_tokens=True)
+
+
+@pytest.mark.parametrize(("extra", "written"), [(["<image>", "<new>"], ["<image>", "<new>"]), ([], None)])
+def test_tokens_beside_a_map_of_tokens_keep_their_name(tmp_path, extra, written):
+    path = save_words(tmp_path / "t", ["<unk>", "<image>"], **(NEWER | {"extra_special_tokens": extra}))
+    (path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<other>"]}')
+    tokens = load_tokens(path)
+    directory.spell_for_older(path)
+    assert load_tokens(path) == tokens and ("<other>" in tokens) == (extra == [])
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    assert settings.get("extra_special_tokens") == written
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
