@@ -119,7 +119,8 @@ def save_pretrained(
         directory is not empty.
     """
     config = model.config
-    chosen = export_family(config, family)
+    read = None if tokenizer is None else TokenizerDirectory(tokenizer)
+    chosen = export_family(config, family, read.library_settings() if read is not None and read.is_complete else None)
     shapes = _shapes(param_shapes(model))
     leaves = _flatten(params)
     _check_params(leaves, shapes)

@@ -1,5 +1,6 @@
 """Which family a model is exported as: the first whose settings, read back, are the same model."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from stellarbyte_jax.hf.families import FAMILIES
 from stellarbyte_jax.hf.settings import parse_family, settings_json
 from stellarbyte_jax.hf.table import Family
 
+_log = logging.getLogger(__name__)
 # Of training, of computing or of the first weights: the same model whatever they are. Every other setting must survive.
 _WITHOUT_MEANING = (
     *("vocab_size_multiple", "rope_pairing", "drop_path", "attention_dropout", "hidden_dropout", "residual_dropout"),
@@ -17,8 +19,14 @@ _WITHOUT_MEANING = (
 )
 
 
-def export_family(config: ByteConfig, name: str | None = None) -> Family:
+def export_family(config: ByteConfig, name: str | None = None, tokenizer: Mapping[str, Any] | None = None) -> Family:
     """The family that computes exactly what ``config`` says: the most widely read one, or the one called ``name``.
+
+    Args:
+      config: the model.
+      name: the family's ``model_type``; None to have one chosen.
+      tokenizer: what ``tokenizer.json`` holds, where it goes with the model. A family by whose name transformers makes
+        other ids of texts is not chosen; where it is asked for, a warning is logged.
 
     Raises:
       ValueError: there is none, or it cannot; the message names each setting that stands in the way and what to do.
@@ -29,7 +37,14 @@ def export_family(config: ByteConfig, name: str | None = None) -> Family:
     lost: list[str] = []
     for family in candidates:
         lost = _lost(family, config)
-        if not lost:
+        if not lost and (tokenizer is None or family.reads_tokenizer is None or family.reads_tokenizer(tokenizer)):
+            return family
+        if not lost and name is not None:
+            _log.warning(
+                "AutoTokenizer of transformers 5 reads every tokenizer of a %s directory by one rule, not by that of "
+                "this one: read it with PreTrainedTokenizerFast.from_pretrained, or leave the family out",
+                name,
+            )
             return family
     raise ValueError(
         f"a Hugging Face directory of the family {candidates[-1].model_type} cannot express this model: "

@@ -143,6 +143,8 @@ class Family:
       rope_types: kinds of rotary scaling that it has, under their names; None for all.
       pairings: of rotated channels; weights of another pairing are reordered to the first.
       limit: why transformers refuses a model that the table can express; None where it does not.
+      reads_tokenizer: whether transformers, which reads every tokenizer of the family by one rule, makes the ids that
+        its tokenizer.json says; None where it goes by the file.
       modelling_file: of the package, which goes with the weights where transformers does not know the family.
     """
 
@@ -156,6 +158,7 @@ class Family:
     rope_types: tuple[str, ...] | None = None
     pairings: tuple[str, ...] = ("half",)
     limit: Callable[[ByteConfig], str | None] = lambda config: None
+    reads_tokenizer: Callable[[Mapping[str, Any]], bool] | None = None
     modelling_file: str | None = None
 
     @property
