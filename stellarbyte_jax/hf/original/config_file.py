@@ -90,7 +90,7 @@ def _of_seed_trainer(values: Mapping[str, Any], where: str, layout: Original) ->
         if not isinstance(part, Mapping):
             raise ValueError(f"{where}: a part of the section model is {shown(part)}, not named settings")
         for name, value in part.items():
-            field = _RENAMED.get(name, name)
+            field = _RENAMED.get(str(name), str(name))
             if field in fields:
                 raise ValueError(f"{where}: the section model gives {clipped(field)} twice: keep one of them")
             fields[field] = value

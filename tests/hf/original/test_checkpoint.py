@@ -224,7 +224,10 @@ def changed(make: Callable[..., dict[str, np.ndarray]], **tensors: np.ndarray | 
 
 ONES, MATRIX = np.ones(24, "f4"), np.ones((4, 24), "f4")
 TENSORS: dict[str, tuple[dict[str, np.ndarray], str]] = {
-    "missing": (changed(seed_state, **{"layers.1.ls_mlp": None}), "missing layers.1.ls_mlp"),
+    "missing": (
+        changed(seed_state, **{"layers.1.ls_mlp": None}),
+        "do not fit the original's defaults: give --config: missing layers.1.ls_mlp",
+    ),
     "unknown": (changed(seed_state, **{"layers.1.bias": ONES}), "unknown layers.1.bias"),
     "misshapen": (
         changed(seed_state, **{"layers.1.mlp.w13.weight": MATRIX}),
