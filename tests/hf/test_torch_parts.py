@@ -328,7 +328,9 @@ def test_predictions_of_the_trainer_are_logits_alone(tmp_path: Path) -> None:
     arguments.dataloader_pin_memory = False
     peer = fresh()
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]
-    found = transformers.Trainer(model=peer, args=arguments).predict(rows).predictions
+    trainer = transformers.Trainer(model=peer, args=arguments)
+    peer.config.use_cache = True
+    found = trainer.predict(rows).predictions
     assert isinstance(found, np.ndarray)
     np.testing.assert_allclose(found, peer(TOKENS).logits.detach().numpy(), atol=1e-5)
 

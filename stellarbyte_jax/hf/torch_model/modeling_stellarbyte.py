@@ -446,10 +446,8 @@ class StellarBytePreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.attn_scale, self.config.layer_scale_init)
             nn.init.constant_(module.mlp_scale, self.config.layer_scale_init)
         elif isinstance(module, StellarByteAttention) and self.config.xpos_learnable:
-            rate_P = module.xpos_rate
-            if not getattr(rate_P, "_is_hf_initialized", False):  # set on what was read; torch's own functions heed it
-                with torch.no_grad():
-                    rate_P.copy_(module._first_rates(rate_P.device))
+            with torch.no_grad():
+                module.xpos_rate.copy_(module._first_rates(module.xpos_rate.device))
 
 
 class StellarByteModel(StellarBytePreTrainedModel):
