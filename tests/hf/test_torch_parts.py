@@ -268,6 +268,11 @@ def test_what_a_call_leaves_open_is_the_configs() -> None:
     assert asked.past_key_values is not None and asked.hidden_states is None and asked.attentions is None
 
 
+def test_weights_of_attention_have_the_dtype_of_the_model() -> None:
+    found = fresh().to(torch.bfloat16)(TOKENS, output_attentions=True)
+    assert {weights.dtype for weights in found.attentions} == {found.logits.dtype} == {torch.bfloat16}
+
+
 def test_logits_of_chosen_tokens() -> None:
     peer = fresh()
     found = peer(TOKENS, logits_to_keep=torch.tensor([3, 5])).logits
