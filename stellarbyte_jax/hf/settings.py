@@ -122,7 +122,7 @@ def parse_family(family: Family, values: Mapping[str, Any], where: str) -> ByteC
         hint = f" (did you mean {guess[0]}?)" if guess else ""
         remedy = "If the model computes the same without it, remove it from config.json"
         if unknown[0] in _REMEDIES:
-            hint, remedy = "", _REMEDIES[unknown[0]].format(family.model_type).capitalize()
+            remedy = _REMEDIES[unknown[0]].format(family.model_type).capitalize()
         raise ValueError(
             f"{where}: {listed(unknown)}{hint}: not implemented for {family.model_type}, nor known to be without "
             f"effect. {remedy}"

@@ -1,5 +1,6 @@
 """The command convert: checkpoints to Hugging Face and back, what it prints, and its errors."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -274,6 +275,40 @@ def test_verify_notices_other_weights(
     saved = directory.cast
     monkeypatch.setattr(directory, "cast", lambda a, d, name: saved(a * 2 if "up_proj" in name else a, d, name))
     assert convert("to-hf", run_dir, run_dir.parent / "hf", "--verify") == 1
+    assert "DOES NOT AGREE" in capsys.readouterr().out
+
+
+def test_texts_that_are_compared_are_within_the_trained_length(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(script, "compare_with_transformers", lambda *given: seen.append(given[-1]))
+    model = ByteTransformer(dataclasses.replace(SMALL, max_position_embeddings=6))
+    script.compare(shipped("tokenizer"), model, {})
+    script.compare(bare, model, {})
+    assert seen[0].shape[1] == 6 and seen[1] is None
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(
+    convert: Callable[..., int], bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_words(bare, [f"w{i}" for i in range(41)], eos_token="w1")
+    assert convert("from-hf", bare, bare.parent / "again") == 1
+    assert "41 tokens" in capsys.readouterr().err and not (bare.parent / "again").exists()
+
+
+def test_verify_reads_the_run_that_was_written(
+    convert: Callable[..., int], run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch", reason=NEEDS_TORCH)
+    hf, saved = run_dir.parent / "hf", script.save_initial
+    assert convert("to-hf", run_dir, hf) == 0
+    monkeypatch.setattr(
+        script,
+        "save_initial",
+        lambda run, config, params, *rest, **more: saved(
+            run, config, params | {"embed": jax.tree.map(lambda x: x * 2, params["embed"])}, *rest, **more
+        ),
+    )
+    assert convert("from-hf", hf, run_dir.parent / "again", "--verify") == 1
     assert "DOES NOT AGREE" in capsys.readouterr().out
 
 

@@ -81,6 +81,10 @@ def larger_tokenizer(path: Path) -> list[Any]:
     return [saved(path / "x.safetensors", seed_state()), path / "run", "--tokenizer", path / "words"]
 
 
+def another_layout(path: Path) -> list[Any]:
+    return [saved(path / "x.safetensors", seed_state()), path / "run", "--layout", "december"]
+
+
 def without_torch(path: Path) -> list[Any]:
     (path / "x.pth").write_bytes(b"")
     return [path / "x.pth", path / "run"]
@@ -96,6 +100,7 @@ def refused_settings(path: Path) -> list[Any]:
     ("make", "message"),
     [
         (larger_tokenizer, "43 tokens"),
+        (another_layout, "has the layout seed, not december: ask for auto"),
         (without_torch, "needs torch: pip install torch, or give a safetensors file"),
         (refused_settings, "this network has no mixture of experts, so such a model cannot be imported; zzz: "),
     ],

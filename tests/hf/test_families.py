@@ -195,6 +195,32 @@ def test_a_model_is_exported_as_the_simplest_family() -> None:
         assert family(**own) == "stellarbyte", own
 
 
+# Other values of what says nothing of the finished model.
+SILENT: dict[str, Any] = {
+    "vocab_size_multiple": 64,
+    "rope_pairing": "interleaved",
+    "drop_path": 0.1,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "residual_dropout": 0.1,
+    "initialization": "depth",
+    "initializer_range": 0.1,
+    "compute_dtype": "float32",
+    "attention_implementation": "reference",
+    "remat": "full",
+    "scan_unroll": 2,
+    "cache": {"dtype": "int8"},
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_what_is_of_training_or_of_computing_asks_for_no_family_of_its_own(name: str) -> None:
+    config = ByteConfig(**SMALL)
+    changed = ByteConfig(**SMALL | {name: SILENT[name]})
+    assert changed != config
+    assert export_family(changed) is LLAMA and export_family(changed, "mistral") is MISTRAL
+
+
 def test_a_family_may_be_asked_for() -> None:
     assert export_family(small_config(), "phi3") is PHI3
     assert export_family(small_config(), "stellarbyte") is STELLARBYTE
@@ -239,6 +265,7 @@ def test_every_setting_of_the_network_is_known_to_export() -> None:
     """A new one is an obstacle until a family says it, never lost in silence."""
     silent = {name for name in export._WITHOUT_MEANING if name not in ByteConfig().to_dict()}
     assert not silent, "a setting that no longer exists"
+    assert set(SILENT) == set(export._WITHOUT_MEANING)
     told = {name for name in export._meaning(ByteConfig())}
     sections = {"rope_scaling", "memory"}
     assert {f.name for f in dataclasses.fields(ByteConfig)} - sections == (

@@ -65,6 +65,15 @@ def test_a_factor_of_one_is_no_scaling(kind: dict[str, Any]) -> None:
     assert parse(rope_scaling={**YARN, "factor": 1.0, "attention_factor": 1.5})[1].attention_factor == 1.5
 
 
+def test_a_length_outside_that_is_null_is_none() -> None:
+    inside = LLAMA3 | {"original_max_position_embeddings": 32}
+    assert parse(rope_scaling=inside, original_max_position_embeddings=None) == parse(rope_scaling=inside)
+
+
+def test_dynamic_scaling_by_one_grows_all_the_same() -> None:
+    assert parse(rope_scaling={"type": "dynamic", "factor": 1.0})[1] == RopeScaling(name="dynamic", factor=1.0)
+
+
 def test_without_an_original_length_the_models_own_is_meant() -> None:
     expected = RopeScaling(name="yarn", factor=2.0, original_max_position_embeddings=512)
     assert parse(rope_scaling=YARN | {"truncate": True, "mscale": None})[1] == expected
@@ -121,6 +130,18 @@ def test_without_an_original_length_the_models_own_is_meant() -> None:
         ),
         ({"rope_theta": [1]}, r": rope_theta must be float \(positive, finite\), got \[1\]$"),
         ({"rope_theta": 10**400}, r": rope_theta must be float \(positive, finite\), got 1000"),
+        (
+            {"rope_parameters": YARN | {"truncate": 1}},
+            r": rope_parameters\.truncate is 1; only true, the default, is implemented$",
+        ),
+        (
+            {"rope_parameters": YARN | {"factor": "2", "mscale": 0.7, "mscale_all_dim": 1.5}},
+            r": rope_parameters\.factor must be float \(not negative, finite\), got '2'$",
+        ),
+        (
+            {"rope_parameters": YARN | {"factor": 0, "mscale": 0.7, "mscale_all_dim": 1.5}},
+            r": rope_parameters: .*factor must be ",
+        ),
         (
             {"rope_parameters": LLAMA3 | {"truncate": True}},
             r": rope_parameters holds truncate: not implemented for rope_type 'llama3'$",
@@ -313,3 +334,6 @@ def test_what_nobody_reads_is_told(caplog: pytest.LogCaptureFixture) -> None:
         "here/config.json: rope_parameters.original_max_position_embeddings: nothing of rope_type 'dynamic' reads it, "
         "here or in transformers"
     ]
+    caplog.clear()
+    parse(rope_parameters=dynamic, original_max_position_embeddings=8)  # Phi-3 has it always
+    assert not caplog.messages

@@ -102,15 +102,17 @@ def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
     switched_off = {"quantization_config": None, "sliding_window": None, "architectures": None}
     fixed = {"pretraining_tp": 1, "rope_interleaved": False}
     assert config(**harmless, **switched_off, **fixed) == config()
+    assert config(**{"transformers.js_config": {"dtype": "q4"}, "is_llama_config": True, "unk_token_id": 0}) == config()
     biases = {"attention_bias": None, "mlp_bias": None}  # MistralConfig has no such fields
     assert parse_config(MISTRAL_FILE | biases, "here") == parse_config(MISTRAL_FILE, "here")
 
 
 def test_fields_of_sampling_and_of_trainers_are_told(caplog: pytest.LogCaptureFixture) -> None:
     written = {"unsloth_version": "2026.1", "temperature": 0.7, "max_length": 4096, "unsloth_fixed": True}
+    written |= {"peft_version": "0.18"}
     assert config(**written, top_p=None) == config()
     assert caplog.messages == [
-        "here: without effect on the logits: unsloth_version, temperature, max_length, unsloth_fixed"
+        "here: without effect on the logits: unsloth_version, temperature, max_length, unsloth_fixed, peft_version"
     ]
 
 
@@ -121,6 +123,37 @@ def test_a_field_that_is_given_twice_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"config\.json gives two values for the key 'hidden_size', 64 and 32: keep one"
     ):
         read_config(tmp_path)
+
+
+# Fields of which one value is implemented, which many files state.
+FIXED: dict[str, dict[str, Any]] = {
+    "llama": {"pretraining_tp": 1, "rope_interleaved": False},
+    "mistral": {"pretraining_tp": 1, "rope_interleaved": False, "attention_bias": False, "mlp_bias": False},
+    "qwen2": {"pretraining_tp": 1, "rope_interleaved": False, "mlp_bias": False},
+    "qwen3": {"pretraining_tp": 1, "rope_interleaved": False, "mlp_bias": False},
+    "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "partial_rotary_factor": 1.0}
+    | {"attention_bias": False, "mlp_bias": False},
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_the_one_value_that_is_implemented_may_be_stated(name: str) -> None:
+    plain = SMALL | {"model_type": name}
+    assert parse_config(plain | FIXED[name], "here") == parse_config(plain, "here")
+    for field, value in FIXED[name].items():
+        other = not value if isinstance(value, bool) else value + 0.5
+        with pytest.raises(ValueError, match=f"^here: {field} is {other}; only {value} is implemented$"):
+            parse_config(plain | {field: other}, "here")
+
+
+def test_one_of_several_architectures_is_enough() -> None:
+    assert config(architectures=["LlamaForSequenceClassification", "LlamaForCausalLM"]) == config()
+
+
+def test_phi3_says_the_length_it_was_trained_with() -> None:
+    """Readers of other programs refuse it without."""
+    written = config_json(FAMILIES["phi3"], small_config(), "float32", {})
+    assert written["original_max_position_embeddings"] == written["max_position_embeddings"] == 64
 
 
 def test_biases_of_llama_are_two_settings_here() -> None:

@@ -11,6 +11,7 @@ from helpers.hf_models import random_model
 from helpers.llama_pair import llama_pair
 from helpers.training import MODEL
 
+from stellarbyte_jax.hf import verify
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.verify import Agreement, compare_with_transformers
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -91,11 +92,34 @@ def test_other_weights_are_measured(pair: Pair) -> None:
     assert abs(found.bfloat16_agreement - found.argmax_agreement) < 0.2
 
 
+def test_sixteen_bits_are_compared_with_sixteen_bits(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params, _, directory = pair
+    ours = verify._logits
+
+    def other(model: ByteTransformer, params: Any, tokens_BT: Any) -> Any:
+        return ours(model, params, tokens_BT) * (-1 if model.config.compute_dtype == "bfloat16" else 1)
+
+    monkeypatch.setattr(verify, "_logits", other)
+    found = compare_with_transformers(directory, model, params, TOKENS_BT)
+    assert found.ok and found.argmax_agreement == 1 and found.bfloat16_agreement < 0.2
+
+
+def test_kernels_of_the_settings_are_not_asked_for(pair: Pair) -> None:
+    model, params, _, directory = pair
+    kernel = ByteTransformer(dataclasses.replace(model.config, attention_implementation="cudnn"))
+    assert compare_with_transformers(directory, kernel, params, TOKENS_BT).ok
+
+
 def test_code_of_others_is_not_run(tmp_path: Path) -> None:
     model, params = random_model(parallel_residual=True)
     save_pretrained(tmp_path, model, params, overwrite=True)
     assert compare_with_transformers(tmp_path, model, params).ok
     file = tmp_path / "modeling_stellarbyte.py"
+    content = file.read_text()
+    file.unlink()
+    with pytest.raises(ValueError, match=r"modeling_stellarbyte.py is not the modelling file of this version"):
+        compare_with_transformers(tmp_path, model, params)
+    file.write_text(content)
     file.write_text("raise SystemExit('run')\n" + file.read_text())
     with pytest.raises(ValueError, match=r"modeling_stellarbyte.py is not the modelling file of this version"):
         compare_with_transformers(tmp_path, model, params)

@@ -59,6 +59,8 @@ def test_differences_are_those_of_the_whole_array(at_once: int, monkeypatch: pyt
     assert by_name["far"].relative == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a))
     assert by_name["near"].largest == pytest.approx(1e-3) and by_name["zero"].relative == np.inf
     assert not found.is_same
+    half = compare(held(a=a), held(a=np.concatenate([a[:3], b[3:]]))).values[0]  # in one part alone
+    assert half.relative == pytest.approx(np.linalg.norm(a[3] - b[3]) / np.linalg.norm(a))
     assert compare(held(a=a), held(a=a)).is_same
     for other in (held(a=b), held(a=a[1:]), held(), held(a=a, b=b)):
         assert not compare(held(a=a), other).is_same
@@ -106,9 +108,10 @@ def test_a_checkpoint_is_listed(tmp_path: Path, convert: Any) -> None:
 
 def test_a_directory_that_no_family_knows_is_listed_too(tmp_path: Path, convert: Any) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    save_file({"wte": np.ones((2, 3), np.float16), "ids": np.ones(4, np.int64)}, tmp_path / "model.safetensors")
+    held = {"wte": np.ones((2, 3), np.float16), "ids": np.ones(4, np.int64), "mask": np.ones(5, bool)}
+    save_file(held | {"scale": np.ones((), np.float32)}, tmp_path / "model.safetensors")
     status, printed = convert(tmp_path)
-    assert status == 0 and "2 x 3" in printed and "2 tensors, 10 numbers, 44 B" in printed
+    assert status == 0 and "2 x 3" in printed and "4 tensors, 16 numbers, 53 B" in printed and "scalar" in printed
     assert "ids: " in printed and "stored as I64" in printed
 
 
@@ -127,6 +130,23 @@ def test_two_checkpoints_are_compared(tmp_path: Path, convert: Any) -> None:
     status, printed = convert(tmp_path / "hf", tmp_path / "other")
     assert status == 1 and f"only in {tmp_path / 'other'}: model.layers.0.self_attn.k_norm.weight" in printed
     assert "other shapes: lm_head.weight: 96 x 32 and 90 x 32" in printed
+
+
+def test_a_step_and_a_revision_are_of_the_first(tmp_path: Path, convert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = random_model()
+    save_pretrained(tmp_path / "hf", model, params)
+    save_initial(tmp_path / "run", model.config, params)
+    asked: list[tuple[Any, ...]] = []
+
+    def find(*place: Any) -> Any:
+        asked.append(place)
+        return find_source(place[0])
+
+    monkeypatch.setattr("stellarbyte_jax.cli.tensors.find_source", find)
+    assert convert(tmp_path / "run", tmp_path / "hf", "--step", 0)[0] == 0
+    assert convert(tmp_path / "hf", "--revision", "v1")[0] == 0
+    run, hf = str(tmp_path / "run"), str(tmp_path / "hf")
+    assert asked == [(run, 0, None), (hf,), (hf, None, "v1")]
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path: Path, convert: Any) -> None:

@@ -114,7 +114,7 @@ def _read_pattern(values: Mapping[str, Any]) -> Mapping[str, Any]:
         first = values["max_window_layers"]
         if not (isinstance(first, int) and isinstance(layers, int)):
             raise ValueError(f"max_window_layers must be a number of layers, got {shown(first)}")
-        layers = min(max(layers, 0), 4096)  # more are refused elsewhere
+        layers = min(layers, 4096)  # more are refused elsewhere
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     if types is None or "sliding_attention" not in types:
         unknown = [name for name in types or [] if name != "full_attention"]

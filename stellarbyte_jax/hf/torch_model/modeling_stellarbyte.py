@@ -83,7 +83,7 @@ class StellarByteConfig(PretrainedConfig):
     """
 
     model_type = "stellarbyte"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # the Trainer adds a list to it
 
     def __init__(self, **settings: Any):
         """Keeps the settings, :data:`_DEFAULTS` for absent ones; raises ValueError for what does not exist."""
@@ -332,7 +332,7 @@ class StellarByteAttention(nn.Module):
         if c.attention_logit_softcap is not None:
             scores = c.attention_logit_softcap * torch.tanh(scores / c.attention_logit_softcap)
         if seen is None and T > 1:
-            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
         if seen is not None:
             scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
         weights = scores.softmax(-1)
@@ -445,6 +445,9 @@ class StellarBytePreTrainedModel(PreTrainedModel):
         elif isinstance(module, StellarByteLayer) and module.attn_scale is not None:
             nn.init.constant_(module.attn_scale, self.config.layer_scale_init)
             nn.init.constant_(module.mlp_scale, self.config.layer_scale_init)
+        elif isinstance(module, StellarByteAttention) and self.config.xpos_learnable:
+            with torch.no_grad():
+                module.xpos_rate.copy_(module._first_rates(module.xpos_rate.device))
 
 
 class StellarByteModel(StellarBytePreTrainedModel):
@@ -593,7 +596,6 @@ class StellarByteForCausalLM(StellarBytePreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """Logits [B, T, vocabulary], or of the last ``logits_to_keep`` tokens alone, and the loss of labels."""
-        kwargs.pop("cache_position", None)  # follows from the cache
         found = self.model(
             input_ids,
             attention_mask=attention_mask,

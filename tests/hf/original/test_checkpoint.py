@@ -86,6 +86,27 @@ def test_torch_files_of_each_format_and_dtype(dtype: str, zipped: bool, tmp_path
     assert from_original(path).params["embed"]["embedding"].dtype == np.float32
 
 
+def test_a_tensor_whose_sign_is_a_mark_is_read_as_what_it_means(tmp_path: Path) -> None:
+    """As torch keeps imaginary parts of conjugates."""
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    plain = torch.from_numpy(december_state()["model.norm.weight"])
+    marked = torch.complex(plain, -plain).conj().imag
+    assert marked.is_neg()
+    with open_checkpoint(torch_saved(tmp_path / "x.pth", {"model.norm.weight": marked})) as tensors:
+        np.testing.assert_array_equal(tensors.read("model.norm.weight"), plain.numpy())
+
+
+def test_too_little_memory_is_no_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = torch_saved(tmp_path / "x.pth", state_of(seed_state()))
+
+    def load(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("torch.load", load)
+    with pytest.raises(MemoryError):
+        from_original(path)
+
+
 class Malicious:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,6 +152,12 @@ def sparse(path: Path) -> None:
     torch_saved(path, {**state_of(seed_state()), "norm.weight": state_of(seed_state())["norm.weight"].to_sparse()})
 
 
+def no_numbers(path: Path) -> None:
+    import torch
+
+    torch_saved(path, state_of(seed_state()) | {"norm.weight": torch.ones(24, device="meta")})
+
+
 def enormous(path: Path) -> None:
     import torch
 
@@ -152,6 +179,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a module": (module, "the Python object torch.nn.modules.linear.Linear, which is not loaded"),
     "integers": (integers, "tensor norm.weight is stored as int8, readable are F64, F32, F16, BF16"),
     "sparse": (sparse, "tensor norm.weight is no plain array"),
+    "without numbers": (no_numbers, "tensor norm.weight is no plain array"),
     "more numbers than bytes": (enormous, "tensor embed_tokens.weight has more numbers than the file holds for it"),
     "a number": (lambda path: torch_saved(path, 3), "holds a int, not the weights of a model"),
     "no tensors": (
@@ -196,7 +224,10 @@ def changed(make: Callable[..., dict[str, np.ndarray]], **tensors: np.ndarray | 
 
 ONES, MATRIX = np.ones(24, "f4"), np.ones((4, 24), "f4")
 TENSORS: dict[str, tuple[dict[str, np.ndarray], str]] = {
-    "missing": (changed(seed_state, **{"layers.1.ls_mlp": None}), "missing layers.1.ls_mlp"),
+    "missing": (
+        changed(seed_state, **{"layers.1.ls_mlp": None}),
+        "do not fit the original's defaults: give --config: missing layers.1.ls_mlp",
+    ),
     "unknown": (changed(seed_state, **{"layers.1.bias": ONES}), "unknown layers.1.bias"),
     "misshapen": (
         changed(seed_state, **{"layers.1.mlp.w13.weight": MATRIX}),
@@ -207,6 +238,11 @@ TENSORS: dict[str, tuple[dict[str, np.ndarray], str]] = {
         changed(seed_state, **{"layers.0.self_attn.rotary.log_scale_weight": None}),
         "log_scale_weight is missing, so the sizes of the model are not known",
     ),
+    "no size": (
+        changed(seed_state, **{"layers.0.self_attn.rotary.log_scale_weight": np.ones(0, "f4")}),
+        "log_scale_weight has shape (0,), expected 1 axes: copy the file again",
+    ),
+    "a number of a layer": (changed(seed_state, **{f"layers.{'9' * 5000}.ls_mlp": ONES}), "unknown layers.99999"),
     "wrong sizes": (changed(seed_state, **{"layers.0.mlp.w2.weight": ONES}), "w2.weight has shape (24,), expected 2"),
     "heads": (
         changed(december_state, **{"model.layers.0.self_attn.k_proj.weight": np.ones((6, 32), "f4")}),

@@ -172,6 +172,13 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
     "type": ("seed", {"model_dim": "wide"}, "c.json: model_dim must be int (positive, below 2^31), got 'wide'"),
     "activation": ("december", {"hidden_act": "relu"}, "hidden_act is 'relu'; supported are silu"),
     "sizes": ("seed", {"model_dim": 32}, "embed_tokens.weight has shape (29, 24), the settings ask for (29, 32)"),
+    "width": ("december", {"hidden_size": "wide", "intermediate_size": None}, "hidden_size must be int (positive"),
+    "length": (
+        "december",
+        {"inference_rope_scaling": True, "max_position_embeddings": "long"},
+        "that is a YaRN of the original's own",
+    ),
+    "nine": ("seed", {f"zzz{i}": 0 for i in range(9)}, "zzz7: the original reads no such field; remove it; and 1 more"),
     "layers": ("december", {"num_hidden_layers": 3}, "missing model.layers.2.input_layernorm.weight"),
     "class": ("seed", {"model_type": "llama"}, "model_type is 'llama', and the checkpoint has the layout seed"),
     "several": (
@@ -188,6 +195,30 @@ def test_what_has_no_counterpart_is_refused_by_name(name: str, tmp_path: Path) -
     state, base = (seed_state(), SEED) if layout == "seed" else (december_state(), DECEMBER)
     path, config = saved(tmp_path / "x.safetensors", state), saved_config(tmp_path / "c.json", **(base | change))
     assert message in refused(path, config)
+
+
+def test_what_is_without_a_config_is_told_by_its_value(december: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    from_original(december)
+    (line,) = told(caplog)
+    assert "other settings the original's defaults (" in line and "rope_theta 1000000.0" in line and "None" not in line
+
+
+def test_a_config_may_leave_its_class_empty(seed: Path, tmp_path: Path) -> None:
+    plain = settings(seed, saved_config(tmp_path / "a.json", **SEED))
+    assert settings(seed, saved_config(tmp_path / "b.json", **SEED, model_type="")) == plain
+
+
+def test_a_part_of_a_trainers_config_that_is_null_says_nothing(seed: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.YAML").write_text("model: {max_seq_len: 64, norm: null, dropout: {hidden_dropout_prob: 0.2}}")
+    config = settings(seed, tmp_path / "c.YAML")
+    assert (config.max_position_embeddings, config.hidden_dropout, config.rms_norm_eps) == (64, 0.2, 1e-5)
+
+
+def test_one_setting_of_decembers_trainer_is_enough_to_know_it(december: Path, tmp_path: Path) -> None:
+    for name in ("train_data_path", "learning_rate", "tokenizer_path"):
+        (tmp_path / "c.json").write_text(json.dumps({name: "x", "max_length": 96}))
+        assert settings(december, tmp_path / "c.json").max_position_embeddings == 96
 
 
 def test_stretching_within_the_trained_length_changes_nothing(december: Path, tmp_path: Path) -> None:
