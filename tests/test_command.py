@@ -175,6 +175,7 @@ def test_no_program_shows_where_its_imports_were(path):
         "cli.parser",
         "cli.program",
         "cli.tensors",
+        "cli.evaluation_speed",
         "cli.measurements",
     )
     quick = {*sys.stdlib_module_names, *(f"stellarbyte_jax.{name}" for name in ours)}

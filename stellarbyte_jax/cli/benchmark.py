@@ -12,7 +12,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli import evaluation_speed, measurements
+from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
+from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
 from stellarbyte_jax.cli.program import load_settings, local_path, new_parser
 from stellarbyte_jax.command import MendableError, command, imports
 from stellarbyte_jax.config import TrainConfig
@@ -25,7 +26,7 @@ _NAMES = {
     "checkpoint": ["verified", "unverified"],
     "eval": ["eval", "eval_huggingface"],
 }
-WORKERS = measurements.WORKERS | evaluation_speed.WORKERS
+WORKERS = OTHERS | EVALUATION
 _PEERS = ("huggingface", "eval_huggingface")  # they need torch
 _SMALL = "quickstart"  # what is trained where there is no GPU
 

@@ -90,8 +90,9 @@ def evaluate_tasks(
 
     with quiet():
         manager, tasks = _loaded(tuple(names))
+        measure: Any = lm_eval.simple_evaluate  # which is wrapped in what has no types
         try:
-            found = lm_eval.simple_evaluate(
+            found = measure(
                 model=lm,
                 tasks=tasks,
                 task_manager=manager,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from helpers.hf_models import random_model
+from packaging.version import Version
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from stellarbyte_jax.config.files import shipped
@@ -17,7 +18,7 @@ from stellarbyte_jax.tokenizer.codec import load_tokenizer
 transformers = pytest.importorskip("transformers")
 
 CORPUS = shipped("data") / "tiny_bilingual_valid.jsonl"
-TEXTS = [json.loads(line)["text"][:1500] for line in CORPUS.read_text(encoding="utf-8").splitlines()[::4]]
+TEXTS = [json.loads(line)["text"][:1500] for line in CORPUS.read_text(encoding="utf-8").splitlines()[::9]]
 TEXTS += [
     "e\u0301 12345  x",
     "  lead",
@@ -54,7 +55,7 @@ def directory(place: Path, pattern: str = qwen2._PIECES, normalizer: Any = ..., 
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+        TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
     )
     place.mkdir()
     tokenizer.save(str(place / "tokenizer.json"))
@@ -103,5 +104,7 @@ def test_qwen2_is_the_family_of_tokenizers_by_its_rule(
     assert ("reads every tokenizer of a qwen2 directory by one rule" in caplog.text) != fits
     assert family_of(asked) == "qwen2"
     assert ids(transformers.PreTrainedTokenizerFast.from_pretrained(asked)) == expected
-    if transformers.__version__ >= "5.24" and not fits and name != "cut twice":  # the oracle of the rule
+    if (
+        Version(transformers.__version__) >= Version("5.24") and not fits and name != "cut twice"
+    ):  # the oracle of the rule
         assert ids(transformers.AutoTokenizer.from_pretrained(asked)) != expected

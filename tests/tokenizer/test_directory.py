@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.hf_models import save_words
 from helpers.tiny_documents import save_byte_tokenizer
+from packaging.version import Version
 
 from stellarbyte_jax.tokenizer import directory
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -277,7 +278,9 @@ def test_settings_are_spelled_for_older_readers(tmp_path, given, written):
     directory.spell_for_older(path)
     assert json.loads((path / "tokenizer_config.json").read_text()) == (given if written is None else written)
     assert (TokenizerDirectory(path).special_tokens(), load_tokens(path)) == (before, tokens)
-    assert transformers.PreTrainedTokenizerFast.from_pretrained(path).get_added_vocab() == peer
+    both = given.get("extra_special_tokens") == [] and "additional_special_tokens" in given
+    if not both or Version(transformers.__version__) >= Version("5.24"):  # an earlier one took the empty list
+        assert transformers.PreTrainedTokenizerFast.from_pretrained(path).get_added_vocab() == peer
 
 
 def load_tokens(path):
