@@ -69,6 +69,7 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_cache": True,
 }
+_GROUPED = "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")  # torch 2.5
 _LARGEST_EXPONENT = 80.0  # of a factor that float32 and bfloat16 can hold
 _XPOS_GAMMA = 0.4  # of the XPos paper
 _FASTEST_XPOS = -math.log(_XPOS_GAMMA / (1 + _XPOS_GAMMA))
@@ -197,6 +198,28 @@ class Call:
             self._made["frequencies", device] = rotary_frequencies(self.config, lengths_BT, device)
         return self._made["frequencies", device]
 
+    def rotation(self, S: int | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the angles of the call's tokens, or of ``S`` keys, float32 [B or 1, 1, T or S, P]."""
+        if ("rotation", S, device) not in self._made:
+            frequencies, magnitude = self.frequencies(device)
+            positions = self.positions_BT.to(device) if S is None else self.keys(S, device)[1]
+            angles = (positions[..., None].float() * frequencies)[:, None]
+            self._made["rotation", S, device] = angles.cos() * magnitude, angles.sin() * magnitude
+        return self._made["rotation", S, device]
+
+    def distances(self, S: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distances of the tokens from an origin, and of it from ``S`` keys, over the base, [B or 1, 1, T or S, 1]."""
+        if ("distances", S, device) not in self._made:
+            positions_BT, positions_BS = self.positions_BT.to(device), self.keys(S, device)[1]
+            if self.config.position_embedding == "stellarbyte":
+                origin = self.config.max_position_embeddings // 2
+            else:  # it cancels, and floats hold the factors of a row best with the origin in its middle
+                origin = (positions_BT.amin(1, keepdim=True) + positions_BT.amax(1, keepdim=True)) // 2
+            base = self.config.xpos_scale_base
+            both = ((x[:, None, :, None].float() / base) for x in (positions_BT - origin, origin - positions_BS))
+            self._made["distances", S, device] = tuple(both)
+        return self._made["distances", S, device]
+
 
 def token_positions(mask_BL: torch.Tensor) -> torch.Tensor:
     """Position of each token in its text, int64 [B, L], where padding (0) may stand anywhere."""
@@ -236,27 +259,26 @@ def rotary_frequencies(
     raise ValueError(f"rope_type must be default, linear, dynamic, llama3 or yarn, got {kind!r}")
 
 
-def rotate(x: torch.Tensor, positions_BS: torch.Tensor, frequencies: torch.Tensor, magnitude: float, pairing: str):
-    """[B, heads, S, H] with each pair of channels rotated by the angle of its position, in float32."""
-    angles = (positions_BS[..., None].float() * frequencies)[:, None]
-    cos, sin, x32 = angles.cos() * magnitude, angles.sin() * magnitude, x.float()
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: str) -> torch.Tensor:
+    """[B, heads, S, H] with each pair of channels rotated, in float32; ``cos`` and ``sin`` are [B or 1, 1, S, P]."""
+    x32 = x.float()
     first, second = x32.chunk(2, -1)
-    even, odd = x32[..., 0::2], x32[..., 1::2]
     if pairing == "half":
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     elif pairing == "interleaved":
+        even, odd = x32[..., 0::2], x32[..., 1::2]
         rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
     else:  # mixed: the original StellarByte's, no rotation, for weights that were trained with it
+        even, odd = x32[..., 0::2], x32[..., 1::2]
         rotated = torch.cat([first * cos - odd * sin, second * cos + even * sin], -1)
     return rotated.to(x.dtype)
 
 
-def decay(x: torch.Tensor, distances_BS: torch.Tensor, rates_P: torch.Tensor, base: float, pairing: str):
-    """[B, heads, S, H] with pair i times ``exp(-rate_i distance / base)``, whose growth is clipped."""
-    exponents = (-rates_P.float() * distances_BS[..., None].float() / base).clamp(max=_LARGEST_EXPONENT)
-    factors = exponents.exp()[:, None]
-    factors = factors.repeat_interleave(2, -1) if pairing == "interleaved" else torch.cat([factors, factors], -1)
-    return (x.float() * factors).to(x.dtype)
+def decayed(x: torch.Tensor, factors: torch.Tensor, pairing: str) -> torch.Tensor:
+    """[B, heads, S, H] with the channels of each pair times the factor of the pair, [B or 1, 1, S, P]."""
+    if pairing == "interleaved":
+        return (x.unflatten(-1, (-1, 2)) * factors[..., None]).flatten(-2).to(x.dtype)
+    return (x.unflatten(-1, (2, -1)) * factors[..., None, :]).flatten(-2).to(x.dtype)
 
 
 class StellarByteAttention(nn.Module):
@@ -291,42 +313,46 @@ class StellarByteAttention(nn.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        positions_BT, rotation = call.positions_BT.to(device), call.frequencies(device)
+        cos_sin = call.rotation(None, device)
         if self.caches_rotated:
-            k = rotate(k, positions_BT, *rotation, self.pairing)
+            k = rotate(k, *cos_sin, self.pairing)
         window = c.attention_windows[self.layer_idx]
         if call.cache is not None:
             about = {"cache_position": call.slots_T.to(device), "sliding_window": window}
             k, v = call.cache.update(k, v, self.layer_idx, about)
         S = k.shape[2]
-        positions_BS = call.keys(S, device)[1]
         if c.position_embedding != "rope":
-            q, k = self._decay(q, k, positions_BT, positions_BS)
-        q = rotate(q, positions_BT, *rotation, self.pairing)
+            q_factors, k_factors = self._factors(call, S, device)
+            k = decayed(k, k_factors, self.pairing)
+            if self.pairing == "mixed":  # whose rotation takes channels of several pairs together
+                q = decayed(q, q_factors, self.pairing)
+            else:
+                cos_sin = tuple(x * q_factors for x in cos_sin)
+        q = rotate(q, *cos_sin, self.pairing)
         if not self.caches_rotated:
-            k = rotate(k, positions_BS, *rotation, self.pairing)
+            k = rotate(k, *call.rotation(S, device), self.pairing)
         out_BNTH, weights = self._attend(q, k, v, call.visible(S, window, device), call.weights)
         out_BTD = self.o_proj(out_BNTH.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(out_BTD, c.residual_dropout, self.training), weights
 
-    def _decay(self, q, k, positions_BT: torch.Tensor, positions_BS: torch.Tensor):
-        """Queries and keys whose scores change with their distance."""
+    def _factors(self, call: Call, S: int, device: torch.device) -> list[torch.Tensor]:
+        """What queries and keys are multiplied with, so that scores change with the distance; growth is clipped."""
         c = self.config
-        rates_P = self.xpos_rate if c.xpos_learnable else self._first_rates(q.device)
-        if c.position_embedding == "stellarbyte":
-            origin = torch.full_like(positions_BT[:, :1], c.max_position_embeddings // 2)
-        else:  # it cancels, and floats hold the factors of a row best with the origin in its middle
-            origin = (positions_BT.amin(1, keepdim=True) + positions_BT.amax(1, keepdim=True)) // 2
-            rates_P = rates_P.clamp(max=2 * _FASTEST_XPOS) if c.xpos_learnable else rates_P
-        q = decay(q, positions_BT - origin, rates_P, c.xpos_scale_base, self.pairing)
-        return q, decay(k, origin - positions_BS, rates_P, c.xpos_scale_base, self.pairing)
+        rates_P = self.xpos_rate.float() if c.xpos_learnable else self._first_rates(device)
+        if c.xpos_learnable and c.position_embedding == "xpos":
+            rates_P = rates_P.clamp(max=2 * _FASTEST_XPOS)
+        return [(-rates_P * each).clamp(max=_LARGEST_EXPONENT).exp() for each in call.distances(S, device)]
 
     def _attend(self, q, k, v, seen: torch.Tensor | None, weights_too: bool):
         c, (B, N, T, H), S = self.config, q.shape, k.shape[2]
-        k, v = (x[:, :, None].expand(B, x.shape[1], N // x.shape[1], S, H).reshape(B, N, S, H) for x in (k, v))
         dropout = c.attention_dropout if self.training else 0.0
-        if c._attn_implementation != "eager" and c.attention_logit_softcap is None and not weights_too:
-            causal = seen is None and T > 1
+        fused = c._attn_implementation != "eager" and c.attention_logit_softcap is None and not weights_too
+        causal = seen is None and T > 1
+        if fused and seen is None and _GROUPED:  # with a mask, the quick kernels take no groups
+            grouped = {"dropout_p": dropout, "is_causal": causal, "enable_gqa": True}
+            return F.scaled_dot_product_attention(q, k, v, **grouped), None
+        k, v = (x[:, :, None].expand(B, x.shape[1], N // x.shape[1], S, H).reshape(B, N, S, H) for x in (k, v))
+        if fused:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal), None
         scores = (q @ k.transpose(-1, -2)).float() * H**-0.5
         if c.attention_logit_softcap is not None:
@@ -523,7 +549,7 @@ class StellarByteModel(StellarBytePreTrainedModel):
         compiling = torch.compiler.is_compiling()
         if mask_BL is not None and mask_BL.dim() != 2:
             raise ValueError(f"attention_mask must be [batch, tokens], got {list(mask_BL.shape)}")
-        if mask_BL is not None and not compiling and cache is None and mask_BL.all():
+        if mask_BL is not None and not compiling and mask_BL.all():
             mask_BL = None
         segments_BT = None
         if positions_BT is None:
