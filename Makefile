@@ -1,5 +1,6 @@
 # make quickstart   train, sample and export a small model on the embedded corpus
 # make test         the test suite on the CPU           make test-gpu   the tests that need a GPU
+# make test-slow    what takes minutes or fetches peers
 # make check        format, lint, types, imports        make bench      throughput on this machine
 # make fuzz         hostile files and settings, thousands of each kind, other ones every time
 # make faults       300 real runs under the faults of a machine (ARGS="--rounds N --jobs J --out FILE")
@@ -10,7 +11,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu fuzz faults check bench
+.PHONY: help quickstart test test-gpu test-slow fuzz faults check bench
 
 VENV ?= .venv
 ARGS ?=
@@ -39,7 +40,10 @@ quickstart: $(VENV)/.installed-$(CUDA)
 	"$(VENV)/bin/python" scripts/train.py --config configs/quickstart.py $(ARGS)
 
 test: $(VENV)/.installed-$(CUDA)-test
-	"$(VENV)/bin/python" -m pytest -n 2 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
+	"$(VENV)/bin/python" -m pytest -n 2 --dist worksteal -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-$(CUDA)-test
+	"$(VENV)/bin/python" -m pytest -n 2 --dist worksteal -m "slow and not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-$(CUDA)-test
 	STELLARBYTE_TEST_GPU=1 "$(VENV)/bin/python" -m pytest -n 4 --dist worksteal -m gpu $(PYTEST_ARGS)

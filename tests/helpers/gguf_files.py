@@ -20,6 +20,7 @@ import pytest
 
 from helpers import gguf_programs
 from helpers.hf_models import NEEDS_TORCH
+from helpers.once import alone
 
 CACHE = Path(__file__).parents[2] / ".pytest_cache" / "gguf"
 RELEASE = "0.3.36"  # of llama-cpp-python
@@ -33,22 +34,26 @@ CORPUS = Path(__file__).parents[2] / "data" / "tiny_bilingual_valid.jsonl"
 def converter() -> Path:
     """The folder of ``convert_hf_to_gguf.py``, with the packages that it needs beside it; skips where there is none."""
     pytest.importorskip("torch", reason=NEEDS_TORCH)
-    folder = CACHE / "llama.cpp"
-    if not (CACHE / "complete").exists():
-        shutil.rmtree(CACHE, ignore_errors=True)
-        pip = [sys.executable, "-m", "pip"]
-        _fetch([*pip, "install", "-q", "--no-deps", "--target", str(CACHE / "packages"), *PACKAGES])
-        source = [*pip, "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(CACHE)]
-        _fetch([*source, f"llama-cpp-python=={RELEASE}"])
-        prefix = f"llama_cpp_python-{RELEASE}/vendor/llama.cpp/"
-        with tarfile.open(CACHE / f"llama_cpp_python-{RELEASE}.tar.gz") as archive:
-            for member in archive:
-                if member.isfile() and member.name.removeprefix(prefix).startswith(PARTS):
-                    member.name = member.name.removeprefix(prefix)
-                    archive.extract(member, folder, filter="data")
-        (CACHE / f"llama_cpp_python-{RELEASE}.tar.gz").unlink()
-        (CACHE / "complete").touch()
-    return folder
+    with alone(CACHE):
+        if not (CACHE / "complete").exists():
+            _fetch_converter()
+    return CACHE / "llama.cpp"
+
+
+def _fetch_converter() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+    pip = [sys.executable, "-m", "pip"]
+    _fetch([*pip, "install", "-q", "--no-deps", "--target", str(CACHE / "packages"), *PACKAGES])
+    source = [*pip, "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(CACHE)]
+    _fetch([*source, f"llama-cpp-python=={RELEASE}"])
+    prefix = f"llama_cpp_python-{RELEASE}/vendor/llama.cpp/"
+    with tarfile.open(CACHE / f"llama_cpp_python-{RELEASE}.tar.gz") as archive:
+        for member in archive:
+            if member.isfile() and member.name.removeprefix(prefix).startswith(PARTS):
+                member.name = member.name.removeprefix(prefix)
+                archive.extract(member, CACHE / "llama.cpp", filter="data")
+    (CACHE / f"llama_cpp_python-{RELEASE}.tar.gz").unlink()
+    (CACHE / "complete").touch()
 
 
 def _fetch(command: list[str]) -> None:

