@@ -287,6 +287,9 @@ def comparison_radar(ratios: Mapping[str, float], language: Language) -> bytes:
         rings, [f"{2.0**n:g}×" if n >= 0 else f"1/{2**-n}×" for n in rings], color="#555555", **canvas.text(8)
     )
     axes.set_rlabel_position(180 / len(logs))
+    axes.set_axisbelow(False)  # labels of the rings lie over the line
+    for ring in axes.get_yticklabels():
+        ring.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})
     names = [f"{canvas.word(key)}\n{factor(ratio)}" for key, ratio in ratios.items()]
     axes.set_xticks(angles, names, **canvas.text(10))
     axes.tick_params(axis="x", pad=14)
