@@ -24,8 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```"""
-_MODEL = 'AutoModelForCausalLM.from_pretrained("path/to/this/directory")'
-_MODEL_OF_OWN_CODE = 'AutoModelForCausalLM.from_pretrained("path/to/this/directory", trust_remote_code=True)'
+# AutoTokenizer reads the model's config too, and asks on the terminal whether to run the file unless it is told.
+_TRUST = (
+    '.from_pretrained("path/to/this/directory"',
+    '.from_pretrained("path/to/this/directory", trust_remote_code=True',
+)
 _LOAD_OURS = """```python
 from stellarbyte_jax import from_pretrained
 
@@ -100,7 +103,7 @@ def model_card(
 
 def _with_transformers(has_tokenizer: bool, own_code: bool) -> str:
     text = _LOAD_HF_TEXT if has_tokenizer else _LOAD_HF
-    return text.replace(_MODEL, _MODEL_OF_OWN_CODE) if own_code else text
+    return text.replace(*_TRUST) if own_code else text
 
 
 def _facts(training: TrainingFacts) -> list[tuple[str, str]]:

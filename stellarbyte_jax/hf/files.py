@@ -9,6 +9,7 @@ import glob
 import json
 import math
 import os
+import shlex
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,10 @@ INDEX = "model.safetensors.index.json"
 
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(bfloat16): "BF16"}
 _READABLE = ("F64", "F32", "F16", "BF16")
+# Into the same directory, whose tokenizer then stays with the weights.
+_PICKLED = (
+    "import sys, transformers as t; d = sys.argv[1]; t.AutoModelForCausalLM.from_pretrained(d).save_pretrained(d)"
+)
 
 
 def float_dtype(name: str) -> np.dtype:
@@ -178,7 +183,7 @@ def _missing(directory: Path, path: Path, named_by: Path | None) -> str:
         names = listed(pickled)
         return (
             f"{directory} holds weights only as {names}, a pickle, which is not read because it can run code. "
-            "Convert it once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            f"Write safetensors beside it once: python -c {shlex.quote(_PICKLED)} {shlex.quote(str(directory))}"
         )
     return f"{directory} holds neither {SINGLE} nor {INDEX}: it is not a complete Hugging Face directory"
 

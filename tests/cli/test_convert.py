@@ -350,6 +350,9 @@ def test_bad_input_is_one_line(
     content = bytearray((damaged / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (damaged / "model.safetensors").write_bytes(content)
+    larger = save_words(tmp_path / "larger", ["<e>", *(f"w{i}" for i in range(40))])
+    assert convert("to-hf", run_dir, tmp_path / "outgrown") == 0
+    shutil.copy(larger / "tokenizer.json", tmp_path / "outgrown")
     capsys.readouterr()
     cases = [
         (("to-hf", tmp_path / "nowhere", tmp_path / "hf"), "nowhere holds no checkpoint"),
@@ -358,6 +361,8 @@ def test_bad_input_is_one_line(
         (("from-hf", tmp_path / "nowhere", tmp_path / "new"), "nowhere does not exist: give a local directory"),
         (("from-hf", run_dir, tmp_path / "new"), "is a run directory, not a Hugging Face directory"),
         (("from-hf", damaged, tmp_path / "new"), "differs from its checksum: the file is damaged. Copy it or export"),
+        (("from-hf", tmp_path / "outgrown", tmp_path / "new"), "outgrown has 41 tokens, model.vocab_size is 40: set "),
+        (("to-hf", run_dir, tmp_path / "new", "--tokenizer", larger), "larger has 41 tokens, model.vocab_size is 40: "),
     ]
     for arguments, message in cases:
         assert convert(*arguments) == 1
@@ -369,6 +374,7 @@ def test_bad_input_is_one_line(
 
 def test_sizes() -> None:
     assert [script.size(t) for t in ("5GB", "500MiB", "1.5kb", "12")] == [5 * 10**9, 500 * 2**20, 1500, 12]
+    assert script.parse(["to-hf", "run", "hf"]).max_shard_size == script.size("5GB")
     for text in ("five", "0GB", "5XB", "-1"):
         with pytest.raises(script.argparse.ArgumentTypeError, match="is no size"):
             script.size(text)

@@ -57,6 +57,15 @@ def test_results_are_a_table_and_json(directory, asked, tmp_path, capsys):
     assert (written["model"], written["limit"], written["compute_dtype"]) == (str(directory), 8, "bfloat16")
 
 
+def test_which_model_is_asked_and_how(directory, asked, monkeypatch):
+    loaded, bundle = [], evaluate.load_bundle(directory)
+    monkeypatch.setattr(evaluate, "load_bundle", lambda *given, **named: loaded.append((given, named)) or bundle)
+    arguments = ["--model=org/name", "--tasks=a", "--revision=v2", "--step=7", "--chat", "--num-fewshot=3"]
+    assert evaluate.main(arguments) == 0
+    assert loaded == [(("org/name", 7), {"revision": "v2"})]
+    assert asked[1][2] == {"limit": None, "num_fewshot": 3, "chat": True}
+
+
 def test_how_far_requests_are_is_told_every_few_seconds(monkeypatch, capsys):
     clock = iter([0.0, 0.0, 9.0, 10.0, 10.0, 12.0, 13.0])
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))

@@ -107,6 +107,34 @@ def test_rounds_repeat_each_other_and_leave_random_numbers_alone(places):
     assert evaluate_tasks(ours(places), tasks, limit=3) == first
 
 
+@pytest.mark.parametrize(("examples", "chat"), [(None, False), (1, False), (0, True)])
+def test_prompts_have_the_examples_and_the_template_that_are_asked_for(places, monkeypatch, examples, chat):
+    model, prompts = ours(places), []
+    monkeypatch.setattr(
+        model, "generate_until", lambda asked: prompts.extend(each.args[0] for each in asked) or [""] * len(asked)
+    )
+    evaluate_tasks(model, [places[1]["status_name"]], limit=2, num_fewshot=examples, chat=chat)
+    expected = 2 if examples is None else examples  # two by the task's own file
+    assert [prompt.count("Name of HTTP status") for prompt in prompts] == [expected + 1] * 2
+    assert [prompt.startswith("<|SBOS|>user\n") for prompt in prompts] == [chat] * 2
+
+
+def test_a_task_that_lm_eval_knows_is_asked_by_its_name(places, monkeypatch):
+    import datasets
+
+    rows = [
+        {"id": str(i), "question": f"{i} + 1?", "answerKey": "B", "choices": {"text": ["7", "8"], "label": ["A", "B"]}}
+        for i in range(3)
+    ]
+    split = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=split, test=split))
+    found = evaluate_tasks(ours(places), ["arc_easy"], limit=2)
+    assert [(result.task, result.metric, result.samples) for result in found] == [
+        ("arc_easy", "acc", 2),
+        ("arc_easy", "acc_norm", 2),
+    ]
+
+
 def test_tasks_that_cannot_be_loaded_are_told_in_one_line(places, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("task: wrong\noutput_type: multiple_choice\n")

@@ -1,5 +1,6 @@
 """The model card of an export, read with the Hub's own library; its commands run as they stand there."""
 
+import builtins
 import dataclasses
 import re
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from helpers.hf_models import save_words
 from helpers.training import MODEL
 from huggingface_hub import ModelCard
 
@@ -90,6 +92,22 @@ def test_its_commands_work(saved):
     exec(hf, names)
     assert ("trust_remote_code=True" in hf) == model.config.parallel_residual
     assert sum(p.numel() for p in names["model"].parameters()) == sum(map(np.size, jax.tree.leaves(params)))
+
+
+def test_its_commands_ask_nothing_on_the_terminal(tmp_path, monkeypatch):
+    """AutoTokenizer reads the config of the model too, and that names a modelling file."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    model = ByteTransformer(dataclasses.replace(MODEL, parallel_residual=True))
+    words = save_words(tmp_path / "words", ["a", "b"])
+    save_pretrained(tmp_path / "hf", model, jax.device_get(init_params(model, jax.random.key(0))), tokenizer=words)
+    text = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, re.S)[0].replace("path/to/this/directory", str(tmp_path / "hf"))
+    asked, names = [], {}
+    monkeypatch.setattr(builtins, "input", lambda prompt="": asked.append(prompt) or "n")
+    exec(code, names)
+    assert not asked and names["tokenizer"]("b a").input_ids == [0]
 
 
 def test_a_card_is_replaced_as_the_other_files_are(saved):

@@ -1,12 +1,14 @@
 """Conversion against transformers: the same numbers, in both directions, and nothing lost."""
 
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.hf_models import NEEDS_TORCH, SMALL, assert_same_tree, random_model, tensors
+from helpers.hf_models import NEEDS_TORCH, SMALL, assert_same_tree, random_model, save_words, tensors
 from helpers.variants import run
 
 from stellarbyte_jax.config import RopeScaling
@@ -231,3 +233,23 @@ def test_interleaved_pairs_come_back_as_halves(tmp_path: Path) -> None:
     assert back.config.rope_pairing == "half"
     assert np.abs(np.asarray(back_params["layers"]["0"]["attn"]["q"] - params["layers"]["0"]["attn"]["q"])).max() > 0.1
     np.testing.assert_allclose(logits(back, back_params), logits(model, params), atol=1e-5, rtol=0)
+
+
+def test_the_command_for_a_pickle_writes_safetensors_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is printed, in a folder that a shell would take apart; the tokenizer stays with the weights."""
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    directory = save_words(tmp_path / "a model", ["a", "b"])
+    model, params = random_model()
+    save_pretrained(tmp_path / "hf", model, params)
+    torch.save(
+        {name: torch.from_numpy(x) for name, x in tensors(tmp_path / "hf").items()}, directory / "pytorch_model.bin"
+    )
+    (directory / "config.json").write_bytes((tmp_path / "hf" / "config.json").read_bytes())
+    with pytest.raises(ValueError) as caught:
+        from_pretrained(directory)
+    program, flag, code, *arguments = shlex.split(str(caught.value).partition("once: ")[2])
+    assert (program, flag) == ("python", "-c")
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    exec(code, {})
+    assert_same_tree(from_pretrained(directory)[1], params)
+    assert (directory / "tokenizer.json").is_file()

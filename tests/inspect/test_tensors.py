@@ -125,11 +125,19 @@ def test_two_checkpoints_are_compared(tmp_path: Path, convert: Any) -> None:
     assert status == 0 and printed.startswith("11 tensors are equal, 0 have other numbers")
     edit_tensors(tmp_path / "hf", lambda held: held["model.norm.weight"].__iadd__(1))
     status, printed = convert(tmp_path / "run", tmp_path / "hf")
-    assert status == 1 and "final_norm/scale" in printed and "10 tensors are equal, 1 have other numbers" in printed
+    assert status == 1 and "10 tensors are equal, 1 have other numbers" in printed
+    scale = np.asarray(params["final_norm"]["scale"])
+    relative = np.linalg.norm(np.ones_like(scale)) / np.linalg.norm(scale)
+    (row,) = (line.replace("│", " ").split() for line in printed.splitlines() if "final_norm/scale" in line)
+    assert row == ["final_norm/scale", "1", f"{relative:.4g}"]
     save_pretrained(tmp_path / "other", *random_model(qk_norm=True, vocab_size=90))
     status, printed = convert(tmp_path / "hf", tmp_path / "other")
     assert status == 1 and f"only in {tmp_path / 'other'}: model.layers.0.self_attn.k_norm.weight" in printed
+    assert f"only in {tmp_path / 'hf'}: " not in printed
     assert "other shapes: lm_head.weight: 96 x 32 and 90 x 32" in printed
+    status, printed = convert(tmp_path / "other", tmp_path / "hf")
+    assert status == 1 and f"only in {tmp_path / 'other'}: model.layers.0.self_attn.k_norm.weight" in printed
+    assert f"only in {tmp_path / 'hf'}: " not in printed
 
 
 def test_a_step_and_a_revision_are_of_the_first(tmp_path: Path, convert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
