@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
+from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum, shared
 from stellarbyte_jax.command import MendableError, remedy
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
 from stellarbyte_jax.config.foreign import clipped, listed, shown
@@ -126,11 +126,27 @@ class StoredStep:
         return {name: found[name] for name in shapes}
 
 
+def _bounded(in_flight: int) -> Any:
+    """Handlers that write so many bytes of ``params`` at once, and JSON as ever."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    arrays: Any = ocp.StandardCheckpointHandler(save_concurrent_gb=in_flight / 1e9)  # pyright: ignore[reportArgumentType]
+    registry.add("params", ocp.args.StandardSave, arrays)
+    registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    return registry
+
+
 class Checkpointer:
     """Writes and reads the checkpoints of one run directory."""
 
-    def __init__(self, run_dir: Path, settings: CheckpointConfig) -> None:
-        """Opens ``run_dir/checkpoints``, which is made if it does not exist."""
+    def __init__(self, run_dir: Path, settings: CheckpointConfig, *, in_flight: int | None = None) -> None:
+        """Opens ``run_dir/checkpoints``, which is made if it does not exist.
+
+        Args:
+          run_dir: directory of the run.
+          settings: what is kept.
+          in_flight: bytes of the item ``params`` that are written at once, at least those of its largest array; None:
+            all of them, which is fastest and holds them once more.
+        """
         self.directory = run_dir.absolute() / "checkpoints"
         self._verify = settings.verify
         policies: list[Any] = [checkpoint_managers.LatestN(settings.keep_latest)]
@@ -152,7 +168,8 @@ class Checkpointer:
         self._replaced = run_dir.absolute() / "replaced"
         self._put_back()
         self._lost = self._drop_unreadable_lists() + self._drop_unreadable_metrics()
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        registry = None if in_flight is None else _bounded(in_flight)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
 
     def _put_back(self) -> None:
         """A checkpoint whose replacement was not finished comes back."""
@@ -230,7 +247,9 @@ class Checkpointer:
             "checksums": {name: array_checksums(tree) for name, tree in arrays.items()},
         }
         facts = {**facts, "format": {**about, "checksum": json_checksum(about)}}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items = {
+            name: ocp.args.StandardSave(jax.tree.map(shared, tree)) for name, tree in arrays.items()
+        }  # else orbax copies
         items |= {name: ocp.args.JsonSave(values) for name, values in facts.items()}
         metrics: dict[str, Any] | None = None if validation_loss is None else {"validation_loss": validation_loss}
         if metrics is not None:  # orbax keeps it beside the items

@@ -16,6 +16,8 @@ from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.model.trees import Params, merge, partition
 
+_MARGIN = 2**20  # bytes; orbax counts a little more than an array holds
+
 
 def run_and_step(source: Path, step: int | None = None) -> tuple[Path, int | None]:
     """The run directory and the step that a run directory or ``RUN/checkpoints/STEP`` means."""
@@ -43,7 +45,7 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainCon
     """
     with _opened(Path(run_dir), step) as stored:
         config = TrainConfig.from_dict(stored.json("config"))
-        return config, jax.tree.map(np.asarray, _read(stored, config.model))
+        return config, _read(stored, config.model)
 
 
 def load_training_facts(run_dir: str | Path, step: int | None = None) -> TrainingFacts | None:
@@ -116,9 +118,9 @@ def _without_notes() -> Iterator[None]:
 
 
 def _read(stored: StoredStep, config: ByteConfig) -> Params:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    # For orbax, an array of numpy asks for one; this one takes no memory.
     shapes = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), param_shapes(ByteTransformer(config))
+        lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), param_shapes(ByteTransformer(config))
     )
     frozen_paths = stored.frozen_paths
     trained, frozen = partition(shapes, lambda path: "/".join(path) not in frozen_paths)
@@ -164,10 +166,11 @@ def save_initial(
         data=data,
         schedule=ScheduleConfig(warmup_steps=0),
     )
-    with contextlib.closing(Checkpointer(run_dir, CheckpointConfig())) as checkpointer:
+    arrays: dict[str, Any] = {"params": jax.tree.map(np.asarray, params)}
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    with contextlib.closing(Checkpointer(run_dir, CheckpointConfig(), in_flight=largest + _MARGIN)) as checkpointer:
         if checkpointer.steps:
             raise CheckpointError(
                 f"{run_dir} already has checkpoints ({checkpointer.steps}): choose an empty directory"
             )
-        arrays: dict[str, Any] = {"params": jax.tree.map(np.asarray, params)}
         checkpointer.save(0, arrays, {"config": train.to_dict()}, frozen=[])

@@ -166,6 +166,8 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     source = local_directory(arguments.source, arguments.revision)
     model, params = from_pretrained(source)
     check_tokenizer(source, model.config.vocab_size)
+    if not TokenizerDirectory(source).is_complete:
+        print("tokenizer: none that is whole, so what reads texts asks for one; to-hf takes --tokenizer DIR")
     write_run(run, model.config, params, source, begins_with_bos(source), {}, arguments.source)
     if not arguments.verify:
         return None
@@ -278,8 +280,10 @@ def write_run(
     """Writes weights of ``source`` as step 0 of a run directory, with what there is of a tokenizer and further ids."""
     for part in ("checkpoints", TOKENIZER):
         shutil.rmtree(run / part, ignore_errors=True)
-    copied = [] if tokenizer is None else copy_tokenizer(tokenizer, run / TOKENIZER, ids)
-    save_initial(run, config, params, str(run / TOKENIZER) if copied else None, add_bos=add_bos, init_from=source)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, run / TOKENIZER, ids)
+    # Its own place even where that stays empty: whatever lies in the folder where this is typed is not its tokenizer.
+    save_initial(run, config, params, str(run / TOKENIZER), add_bos=add_bos, init_from=source)
     report(run, params)
 
 

@@ -259,8 +259,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer in {tokenizer.path} has {tokenizer.vocab_size} tokens, model.vocab_size is {vocab_size}: "
-            f"set model.vocab_size to at least {tokenizer.vocab_size} before training starts, resize the vocabulary "
-            "of trained weights, or choose another tokenizer"
+            f"give a new model model.vocab_size={tokenizer.vocab_size} or more, make room in trained weights with "
+            "`convert resize`, or choose another tokenizer"
         )
 
 

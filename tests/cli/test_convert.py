@@ -110,6 +110,24 @@ def test_an_export_of_a_run_whose_tokenizer_is_gone_says_so(
     assert "AutoTokenizer" not in (run_dir.parent / "hf" / "README.md").read_text(encoding="utf-8")
 
 
+def test_what_lies_beside_is_not_the_tokenizer_of_a_model_that_has_none(
+    convert: Callable[..., int],
+    bare: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such as the tokenizer of this project, which has the vocabulary of many."""
+    monkeypatch.chdir(tmp_path)
+    save_words(tmp_path / "tokenizer", ["a", "b", "<e>"], eos_token="<e>")
+    assert convert("from-hf", bare, "alone") == 0
+    assert "tokenizer: none that is whole, so what reads texts asks for one" in capsys.readouterr().out
+    assert convert("to-hf", "alone", "again") == 0
+    assert not Path("again/tokenizer.json").exists()
+    with pytest.raises(ValueError, match=r"tokenizer directory \S*alone/tokenizer does not exist"):
+        load_bundle("alone")
+
+
 def test_weights_are_converted_without_what_cannot_be_told_of_their_training(
     convert: Callable[..., int], run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,7 +379,7 @@ def test_bad_input_is_one_line(
         (("from-hf", tmp_path / "nowhere", tmp_path / "new"), "nowhere does not exist: give a local directory"),
         (("from-hf", run_dir, tmp_path / "new"), "is a run directory, not a Hugging Face directory"),
         (("from-hf", damaged, tmp_path / "new"), "differs from its checksum: the file is damaged. Copy it or export"),
-        (("from-hf", tmp_path / "outgrown", tmp_path / "new"), "outgrown has 41 tokens, model.vocab_size is 40: set "),
+        (("from-hf", tmp_path / "outgrown", tmp_path / "new"), "outgrown has 41 tokens, model.vocab_size is 40: give "),
         (("to-hf", run_dir, tmp_path / "new", "--tokenizer", larger), "larger has 41 tokens, model.vocab_size is 40: "),
     ]
     for arguments, message in cases:

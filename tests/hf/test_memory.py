@@ -18,6 +18,7 @@ PROGRAM = """
 import sys, threading, time
 import jax
 from stellarbyte_jax import from_pretrained, save_pretrained
+from stellarbyte_jax.cli import convert
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -33,10 +34,16 @@ def watch():
         time.sleep(0.001)
 
 threading.Thread(target=watch, daemon=True).start()
+"""
+LIBRARY = """
 model, params = from_pretrained(sys.argv[1])
 read = peak
 save_pretrained(sys.argv[2], model, params, max_shard_bytes=int(sys.argv[3]))
 print(read, peak)
+"""
+COMMAND = """
+assert convert.main(sys.argv[1:]) == 0
+print(peak)
 """
 
 
@@ -66,16 +73,37 @@ def write_random(directory: Path, megabytes: int) -> ByteConfig:
     return config
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def measured(act: str, *arguments: object) -> list[int]:
+    """The numbers that a program prints last, in a process of its own."""
+    environment = {**os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROGRAM + act, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return list(map(int, done.stdout.splitlines()[-1].split()))
+
+
+HAS_PROC = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+
+
+@HAS_PROC
+@pytest.mark.parametrize("megabytes", [600, pytest.param(2000, marks=pytest.mark.slow)])
+def test_the_command_holds_the_weights_once_and_one_tensor(megabytes: int, tmp_path: Path) -> None:
+    """Here a tensor is that of all layers. What programs of their own take counts for less beside a larger model."""
+    config = write_random(tmp_path / "hf", megabytes)
+    shard = (tmp_path / "hf" / "model.safetensors").stat().st_size
+    tensor = 4 * config.num_hidden_layers * config.hidden_size * config.mlp_size
+    (read,) = measured(COMMAND, "from-hf", tmp_path / "hf", tmp_path / "run")
+    (written,) = measured(COMMAND, "to-hf", tmp_path / "run", tmp_path / "again")
+    assert 0.9 * shard < read < 1.3 * shard + tensor
+    assert 0.9 * shard < written < 1.3 * shard + tensor
+
+
+@HAS_PROC
 @pytest.mark.parametrize("megabytes", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_conversion_holds_the_weights_once(megabytes: int, tmp_path: Path) -> None:
     write_random(tmp_path / "hf", megabytes)
     shard = (tmp_path / "hf" / "model.safetensors").stat().st_size
-    environment = {**os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "hf"), str(tmp_path / "again"), str(shard // 4)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    read, written = map(int, done.stdout.split())
+    read, written = measured(LIBRARY, tmp_path / "hf", tmp_path / "again", shard // 4)
     assert 0.9 * shard < read < 1.3 * shard
     assert written < 1.3 * shard
     files = sorted((tmp_path / "again").glob("*.safetensors"))

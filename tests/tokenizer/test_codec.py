@@ -168,7 +168,8 @@ def test_refuses_what_it_cannot_do(tokenizer):
         tokenizer.decode([5, 32_000])
     check_vocabulary(tokenizer, 32_000)
     with pytest.raises(
-        ValueError, match=r"has 32000 tokens, model\.vocab_size is 512: set model\.vocab_size to at least"
+        ValueError,
+        match=r"has 32000 tokens, model\.vocab_size is 512: give a new model model\.vocab_size=32000",
     ):
         check_vocabulary(tokenizer, 512)
 
