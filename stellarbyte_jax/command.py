@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import logging
 import os
 import signal
 import sys
@@ -53,7 +54,8 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
             if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks is no reason to end
                 stream.reconfigure(errors="backslashreplace")
         try:
-            code = main(*positional, **named)
+            with _warnings():
+                code = main(*positional, **named)
             sys.stdout.flush()
             return code
         except KeyboardInterrupt:
@@ -67,6 +69,38 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
             return 2 if isinstance(error, ConfigError) else 1
 
     return guarded
+
+
+class _Warnings(logging.Handler):
+    """Warnings in one line on standard error, equal ones once; those of other packages with their names."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        name = "" if record.name.partition(".")[0] == __package__ else f"{record.name}: "
+        line = f"{record.levelname.lower()}: {name}{one_line(record.getMessage())}"
+        if line not in self._told:
+            self._told.add(line)
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[None]:
+    """Inside it warnings look like those of a program, unless somebody has said how they are to look."""
+    root = logging.getLogger()
+    # Such as a library adds when it is imported.
+    plain = [each for each in root.handlers if getattr(each.formatter, "_fmt", None) == logging.BASIC_FORMAT]
+    if len(plain) < len(root.handlers):
+        yield
+        return
+    handler = _Warnings()
+    root.handlers[:] = [handler]
+    try:
+        yield
+    finally:
+        root.handlers[:] = plain
 
 
 def print_error(error: BaseException, more: str = "") -> None:

@@ -275,3 +275,28 @@ def test_a_link_to_nothing_is_told_as_such(tmp_path, place):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="there is a file where a folder belongs"):
         make_directory(tmp_path / "file", "output_dir")
+
+
+def test_warnings_are_lines_of_the_program_and_told_once():
+    program = (
+        "import logging, sys\n"
+        "from stellarbyte_jax.command import command\n"
+        "@command\n"
+        "def main():\n"
+        "    logging.basicConfig()  # as absl does\n"
+        "    for name in ('stellarbyte_jax.hf', 'other.part', 'stellarbyte_jax.data'):\n"
+        "        logging.getLogger(name).warning('%s is\\nold', 'x')\n"
+        "        logging.getLogger(name).info('quiet')\n"
+        "    return 0\n"
+        "main()\n"
+        "assert not logging.getLogger().handlers\n"
+        "logging.basicConfig()\n"
+        "main()\n"
+        "logging.getLogger().handlers.clear()\n"
+        "logging.basicConfig(format='own %(message)s')\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "" and done.returncode == 0
+    assert done.stderr.splitlines()[:4] == ["warning: x is old", "warning: other.part: x is old"] * 2
+    assert done.stderr.splitlines()[4:] == ["own x is", "old"] * 3
