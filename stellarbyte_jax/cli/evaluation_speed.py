@@ -76,7 +76,8 @@ def peer(config: TrainConfig, steps: int) -> dict[str, Any]:
     dtype = "bfloat16" if on_gpu else "float32"
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(action="ignore"):
         exported = str(_export(config, Path(directory)))
-        model = HFLM(pretrained=exported, dtype=dtype, device="cuda" if on_gpu else "cpu", batch_size=1)
+        make: Any = HFLM  # its decorators hide what it takes
+        model = make(pretrained=exported, dtype=dtype, device="cuda" if on_gpu else "cpu", batch_size=1)
 
         def with_batch_size(batch_size: int) -> Any:
             model.batch_size_per_gpu = batch_size

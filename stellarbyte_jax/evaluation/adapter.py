@@ -42,7 +42,9 @@ def _lm_class() -> Any:
         make_disjoint_window,
     )
 
-    class StellarbyteLM(Backend, LM):
+    base: Any = LM
+
+    class StellarbyteLM(Backend, base):
         """The methods are those of :class:`Backend`."""
 
         def windows(self, tokens: list[int]) -> Iterable[tuple[list[int], list[int]]]:

@@ -89,10 +89,11 @@ def evaluate_tasks(
     require_lm_eval()
     import lm_eval  # pyright: ignore[reportMissingImports]
 
+    simple_evaluate: Any = lm_eval.simple_evaluate  # its decorators hide what it takes
     with quiet():
         manager, tasks = _loaded(tuple(names))
         try:
-            found = lm_eval.simple_evaluate(
+            found = simple_evaluate(
                 model=lm,
                 tasks=tasks,
                 task_manager=manager,
