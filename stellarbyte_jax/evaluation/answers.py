@@ -1,18 +1,34 @@
 """Generated answers: settings of tasks, prompts in batches, and texts that end before a stop text."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.evaluation.texts import TextEncoder
 from stellarbyte_jax.inference.api import NewTokens, generate
 from stellarbyte_jax.inference.text import TextStream
 from stellarbyte_jax.model.decoder import ByteTransformer, Params
 from stellarbyte_jax.tokenizer.codec import Tokenizer
+from stellarbyte_jax.tokenizer.directory import GENERATION_CONFIG, TokenizerDirectory
 
+_log = logging.getLogger(__name__)
 _MOST_TOKENS = 256  # where a task does not say, as in lm-eval
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one counts
 _FILTERS = ("top_k", "top_p", "min_p")
+_OF_THE_MODEL = ("repetition_penalty", *_FILTERS)  # where a task says nothing of them
+# What only transformers has, with the value that changes no answer.
+_WITHOUT_EFFECT = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("diversity_penalty", "epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1),
+    "early_stopping": False,
+}
+_OTHERS = ("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_eos_token_id")
+_OTHERS += ("max_new_tokens", "sequence_bias", "suppress_tokens")
 
 
 @dataclass(frozen=True)
@@ -30,16 +46,21 @@ class AnswerSettings:
     sampling: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def read(cls, given: Mapping[str, Any]) -> "AnswerSettings":
+    def read(cls, given: Mapping[str, Any], of_model: Mapping[str, Any] = MappingProxyType({})) -> "AnswerSettings":
         """The ``generation_kwargs`` of a task, as lm-eval's backends understand them.
 
         Greedy where ``do_sample`` is false, or where neither it nor a temperature is given; ``top_k``, ``top_p`` and
         ``min_p`` then mean nothing.
 
+        Args:
+          given: by the task.
+          of_model: what holds where the task says nothing, see :func:`model_settings`.
+
         Raises:
           ValueError: a setting is not known or has no such value.
         """
         known = ("until", "do_sample", "temperature", "repetition_penalty", *_FILTERS, *_LENGTHS)
+        given = {**of_model, **{n: v for n, v in given.items() if n not in _WITHOUT_EFFECT or v != _WITHOUT_EFFECT[n]}}
         unknown = [name for name in given if name not in known]
         if unknown:
             raise ValueError(
@@ -68,6 +89,28 @@ def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"temperature": temperature, **named}
 
 
+def model_settings(directory: str) -> dict[str, Any]:
+    """What a model's ``generation_config.json`` says of all answers, as transformers obeys it, greedy ones too.
+
+    What is obeyed here, and what would be there alone, is logged.
+
+    Raises:
+      ValueError: the file is not a JSON object.
+    """
+    stated = {n: v for n, v in TokenizerDirectory(directory).generation_settings().items() if v is not None}
+    found = {name: stated[name] for name in _OF_THE_MODEL if name in stated}
+    penalty = found.get("repetition_penalty", 1)
+    where = f"{directory}/{GENERATION_CONFIG}"
+    if penalty != 1:
+        _log.warning(
+            "%s: repetition_penalty %s holds for answers to tasks that name none, as in transformers", where, penalty
+        )
+    lost = [n for n, v in stated.items() if n in _OTHERS or (n in _WITHOUT_EFFECT and v != _WITHOUT_EFFECT[n])]
+    if lost:
+        _log.warning("%s: answers are made without %s, which transformers would obey", where, listed(lost))
+    return found
+
+
 def answers(
     model: ByteTransformer,
     params: Params,
@@ -77,9 +120,10 @@ def answers(
     stop_ids: Sequence[int],
     batch_size: int,
     max_length: int,
+    of_model: Mapping[str, Any] = MappingProxyType({}),
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """The text that follows each prompt, up to its first stop text.
+    """The text that follows each prompt, up to its first stop text, or to eos where it is spelled out.
 
     Args:
       model: the network.
@@ -89,6 +133,7 @@ def answers(
       stop_ids: tokens that end a text.
       batch_size: prompts of one call.
       max_length: tokens of a prompt with its answer; a longer prompt loses its beginning.
+      of_model: see :meth:`AnswerSettings.read`.
       progress: called with the number of answers made since the last call.
 
     Raises:
@@ -96,7 +141,7 @@ def answers(
     """
     by_settings: dict[AnswerSettings, list[int]] = {}
     for number, (_, given) in enumerate(requests):
-        by_settings.setdefault(AnswerSettings.read(given), []).append(number)
+        by_settings.setdefault(AnswerSettings.read(given, of_model), []).append(number)
     made = [""] * len(requests)
     for settings, numbers in by_settings.items():
         room = max_length - settings.max_new_tokens
@@ -156,7 +201,8 @@ def _continue(
     )
     known = tokenizer.vocab_size
     texts = [tokenizer.decode([i for i in row if i < known]) for row in generated.sequences[: len(prompts)]]
-    for stop in settings.until:
+    end = [] if tokenizer.eos_id is None else [tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)]
+    for stop in (*settings.until, *end):
         texts = [text.split(stop)[0] for text in texts]
     return texts
 

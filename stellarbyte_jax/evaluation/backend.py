@@ -3,12 +3,13 @@
 This file does without lm-eval, of whose requests it reads ``args`` alone.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from stellarbyte_jax.checkpoint.bundle import Bundle
-from stellarbyte_jax.evaluation.answers import answers
+from stellarbyte_jax.evaluation.answers import answers, model_settings
 from stellarbyte_jax.evaluation.likelihood import Likelihood, log_likelihoods
 from stellarbyte_jax.evaluation.texts import Pair, TextEncoder, checked
 from stellarbyte_jax.inference.programs import cast_for_inference
@@ -16,6 +17,7 @@ from stellarbyte_jax.tokenizer.template import ChatTemplate
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+_END = "THE_MESSAGE_GOES_ON_HERE"  # marks the end of a message in a template's text; no text holds it
 
 
 class Request(Protocol):
@@ -45,13 +47,15 @@ class Backend:
             evaluation by raising.
 
         Raises:
-          ValueError: the tokenizer has neither bos nor eos.
+          ValueError: the tokenizer has neither bos nor eos, or its ``generation_config.json`` is broken.
         """
         super().__init__()  # the other base of an adapter, where there is one
         self._bundle, self._batch_size, self._progress = bundle, batch_size, progress
         self._model = bundle.model
         self._params = cast_for_inference(bundle.model, bundle.params)
         self._encoder = TextEncoder(bundle.tokenizer, add_bos=bundle.add_bos)
+        self._settings = model_settings(bundle.tokenizer.path)
+        self._told_of_system = False
 
     @property
     def max_length(self) -> int:
@@ -111,6 +115,7 @@ class Backend:
             stop_ids=self._bundle.stop_ids,
             batch_size=self._batch_size,
             max_length=self.max_length,
+            of_model=self._settings,
             progress=self._counter("generate_until", len(requests)),
         )
 
@@ -132,19 +137,21 @@ class Backend:
         A template that refuses system messages gets the conversation without them, and a warning is logged.
 
         Raises:
-          ValueError: the model has no chat template, or it refuses the messages.
+          ValueError: the model has no chat template, it refuses the messages, or a reply cannot be begun with it.
         """
         template = self._template()
+        prompt = template.render if add_generation_prompt else functools.partial(_begun, template)
         try:
-            text = template.render(chat_history, add_generation_prompt=add_generation_prompt)
+            text = prompt(chat_history, add_generation_prompt=add_generation_prompt)
         except ValueError as error:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
-            _log.warning("%s: system messages are left out", error)
-            chat_history, text = others, template.render(others, add_generation_prompt=add_generation_prompt)
-        text = str.__str__(text)
-        return text if add_generation_prompt else _until(text, chat_history[-1]["content"])
+            if not self._told_of_system:
+                _log.warning("%s: system messages are left out", error)
+            self._told_of_system = True
+            text = prompt(others, add_generation_prompt=add_generation_prompt)
+        return str.__str__(text)
 
     def _template(self) -> ChatTemplate:
         tokenizer = self._bundle.tokenizer
@@ -174,8 +181,19 @@ class Backend:
         return count
 
 
-def _until(text: str, message: str) -> str:
-    """A conversation up to the end of its last message, without the whitespace that the template took from its end."""
-    begin = text.rindex(message.strip())
-    whole = message.lstrip()
-    return text[:begin] + (whole if text.startswith(whole, begin) else message.strip())
+def _begun(template: ChatTemplate, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    """A conversation up to the end of its last message, as with ``continue_final_message`` of transformers.
+
+    The message's own text would not do to find its end: a template may spell it once more behind it.
+    """
+    *others, last = messages
+    marked = {**last, "content": f"{last['content']}{_END} "}
+    text = str.__str__(template.render([*others, marked], add_generation_prompt=add_generation_prompt))
+    end = text.rfind(_END)
+    if end < 0 or last["content"].strip() not in text:
+        raise ValueError(
+            "the chat template changes the beginning of a reply that the task gives (gen_prefix), so it cannot be "
+            "continued: evaluate without chat, or take gen_prefix out of the task"
+        )
+    # Where the template trims messages, the space behind the mark is gone.
+    return text[:end] if text.startswith(f"{_END} ", end) else text[:end].rstrip()

@@ -5,10 +5,11 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,11 @@ def evaluate_tasks(
     require_lm_eval()
     import lm_eval  # pyright: ignore[reportMissingImports]
 
+    simple_evaluate: Any = lm_eval.simple_evaluate  # its decorators hide what it takes
     with quiet():
         manager, tasks = _loaded(tuple(names))
-        measure: Any = lm_eval.simple_evaluate  # which is wrapped in what has no types
         try:
-            found = measure(
+            found = simple_evaluate(
                 model=lm,
                 tasks=tasks,
                 task_manager=manager,
@@ -107,6 +108,14 @@ def evaluate_tasks(
                 f"{', '.join(names)}: the tasks cannot be evaluated ({type(error).__name__}: {one_line(str(error))}): "
                 "look into their files, or try them one by one"
             ) from error
+        except ValueError as error:
+            words = one_line(str(error))
+            if words.startswith("Sample larger than population"):  # Python's, of drawing examples
+                words = f"they have fewer examples than the {num_fewshot or 'number'} asked for: lower num_fewshot"
+            raise ValueError(f"{', '.join(names)}: {words}") from error
+        finally:
+            if num_fewshot is not None:  # lm-eval has written it into the tasks
+                _loaded.cache_clear()
     return list(_results(found))
 
 
@@ -188,9 +197,14 @@ def _definition(name: str) -> Any:
     if path.suffix != ".json":
         return str(path)
     try:
-        return json_object(path.read_bytes(), str(path))
+        values = json_object(path.read_bytes(), str(path))
     except ValueError as error:
         raise MendableError(str(error)) from error
+    if "include" not in values:
+        return values
+    from lm_eval.tasks._yaml_loader import load_yaml  # pyright: ignore[reportMissingImports]
+
+    return load_yaml(path)  # JSON is YAML too, and this follows includes
 
 
 def _check_name(manager: Any, name: str) -> None:
@@ -213,12 +227,32 @@ def _results(found: Any) -> Iterator[Result]:
             yield Result(
                 task,
                 name if kind == "none" else f"{name}/{kind}",
-                value.item() if isinstance(value, np.generic) else value,
+                _plain(value),
                 float(stderr) if isinstance(stderr, int | float) else None,
                 found.get("n-samples", {}).get(task, {}).get("effective"),
             )
 
 
 def to_json(results: Sequence[Result], about: dict[str, Any]) -> str:
-    """The results, and what they are of, as a JSON text."""
-    return json.dumps({**about, "results": [result.to_dict() for result in results]}, indent=2, ensure_ascii=False)
+    """The results, and what they are of, as a JSON text; null stands for what JSON has no number for."""
+    values = _finite({**about, "results": [result.to_dict() for result in results]})
+    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """What a task's own metric gave, as numbers, texts, lists and objects by names."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,5 +1,6 @@
 """Hugging Face directories: :func:`from_pretrained` and :func:`save_pretrained`."""
 
+import itertools
 import math
 import re
 import shutil
@@ -17,7 +18,7 @@ from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
 from stellarbyte_jax.hf.export import export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
-from stellarbyte_jax.hf.hub import local_directory
+from stellarbyte_jax.hf.hub import ADAPTER, local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
 from stellarbyte_jax.hf.table import Entry, Family, Piece, modelling_file
@@ -67,6 +68,7 @@ def from_pretrained(
     """
     directory = local_directory(directory, revision)
     _check_no_run(directory)
+    _check_no_adapter(directory)
     family, config = read_config(directory)
     config = ByteConfig(**(config.to_dict() | overrides))
     model = ByteTransformer(config)
@@ -188,6 +190,16 @@ def _check_no_run(directory: Path) -> None:
     )
 
 
+def _check_no_adapter(directory: Path) -> None:
+    """Raises ValueError where transformers would apply an adapter of PEFT to the weights, if there are any at all."""
+    if (directory / ADAPTER).is_file():
+        raise ValueError(
+            f"{directory} holds an adapter of PEFT ({ADAPTER}), which is not applied here: merge it once with "
+            "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_DIR), or remove its "
+            "files where the weights hold it already"
+        )
+
+
 def _reader(entry: Entry, leaves: Mapping[str, Any], dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:
     def part(piece: Piece) -> np.ndarray:
         ours = np.asarray(leaves[piece.path][piece.index])  # cut first: only this part leaves the device
@@ -268,8 +280,10 @@ def check_tensors(
                 f"Set tie_word_embeddings to false in {settings} to keep both"
             )
         unknown.remove(head)
-    problems = [f"missing {name}" for name in wanted if name not in present]
-    problems += [f"unknown {name}" for name in unknown]
+    missing = [f"missing {name}" for name in wanted if name not in present]
+    # In turn, so that a prefix of all names shows.
+    pairs = itertools.zip_longest(missing, [f"unknown {name}" for name in unknown])
+    problems = [problem for pair in pairs for problem in pair if problem is not None]
     problems += [
         f"{name} has shape {tensors.shape(name)}, the settings ask for {shape}"
         for name, shape in wanted.items()

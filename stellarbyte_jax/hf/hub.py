@@ -11,6 +11,7 @@ from stellarbyte_jax.tokenizer.directory import FILES, MODEL_CONFIG, MORE_TEMPLA
 
 # Only what is read: no pickles, and no second copy of the weights in another format, as some repositories hold one.
 _WEIGHTS = "model*.safetensors"
+ADAPTER = "adapter_config.json"  # of PEFT
 _SMALL = (MODEL_CONFIG, *FILES, f"{MORE_TEMPLATES}/*.jinja")  # settings name ends of texts, as tokenizers do
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _NAME = re.compile(f"{_PART}/{_PART}")
@@ -62,7 +63,7 @@ def _fetch(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import constants
 
     try:
-        wanted = [*_SMALL, *((INDEX, _WEIGHTS) if weights else ())]
+        wanted = [*_SMALL, *((INDEX, _WEIGHTS, ADAPTER) if weights else ())]
         found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
         if weights and not any(found.glob(_WEIGHTS)):  # without a network what is cached comes, if a tokenizer alone
             raise FileNotFoundError(f"no {_WEIGHTS} is among its files")

@@ -25,6 +25,7 @@ _WITHOUT_EFFECT = {
     *SPECIAL_IDS,
     "_attn_implementation",
     "_attn_implementation_autoset",
+    "_commit_hash",
     "_from_model_config",
     "_model_name_or_path",
     "_name_or_path",
@@ -33,6 +34,7 @@ _WITHOUT_EFFECT = {
     "dtype",
     "id2label",
     "is_encoder_decoder",
+    "is_decoder",
     "is_llama_config",
     "label2id",
     "model_type",
@@ -58,8 +60,10 @@ _TOLD = {
     *("prefix", "remove_invalid_values", "renormalize_logits", "repetition_penalty", "return_dict_in_generate"),
     *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
     *("decoder_start_token_id", "finetuning_task", "sep_token_id", "tf_legacy_loss", "torchscript", "use_bfloat16"),
-    *("cross_attention_hidden_size", "neftune_noise_alpha"),
+    *("cross_attention_hidden_size", "neftune_noise_alpha", "gradient_checkpointing", "max_sequence_length"),
 }
+# Of every config of transformers 4, which programs write whole: what it says of other kinds of models.
+_OF_OTHERS = {"add_cross_attention": (False, None), "pruned_heads": ({}, None), "tie_encoder_decoder": (False, None)}
 _TOLD_PATTERN = re.compile(r"_?(unsloth|axolotl|llamafactory|llama_factory|trl|swift|mlx|optimum)_\w+|\w+_version")
 # What to do about fields that mean another computation.
 _REMEDIES = {
@@ -98,21 +102,23 @@ def parse_config(values: Mapping[str, Any], where: str) -> tuple[Family, ByteCon
     architectures = values.get("architectures")
     if not isinstance(architectures, list | None):
         raise ValueError(f"{where}: architectures must be a list of names, got {shown(architectures)}")
-    if architectures and family.architecture not in architectures:
+    # The first converters wrote LLaMAForCausalLM.
+    if architectures and family.architecture.lower() not in [str(name).lower() for name in architectures]:
         raise ValueError(f"{where}: architectures is {shown(architectures)}; supported is {family.architecture}")
     return family, parse_family(family, values, where)
 
 
 def parse_family(family: Family, values: Mapping[str, Any], where: str) -> ByteConfig:
     """As :func:`parse_config`, of a file that is known to be the family's."""
-    for name, allowed in family.fixed.items():
+    fixed = {**_OF_OTHERS, **family.fixed}
+    for name, allowed in fixed.items():
         if name in values and values[name] not in allowed:
             if values[name] is None:
                 raise ValueError(f"{where}: {name} is null: give {allowed[0]!r}, or remove the field for the default")
             raise ValueError(f"{where}: {name} is {shown(values[name])}; only {allowed[0]!r} is implemented")
     defaults, nullable = family.defaults, family.nullable
     # A field of another family that is null asks for nothing.
-    known = {*defaults, *family.fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
+    known = {*defaults, *fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
     known |= {"auto_map"} if family.modelling_file else set()  # it names our own file
     unknown = [name for name, value in values.items() if name not in known and value is not None]
     told = [name for name in unknown if is_told(name)]

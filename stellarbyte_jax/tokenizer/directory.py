@@ -230,6 +230,14 @@ class TokenizerDirectory:
             stated["eos_token_id"] = ends
         return stated
 
+    def generation_settings(self) -> dict[str, Any]:
+        """Content of ``generation_config.json``; empty where there is no such file.
+
+        Raises:
+          ValueError: it is not a JSON object.
+        """
+        return self._read_object(GENERATION_CONFIG)
+
     def added_tokens(self) -> dict[int, dict[str, Any]]:
         """Tokens that files beside ``tokenizer.json`` add to it: by id, their ``content`` and whether they are special.
 

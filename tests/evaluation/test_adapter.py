@@ -1,8 +1,11 @@
 """Metrics of whole tasks beside lm-eval's own backend for transformers, where lm-eval is installed."""
 
+import json
 import random
+import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="the peer is lm-eval: pip instal
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and datasets
 
 from stellarbyte_jax.evaluation.adapter import as_lm  # noqa: E402
-from stellarbyte_jax.evaluation.tasks import check_tasks, evaluate_tasks  # noqa: E402
+from stellarbyte_jax.evaluation.tasks import check_tasks, evaluate_tasks, to_json  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,106 @@ def test_each_request_is_answered_as_by_lm_evals_own_backend(places, peer):
     assert model.generate_until(requests("generate_until", *prompts[:3])) == peer.generate_until(
         requests("generate_until", *prompts[:3]), disable_tqdm=True
     )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} {% endfor %}I end",
+    ],
+    ids=["as it is", "trimmed", "with a space"],
+)
+def test_a_reply_is_begun_as_by_transformers(places, tmp_path, template):
+    """Also one whose text the template spells again behind it, and an empty one."""
+    from transformers import AutoTokenizer
+
+    directory = shutil.copytree(places[0], tmp_path / "hf")
+    (directory / "chat_template.jinja").write_text(template)
+    model, peer = as_lm(load_bundle(directory), batch_size=1), AutoTokenizer.from_pretrained(directory)
+    for begun in ("The answer is", "I", "end", "m", "|", "A ", " A", "A\n", "", "user"):
+        chat = [{"role": "user", "content": "Who am I?"}, {"role": "assistant", "content": begun}]
+        wanted = peer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+        assert model.apply_chat_template(chat, add_generation_prompt=False) == wanted, begun
+
+
+def test_a_reply_that_the_template_changes_cannot_be_begun(places, tmp_path):
+    directory = shutil.copytree(places[0], tmp_path / "hf")
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"^the chat template changes the beginning of a reply .* \(gen_prefix\)"):
+        as_lm(load_bundle(directory), batch_size=1).apply_chat_template(
+            [{"role": "assistant", "content": "so"}], add_generation_prompt=False
+        )
+
+
+def test_a_penalty_of_generation_config_holds_as_by_lm_evals_own_backend(places, tmp_path):
+    pytest.importorskip("accelerate", reason="lm-eval's backend for transformers needs it")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    directory = shutil.copytree(places[0], tmp_path / "hf")
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.5}))
+    prompt = ("The river runs past the old stone bridge", {"until": [], "max_gen_toks": 24})
+    asked = [Instance(request_type="generate_until", doc={}, arguments=prompt, idx=0)]
+    peer = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=1)
+    wanted = peer.generate_until(asked, disable_tqdm=True)
+    assert ours((directory,)).generate_until(asked) == wanted
+    assert ours(places).generate_until(asked) != wanted
+
+
+def test_a_json_file_includes_another_file_as_yaml_does(places, tmp_path):
+    known = Path(places[1]["status_choice"])
+    shutil.copy(known, tmp_path / "base.yaml")
+    (tmp_path / "made.json").write_text(json.dumps({"include": "base.yaml", "task": "made"}))
+    (found, _), (wanted, _) = (
+        evaluate_tasks(ours(places), [str(path)], limit=2) for path in (tmp_path / "made.json", known)
+    )
+    assert (found.task, found.value) == ("made", wanted.value)
+
+
+def test_more_examples_than_there_are_is_one_line(places):
+    name = places[1]["status_name"]
+    with pytest.raises(ValueError, match=r"status_name\.yaml: they have fewer examples than the 99 asked for: lower"):
+        evaluate_tasks(ours(places), [name], limit=1, num_fewshot=99)
+
+
+def test_whatever_a_metric_of_a_task_is_can_be_written(places, tmp_path):
+    """Metrics of a task's own code, which lm-eval passes on as they are."""
+    (tmp_path / "utils.py").write_text(
+        "import numpy as np\n"
+        "def scores(doc, results): return {'none': 0, 'infinite': 0, 'array': 0, 'table': 0, 'names': 0}\n"
+        "def none(items): return float('nan')\n"
+        "def infinite(items): return np.float32(np.inf)\n"
+        "def array(items): return np.array([1.0, 2.0])\n"
+        "def table(items): return {'a': np.float32(1.5), 2: [np.int64(3)]}\n"
+        "def names(items): return {'x'}\n"
+    )
+    lines = Path(places[1]["status_name"]).read_text()
+    settings = {key: value for key, value in json.loads(lines).items() if key != "metric_list"} | {"task": "own"}
+    metrics = "".join(
+        f"- {{metric: {name}, aggregation: !function utils.{name}, higher_is_better: true}}\n"
+        for name in ("none", "infinite", "array", "table", "names")
+    )
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items())
+        + f"process_results: !function utils.scores\nmetric_list:\n{metrics}"
+    )
+    written = to_json(evaluate_tasks(ours(places), [str(path)], limit=2), {"model": "m"})
+
+    def refused(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = json.loads(written, parse_constant=refused)
+    assert [(result["metric"], result["value"]) for result in found["results"]] == [
+        ("none", None),
+        ("infinite", None),
+        ("array", [1.0, 2.0]),
+        ("table", {"a": 1.5, "2": [3]}),
+        ("names", ["x"]),
+    ]
 
 
 def test_rounds_repeat_each_other_and_leave_random_numbers_alone(places):

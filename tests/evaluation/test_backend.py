@@ -1,7 +1,9 @@
 """What lm-eval asks of a model, asked by stubs of its requests."""
 
+import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +13,7 @@ from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import one_layer
 
 from stellarbyte_jax.checkpoint.bundle import Bundle
-from stellarbyte_jax.evaluation.answers import AnswerSettings
+from stellarbyte_jax.evaluation.answers import AnswerSettings, model_settings
 from stellarbyte_jax.evaluation.backend import Backend
 from stellarbyte_jax.evaluation.likelihood import log_likelihoods
 from stellarbyte_jax.evaluation.texts import Pair
@@ -116,6 +118,16 @@ def test_answers_end_with_a_stop_token_also_one_that_a_stop_text_spells(bundle):
     assert a != control
 
 
+def test_an_eos_that_is_spelled_out_ends_an_answer(bundle, tmp_path):
+    """lm-eval counts its spelling among the stop texts, whatever tokens spell it."""
+    directory = Path(save_byte_tokenizer(tmp_path / "tokenizer"))
+    for file in directory.glob("*.json"):
+        written = file.read_text(encoding="utf-8")
+        file.write_text(written.replace(bundle.tokenizer.special_tokens["eos_token"], "<e>"), encoding="utf-8")
+    spoken = saying(replace(bundle, tokenizer=load_tokenizer(directory)), "ab<e>")
+    assert Backend(spoken, batch_size=1).generate_until(requests(("xa", {"max_gen_toks": 9}))) == ["b"]
+
+
 def test_a_prompt_that_is_too_long_loses_its_beginning(bundle):
     backend = Backend(saying(bundle, "abc\n"), batch_size=1)
     assert backend.generate_until(requests(("x" * 200 + "a", {"max_gen_toks": 5}))) == ["bc\nab"]
@@ -146,6 +158,31 @@ def test_how_answers_are_sampled(given, sampling):
     assert AnswerSettings.read(given).max_new_tokens == 256
 
 
+def test_settings_of_transformers_that_change_nothing_are_accepted():
+    neutral = {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
+    assert AnswerSettings.read(neutral | {"early_stopping": False}) == AnswerSettings.read({})
+
+
+def test_a_model_says_what_a_task_leaves_out():
+    of_model = {"repetition_penalty": 1.1, "top_k": 20, "top_p": 0.8}
+    sampled = {"do_sample": True, "temperature": 0.7, "top_k": 5}
+    for given, wanted in (
+        ({}, {"temperature": 0.0, "repetition_penalty": 1.1}),
+        ({"repetition_penalty": 1.0}, {"temperature": 0.0, "repetition_penalty": 1.0}),
+        (sampled, {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "repetition_penalty": 1.1}),
+    ):
+        assert dict(AnswerSettings.read(given, of_model).sampling) == wanted
+
+
+def test_what_of_generation_config_is_obeyed_is_told(tmp_path, caplog):
+    assert model_settings(str(tmp_path)) == {}
+    stated = {"repetition_penalty": 1.1, "top_p": 0.8, "num_beams": 1, "no_repeat_ngram_size": 3, "eos_token_id": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stated | {"suppress_tokens": None}))
+    assert model_settings(str(tmp_path)) == {"repetition_penalty": 1.1, "top_p": 0.8}
+    assert "repetition_penalty 1.1 holds for answers to tasks that name none" in caplog.text
+    assert "answers are made without no_repeat_ngram_size, which transformers would obey" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
 def test_names_of_the_length(name):
     assert AnswerSettings.read({name: 7, "until": ["a", ""]}).max_new_tokens == 7
@@ -172,7 +209,8 @@ def test_chat_templates(bundle, caplog):
     assert backend.apply_chat_template([user]) == "<user>hi</><assistant>"
     with caplog.at_level(logging.WARNING):
         assert backend.apply_chat_template([system, user]) == "<user>hi</><assistant>"
-    assert "system messages are left out" in caplog.text
+        assert backend.apply_chat_template([system, user]) == "<user>hi</><assistant>"
+    assert caplog.text.count("system messages are left out") == 1, "for all documents"
     begun = [user, {"role": "assistant", "content": "The answer is "}]
     assert backend.apply_chat_template(begun, add_generation_prompt=False) == "<user>hi</><assistant>The answer is"
     assert backend.tokenizer_name == bundle.tokenizer.fingerprint

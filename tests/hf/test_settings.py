@@ -81,6 +81,8 @@ def test_a_directory_says_its_family_and_settings(tmp_path: Path) -> None:
         ({"residual_scale": 4}, "residual_scale: .* computes the same without it, remove it from config.json$"),
         ({"logit_softcapping": 4}, "logit_softcapping: not implemented for llama"),
         ({"versions": 4}, "versions: not implemented for llama"),
+        ({"pruned_heads": {"0": [1]}}, r"pruned_heads is \{'0': \[1\]\}; only \{\} is implemented$"),
+        ({"add_cross_attention": True}, "add_cross_attention is True; only False is implemented$"),
         ({"sliding_window": 4}, "sliding_window: not implemented for llama"),
         ({"hidden_sise": 4}, r"hidden_sise \(did you mean hidden_size\?\): not implemented for llama"),
         ({"qqqq": 0, "zzzz": False, "wwww": None}, "qqqq, zzzz: not implemented for llama"),
@@ -105,6 +107,25 @@ def test_fields_without_effect_and_fields_that_are_null_are_ignored() -> None:
     assert config(**{"transformers.js_config": {"dtype": "q4"}, "is_llama_config": True, "unk_token_id": 0}) == config()
     biases = {"attention_bias": None, "mlp_bias": None}  # MistralConfig has no such fields
     assert parse_config(MISTRAL_FILE | biases, "here") == parse_config(MISTRAL_FILE, "here")
+
+
+def test_a_whole_config_of_transformers_4_is_read() -> None:
+    """As ``to_dict`` gives it, and programs that do not leave out defaults write it; named by its release 4.57."""
+    whole = {"is_decoder": False, "is_encoder_decoder": False, "cross_attention_hidden_size": None, "prefix": None}
+    whole |= {"add_cross_attention": False, "tie_encoder_decoder": False, "pruned_heads": {}, "_commit_hash": None}
+    whole |= {"torchscript": False, "use_bfloat16": False, "tf_legacy_loss": False, "chunk_size_feed_forward": 0}
+    whole |= {"max_length": 20, "num_beams": 1, "temperature": 1.0, "typical_p": 1.0, "top_k": 50, "top_p": 1.0}
+    whole |= {"bad_words_ids": None, "begin_suppress_tokens": None, "return_dict": True, "output_scores": False}
+    whole |= {"id2label": {"0": "LABEL_0"}, "problem_type": None, "finetuning_task": None, "sep_token_id": None}
+    assert config(**whole) == config()
+    assert config(_commit_hash="0123abcd", gradient_checkpointing=True) == config()
+
+
+def test_the_first_llama_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    """Its converters wrote another name of the class, and a length that nothing reads."""
+    first = {"architectures": ["LLaMAForCausalLM"], "max_sequence_length": 2048, "pad_token_id": -1, "use_cache": True}
+    assert config(**first) == config()
+    assert "without effect on the logits: max_sequence_length" in caplog.text
 
 
 def test_fields_of_sampling_and_of_trainers_are_told(caplog: pytest.LogCaptureFixture) -> None:

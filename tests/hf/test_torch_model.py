@@ -185,9 +185,13 @@ def test_positions_that_begin_anew_are_another_text(name: str, tmp_path: Path) -
     first, second = TOKENS_BT[:1, :10], TOKENS_BT[1:, :14]
     packed = np.concatenate([first, second], axis=1)
     positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
-    found = logits_of(peer, packed, position_ids=positions, use_cache=False)
-    np.testing.assert_allclose(found[:, :10], logits_of(peer, first), atol=1e-5, rtol=0)
-    np.testing.assert_allclose(found[:, 10:], logits_of(peer, second), atol=1e-5, rtol=0)
+    for options in ({}, {"use_cache": False}):
+        found = logits_of(peer, packed, position_ids=positions, **options)
+        np.testing.assert_allclose(found[:, :10], logits_of(peer, first), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(found[:, 10:], logits_of(peer, second), atol=1e-5, rtol=0)
+    tokens = torch.from_numpy(packed.astype(np.int64))
+    assert peer(tokens, position_ids=positions).past_key_values is None
+    assert peer(tokens, position_ids=torch.arange(24)[None]).past_key_values is not None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of one part of torch about another
@@ -382,6 +386,7 @@ def test_hidden_states_and_weights_are_given_where_asked(tmp_path: Path) -> None
     [
         (lambda peer, x: peer(), "give input_ids or inputs_embeds"),
         (lambda peer, x: peer(x, attention_mask=torch.ones(2, 1, 24, 24)), r"attention_mask must be \[batch, tokens\]"),
+        (lambda peer, x: peer(x, attention_mask=torch.ones(2, 20)), "attention_mask has 20 tokens of 24, those of the"),
         (lambda peer, x: peer(x.repeat(1, 200)), "4800 tokens are more than the 1277 that XPos can rotate at once"),
     ],
 )

@@ -221,6 +221,13 @@ class Call:
         return self._made["distances", S, device]
 
 
+def _is_packed(positions_BT: torch.Tensor | None) -> bool:
+    """Whether rows hold several texts: positions begin anew."""
+    if positions_BT is None or torch.compiler.is_compiling():
+        return False
+    return bool((positions_BT.diff(dim=-1) != 1).any())
+
+
 def token_positions(mask_BL: torch.Tensor) -> torch.Tensor:
     """Position of each token in its text, int64 [B, L], where padding (0) may stand anywhere."""
     return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
@@ -508,7 +515,8 @@ class StellarByteModel(StellarBytePreTrainedModel):
         """Hidden states [B, T, D] of tokens [B, T].
 
         ``attention_mask`` is 1 for tokens and 0 for padding, [B, tokens of the cache + T]. Without one and without a
-        cache, positions that begin anew begin another text. ``cache`` is the newer name of ``past_key_values``.
+        cache, positions that begin anew begin another text, and no cache is made. ``cache`` is the newer name of
+        ``past_key_values``.
         """
         c = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -519,7 +527,7 @@ class StellarByteModel(StellarBytePreTrainedModel):
         use_cache = (c.use_cache if use_cache is None else use_cache) and not recomputes
         if not use_cache:
             cache = None
-        elif cache is None:
+        elif cache is None and not (attention_mask is None and _is_packed(position_ids)):
             cache = DynamicCache(config=c) if _DYNAMIC_TAKES_CONFIG else DynamicCache()
         weights_too = c.output_attentions if output_attentions is None else output_attentions
         call = self._call(x_BTD, attention_mask, position_ids, cache, bool(weights_too))
@@ -549,6 +557,10 @@ class StellarByteModel(StellarBytePreTrainedModel):
         compiling = torch.compiler.is_compiling()
         if mask_BL is not None and mask_BL.dim() != 2:
             raise ValueError(f"attention_mask must be [batch, tokens], got {list(mask_BL.shape)}")
+        if mask_BL is not None and not compiling and mask_BL.shape[1] < past + T:
+            raise ValueError(
+                f"attention_mask has {mask_BL.shape[1]} tokens of {int(past) + T}, those of the cache counted"
+            )
         if mask_BL is not None and not compiling and mask_BL.all():
             mask_BL = None
         segments_BT = None
