@@ -61,7 +61,7 @@ def _numbers(held: Held) -> tuple[str, str, str]:
         found = numbers(held.read())
     except ValueError as error:
         return "–", "–", str(error)
-    remark = f"{found.not_finite:,} numbers are not finite" if found.not_finite else ""
+    remark = f"not finite: {found.not_finite:,}" if found.not_finite else ""
     return f"{found.norm:.4g}", f"{found.largest:.4g}", remark
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from stellarbyte_jax.command import MendableError, one_line
-from stellarbyte_jax.config.foreign import json_object
+from stellarbyte_jax.config.foreign import absent, json_object
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.evaluation.adapter import require_lm_eval
 
@@ -193,7 +193,7 @@ def _definition(name: str) -> Any:
         return name
     path = Path(expanded(name))
     if not path.is_file():
-        raise MendableError(f"{name}: there is no such file: give the path of a task, or a name that lm-eval knows")
+        raise MendableError(f"{absent(name)}: give the path of a task, or a name that lm-eval knows")
     if path.suffix != ".json":
         return str(path)
     try:

@@ -75,13 +75,20 @@ def compare_with_transformers(
     require_torch()
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     config = replace(model.config, attention_implementation="reference")
     if tokens_BT is None:
         length = min(128, config.max_position_embeddings)
         tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, length), dtype=np.int32)
     options = {"attn_implementation": "eager", "trust_remote_code": _has_our_code(Path(directory))}
-    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        peer = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
     def both(dtype: Literal["float32", "bfloat16"]) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():

@@ -18,7 +18,7 @@ from stellarbyte_jax.tokenizer.directory import write_json
 from stellarbyte_jax.tokenizer.special import stop_ids
 from stellarbyte_jax.training.trackers import METRICS, JsonlTracker
 
-_PREFIX = "tasks/"
+_PREFIX, _ERROR = "tasks/", "_stderr"
 _NOTE = "tasks.json"  # in the run's directory: the last round
 _MOST_ROWS = 32  # of one call; memory is needed for training too
 Publish = Callable[[int, dict[str, float]], None]
@@ -92,8 +92,9 @@ class TaskRounds:
             say("tasks broken off: they are measured when the run goes on")
             return
         numbers = _numbers(results)
-        for name, value in numbers.items():
-            say(f"{name} {value:.4f}")
+        told = {name: value for name, value in numbers.items() if not name.endswith(_ERROR)}
+        errors = {name: f" ± {numbers[name + _ERROR]:.4f}" if name + _ERROR in numbers else "" for name in told}
+        say("tasks: " + ", ".join(f"{n.removeprefix(_PREFIX)} {v:.4f}{errors[n]}" for n, v in told.items()))
         self._publish(step, numbers)
         self._done = self._round(step)
         try:
@@ -143,5 +144,5 @@ def _numbers(results: list[Result]) -> dict[str, float]:
         if isinstance(result.value, int | float):
             numbers[name] = float(result.value)
         if result.stderr is not None:
-            numbers[f"{name}_stderr"] = result.stderr
+            numbers[name + _ERROR] = result.stderr
     return numbers

@@ -244,7 +244,7 @@ def test_tasks_that_cannot_be_loaded_are_told_in_one_line(places, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     choice = places[1]["status_choice"]
     for names, message in (
-        ([str(tmp_path / "none.yaml")], r"none\.yaml: there is no such file: give the path of a task, or a name"),
+        ([str(tmp_path / "none.yaml")], r"none\.yaml does not exist: give the path of a task, or a name"),
         ([str(wrong)], r"wrong\.yaml: the task cannot be loaded \(\w+: .*\): mend its file"),
         ([str(tmp_path / "broken.json")], r"broken\.json"),
         ([choice, choice], r"^status_choice is a task of .* and of .*: name it once$"),
