@@ -150,7 +150,12 @@ def test_every_cache_continues_a_text(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "length"), [("the project's own config", 128), *((name, 20) for name in CACHED if name not in OWN)]
+    ("name", "length"),
+    [
+        ("the project's own config", 128),
+        *((name, 20) for name in CACHED if name not in OWN),
+        *(pytest.param(name, 128, marks=pytest.mark.slow) for name in CACHED if name != "the project's own config"),
+    ],
 )
 def test_greedy_texts_of_a_ragged_batch_are_ours(name: str, length: int, tmp_path: Path) -> None:
     model, params = export(name, tmp_path / "hf", max_position_embeddings=160)
