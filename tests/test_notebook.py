@@ -23,6 +23,7 @@ def test_it_holds_no_output_of_some_machine():
             assert cell["outputs"] == [] and cell["execution_count"] is None
 
 
+@pytest.mark.slow
 def test_every_cell_runs(tmp_path):
     """Twice over: a cell that is run again does no harm."""
     pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install -e '.[report]'")

@@ -418,7 +418,9 @@ def test_of_validation_no_more_is_read_before_training_than_its_beginning(data, 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(data):
     size = load_tokenizer(data.tokenizer).vocab_size
-    with pytest.raises(ValueError, match=rf"has {size} tokens, model\.vocab_size is 100: set model\.vocab_size"):
+    with pytest.raises(
+        ValueError, match=rf"has {size} tokens, model\.vocab_size is 100: give a new model model\.vocab_size={size}"
+    ):
         _loader(data, vocab_size=100)
     _loader(data, vocab_size=size).close()
 

@@ -13,6 +13,7 @@ from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import one_layer
 
 from stellarbyte_jax.checkpoint.bundle import Bundle
+from stellarbyte_jax.evaluation import answers
 from stellarbyte_jax.evaluation.answers import AnswerSettings, model_settings
 from stellarbyte_jax.evaluation.backend import Backend
 from stellarbyte_jax.evaluation.likelihood import log_likelihoods
@@ -128,6 +129,25 @@ def test_an_eos_that_is_spelled_out_ends_an_answer(bundle, tmp_path):
     assert Backend(spoken, batch_size=1).generate_until(requests(("xa", {"max_gen_toks": 9}))) == ["b"]
 
 
+def test_an_empty_prompt_is_that_which_texts_begin_with(bundle):
+    kwargs = {"max_gen_toks": 6}
+    begun = Backend(bundle, batch_size=1).generate_until(requests(("", kwargs)))
+    assert Backend(replace(bundle, add_bos=False), batch_size=1).generate_until(requests(("", kwargs))) == begun
+    assert begun != Backend(replace(bundle, add_bos=False), batch_size=1).generate_until(requests(("a", kwargs)))
+
+
+def test_the_longest_prompts_come_first(bundle, monkeypatch):
+    lengths = []
+
+    def note(model, params, tokenizer, prompts, *_):
+        lengths.append([len(prompt) for prompt in prompts])
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(answers, "_continue", note)
+    Backend(bundle, batch_size=2).generate_until(requests(*[("x" * n, {"max_gen_toks": 4}) for n in (3, 9, 1, 5)]))
+    assert lengths == [[10, 6], [4, 2]]
+
+
 def test_a_prompt_that_is_too_long_loses_its_beginning(bundle):
     backend = Backend(saying(bundle, "abc\n"), batch_size=1)
     assert backend.generate_until(requests(("x" * 200 + "a", {"max_gen_toks": 5}))) == ["bc\nab"]
@@ -149,6 +169,7 @@ def test_samples_of_one_prompt_differ_and_do_not_depend_on_the_batch(bundle):
         ({}, {"temperature": 0.0}),
         ({"do_sample": False, "temperature": 0.7, "top_p": 0.9, "top_k": 3}, {"temperature": 0.0}),
         ({"temperature": 0.7, "top_k": 0}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "top_k": -1}, {"temperature": 0.7}),
         ({"do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
         ({"temperature": 0.0, "repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.1}),
     ],

@@ -1,5 +1,7 @@
 """Log-likelihoods against transformers' Llama with the same weights, whatever is shared, padded or cut."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.llama_pair import llama_pair
@@ -118,6 +120,25 @@ def test_logits_are_made_in_parts(peer, monkeypatch):
     pairs = requests()[:12]
     monkeypatch.setattr(likelihood, "_LOGITS", 7 * 67)
     assert_as_expected(peer, pairs, log_likelihoods(model, params, pairs, batch_size=5, max_length=LENGTH))
+
+
+def test_no_more_logits_exist_at_once_than_is_said(peer, monkeypatch):
+    model, params, _ = peer
+    monkeypatch.setattr(likelihood, "_LOGITS", 7 * 67)
+    hidden, targets = jnp.zeros((5, 6, model.config.hidden_size)), jnp.zeros((5, 6), jnp.int32)
+    program = str(jax.make_jaxpr(lambda h, t: likelihood._target_scores(model, params, h, t))(hidden, targets))
+    assert "f32[6,67]" in program and "f32[30,67]" not in program, "30 tokens in five parts"
+
+
+def test_the_longest_rows_come_first(peer):
+    """What does not fit into memory fails at once."""
+    for kind in (Whole, Shared):
+        sizes = [
+            batch.tokens_RT.shape[1] if isinstance(batch, Whole) else batch.contexts_BW.shape[1]
+            for batch in batches([Pair(tuple(range(1, n)), (c,)) for n in (9, 300, 40, 120) for c in range(3)], 2, 512)
+            if isinstance(batch, kind)
+        ]
+        assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 1
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 100])

@@ -245,6 +245,7 @@ def test_gradients_are_ours_with_and_without_checkpointing(name: str, tmp_path: 
             np.testing.assert_allclose(weight.grad.numpy(), expected[key].numpy(), atol=2e-5, err_msg=key)
 
 
+@pytest.mark.slow
 @THEIR_WARNINGS
 def test_twenty_steps_of_the_trainer_are_ours(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="the Trainer of transformers needs it")
