@@ -123,14 +123,10 @@ def by_hand(experts, priorities, used, capacity, E):
     return taken, slots, used
 
 
-pairs = st.builds(
-    lambda N, K, E, capacity, seed: (N, min(K, E), E, capacity, seed),
-    st.integers(1, 12),
-    st.integers(1, 4),
-    st.integers(1, 6),
-    st.integers(0, 6),
-    st.integers(0, 10**6),
-)
+# Few shapes, since each compiles: one token and one expert, one choice of many, all experts of a token, and between.
+SHAPES = [(1, 1, 1), (7, 1, 6), (5, 4, 4), (12, 2, 3), (9, 3, 6)]
+pairs = st.tuples(st.sampled_from(SHAPES), st.integers(0, 6), st.integers(0, 10**6))
+place, place_overflow = jax.jit(routing.place), jax.jit(routing.place_overflow)
 
 
 def drawn(N, K, E, seed):
@@ -144,10 +140,10 @@ def drawn(N, K, E, seed):
 @settings(deadline=None)
 @given(pairs)
 def test_slots_go_to_the_highest_priorities(case):
-    N, K, E, capacity, seed = case
+    (N, K, E), capacity, seed = case
     random, experts, priorities = drawn(N, K, E, seed)
     used = random.integers(0, 3, E)
-    found = routing.place(jnp.asarray(experts), jnp.asarray(priorities), jnp.asarray(used), capacity)
+    found = place(jnp.asarray(experts), jnp.asarray(priorities), jnp.asarray(used), capacity)
     taken, slots, after = by_hand(experts, priorities, used, capacity, E)
     np.testing.assert_array_equal(found.experts_NK, taken)
     np.testing.assert_array_equal(found.slots_NK, slots)
@@ -155,16 +151,14 @@ def test_slots_go_to_the_highest_priorities(case):
 
 
 @settings(deadline=None)
-@given(pairs, st.integers(1, 5))
+@given(pairs, st.sampled_from([1, 4]))
 def test_overflow_loses_nothing_that_any_candidate_would_take(case, M):
-    N, K, E, capacity, seed = case
+    (N, K, E), capacity, seed = case
     random, experts, priorities = drawn(N, K, E, seed)
     candidates = random.integers(0, E + 1, (N, M))
     wanted = experts < E
-    first = routing.place(jnp.asarray(experts), jnp.asarray(priorities), jnp.zeros(E, jnp.int32), capacity)
-    found = routing.place_overflow(
-        first, jnp.asarray(candidates), jnp.asarray(priorities), jnp.asarray(wanted), capacity
-    )
+    first = place(jnp.asarray(experts), jnp.asarray(priorities), jnp.zeros(E, jnp.int32), capacity)
+    found = place_overflow(first, jnp.asarray(candidates), jnp.asarray(priorities), jnp.asarray(wanted), capacity)
     got, slots, used = map(np.asarray, found)
     kept = np.asarray(first.experts_NK) < E
     np.testing.assert_array_equal(got[kept], np.asarray(first.experts_NK)[kept])
