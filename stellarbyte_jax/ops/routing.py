@@ -101,9 +101,7 @@ def choose_experts(
         raise ValueError(f"{groups} groups, of which {kept_groups} are kept, do not divide {E} experts")
     if not 1 <= k <= E // groups * kept_groups:
         raise ValueError(f"a token cannot have {k} of {E // groups * kept_groups} experts")
-    ranked_NE = jax.lax.stop_gradient(scores_NE)
-    if bias_E is not None:
-        ranked_NE += jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None, :]
+    ranked_NE = scores_NE if bias_E is None else scores_NE + bias_E.astype(jnp.float32)[None, :]
     if kept_groups < groups:
         ranked_NGE = ranked_NE.reshape(N, groups, E // groups)
         best_NG = jnp.sum(jax.lax.top_k(ranked_NGE, min(2, E // groups))[0], axis=-1)
@@ -207,7 +205,7 @@ def place_overflow(
             & jnp.tri(left_NK.shape[1], k=-1, dtype=bool)[None],
             axis=2,
         )
-        asks_NK = left_NK & (at_NK < M) & ~had_NK & ~twice_NK
+        asks_NK = left_NK & ~had_NK & ~twice_NK
         more = place(jnp.where(asks_NK, offered_NK, E), priorities_NK, placed.used_E, capacity)
         got_NK = more.experts_NK < E
         placed = Placed(

@@ -189,6 +189,16 @@ def test_overflow_goes_down_the_list_of_each_token():
     assert found.experts_NK.tolist() == [[0], [1]] and found.used_E.tolist() == [1, 1, 1]
 
 
+def test_a_token_gets_no_expert_twice():
+    """Both of its choices are full, and its list names an expert twice; it has one more, which it had already."""
+    used, priorities = jnp.asarray([1, 1, 0, 0]), jnp.asarray([[1.0, 1.0]])
+    first = routing.place(jnp.asarray([[0, 1]]), priorities, used, 1)
+    wanted = jnp.ones((1, 2), bool)
+    assert routing.place_overflow(first, jnp.asarray([[2, 2]]), priorities, wanted, 2).experts_NK.tolist() == [[2, 4]]
+    found = routing.place_overflow(first, jnp.asarray([[2, 2, 3]]), priorities, wanted, 2)
+    assert found.experts_NK.tolist() == [[2, 3]] and found.used_E.tolist() == [1, 1, 1, 1]
+
+
 def test_routing_compiles_with_a_capacity_that_is_an_array():
     experts, priorities = jnp.asarray([[0], [0], [0]]), jnp.asarray([[1.0], [3.0], [2.0]])
     place = jax.jit(routing.place)
