@@ -1,0 +1,207 @@
+"""Routing of tokens to experts, beside loops in Python and torch's top-k."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stellarbyte_jax.ops import routing
+
+
+def logits_of(N, E, seed=0):
+    return np.random.default_rng(seed).standard_normal((N, E)).astype(np.float32)
+
+
+def test_scores_are_float32_and_those_of_the_gate():
+    logits = logits_of(5, 6)
+    softmax = routing.score_experts(jnp.asarray(logits, jnp.bfloat16), "softmax")
+    assert softmax.dtype == jnp.float32
+    rounded = np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float64)
+    expected = np.exp(rounded) / np.exp(rounded).sum(1, keepdims=True)
+    np.testing.assert_allclose(softmax, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        routing.score_experts(jnp.asarray(logits), "sigmoid"), 1 / (1 + np.exp(-logits)), rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="gate must be softmax or sigmoid, got 'tanh'"):
+        routing.score_experts(jnp.asarray(logits), "tanh")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_the_best_experts_are_chosen_with_their_scores(k, normalize):
+    scores = np.array(routing.score_experts(jnp.asarray(logits_of(7, 6)), "softmax"))
+    scores[2] = 0.5  # all equal: the first ones
+    mask = np.arange(7) != 4
+    found = routing.choose_experts(jnp.asarray(scores), k, mask_N=jnp.asarray(mask), normalize=normalize, scale=2.5)
+    for n in range(7):
+        order = sorted(range(6), key=lambda e: (-scores[n, e], e))[:k]
+        weights = scores[n, order] / (scores[n, order].sum() if normalize else 1) * 2.5
+        assert found.experts_NK[n].tolist() == (order if mask[n] else [6] * k)
+        np.testing.assert_allclose(found.weights_NK[n], weights if mask[n] else 0, rtol=1e-5)
+
+
+def test_a_bias_changes_the_choice_and_not_the_weights():
+    scores, bias = jnp.asarray([[0.5, 0.3, 0.2]]), jnp.asarray([-1.0, 0.0, 0.2])
+    found = routing.choose_experts(scores, 2, bias_E=bias)
+    assert found.experts_NK.tolist() == [[2, 1]]
+    np.testing.assert_allclose(found.weights_NK, [[0.2, 0.3]])
+    slopes = jax.grad(lambda s, b: routing.choose_experts(s, 2, bias_E=b).weights_NK.sum(), (0, 1))(scores, bias)
+    np.testing.assert_array_equal(slopes[0], [[0, 1, 1]])
+    np.testing.assert_array_equal(slopes[1], 0)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_groups_with_the_best_two_experts_are_kept(kept):
+    scores, bias = logits_of(9, 12), logits_of(1, 12, seed=1)[0]
+    found = routing.choose_experts(jnp.asarray(scores), 3, bias_E=jnp.asarray(bias), groups=4, kept_groups=kept)
+    for n in range(9):
+        ranked = scores[n] + bias
+        best = [np.sort(ranked[3 * g : 3 * g + 3])[-2:].sum() for g in range(4)]
+        groups = sorted(range(4), key=lambda g: -best[g])[:kept]
+        allowed = [e for e in range(12) if e // 3 in groups]
+        assert found.experts_NK[n].tolist() == sorted(allowed, key=lambda e: -ranked[e])[:3]
+    with pytest.raises(ValueError, match=r"5 groups, of which 1 are kept, do not divide 12 experts"):
+        routing.choose_experts(jnp.asarray(scores), 3, groups=5)
+    with pytest.raises(ValueError, match=r"a token cannot have 4 of 3 experts"):
+        routing.choose_experts(jnp.asarray(scores), 4, groups=4)
+
+
+def test_pairs_are_sorted_by_expert_in_the_order_of_tokens():
+    experts = jnp.asarray([[2, 0], [4, 4], [0, 2], [1, 0]])  # of 4; the second token goes nowhere
+    order = routing.sort_by_expert(experts, 4)
+    assert order.sizes_E.tolist() == [3, 1, 2, 0]
+    assert order.pairs_P.tolist() == [1, 4, 7, 6, 0, 5, 2, 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sorted_outputs_come_back_to_their_tokens(seed):
+    """Equal to a loop over tokens, gradients too; rows without an expert may hold anything."""
+    random = np.random.default_rng(seed)
+    N, K, E, D = 8, 3, 5, 4
+    experts = np.stack([random.permutation(E)[:K] for _ in range(N)])
+    experts[random.random(N) < 0.3] = E
+    weights = np.where(experts < E, random.random((N, K)), 0).astype(np.float32)
+    x, factors = random.standard_normal((N, D)).astype(np.float32), random.standard_normal((E, D)).astype(np.float32)
+
+    def ours(x, weights, factors):
+        order = routing.sort_by_expert(jnp.asarray(experts), E)
+        rows = x[order.pairs_P // K]
+        of_row = jnp.repeat(
+            jnp.concatenate([factors, jnp.full((1, D), jnp.nan)]),
+            jnp.append(order.sizes_E, N * K - order.sizes_E.sum()),
+            axis=0,
+            total_repeat_length=N * K,
+        )
+        return routing.combine(jnp.where(jnp.isnan(of_row), jnp.nan, rows * jnp.nan_to_num(of_row)), order, weights)
+
+    def loop(x, weights, factors):
+        out = []
+        for n in range(N):
+            parts = [weights[n, k] * x[n] * factors[experts[n, k]] for k in range(K) if experts[n, k] < E]
+            out.append(sum(parts, jnp.zeros(D)))
+        return jnp.stack(out)
+
+    arguments = jnp.asarray(x), jnp.asarray(weights), jnp.asarray(factors)
+    np.testing.assert_allclose(ours(*arguments), loop(*arguments), atol=1e-6)
+    slopes = [jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), (1, 2))(*arguments) for f in (ours, loop)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *slopes)
+
+
+def by_hand(experts, priorities, used, capacity, E):
+    """One pair after another."""
+    used, K = list(used), experts.shape[1]
+    taken, slots = np.full(experts.shape, E), np.zeros(experts.shape, int)
+    for p in sorted(range(experts.size), key=lambda p: (-priorities.flat[p], p)):
+        e = experts.flat[p]
+        if e < E and used[e] < capacity:
+            taken[p // K, p % K], slots[p // K, p % K] = e, used[e]
+            used[e] += 1
+    return taken, slots, used
+
+
+# Few shapes, since each compiles: one token and one expert, one choice of many, all experts of a token, and between.
+SHAPES = [(1, 1, 1), (7, 1, 6), (5, 4, 4), (12, 2, 3), (9, 3, 6)]
+pairs = st.tuples(st.sampled_from(SHAPES), st.integers(0, 6), st.integers(0, 10**6))
+place, place_overflow = jax.jit(routing.place), jax.jit(routing.place_overflow)
+
+
+def drawn(N, K, E, seed):
+    random = np.random.default_rng(seed)
+    experts = np.stack([random.permutation(E)[:K] for _ in range(N)])
+    experts[random.random(N) < 0.2] = E
+    priorities = random.integers(0, 4, (N, K)).astype(np.float32)  # with equal ones
+    return random, experts, priorities
+
+
+@settings(deadline=None)
+@given(pairs)
+def test_slots_go_to_the_highest_priorities(case):
+    (N, K, E), capacity, seed = case
+    random, experts, priorities = drawn(N, K, E, seed)
+    used = random.integers(0, 3, E)
+    found = place(jnp.asarray(experts), jnp.asarray(priorities), jnp.asarray(used), capacity)
+    taken, slots, after = by_hand(experts, priorities, used, capacity, E)
+    np.testing.assert_array_equal(found.experts_NK, taken)
+    np.testing.assert_array_equal(found.slots_NK, slots)
+    np.testing.assert_array_equal(found.used_E, after)
+
+
+@settings(deadline=None)
+@given(pairs, st.sampled_from([1, 4]))
+def test_overflow_loses_nothing_that_any_candidate_would_take(case, M):
+    (N, K, E), capacity, seed = case
+    random, experts, priorities = drawn(N, K, E, seed)
+    candidates = random.integers(0, E + 1, (N, M))
+    wanted = experts < E
+    first = place(jnp.asarray(experts), jnp.asarray(priorities), jnp.zeros(E, jnp.int32), capacity)
+    found = place_overflow(first, jnp.asarray(candidates), jnp.asarray(priorities), jnp.asarray(wanted), capacity)
+    got, slots, used = map(np.asarray, found)
+    kept = np.asarray(first.experts_NK) < E
+    np.testing.assert_array_equal(got[kept], np.asarray(first.experts_NK)[kept])
+    assert (got[~wanted] == E).all(), "padding goes nowhere"
+    places = [(e, s) for e, s in zip(got.flat, slots.flat, strict=True) if e < E]
+    assert len(set(places)) == len(places), "no slot twice"
+    assert all(s < capacity for _, s in places)
+    counts = np.bincount([e for e, _ in places], minlength=E)
+    np.testing.assert_array_equal(used, counts)
+    assert (counts <= capacity).all()
+    for n in range(N):
+        of_token = [e for e in got[n] if e < E]
+        assert len(set(of_token)) == len(of_token), "no expert twice"
+        for k in range(K):
+            if wanted[n, k] and not kept[n, k] and got[n, k] < E:
+                assert got[n, k] in candidates[n]
+        if wanted[n].any() and (got[n] == E).all():  # nothing at all: every candidate is full
+            assert all(used[e] == capacity for e in candidates[n] if e < E)
+
+
+def test_overflow_goes_down_the_list_of_each_token():
+    """Two tokens want expert 0 of one slot; the second tries 2, which is full, and then 1."""
+    used = jnp.asarray([0, 0, 1])
+    experts, priorities = jnp.asarray([[0], [0]]), jnp.asarray([[2.0], [1.0]])
+    first = routing.place(experts, priorities, used, 1)
+    assert first.experts_NK.tolist() == [[0], [3]]
+    found = routing.place_overflow(first, jnp.asarray([[1, 2], [2, 1]]), priorities, jnp.ones((2, 1), bool), 1)
+    assert found.experts_NK.tolist() == [[0], [1]] and found.used_E.tolist() == [1, 1, 1]
+
+
+def test_a_token_gets_no_expert_twice():
+    """Both of its choices are full, and its list names an expert twice; it has one more, which it had already."""
+    used, priorities = jnp.asarray([1, 1, 0, 0]), jnp.asarray([[1.0, 1.0]])
+    first = routing.place(jnp.asarray([[0, 1]]), priorities, used, 1)
+    wanted = jnp.ones((1, 2), bool)
+    assert routing.place_overflow(first, jnp.asarray([[2, 2]]), priorities, wanted, 2).experts_NK.tolist() == [[2, 4]]
+    found = routing.place_overflow(first, jnp.asarray([[2, 2, 3]]), priorities, wanted, 2)
+    assert found.experts_NK.tolist() == [[2, 3]] and found.used_E.tolist() == [1, 1, 1, 1]
+
+
+def test_routing_compiles_with_a_capacity_that_is_an_array():
+    experts, priorities = jnp.asarray([[0], [0], [0]]), jnp.asarray([[1.0], [3.0], [2.0]])
+    place = jax.jit(routing.place)
+    for capacity in (0, 1, 2):
+        found = place(experts, priorities, jnp.zeros(2, jnp.int32), jnp.asarray(capacity))
+        assert found.used_E.tolist() == [capacity, 0]
