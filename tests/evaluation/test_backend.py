@@ -77,6 +77,21 @@ def test_likelihoods_are_in_the_order_of_their_requests(bundle):
     assert [greedy for _, greedy in found] == [greedy for _, greedy in one_by_one]
 
 
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_texts_begin_as_those_of_the_model(bundle, add_bos):
+    encoder = bundle.tokenizer.encode
+    pair = Pair((*[bundle.tokenizer.bos_id] * add_bos, *encoder("ab")), tuple(encoder("c")))
+    wanted = log_likelihoods(bundle.model, bundle.params, [pair], batch_size=1, max_length=64)[0][0]
+    found = Backend(replace(bundle, add_bos=add_bos), batch_size=1).loglikelihood(requests(("ab", "c")))[0][0]
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_weights_are_cast_once(bundle):
+    model = ByteTransformer(replace(bundle.model.config, compute_dtype="bfloat16"))
+    backend = Backend(replace(bundle, model=model), batch_size=1)
+    assert backend._params["lm_head"]["kernel"].dtype == jax.numpy.bfloat16
+
+
 def test_rolling_likelihoods_are_sums_over_windows(bundle):
     backend = Windowed(bundle, batch_size=4)
     first, second = "a river runs past", "stone"
