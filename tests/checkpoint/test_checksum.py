@@ -11,7 +11,7 @@ import pytest
 from helpers.runs import same_weights
 from helpers.training import settings
 
-from stellarbyte_jax.checkpoint import store
+from stellarbyte_jax.checkpoint import checksum, store
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights
@@ -39,6 +39,17 @@ def test_every_bit_counts(dtype):
     swapped[0, 0, 0], swapped[0, 0, 1] = array[0, 0, 1], array[0, 0, 0]
     assert differing({"a": {"b": swapped}}, plain) == ["a/b"]
     assert differing({"other": array}, plain) == ["other"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 8, 9, 16, 29])
+def test_arrays_of_numpy_are_summed_in_parts(size, monkeypatch):
+    monkeypatch.setattr(checksum, "_PART", 8)
+    monkeypatch.setattr(checksum, "_SMALLEST", 2)
+    array = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    for shaped in (array, np.asfortranarray(np.stack([array, 2 * array]))):
+        assert array_checksums({"a": shaped}) == array_checksums({"a": jnp.asarray(shaped)})
+    flags = array > 0
+    assert array_checksums([flags]) == array_checksums([jnp.asarray(flags)])
 
 
 def test_the_number_of_an_array_is_what_its_docstring_says():
