@@ -247,9 +247,8 @@ class Checkpointer:
             "checksums": {name: array_checksums(tree) for name, tree in arrays.items()},
         }
         facts = {**facts, "format": {**about, "checksum": json_checksum(about)}}
-        items = {
-            name: ocp.args.StandardSave(jax.tree.map(shared, tree)) for name, tree in arrays.items()
-        }  # else orbax copies
+        # Arrays of JAX: orbax copies those of numpy.
+        items = {name: ocp.args.StandardSave(jax.tree.map(shared, tree)) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(values) for name, values in facts.items()}
         metrics: dict[str, Any] | None = None if validation_loss is None else {"validation_loss": validation_loss}
         if metrics is not None:  # orbax keeps it beside the items

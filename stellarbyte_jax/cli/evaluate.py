@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, positive
+from stellarbyte_jax.cli.program import DTYPES, add_model, also_spelled, local_path, new_parser, positive
 from stellarbyte_jax.command import command, imports, make_directory, remedy
 from stellarbyte_jax.config import ByteConfig
 
@@ -69,15 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--model path/to/hugging_face_directory --tasks my_task.yaml --num-fewshot 5 --output results.json",
         settings=ByteConfig,
     )
-    parser.add_argument(
-        "--model",
-        type=path_or_name,
-        required=True,
-        metavar="DIR",
-        help="a run, RUN/checkpoints/STEP, a Hugging Face directory, or owner/name of the hub",
-    )
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
+    add_model(parser)
     parser.add_argument(
         "--tasks",
         type=_names,

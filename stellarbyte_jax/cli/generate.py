@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, told_by_options
+from stellarbyte_jax.cli.program import DTYPES, add_model, also_spelled, local_path, new_parser, told_by_options
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config import ByteConfig
 
@@ -47,15 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--model runs/quickstart --prompt-file long.txt --set sliding_window=512 sink_tokens=4",
         settings=ByteConfig,
     )
-    parser.add_argument(
-        "--model",
-        type=path_or_name,
-        required=True,
-        metavar="DIR",
-        help="a run, RUN/checkpoints/STEP, a Hugging Face directory, or owner/name of the hub",
-    )
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
+    add_model(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     parser.add_argument(
         "--prompt-file", action="append", default=[], type=local_path, metavar="FILE", help="one prompt a file"

@@ -166,3 +166,16 @@ def with_options(message: str, names: Iterable[str]) -> str:
         if known:
             message = re.sub(rf"(?<![\w./-]){prefix}({'|'.join(known)}){end}", option, message)
     return message.replace("ask to overwrite it", "add --overwrite")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which model is loaded: ``--model``, ``--revision`` and ``--step``."""
+    parser.add_argument(
+        "--model",
+        type=path_or_name,
+        required=True,
+        metavar="DIR",
+        help="a run, RUN/checkpoints/STEP, a Hugging Face directory, or owner/name of the hub",
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")

@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers.hf_models import assert_same_tree, random_model, small_config
 
+from stellarbyte_jax.checkpoint import store
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights, run_and_step, save_initial
 from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, TrainConfig
@@ -189,3 +191,23 @@ def test_nothing_is_printed_about_a_directory_that_is_read(tmp_path, caplog):
     caplog.clear()
     load_weights(tmp_path / "run")
     assert caplog.records == [] and absl.level == before
+
+
+def test_weights_are_written_a_few_at_a_time(tmp_path, monkeypatch):
+    """At most as many bytes as the largest array has, and a margin; what was written is what is read."""
+    limits, wrote = [], []
+
+    class Noted(ocp.StandardCheckpointHandler):
+        def __init__(self, *, save_concurrent_gb):
+            limits.append(save_concurrent_gb)
+            super().__init__(save_concurrent_gb=save_concurrent_gb)
+
+        async def async_save(self, *positional, **named):
+            wrote.append(self)
+            return await super().async_save(*positional, **named)
+
+    monkeypatch.setattr(store.ocp, "StandardCheckpointHandler", Noted)
+    save_initial(tmp_path / "run", CONFIG, WEIGHTS, "words")
+    largest = max(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(WEIGHTS))
+    assert limits == [(largest + 2**20) / 1e9] and len(wrote) == 1
+    assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -78,8 +79,18 @@ def test_a_round_is_told_and_published_once(run, asked, tmp_path):
     assert not rounds_of(config, start=3).due(3)  # of a resumed run
     assert rounds_of(config, start=2).due(3)  # whose line was dropped
     assert rounds_of(settings(run), start=3).missing(4) and not rounds_of(settings(run), start=3).missing(3)
-    assert rounds_of(run(evaluation=EvaluationConfig(tasks=("c",))), start=3).missing(3)
+    for other in ({"tasks": ("c",)}, {"tasks": ("a", "b.yaml"), "tasks_limit": 9}, {"tasks": ("a", "b.yaml")}):
+        assert rounds_of(run(evaluation=EvaluationConfig(**other)), start=3).missing(3)
     assert not rounds_of(run(), start=3).missing(4) and not rounds_of(settings(run)).due(3)
+
+
+def test_ends_of_texts_that_the_model_has_no_row_for_are_left_out(run, asked):
+    config = settings(run)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    ends = [tokenizer.eos_id, config.model.vocab_size]
+    Path(tokenizer.path, "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    rounds_of(config, published=[]).measure("weights", 3, lambda line: None)
+    assert asked[0][0].stop_ids == [tokenizer.eos_id]
 
 
 @pytest.mark.parametrize("note", ["{", "[]", '{"step": "x"}'])
