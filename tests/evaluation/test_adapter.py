@@ -1,6 +1,9 @@
 """Metrics of whole tasks beside lm-eval's own backend for transformers, where lm-eval is installed."""
 
 import json
+import logging
+import multiprocessing
+import os
 import random
 import shutil
 import warnings
@@ -24,7 +27,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="the peer is lm-eval: pip instal
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and datasets
 
 from stellarbyte_jax.evaluation.adapter import as_lm  # noqa: E402
-from stellarbyte_jax.evaluation.tasks import check_tasks, evaluate_tasks, to_json  # noqa: E402
+from stellarbyte_jax.evaluation.tasks import check_tasks, evaluate_tasks, quiet, to_json  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +213,62 @@ def test_rounds_repeat_each_other_and_leave_random_numbers_alone(places):
     assert evaluate_tasks(ours(places), tasks, limit=3) == first
 
 
+@pytest.mark.parametrize("bars", [True, False])
+@pytest.mark.parametrize("disabled", [None, "0"])
+def test_what_is_set_for_lm_eval_is_put_back(monkeypatch, bars, disabled):
+    """Bars of datasets, levels of loggers, the environment, and random numbers of torch, which lm-eval seeds."""
+    import datasets
+    from lm_eval.utils import set_torch_seed
+
+    torch = pytest.importorskip("torch")
+    name = "DISABLE_MULTIPROC"
+    monkeypatch.delenv(name, raising=False)
+    if disabled is not None:
+        monkeypatch.setenv(name, disabled)
+    before = datasets.utils.are_progress_bars_disabled()
+    datasets.enable_progress_bars() if bars else datasets.disable_progress_bars()
+    logger, random_state = logging.getLogger("lm_eval"), torch.get_rng_state()
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    try:
+        with pytest.raises(KeyboardInterrupt), quiet():
+            assert datasets.utils.are_progress_bars_disabled() and logger.level == logging.ERROR
+            set_torch_seed(1234)
+            raise KeyboardInterrupt
+        assert datasets.utils.are_progress_bars_disabled() != bars
+    finally:
+        datasets.disable_progress_bars() if before else datasets.enable_progress_bars()
+    assert os.environ.get(name) == disabled
+    assert logger.level == logging.INFO
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_standard_errors_are_drawn_without_processes(monkeypatch):
+    """A fork of JAX may hang."""
+    from lm_eval.api.metrics import bootstrap_stderr, median
+
+    def refuse(*_):
+        raise AssertionError("processes are started")
+
+    monkeypatch.setattr(multiprocessing, "Pool", refuse)
+    with quiet():
+        assert bootstrap_stderr(median, [1.0, 2.0, 3.0], 10) > 0
+
+
+def test_a_group_that_lm_eval_knows_is_measured_with_its_tasks_once(places, tmp_path, monkeypatch):
+    from lm_eval import tasks
+
+    members = [json.loads(Path(places[1][name]).read_text()) for name in ("status_choice", "word_order")]
+    average = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
+    group = {"group": "both", "task": members, "aggregate_metric_list": [average]}
+    (tmp_path / "both.yaml").write_text(json.dumps(group))
+    known = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", lambda **_: known)
+    found = evaluate_tasks(ours(places), ["both"], limit=2)
+    accuracies = {result.task: result.value for result in found if result.metric == "acc"}
+    assert accuracies.keys() == {"both", "both::status_choice", "both::word_order"}
+    assert accuracies.pop("both") == pytest.approx(np.mean(list(accuracies.values())))
+
+
 @pytest.mark.parametrize(("examples", "chat"), [(None, False), (1, False), (0, True)])
 def test_prompts_have_the_examples_and_the_template_that_are_asked_for(places, monkeypatch, examples, chat):
     model, prompts = ours(places), []
@@ -220,6 +279,9 @@ def test_prompts_have_the_examples_and_the_template_that_are_asked_for(places, m
     expected = 2 if examples is None else examples  # two by the task's own file
     assert [prompt.count("Name of HTTP status") for prompt in prompts] == [expected + 1] * 2
     assert [prompt.startswith("<|SBOS|>user\n") for prompt in prompts] == [chat] * 2
+    prompts.clear()
+    evaluate_tasks(model, [places[1]["status_name"]], limit=1)
+    assert prompts[0].count("Name of HTTP status") == 2 + 1, "what was asked for holds for one round"
 
 
 def test_a_task_that_lm_eval_knows_is_asked_by_its_name(places, monkeypatch):
