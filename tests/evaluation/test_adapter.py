@@ -147,14 +147,22 @@ def test_a_penalty_of_generation_config_holds_as_by_lm_evals_own_backend(places,
     assert ours(places).generate_until(asked) != wanted
 
 
-def test_a_json_file_includes_another_file_as_yaml_does(places, tmp_path):
+def test_a_json_file_includes_another_file_as_yaml_does(places, tmp_path, monkeypatch):
+    """Also where its path begins with the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     known = Path(places[1]["status_choice"])
     shutil.copy(known, tmp_path / "base.yaml")
     (tmp_path / "made.json").write_text(json.dumps({"include": "base.yaml", "task": "made"}))
-    (found, _), (wanted, _) = (
-        evaluate_tasks(ours(places), [str(path)], limit=2) for path in (tmp_path / "made.json", known)
-    )
+    (found, _), (wanted, _) = (evaluate_tasks(ours(places), [str(path)], limit=2) for path in ("~/made.json", known))
     assert (found.task, found.value) == ("made", wanted.value)
+
+
+def test_metrics_of_filtered_answers_name_their_filter(places, tmp_path):
+    settings = json.loads(Path(places[1]["status_name"]).read_text())
+    filters = [{"name": "last", "filter": [{"function": "take_first"}]}]
+    (tmp_path / "filtered.json").write_text(json.dumps(settings | {"task": "filtered", "filter_list": filters}))
+    found = evaluate_tasks(ours(places), [str(tmp_path / "filtered.json")], limit=1)
+    assert [result.metric for result in found] == ["exact_match/last", "bleu/last"]
 
 
 def test_more_examples_than_there_are_is_one_line(places):
@@ -206,6 +214,7 @@ def test_rounds_repeat_each_other_and_leave_random_numbers_alone(places):
     random.seed(7)
     np.random.seed(7)
     first = evaluate_tasks(model, tasks, limit=3)
+    assert all(isinstance(result.stderr, float) for result in first), "also of BLEU, where it is drawn"
     drawn = random.random(), np.random.random()
     random.seed(7)
     np.random.seed(7)
@@ -242,7 +251,7 @@ def test_what_is_set_for_lm_eval_is_put_back(monkeypatch, bars, disabled):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_standard_errors_are_drawn_without_processes(monkeypatch):
+def test_standard_errors_are_drawn_without_a_word_and_without_processes(monkeypatch, capsys):
     """A fork of JAX may hang."""
     from lm_eval.api.metrics import bootstrap_stderr, median
 
@@ -252,6 +261,7 @@ def test_standard_errors_are_drawn_without_processes(monkeypatch):
     monkeypatch.setattr(multiprocessing, "Pool", refuse)
     with quiet():
         assert bootstrap_stderr(median, [1.0, 2.0, 3.0], 10) > 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_group_that_lm_eval_knows_is_measured_with_its_tasks_once(places, tmp_path, monkeypatch):
@@ -304,12 +314,16 @@ def test_tasks_that_cannot_be_loaded_are_told_in_one_line(places, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("task: wrong\noutput_type: multiple_choice\n")
     (tmp_path / "broken.json").write_text("{")
+    far = json.loads(Path(places[1]["corpus"]).read_text())
+    far["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "none.jsonl")
+    (tmp_path / "far.json").write_text(json.dumps(far))
     choice = places[1]["status_choice"]
     for names, message in (
         ([str(tmp_path / "none.yaml")], r"none\.yaml does not exist: give the path of a task, or a name"),
         ([str(wrong)], r"wrong\.yaml: the task cannot be loaded \(\w+: .*\): mend its file"),
         ([str(tmp_path / "broken.json")], r"broken\.json"),
         ([choice, choice], r"^status_choice is a task of .* and of .*: name it once$"),
+        ([str(tmp_path / "far.json")], r"far\.json: the task cannot be loaded \(FileNotFoundError: .*none\.jsonl"),
         (["hellaswagg"], r"^hellaswagg: lm-eval knows no task of this name; did you mean hellaswag"),
     ):
         with pytest.raises(MendableError, match=message) as caught:
