@@ -193,7 +193,7 @@ def _continue(
         params,
         prompts + [prompts[-1]] * more,
         max_new_tokens=settings.max_new_tokens,
-        stop_tokens=list(dict.fromkeys([*stop_ids, *named])),
+        stop_tokens=[*stop_ids, *named],
         seed=[*seeds, *[seeds[-1]] * more],
         pad_token=tokenizer.pad_id or 0,
         stream=all_ended if settings.until else None,

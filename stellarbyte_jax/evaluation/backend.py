@@ -111,7 +111,7 @@ class Backend:
             self._model,
             self._params,
             self._encoder,
-            [request.args[:2] for request in requests],
+            [request.args for request in requests],
             stop_ids=self._bundle.stop_ids,
             batch_size=self._batch_size,
             max_length=self.max_length,
@@ -195,5 +195,7 @@ def _begun(template: ChatTemplate, messages: list[dict[str, str]], *, add_genera
             "the chat template changes the beginning of a reply that the task gives (gen_prefix), so it cannot be "
             "continued: evaluate without chat, or take gen_prefix out of the task"
         )
-    # Where the template trims messages, the space behind the mark is gone.
-    return text[:end] if text.startswith(f"{_END} ", end) else text[:end].rstrip()
+    trims = not text.startswith(f"{_END} ", end)
+    # A template may spell the message before its end too, with the mark.
+    begun = text[:end].replace(_END if trims else f"{_END} ", "")
+    return begun.rstrip() if trims else begun

@@ -170,7 +170,7 @@ def _loaded(names: tuple[str, ...]) -> tuple[Any, list[Any]]:
             _check_name(manager, name)
         try:
             loaded = manager.load([_definition(name)])
-        except (OSError, MendableError):
+        except MendableError:
             raise
         except Exception as error:  # of a task's own code, of datasets, of YAML
             raise MendableError(

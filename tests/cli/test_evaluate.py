@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import pytest
 from helpers.hf_models import random_model, save_words
 from helpers.runs import one_error
@@ -15,6 +16,7 @@ RESULTS = [
     Result("a", "acc", 0.25, 0.125, 8),
     Result("a", "f1/strict", 3e21, None, 8),
     Result("b", "acc", "N/A", None, None),
+    Result("a task with a name of many words", "a_metric_of_its_own/a_filter_of_its_own", -2.5e6, None, None),
 ]
 
 
@@ -52,18 +54,29 @@ def test_results_are_a_table_and_json(directory, asked, tmp_path, capsys):
     assert ["a", "acc", "0.2500", "0.1250", "8"] in lines
     assert ["a", "f1/strict", "3.0000e+21", "8"] in lines
     assert ["b", "acc", "N/A"] in lines
+    assert [*"a task with a name of many words a_metric_of_its_own/a_filter_of_its_own -2.5000e+06".split()] in lines
     written = json.loads(output.read_text(encoding="utf-8"))
     assert written["results"][0] == {"task": "a", "metric": "acc", "value": 0.25, "stderr": 0.125, "samples": 8}
+    assert f"jax {jax.__version__}, " in written["on"]
     assert (written["model"], written["limit"], written["compute_dtype"]) == (str(directory), 8, "bfloat16")
+
+
+def test_results_that_cannot_be_written_are_printed_and_told_in_one_line(directory, asked, tmp_path, capsys):
+    assert evaluate.main([f"--model={directory}", "--tasks=a", f"--output={tmp_path}"]) == 1
+    told = capsys.readouterr()
+    assert "f1/strict" in told.out and "wrote" not in told.out
+    (line,) = told.err.splitlines()
+    assert line.startswith(f"error: {tmp_path} could not be written: Is a directory; ")
+    assert line.endswith("choose another --output")
 
 
 def test_which_model_is_asked_and_how(directory, asked, monkeypatch):
     loaded, bundle = [], evaluate.load_bundle(directory)
     monkeypatch.setattr(evaluate, "load_bundle", lambda *given, **named: loaded.append((given, named)) or bundle)
-    arguments = ["--model=org/name", "--tasks=a", "--revision=v2", "--step=7", "--chat", "--num-fewshot=3"]
+    arguments = ["--model=org/name", "--tasks=a, my/b.yaml", "--revision=v2", "--step=7", "--chat", "--num-fewshot=3"]
     assert evaluate.main(arguments) == 0
     assert loaded == [(("org/name", 7), {"revision": "v2"})]
-    assert asked[1][2] == {"limit": None, "num_fewshot": 3, "chat": True}
+    assert asked[1][1:] == (("a", "my/b.yaml"), {"limit": None, "num_fewshot": 3, "chat": True})
 
 
 def test_how_far_requests_are_is_told_every_few_seconds(monkeypatch, capsys):

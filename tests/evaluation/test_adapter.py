@@ -1,6 +1,9 @@
 """Metrics of whole tasks beside lm-eval's own backend for transformers, where lm-eval is installed."""
 
 import json
+import logging
+import multiprocessing
+import os
 import random
 import shutil
 import warnings
@@ -24,7 +27,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="the peer is lm-eval: pip instal
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and datasets
 
 from stellarbyte_jax.evaluation.adapter import as_lm  # noqa: E402
-from stellarbyte_jax.evaluation.tasks import check_tasks, evaluate_tasks, to_json  # noqa: E402
+from stellarbyte_jax.evaluation.tasks import check_tasks, evaluate_tasks, quiet, to_json  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +147,22 @@ def test_a_penalty_of_generation_config_holds_as_by_lm_evals_own_backend(places,
     assert ours(places).generate_until(asked) != wanted
 
 
-def test_a_json_file_includes_another_file_as_yaml_does(places, tmp_path):
+def test_a_json_file_includes_another_file_as_yaml_does(places, tmp_path, monkeypatch):
+    """Also where its path begins with the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     known = Path(places[1]["status_choice"])
     shutil.copy(known, tmp_path / "base.yaml")
     (tmp_path / "made.json").write_text(json.dumps({"include": "base.yaml", "task": "made"}))
-    (found, _), (wanted, _) = (
-        evaluate_tasks(ours(places), [str(path)], limit=2) for path in (tmp_path / "made.json", known)
-    )
+    (found, _), (wanted, _) = (evaluate_tasks(ours(places), [str(path)], limit=2) for path in ("~/made.json", known))
     assert (found.task, found.value) == ("made", wanted.value)
+
+
+def test_metrics_of_filtered_answers_name_their_filter(places, tmp_path):
+    settings = json.loads(Path(places[1]["status_name"]).read_text())
+    filters = [{"name": "last", "filter": [{"function": "take_first"}]}]
+    (tmp_path / "filtered.json").write_text(json.dumps(settings | {"task": "filtered", "filter_list": filters}))
+    found = evaluate_tasks(ours(places), [str(tmp_path / "filtered.json")], limit=1)
+    assert [result.metric for result in found] == ["exact_match/last", "bleu/last"]
 
 
 def test_more_examples_than_there_are_is_one_line(places):
@@ -203,11 +214,69 @@ def test_rounds_repeat_each_other_and_leave_random_numbers_alone(places):
     random.seed(7)
     np.random.seed(7)
     first = evaluate_tasks(model, tasks, limit=3)
+    assert all(isinstance(result.stderr, float) for result in first), "also of BLEU, where it is drawn"
     drawn = random.random(), np.random.random()
     random.seed(7)
     np.random.seed(7)
     assert drawn == (random.random(), np.random.random())
     assert evaluate_tasks(ours(places), tasks, limit=3) == first
+
+
+@pytest.mark.parametrize("bars", [True, False])
+@pytest.mark.parametrize("disabled", [None, "0"])
+def test_what_is_set_for_lm_eval_is_put_back(monkeypatch, bars, disabled):
+    """Bars of datasets, levels of loggers, the environment, and random numbers of torch, which lm-eval seeds."""
+    import datasets
+    from lm_eval.utils import set_torch_seed
+
+    torch = pytest.importorskip("torch")
+    name = "DISABLE_MULTIPROC"
+    monkeypatch.delenv(name, raising=False)
+    if disabled is not None:
+        monkeypatch.setenv(name, disabled)
+    before = datasets.utils.are_progress_bars_disabled()
+    datasets.enable_progress_bars() if bars else datasets.disable_progress_bars()
+    logger, random_state = logging.getLogger("lm_eval"), torch.get_rng_state()
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    try:
+        with pytest.raises(KeyboardInterrupt), quiet():
+            assert datasets.utils.are_progress_bars_disabled() and logger.level == logging.ERROR
+            set_torch_seed(1234)
+            raise KeyboardInterrupt
+        assert datasets.utils.are_progress_bars_disabled() != bars
+    finally:
+        datasets.disable_progress_bars() if before else datasets.enable_progress_bars()
+    assert os.environ.get(name) == disabled
+    assert logger.level == logging.INFO
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_standard_errors_are_drawn_without_a_word_and_without_processes(monkeypatch, capsys):
+    """A fork of JAX may hang."""
+    from lm_eval.api.metrics import bootstrap_stderr, median
+
+    def refuse(*_):
+        raise AssertionError("processes are started")
+
+    monkeypatch.setattr(multiprocessing, "Pool", refuse)
+    with quiet():
+        assert bootstrap_stderr(median, [1.0, 2.0, 3.0], 10) > 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_group_that_lm_eval_knows_is_measured_with_its_tasks_once(places, tmp_path, monkeypatch):
+    from lm_eval import tasks
+
+    members = [json.loads(Path(places[1][name]).read_text()) for name in ("status_choice", "word_order")]
+    average = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
+    group = {"group": "both", "task": members, "aggregate_metric_list": [average]}
+    (tmp_path / "both.yaml").write_text(json.dumps(group))
+    known = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", lambda **_: known)
+    found = evaluate_tasks(ours(places), ["both"], limit=2)
+    accuracies = {result.task: result.value for result in found if result.metric == "acc"}
+    assert accuracies.keys() == {"both", "both::status_choice", "both::word_order"}
+    assert accuracies.pop("both") == pytest.approx(np.mean(list(accuracies.values())))
 
 
 @pytest.mark.parametrize(("examples", "chat"), [(None, False), (1, False), (0, True)])
@@ -220,6 +289,9 @@ def test_prompts_have_the_examples_and_the_template_that_are_asked_for(places, m
     expected = 2 if examples is None else examples  # two by the task's own file
     assert [prompt.count("Name of HTTP status") for prompt in prompts] == [expected + 1] * 2
     assert [prompt.startswith("<|SBOS|>user\n") for prompt in prompts] == [chat] * 2
+    prompts.clear()
+    evaluate_tasks(model, [places[1]["status_name"]], limit=1)
+    assert prompts[0].count("Name of HTTP status") == 2 + 1, "what was asked for holds for one round"
 
 
 def test_a_task_that_lm_eval_knows_is_asked_by_its_name(places, monkeypatch):
@@ -242,12 +314,16 @@ def test_tasks_that_cannot_be_loaded_are_told_in_one_line(places, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("task: wrong\noutput_type: multiple_choice\n")
     (tmp_path / "broken.json").write_text("{")
+    far = json.loads(Path(places[1]["corpus"]).read_text())
+    far["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "none.jsonl")
+    (tmp_path / "far.json").write_text(json.dumps(far))
     choice = places[1]["status_choice"]
     for names, message in (
         ([str(tmp_path / "none.yaml")], r"none\.yaml does not exist: give the path of a task, or a name"),
         ([str(wrong)], r"wrong\.yaml: the task cannot be loaded \(\w+: .*\): mend its file"),
         ([str(tmp_path / "broken.json")], r"broken\.json"),
         ([choice, choice], r"^status_choice is a task of .* and of .*: name it once$"),
+        ([str(tmp_path / "far.json")], r"far\.json: the task cannot be loaded \(FileNotFoundError: .*none\.jsonl"),
         (["hellaswagg"], r"^hellaswagg: lm-eval knows no task of this name; did you mean hellaswag"),
     ):
         with pytest.raises(MendableError, match=message) as caught:

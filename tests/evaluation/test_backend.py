@@ -18,6 +18,7 @@ from stellarbyte_jax.evaluation.answers import AnswerSettings, model_settings
 from stellarbyte_jax.evaluation.backend import Backend
 from stellarbyte_jax.evaluation.likelihood import log_likelihoods
 from stellarbyte_jax.evaluation.texts import Pair
+from stellarbyte_jax.inference.api import generate
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
@@ -113,8 +114,33 @@ def test_answers_end_before_the_first_stop_text(bundle):
         ("xb", kwargs | {"until": ["\n"]}),
         ("xc", kwargs | {"until": "ca"}),
         ("xa", kwargs | {"until": ["ab", "b"]}),  # as lm-eval cuts: first at "ab", then at "b"
+        ("xb", kwargs | {"until": ["", "\n"]}),
     ]
-    assert backend.generate_until(requests(*asked)) == ["bc\nabc\nab", "bc", "c", "\nabc\nabc\n", ""]
+    assert backend.generate_until(requests(*asked)) == ["bc\nabc\nab", "bc", "c", "\nabc\nabc\n", "", "c"]
+
+
+def test_nothing_is_generated_behind_a_stop_text(bundle, monkeypatch):
+    """But for what one call of the program makes."""
+    made = []
+    monkeypatch.setattr(answers, "generate", lambda *a, **kw: made.append(generate(*a, **kw)) or made[-1])
+    backend = Backend(saying(bundle, "abc\n"), batch_size=2)
+    for until in (["\n"], []):
+        backend.generate_until(requests(*[(text, {"max_gen_toks": 60, "until": until}) for text in ("xa", "xb")]))
+    stopped, whole = made
+    assert stopped.lengths.max() < 30 and whole.lengths.tolist() == [60, 60]
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_no_text(bundle):
+    """Models have more rows than their tokenizer has tokens, for the sake of shapes."""
+    unknown = bundle.tokenizer.vocab_size
+    wider = ByteTransformer(replace(bundle.model.config, vocab_size=unknown + 1))
+    spoken = saying(replace(bundle, model=wider), "abcd")
+    params = jax.tree.map(np.array, spoken.params)
+    params["lm_head"]["kernel"][1, :] = 0
+    params["lm_head"]["kernel"][1, unknown] = 10  # behind b
+    params["embed"]["embedding"][unknown, 2] = 1  # and d behind that
+    backend = Backend(replace(spoken, params=params), batch_size=1)
+    assert backend.generate_until(requests(("xa", {"max_gen_toks": 4}))) == ["bda"]
 
 
 def test_answers_end_with_a_stop_token_also_one_that_a_stop_text_spells(bundle):
@@ -197,6 +223,8 @@ def test_how_answers_are_sampled(given, sampling):
 def test_settings_of_transformers_that_change_nothing_are_accepted():
     neutral = {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0}
     assert AnswerSettings.read(neutral | {"early_stopping": False}) == AnswerSettings.read({})
+    unsaid = dict.fromkeys(("until", "max_gen_toks", "do_sample", "temperature", "top_p"))
+    assert AnswerSettings.read(unsaid) == AnswerSettings.read({})
 
 
 def test_a_model_says_what_a_task_leaves_out():
@@ -230,6 +258,7 @@ def test_names_of_the_length(name):
     [
         ({"num_beams": 4}, r"^generation_kwargs\.num_beams of a task is not supported: leave it out \(there are until"),
         ({"until": [3]}, r"^generation_kwargs\.until of a task must be a text or a list of texts, got \[3\]$"),
+        ({"max_gen_toks": True}, r"^generation_kwargs\.max_gen_toks of a task must be .* above 0, got True$"),
         ({"max_gen_toks": 0}, r"^generation_kwargs\.max_gen_toks of a task must be an integer above 0, got 0$"),
     ],
 )
@@ -250,11 +279,24 @@ def test_chat_templates(bundle, caplog):
     begun = [user, {"role": "assistant", "content": "The answer is "}]
     assert backend.apply_chat_template(begun, add_generation_prompt=False) == "<user>hi</><assistant>The answer is"
     assert backend.tokenizer_name == bundle.tokenizer.fingerprint
+    caplog.clear()
+    broken = replace(bundle.tokenizer, chat_template="{{ raise_exception('nothing goes') }}")
+    with pytest.raises(ValueError, match="nothing goes"):
+        Backend(replace(bundle, tokenizer=broken), batch_size=1).apply_chat_template([user])
+    assert not caplog.text, "there is no system message"
     with pytest.raises(ValueError, match="give no name"):
         backend.chat_template("rag")
     without = Backend(replace(bundle, tokenizer=replace(bundle.tokenizer, chat_template=None)), batch_size=1)
     with pytest.raises(ValueError, match="has no chat_template: evaluate without chat"):
         without.apply_chat_template([user])
+
+
+@pytest.mark.parametrize("filtered", ["", "| trim"])
+def test_a_reply_that_the_template_spells_twice_is_begun_at_its_last_place(bundle, filtered):
+    template = f"<{{{{ messages[-1].content {filtered} }}}}/{{{{ messages[-1].content {filtered} }}}}>"
+    backend = Backend(replace(bundle, tokenizer=replace(bundle.tokenizer, chat_template=template)), batch_size=1)
+    reply = {"role": "assistant", "content": "so, so"}
+    assert backend.apply_chat_template([reply], add_generation_prompt=False) == "<so, so/so, so"
 
 
 def test_progress_is_told_after_each_call_and_may_end_the_evaluation(bundle):
@@ -267,5 +309,10 @@ def test_progress_is_told_after_each_call_and_may_end_the_evaluation(bundle):
     def stop(kind, done, total):
         raise KeyboardInterrupt
 
+    told.clear()
+    Backend(bundle, batch_size=2, progress=lambda *each: told.append(each)).generate_until(
+        requests(*[("ab", {"max_gen_toks": 2})] * 3)
+    )
+    assert told == [("generate_until", done, 3) for done in (0, 2, 3)]
     with pytest.raises(KeyboardInterrupt):
         Backend(bundle, batch_size=2, progress=stop).generate_until(requests(("a", {})))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.hf_models import small_config
 from helpers.llama_pair import llama_pair
 
 from stellarbyte_jax.config import CacheConfig
@@ -12,6 +13,7 @@ from stellarbyte_jax.evaluation.batches import Shared, Whole, batches, rounded
 from stellarbyte_jax.evaluation.likelihood import log_likelihoods
 from stellarbyte_jax.evaluation.texts import Pair
 from stellarbyte_jax.inference.reconfigure import reconfigure
+from stellarbyte_jax.model.decoder import ByteTransformer
 
 LENGTH = 32  # positions of the model
 
@@ -130,6 +132,22 @@ def test_no_more_logits_exist_at_once_than_is_said(peer, monkeypatch):
     assert "f32[6,67]" in program and "f32[30,67]" not in program, "30 tokens in five parts"
 
 
+def test_a_batch_is_sent_before_the_numbers_of_the_last_one_are_read(monkeypatch):
+    """So that the device never waits. Sums are exact: float32 has no number between -16777216 and -16777218."""
+    events = []
+
+    def sent(model, params, batch):
+        events.append("sent")
+        scores = np.where(np.arange(batch.targets_RM.shape[1]) == 0, np.float32(-(2**24)), np.float32(-1))
+        return np.broadcast_to(scores, batch.targets_RM.shape), batch.targets_RM >= 0
+
+    monkeypatch.setattr(likelihood, "_dispatch", sent)
+    model, pairs = ByteTransformer(small_config()), [Pair((1, n), (3, 4)) for n in range(5)]
+    found = log_likelihoods(model, {}, pairs, batch_size=2, max_length=LENGTH, progress=events.append)
+    assert events == ["sent", "sent", 2, "sent", 2, 1]
+    assert found == [(-16777217.0, True)] * 5
+
+
 def test_the_longest_rows_come_first(peer):
     """What does not fit into memory fails at once."""
     for kind in (Whole, Shared):
@@ -185,6 +203,17 @@ def test_shapes_are_few():
         shapes.append((type(batch), *width.shape, *batch.targets_RM.shape))
     assert len(shapes) > 25
     assert len(set(shapes)) <= 20
+
+
+def test_shapes_are_few_where_contexts_have_other_numbers_of_continuations():
+    numbers = np.random.default_rng(3)
+    pairs = []
+    for number in range(100):
+        context = (number % 67, *ids(numbers, 40))
+        pairs += [Pair((*context, number), ids(numbers, 5)) for _ in range(int(numbers.integers(2, 12)))]
+    made = list(batches(pairs, 32, 64))
+    assert {type(batch) for batch in made} == {Shared}
+    assert len({(batch.contexts_BW.shape, batch.targets_RM.shape) for batch in made}) == 2, "the last one is smaller"
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,19 @@ def test_without_bos_a_text_follows_eos(tmp_path):
     assert encoder.pairs([("b", "a")])[0].context == tuple(tokenizer.encode("b"))
 
 
+def test_bos_behind_spaces_that_it_takes_in_is_the_context(tmp_path):
+    """As in lm-eval, which compares ids; texts of this model begin with bos, and those that go on do not."""
+    path = Path(save_byte_tokenizer(tmp_path / "bytes")) / "tokenizer.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    for token in described["added_tokens"]:
+        token["lstrip"] = True
+    path.write_text(json.dumps(described), encoding="utf-8")
+    tokenizer = load_tokenizer(path.parent)
+    bos = tokenizer.special_tokens["bos_token"]
+    (pair,) = TextEncoder(tokenizer, add_bos=True).pairs([("", f" {bos}a")])
+    assert pair == ((tokenizer.bos_id,), tuple(tokenizer.encode("a")))
+
+
 def test_a_continuation_without_a_token_is_refused(both):
     encoder, _ = both
     with pytest.raises(ValueError, match=r"^the continuation of a request has no token \(continuation ''\), so "):

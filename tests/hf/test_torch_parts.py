@@ -268,6 +268,36 @@ def test_what_a_call_leaves_open_is_the_configs() -> None:
     assert asked.past_key_values is not None and asked.hidden_states is None and asked.attentions is None
 
 
+def test_keys_are_repeated_for_query_heads_only_beside_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of keys cost time and memory; with a mask, the quick kernels of torch take nothing else."""
+    heads, compute = [], torch.nn.functional.scaled_dot_product_attention
+
+    def note(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        heads.append((k.shape[1], v.shape[1], options.get("attn_mask") is None))
+        return compute(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    peer = fresh(num_hidden_layers=1, num_key_value_heads=2)
+    mask = torch.ones(2, 24).index_fill(1, torch.tensor([0]), 0)
+    with torch.no_grad():
+        plain = peer(TOKENS).logits
+        peer(TOKENS, attention_mask=mask)
+        monkeypatch.setattr(modelling, "_GROUPED", False)  # as before torch 2.5
+        torch.testing.assert_close(peer(TOKENS).logits, plain, atol=1e-5, rtol=0)
+    grouped = 2 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5) else 4
+    assert heads == [(grouped, grouped, True), (4, 4, False), (4, 4, True)]
+
+
+@pytest.mark.parametrize(("scheme", "angles"), [("rope", 1), ("xpos", 1), ("stellarbyte", 2)])  # the last: keys too
+def test_angles_are_computed_once_for_all_layers(scheme: str, angles: int) -> None:
+    """Of each call, also of one token, whose time on a GPU is that of starting operations."""
+    peer = fresh(position_embedding=scheme)
+    cache = peer(TOKENS[:, :9]).past_key_values
+    with torch.profiler.profile() as record:
+        peer(TOKENS[:, 9:10], past_key_values=cache)
+    assert {op.key: op.count for op in record.key_averages()}["aten::cos"] == angles
+
+
 def test_weights_of_attention_have_the_dtype_of_the_model() -> None:
     found = fresh().to(torch.bfloat16)(TOKENS, output_attentions=True)
     assert {weights.dtype for weights in found.attentions} == {found.logits.dtype} == {torch.bfloat16}
