@@ -21,6 +21,11 @@ class Rules:
       rotary_pairs: pairs of channels that are rotated together.
       gate: gate and up projection, stacked.
       mlp: feed-forward width.
+      experts: experts, of their weights.
+      routed: experts, of what the router knows of them.
+      gate_features: what the gate of a router reads besides the token.
+      gate_inside: channels inside the gate of a router.
+      positions: rows of a table of positions.
       batch: rows, of activations.
       sequence: positions, of activations.
       act_embed: model width, of activations, which need not be split as weights are.
@@ -35,6 +40,11 @@ class Rules:
     rotary_pairs: str | None = None
     gate: str | None = None
     mlp: str | None = "tensor"
+    experts: str | None = "expert"
+    routed: str | None = None
+    gate_features: str | None = None
+    gate_inside: str | None = None
+    positions: str | None = None
     batch: str | None = "data"
     sequence: str | None = None
     act_embed: str | None = None

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from stellarbyte_jax.config.foreign import listed
-from stellarbyte_jax.config.layers import LayerGroup, LayerSpec
+from stellarbyte_jax.config.layers import LayerGroup, LayerSpec, group_layers
 from stellarbyte_jax.config.model_parts import CacheConfig, MemoryConfig, RopeScaling
+from stellarbyte_jax.config.moe import MoEConfig
 from stellarbyte_jax.config.section import (
     Fraction,
     PositiveFloat,
@@ -85,6 +86,7 @@ class ByteConfig(Section):
       attention_prune_below: attention weights below this fraction of the largest are masked; refuses the fused
         kernels
       memory: segment memory
+      moe: layers with experts
       parallel_residual: attention and MLP read the same norm and are added together
       residual_scaling: branch: each branch is divided by sqrt(2 layers); deepnorm: norm(alpha x + branch), as
         in the paper
@@ -141,6 +143,7 @@ class ByteConfig(Section):
     attention_logit_softcap: PositiveFloat | None = None
     attention_prune_below: Fraction = 0.0
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
 
     parallel_residual: bool = False
     residual_scaling: Literal["none", "branch", "deepnorm"] = "none"
@@ -172,6 +175,7 @@ class ByteConfig(Section):
         require(self.head_size % 2 == 0, f"the head size must be even for rotary embeddings, got {self.head_size}")
         self._check_positions()
         self._check_residual()
+        self._check_experts()
         self._check_layers()
 
     def _check_positions(self) -> None:
@@ -201,6 +205,28 @@ class ByteConfig(Section):
         require(
             self.mlp_style == "gated" or (self.hidden_act == "silu" and not self.mlp_bias),
             "mlp_style stellarbyte has a gate of its own: leave out hidden_act and mlp_bias",
+        )
+
+    def _check_experts(self) -> None:
+        if not self.moe.num_experts:
+            return
+        layers = range(self.num_hidden_layers)
+        named = [layer for layer in self.moe.mlp_only_layers if layer not in layers]
+        require(
+            not named, f"moe.mlp_only_layers names {listed(named)}, there are {self.num_hidden_layers} layers from 0"
+        )
+        require(
+            any(self.moe.has_experts(layer) for layer in layers),
+            f"no layer has experts: moe.first_k_dense_replace {self.moe.first_k_dense_replace}, decoder_sparse_step "
+            f"{self.moe.decoder_sparse_step} and mlp_only_layers leave none of {self.num_hidden_layers}",
+        )
+        require(
+            self.mlp_style == "gated" and not self.mlp_bias,
+            "experts are gated MLPs without biases: leave out mlp_style and mlp_bias, or moe",
+        )
+        require(
+            not (self.has_memory and self.moe.history_decay),
+            "moe.history_decay is of whole documents, and memory cuts them into segments: leave one of them out",
         )
 
     def _check_layers(self) -> None:
@@ -295,17 +321,40 @@ class ByteConfig(Section):
             length = self.memory.length
             lengths = length if isinstance(length, tuple) else (length,) * self.num_hidden_layers
             recent = [round(self.memory.recent_share * n) for n in lengths]
-            return tuple(
+            specs = [
                 LayerSpec(r + 1, r, n - r) if n else LayerSpec(None) for r, n in zip(recent, lengths, strict=False)
-            )
-        if self.layer_types is None:
-            return tuple(LayerSpec(self.sliding_window) for _ in layers)
-        return tuple(LayerSpec(self.sliding_window if t == "sliding_attention" else None) for t in self.layer_types)
+            ]
+        elif self.layer_types is None:
+            specs = [LayerSpec(self.sliding_window) for _ in layers]
+        else:
+            specs = [LayerSpec(self.sliding_window if t == "sliding_attention" else None) for t in self.layer_types]
+        return tuple(spec._replace(moe=self.moe.has_experts(layer)) for layer, spec in enumerate(specs))
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        """The layers in order, those with the same weights together. All layers of this network have the same."""
-        return (LayerGroup(self.layer_specs),)
+        """The layers in order, in groups of one scan."""
+        return group_layers(self.layer_specs)
+
+    @property
+    def layer_places(self) -> tuple[tuple[int, int], ...]:
+        """For each layer the stack of weights that it belongs to, and its row there."""
+        return tuple(place for group in self.layer_groups for place in group.places)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts."""
+        return tuple(layer for layer, spec in enumerate(self.layer_specs) if spec.moe)
+
+    @property
+    def expert_size(self) -> int:
+        """Channels inside an expert."""
+        return self.moe.intermediate_size or self.mlp_size
+
+    @property
+    def is_random(self) -> bool:
+        """Whether training draws random numbers inside the network."""
+        rates = (self.attention_dropout, self.hidden_dropout, self.residual_dropout, self.drop_path)
+        return max(rates) > 0 or self.moe.is_random
 
     @property
     def memory_slots(self) -> int:

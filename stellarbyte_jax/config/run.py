@@ -160,11 +160,28 @@ class LossConfig(Section):
       label_smoothing: share of the target that is spread over all tokens
       z_loss: weight of log(Z)^2, which keeps logits near zero; 1e-4 is usual
       xpos_regularization: weight of the mean squared distance of learned XPos rates to the paper's
+      router_load: weight of the load times the mean score of each expert, which is least where all experts get as
+        many tokens; of each part of the batch
+      router_global: the same, with loads of the whole batch as far as its parts were read
+      router_sequence: the same, of each row
+      router_entropy: the same, where tokens count by the entropy of their scores
+      router_kl: weight of the divergence of the mean scores from even ones
+      router_mse: weight of the squared distance of loads from even ones
+      router_variance: weight of the squared coefficient of variation of the mean scores
+      router_z: weight of the router's log(Z)^2; 1e-3 is usual
     """
 
     label_smoothing: Fraction = 0.0
     z_loss: NonNegativeFloat = 0.0
     xpos_regularization: NonNegativeFloat = 0.0
+    router_load: NonNegativeFloat = 0.01
+    router_global: NonNegativeFloat = 0.0
+    router_sequence: NonNegativeFloat = 0.0
+    router_entropy: NonNegativeFloat = 0.0
+    router_kl: NonNegativeFloat = 0.0
+    router_mse: NonNegativeFloat = 0.0
+    router_variance: NonNegativeFloat = 0.0
+    router_z: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +363,11 @@ class TrainConfig(Section):
         require(
             self.loss.xpos_regularization == 0 or self.model.xpos_learnable,
             "loss.xpos_regularization pulls learned rates: it needs model.xpos_learnable",
+        )
+        stray = [name for name in self.loss.given() if name.startswith("router_")]
+        require(
+            not stray or self.model.moe.num_experts > 0,
+            f"loss.{', '.join(stray)} belongs to routers: set model.moe.num_experts, or leave it out",
         )
 
     def to_json(self) -> str:

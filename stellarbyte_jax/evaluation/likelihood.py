@@ -16,7 +16,6 @@ from stellarbyte_jax.evaluation.batches import Shared, Whole, batches
 from stellarbyte_jax.evaluation.texts import Pair
 from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, logits
 from stellarbyte_jax.model.io import Inputs, State
-from stellarbyte_jax.model.state.cache import make_cache
 
 Likelihood = tuple[float, bool]
 Scores = tuple[jax.Array, jax.Array]
@@ -113,8 +112,8 @@ def _score_shared(
     """The same for continuations whose contexts are read once: ``targets_RM`` holds each from its first token on."""
     B, W = contexts_BW.shape
     M = targets_RM.shape[1] - 1
-    cache = make_cache(model.config, B, W + M)
-    out = forward(model, params, Inputs(contexts_BW, lengths_B=lengths_B), State(cache))
+    state = State.empty(model.config, B, W + M)
+    out = forward(model, params, Inputs(contexts_BW, lengths_B=lengths_B), state)
     last_BD = jnp.take_along_axis(out.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     with jax.named_scope("first_token"):
         logits_BV = logits(model, params, last_BD)
@@ -127,7 +126,7 @@ def _score_shared(
     later_RM = targets_RM[:, 1:]
     counts_R = jnp.sum(later_RM >= 0, axis=1, dtype=jnp.int32)
     inputs = Inputs(jnp.maximum(targets_RM[:, :-1], 0), lengths_B=counts_R)
-    out = forward(model, params, inputs, State(out.state.cache.select(owners_R)))
+    out = forward(model, params, inputs, out.state.select(owners_R))
     log_probs_RM, greedy_RM = _target_scores(model, params, out.hidden_BTD, later_RM)
     return (
         jnp.concatenate([log_probs_R[:, None], log_probs_RM], axis=1),

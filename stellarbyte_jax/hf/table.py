@@ -196,9 +196,8 @@ class Family:
         What a model does not have, such as biases or a tied head, has no shape and gives no tensor.
         """
         yield from _joined(self._outside(config, shapes))
-        places = [(number, row) for number, group in enumerate(config.layer_groups) for row in range(len(group.specs))]
-        for i, (group, place) in enumerate(places):
-            yield from _joined(self._layer(shapes, i, group, place))
+        for i, (stack, place) in enumerate(config.layer_places):
+            yield from _joined(self._layer(shapes, i, stack, place))
 
     def _outside(self, config: ByteConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Piece]]:
         for row in self.rows:
@@ -211,10 +210,10 @@ class Family:
                 yield row.theirs, Piece(row.ours, index, shape, row)
 
     def _layer(
-        self, shapes: Mapping[str, tuple[int, ...]], i: int, group: int, place: int
+        self, shapes: Mapping[str, tuple[int, ...]], i: int, stack: int, place: int
     ) -> Iterator[tuple[str, Piece]]:
         for row in self.rows:
-            path = row.ours.replace("layers/", f"layers/{group}/", 1)
+            path = row.ours.replace("layers/", f"layers/{stack}/", 1)
             if not row.ours.startswith("layers/") or path not in shapes:
                 continue
             shape = shapes[path][1:]

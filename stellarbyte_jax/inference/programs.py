@@ -20,7 +20,6 @@ from stellarbyte_jax.inference.sampling import Sampler, sample
 from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, forward_step, logits, param_uses
 from stellarbyte_jax.model.io import Inputs, State
 from stellarbyte_jax.model.params import WeightUse, materialise
-from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.state.memory import Memory
 
 
@@ -91,8 +90,8 @@ def prefill(
       float32 logits [B, V] of the token after each prompt, and the state: a cache of ``cache_length`` slots with the
       prompts.
     """
-    cache = make_cache(model.config, tokens_BT.shape[0], cache_length)
-    return _read(model, params, tokens_BT, lengths_B, State(cache, memory))
+    state = State.empty(model.config, tokens_BT.shape[0], cache_length, memory)
+    return _read(model, params, tokens_BT, lengths_B, state)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("logits_BV", "state"))

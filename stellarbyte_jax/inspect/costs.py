@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, trained
 from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, partition
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
@@ -39,15 +39,12 @@ class Piece(NamedTuple):
 
 def pieces(config: ByteConfig, params: Params) -> Iterator[Piece]:
     """Every weight of a tree of arrays or shapes, stacks layer by layer."""
-    first, depth = {}, 0
-    for number, group in enumerate(config.layer_groups):
-        first[str(number)] = depth
-        depth += len(group.specs)
+    layers = {(str(stack), row): layer for layer, (stack, row) in enumerate(config.layer_places)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [key.key for key in path]
         if names[0] == "layers":
             for index in range(leaf.shape[0]):
-                yield Piece(part_of(names[2:]), first[names[1]] + index, leaf, index)
+                yield Piece(part_of(names[2:]), layers[names[1], index], leaf, index)
         else:
             yield Piece(part_of(names), None, leaf, None)
 
@@ -96,7 +93,7 @@ def parameter_counts(model: ByteTransformer, is_trainable: IsTrainable = all_tra
     layers: list[Counter[str]] = [Counter() for _ in model.config.layer_specs]
     for piece in pieces(model.config, shapes):
         (outside if piece.layer is None else layers[piece.layer])[piece.part] += piece.size
-    trainable, _ = partition(shapes, is_trainable)
+    trainable, _ = partition(shapes, trained(model, is_trainable))
     return ParameterCounts(outside, tuple(layers), count_parameters(trainable))
 
 

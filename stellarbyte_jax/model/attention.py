@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
         ``state.memory`` holds normalised inputs of earlier tokens. They have keys and values, but no queries.
         """
-        c, spec, (cache, memory) = self.config, self.spec, state
+        c, spec, cache, memory = self.config, self.spec, state.cache, state.memory
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.kv_heads, c.head_size
         scheme = position_scheme(c)
         query, value = matrix_init(c, "query", D, N * H), matrix_init(c, "value", D, K * H)

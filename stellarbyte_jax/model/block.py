@@ -13,9 +13,10 @@ from stellarbyte_jax.model.attention import Attention
 from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.io import Aux, LayerState
 from stellarbyte_jax.model.mlp import MLP
+from stellarbyte_jax.model.moe import MoE
 from stellarbyte_jax.model.norm import RMSNorm
 from stellarbyte_jax.model.params import materialise, param
-from stellarbyte_jax.model.residual import Branches, residual_style
+from stellarbyte_jax.model.residual import Branch, Branches, residual_style
 
 
 class Block(nn.Module):
@@ -35,13 +36,18 @@ class Block(nn.Module):
         """Maps [B, T, D] to [B, T, D], the updated state and the layer's losses; ``depth`` counts layers from 0."""
         c = self.config
         attn = Attention(c, self.spec, name="attn")
-        mlp = MLP(c, name="mlp")
+        if self.spec.moe:
+            moe = MoE(c, name="moe")
+            feed_forward: Branch = lambda n_BTD, state: moe(n_BTD, ctx, state)  # noqa: E731
+        else:
+            mlp = MLP(c, name="mlp")
+            feed_forward = lambda n_BTD, state: (mlp(n_BTD, ctx.train), state, Aux())  # noqa: E731
         branches = Branches(
             config=c,
             attn_norm=RMSNorm(c, name="attn_norm"),
             mlp_norm=lambda x_BTD: RMSNorm(c, name="mlp_norm")(x_BTD),  # the parallel style has none
             attend=lambda n_BTD, state: attn(n_BTD, ctx, state),
-            mlp=lambda n_BTD, state: (mlp(n_BTD, ctx.train), state, Aux()),
+            mlp=feed_forward,
             scale_attn=lambda h_BTD: self._scale(h_BTD, "attn"),
             scale_mlp=lambda h_BTD: self._scale(h_BTD, "mlp"),
             drop=lambda h_BTD: self._drop_path(h_BTD, depth, ctx.train),

@@ -5,10 +5,11 @@ B batch, T new positions, M memory slots, S = M + T.
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from stellarbyte_jax.config import LayerSpec
 from stellarbyte_jax.model.state.memory import LayerMemory, with_memory_prefix
+from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.ops.attention import Mask, always_visible
 from stellarbyte_jax.ops.rotary import Frequencies
 
@@ -22,6 +23,8 @@ class LayerContext:
       rows_BT: int32 [B or 1, T], index of each new token in its row.
       segment_ids_BT: int32 [B, T], document of each new token, or None where a row is one document.
       rope: rotary frequencies of the new tokens.
+      valid_BT: bool [B, T], False for padding; None where there is none.
+      pool: weights of the experts that all layers share; None where each has its own.
       max_segments: static; upper bound on the documents of a row.
       train: static; whether dropout is on.
     """
@@ -32,6 +35,22 @@ class LayerContext:
     rope: Frequencies
     max_segments: int | None = struct.field(pytree_node=False, default=None)
     train: bool = struct.field(pytree_node=False, default=False)
+    valid_BT: Array | None = None
+    pool: Params | None = None
+
+    @property
+    def tokens(self) -> Bool[Array, "B T"]:
+        """Which positions [B, T] hold tokens; the others are padding."""
+        return jnp.ones(self.positions_BT.shape, bool) if self.valid_BT is None else self.valid_BT
+
+    @property
+    def starts(self) -> Bool[Array, "B T"]:
+        """Whether a token begins a document."""
+        starts_BT = self.positions_BT == 0
+        if self.segment_ids_BT is None:
+            return starts_BT
+        ids_BT = self.segment_ids_BT
+        return starts_BT | jnp.pad(ids_BT[:, 1:] != ids_BT[:, :-1], ((0, 0), (1, 0)))
 
     def mask(self, spec: LayerSpec, memory: LayerMemory | None, sink_tokens: int) -> Mask:
         """What the new tokens see of each other, and of a memory before them.

@@ -15,11 +15,11 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.embedding import Embed, Head
 from stellarbyte_jax.model.io import Inputs, Output, State
-from stellarbyte_jax.model.layers import Layers
+from stellarbyte_jax.model.layers import Given, Layers
 from stellarbyte_jax.model.norm import RMSNorm
 from stellarbyte_jax.model.params import WeightUse, weight_uses
 from stellarbyte_jax.model.positions import position_scheme
-from stellarbyte_jax.model.trees import Axes, Params, Shapes, Uses
+from stellarbyte_jax.model.trees import Axes, IsTrainable, Params, Shapes, Uses, all_trainable
 
 
 class ByteTransformer(nn.Module):
@@ -74,11 +74,16 @@ class ByteTransformer(nn.Module):
         rope = position_scheme(c).frequencies(
             positions_BT, inputs.segment_ids_BT, valid_mask_BT, cached=cache is not None and not cache.fresh
         )
-        ctx = LayerContext(positions_BT, offsets_1T, inputs.segment_ids_BT, rope, inputs.max_segments, train)
+        if inputs.segment_ids_BT is not None:
+            valid_mask_BT = inputs.segment_ids_BT > 0
+        ctx = LayerContext(
+            positions_BT, offsets_1T, inputs.segment_ids_BT, rope, inputs.max_segments, train, valid_mask_BT
+        )
 
         x_BTD = self.embed_dropout(self.embed.look_up(inputs.tokens_BT), deterministic=not train)
         caches = None if cache is None else cache.groups
-        x_BTD, caches, layer_inputs, aux = self.layers(x_BTD, ctx, caches, None if memory is None else memory.groups)
+        out = self.layers(x_BTD, ctx, Given(caches, None if memory is None else memory.groups, state.router))
+        x_BTD, caches, layer_inputs, router, aux = out
         hidden_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
         if self.is_initializing():
             self.head_kernel()
@@ -86,7 +91,7 @@ class ByteTransformer(nn.Module):
             cache, memory = cache.end(caches, positions_BT, valid_mask_BT), None
         elif memory is not None:
             memory = memory.update(c, layer_inputs, inputs.segment_ids_BT, T)
-        return Output(hidden_BTD, State(cache, memory), aux)
+        return Output(hidden_BTD, State(cache, memory, router), aux)
 
     def head_kernel(self) -> Float[Array, "D V"]:
         """The matrix from hidden states to logits, in the compute dtype. Columns from ``vocab_size`` on are padding."""
@@ -117,6 +122,8 @@ def check_call(config: ByteConfig, inputs: Inputs, state: State, train: bool) ->
         raise ValueError("the cache already holds tokens, which a memory cannot come before: give a new cache")
     if inputs.positions_BT is not None and cache is not None:
         raise ValueError("with a cache, positions follow from it: leave positions_BT out")
+    if config.moe.history_decay and cache is not None and (state.router is None or state.router.history_LBD is None):
+        raise ValueError("the gates read the history of a text, which the state lacks: begin with State.empty")
 
 
 def forward(
@@ -126,10 +133,12 @@ def forward(
     state: State | None = None,
     *,
     dropout_key: Array | None = None,
+    train: bool = False,
 ) -> Output:
-    """:meth:`ByteTransformer.__call__` with these weights; a ``dropout_key`` makes it a call of training."""
+    """:meth:`ByteTransformer.__call__` with these weights; a ``dropout_key`` makes it a call of training too."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return cast(Output, model.apply({"params": params}, inputs, state, train=dropout_key is not None, rngs=rngs))
+    train = train or dropout_key is not None
+    return cast(Output, model.apply({"params": params}, inputs, state, train=train, rngs=rngs))
 
 
 def logits(model: ByteTransformer, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
@@ -150,6 +159,13 @@ def init_params(model: ByteTransformer, key: Array) -> Params:
 def param_uses(model: ByteTransformer) -> Uses:
     """The :class:`WeightUse` of each weight, in a tree like :func:`init_params`'s. Computes nothing."""
     return weight_uses(jax.eval_shape(lambda: _init(model, jax.random.key(0))))
+
+
+def trained(model: ByteTransformer, is_trainable: IsTrainable = all_trainable) -> IsTrainable:
+    """Which of the leaves that may be trained are weights, and not what training keeps beside them."""
+    uses = jax.tree_util.tree_leaves_with_path(param_uses(model), is_leaf=lambda x: isinstance(x, WeightUse))
+    tracked = {tuple(key.key for key in path) for path, use in uses if use.tracked}
+    return lambda path: path not in tracked and is_trainable(path)
 
 
 def logical_axes(model: ByteTransformer) -> Axes:

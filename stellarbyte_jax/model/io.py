@@ -3,7 +3,7 @@
 B batch, T tokens, D model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -13,9 +13,10 @@ from flax import struct
 from jaxtyping import Array
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.model.state.cache import Cache
+from stellarbyte_jax.model.state.cache import Cache, make_cache
 from stellarbyte_jax.model.state.layer_cache import LayerCache
 from stellarbyte_jax.model.state.memory import LayerMemory, Memory
+from stellarbyte_jax.model.state.router import RouterState
 
 
 @struct.dataclass
@@ -47,23 +48,39 @@ class State:
       cache: keys and values of earlier tokens, for generation. New tokens follow each row's earlier ones.
       memory: states of earlier segments. With an empty cache too, the cache begins with the memory's content, and the
         result has the cache alone.
+      router: what routers carry: in generation for the rows of the cache, in training for a step.
     """
 
     cache: Cache | None = None
     memory: Memory | None = None
+    router: RouterState | None = None
 
     @classmethod
     def initial(cls, config: ByteConfig, rows: int) -> "State":
         """What is carried from batch to batch, before the first one."""
         return cls(memory=Memory.create(config, rows) if config.has_memory else None)
 
-    def parts(self) -> dict[str, Cache | Memory]:
+    @classmethod
+    def empty(cls, config: ByteConfig, rows: int, max_length: int, memory: Memory | None = None) -> "State":
+        """What generation begins with: a cache of ``max_length`` tokens a row, and what else the network reads."""
+        return cls(make_cache(config, rows, max_length), memory, RouterState.initial(config, rows))
+
+    def select(self, rows: Array | Sequence[int]) -> "State":
+        """The state of these rows of a cache, in this order: fewer, others, or some several times.
+
+        Raises:
+          ValueError: there is no such row.
+        """
+        assert self.cache is not None and self.memory is None
+        return State(self.cache.select(rows), None, None if self.router is None else self.router.select(rows))
+
+    def parts(self) -> dict[str, Cache | Memory | RouterState]:
         """What the state holds, by the names of its fields."""
         return {field.name: part for field in fields(self) if (part := getattr(self, field.name)) is not None}
 
     def split(self, parts: int) -> "State":
         """The rows of a state between batches cut into equal parts, on a new first axis."""
-        assert self.cache is None
+        assert self.cache is None and self.router is None
         return State(memory=None if self.memory is None else self.memory.split(parts))
 
     def joined(self) -> "State":
@@ -77,10 +94,12 @@ class LayerState(NamedTuple):
     Attributes:
       cache: keys and values of earlier tokens; updated.
       memory: states of earlier tokens; read.
+      router: of this layer, without its first axis; updated.
     """
 
     cache: LayerCache | None = None
     memory: LayerMemory | None = None
+    router: RouterState | None = None
 
 
 @struct.dataclass
@@ -141,6 +160,11 @@ class Aux:
         if twice:
             raise ValueError(f"{', '.join(sorted(twice))}: the name of a loss and of a statistic")
         return {name: mean.value for name, mean in {**self.losses, **self.statistics}.items()}
+
+
+def sum_of(parts: Iterable[Aux]) -> Aux:
+    """Over all layers, or parts of a batch."""
+    return sum(parts, Aux())
 
 
 def _sums(a: dict[str, Mean], b: dict[str, Mean]) -> dict[str, Mean]:

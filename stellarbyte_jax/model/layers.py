@@ -3,8 +3,8 @@
 B batch, T positions, D model, L layers of a group, R repeats of its period of P layers.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -14,144 +14,271 @@ from jaxtyping import Array, Float
 from stellarbyte_jax.config import ByteConfig, LayerGroup, LayerSpec
 from stellarbyte_jax.model.block import Block
 from stellarbyte_jax.model.context import LayerContext
-from stellarbyte_jax.model.io import Aux, LayerState
+from stellarbyte_jax.model.io import Aux, LayerState, sum_of
+from stellarbyte_jax.model.moe import Experts
 from stellarbyte_jax.model.state.layer_cache import LayerCache
 from stellarbyte_jax.model.state.memory import LayerMemory
+from stellarbyte_jax.model.state.router import RouterState
 from stellarbyte_jax.model.trees import Params
+from stellarbyte_jax.ops.grouped_matmul import Groups
+
+POOL = "pool"
+Tree = TypeVar("Tree")
 
 Caches = tuple[LayerCache, ...]
 Memories = tuple[LayerMemory, ...]
 Carry = tuple[Array, Caches | None]
-Repeat = tuple[Array, Params, tuple[Array, ...] | None, Array | None]  # number, weights, memory, dropout keys
-Body = Callable[[Carry, Repeat], tuple[Carry, tuple[tuple[Array | None, ...], Aux]]]
+
+
+class Repeat(NamedTuple):
+    """What a turn of the scan has of its own.
+
+    Attributes:
+      number: of the turn.
+      weights: those of its layers, a stack for each kind of layer.
+      states: memory of its layers.
+      routers: what the routers of its layers carry, stacked.
+      keys: of dropout, one a layer.
+    """
+
+    number: Array
+    weights: tuple[Params, ...]
+    states: tuple[Array, ...] | None
+    routers: RouterState | None
+    keys: Array | None
+
+
+class Told(NamedTuple):
+    """What a turn of the scan gives besides activations and caches.
+
+    Attributes:
+      inputs: of the layers, for each place that remembers them.
+      routers: what the routers of its layers carry, stacked.
+      aux: losses and statistics of its layers.
+    """
+
+    inputs: tuple[Array | None, ...]
+    routers: RouterState | None
+    aux: Aux
+
+
+Body = Callable[[Carry, Repeat], tuple[Carry, Told]]
+
+
+class Given(NamedTuple):
+    """What all layers have besides activations and weights.
+
+    Attributes:
+      caches: by group and place.
+      memories: likewise.
+      routers: what the routers of the layers with experts carry, stacked.
+    """
+
+    caches: tuple[Caches, ...] | None = None
+    memories: tuple[Memories, ...] | None = None
+    routers: RouterState | None = None
+
+
+class OfGroup(NamedTuple):
+    """The same of a group.
+
+    Attributes:
+      caches: by place.
+      memories: likewise.
+      routers: of the group's layers with experts.
+    """
+
+    caches: Caches | None = None
+    memories: Memories | None = None
+    routers: RouterState | None = None
 
 
 class GroupOutput(NamedTuple):
-    """What a group of layers gives.
+    """What the layers of a group give.
 
     Attributes:
       x_BTD: activations.
       caches: of each place of the period; None without a cache.
       inputs: for each place that remembers the inputs [R, B, T, D] of its layers, else None.
-      aux: losses and statistics of its layers.
+      routers: what the routers of the layers with experts carry, stacked.
+      aux: losses and statistics of the layers.
     """
 
     x_BTD: Array
     caches: Caches | None
     inputs: tuple[Array | None, ...]
+    routers: RouterState | None
+    aux: Aux
+
+
+class LayersOutput(NamedTuple):
+    """What all layers give.
+
+    Attributes:
+      x_BTD: activations.
+      caches: by group and place; None without a cache.
+      inputs: those of groups, see :class:`GroupOutput`.
+      routers: what the routers of the layers with experts carry, stacked.
+      aux: losses and statistics of the layers.
+    """
+
+    x_BTD: Array
+    caches: tuple[Caches, ...] | None
+    inputs: tuple[tuple[Array | None, ...], ...]
+    routers: RouterState | None
     aux: Aux
 
 
 class Layers(nn.Module):
-    """The blocks of every group, whose weights are stacks ``[L, ...]`` under the number of the group.
+    """The blocks of every group, whose weights are stacks ``[L, ...]`` under the number of the stack.
 
     Weights are made by ``nn.scan`` and used by ``lax.scan``: a stack depends on the layers' weights alone, while the
-    loop's body depends on their windows and memories too, P layers at a time.
+    loop's body depends on their windows and memories too, P layers at a time. Experts that all layers share are no
+    stack; their name is ``pool``.
     """
 
     config: ByteConfig
 
     @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        ctx: LayerContext,
-        caches: tuple[Caches, ...] | None,
-        memories: tuple[Memories, ...] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Caches, ...] | None, tuple[tuple[Array | None, ...], ...], Aux]:
-        """Maps [B, T, D] to [B, T, D], caches by group and place, layer inputs to be remembered, and losses."""
+    def __call__(self, x_BTD: Float[Array, "B T D"], ctx: LayerContext, given: Given) -> LayersOutput:
+        """Maps [B, T, D] to [B, T, D], and updates what layers have."""
         c = self.config
-        found = []
-        depth, aux = 0, Aux()
+        if c.moe.shared_pool:
+            ctx = ctx.replace(pool=self._pool(x_BTD))  # type: ignore[attr-defined]
+        if self.is_initializing():
+            for group in c.layer_groups:
+                for stack in group.stacks:
+                    x_BTD = self._make(x_BTD, ctx, stack, group.of_stack(stack))
+            return LayersOutput(x_BTD, None, (), None, Aux())
+        found: list[GroupOutput] = []
+        depth, routed = 0, 0
         for number, group in enumerate(c.layer_groups):
-            if self.is_initializing():
-                make_layer = nn.scan(
-                    lambda block, x_BTD, _: (block(x_BTD, ctx, LayerState(), jnp.zeros((), jnp.int32))[0], None),
-                    variable_axes={"params": 0},
-                    split_rngs={"params": True},
-                    length=len(group.specs),
-                    metadata_params={nn.PARTITION_NAME: "layers"},
-                )
-                x_BTD, _ = make_layer(Block(c, group.specs[0], name=str(number)), x_BTD, None)
-                continue
-            drops = ctx.train and max(c.attention_dropout, c.hidden_dropout, c.residual_dropout, c.drop_path) > 0
+            experts = sum(spec.moe for spec in group.specs)
             out = run_group(
                 c,
                 group,
-                self.get_variable("params", str(number)),
+                {stack: self.get_variable("params", str(stack)) for stack in group.stacks},
                 x_BTD,
                 ctx,
-                None if caches is None else caches[number],
-                None if memories is None else memories[number],
-                self.make_rng("dropout") if drops else None,
+                OfGroup(
+                    None if given.caches is None else given.caches[number],
+                    None if given.memories is None else given.memories[number],
+                    jax.tree.map(lambda x, at=routed, n=experts: x[at : at + n], given.routers) if experts else None,
+                ),
+                self.make_rng("dropout") if ctx.train and c.is_random else None,
                 depth,
             )
-            x_BTD, aux = out.x_BTD, aux + out.aux
-            depth += len(group.specs)
+            x_BTD = out.x_BTD
+            depth, routed = depth + len(group.specs), routed + experts
             found.append(out)
-        after = None if caches is None else tuple(out.caches for out in found)
-        return x_BTD, after, tuple(out.inputs for out in found), aux
+        caches = None if given.caches is None else tuple(out.caches for out in found if out.caches is not None)
+        routers = [out.routers for out in found if out.routers is not None]
+        after = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routers) if routers else None
+        inputs = tuple(out.inputs for out in found)
+        return LayersOutput(x_BTD, caches, inputs, after, sum_of(out.aux for out in found))
+
+    def _make(self, x_BTD: Array, ctx: LayerContext, stack: int, specs: tuple[LayerSpec, ...]) -> Array:
+        make_layer = nn.scan(
+            lambda block, x_BTD, _: (block(x_BTD, ctx, LayerState(), jnp.zeros((), jnp.int32))[0], None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=len(specs),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return make_layer(Block(self.config, specs[0], name=str(stack)), x_BTD, None)[0]
+
+    def _pool(self, x_BTD: Array) -> Params:
+        experts = Experts(self.config, name=POOL)
+        if self.is_initializing():
+            E = self.config.moe.num_experts
+            experts(jnp.zeros((E, x_BTD.shape[-1]), x_BTD.dtype), Groups(jnp.ones(E, jnp.int32), None))
+        return self.get_variable("params", POOL)
 
 
 def run_group(
     config: ByteConfig,
     group: LayerGroup,
-    params: Params,
+    params: Mapping[int, Params],
     x_BTD: Float[Array, "B T D"],
     ctx: LayerContext,
-    caches: Caches | None,
-    memories: Memories | None,
+    given: OfGroup,
     dropout_key: Array | None,
     depth: int,
 ) -> GroupOutput:
-    """Applies the layers of a group, with stacked ``params`` [L, ...]; ``depth`` is that of the first layer."""
+    """Applies the layers of a group, with its stacks of weights [L, ...]; ``depth`` is that of the first layer."""
     P, R = len(group.period), group.repeats
     keys = None if dropout_key is None else jax.random.split(dropout_key, len(group.specs))
+    memories = given.memories
     states = None if memories is None else tuple(memory.states for memory in memories)
+    counts = {stack: sum(group.stack_of(spec) == stack for spec in group.period) for stack in group.stacks}
 
     def body_of(specs: tuple[LayerSpec, ...]) -> Body:
         """The layers of a period, or of the beginning of one."""
 
-        def body(carry: Carry, xs: Repeat) -> tuple[Carry, tuple[tuple[Array | None, ...], Aux]]:
+        def body(carry: Carry, xs: Repeat) -> tuple[Carry, Told]:
             x_BTD, caches = carry
-            repeat, weights, states, keys = xs
             caches = None if caches is None else list(caches)
-            inputs, aux = [], Aux()
-            for place, (spec, layer_weights) in enumerate(zip(specs, unstack(weights, len(specs)), strict=True)):
-                cache = None if caches is None else caches[place].at(repeat)
+            inputs, after, aux = [], [], Aux()
+            weights = {stack: iter(unstack(tree)) for stack, tree in zip(group.stacks, xs.weights, strict=True)}
+            routers = iter(() if xs.routers is None else unstack(xs.routers))
+            for place, spec in enumerate(specs):
+                cache = None if caches is None else caches[place].at(xs.number)
                 memory = None
-                if memories is not None and states is not None and spec.memory_slots:
-                    memory = LayerMemory(states[place], memories[place].valid_BM)
+                if memories is not None and xs.states is not None and spec.memory_slots:
+                    memory = LayerMemory(xs.states[place], memories[place].valid_BM)
                 inputs.append(x_BTD if memory is not None and cache is None else None)
-                rngs = None if keys is None else {"dropout": keys[place]}
-                at = depth + repeat * P + place
+                rngs = None if xs.keys is None else {"dropout": xs.keys[place]}
+                at = depth + xs.number * P + place
                 block = Block(config, spec, parent=None)
-                applied = block.apply({"params": layer_weights}, x_BTD, ctx, LayerState(cache, memory), at, rngs=rngs)
+                state = LayerState(cache, memory, next(routers, None) if spec.moe else None)
+                applied = block.apply({"params": next(weights[group.stack_of(spec)])}, x_BTD, ctx, state, at, rngs=rngs)
                 x_BTD, state, told = cast(tuple[Array, LayerState, Aux], applied)
                 aux += told
+                if state.router is not None:
+                    after.append(state.router)
                 if caches is not None and state.cache is not None:
                     caches[place] = state.cache
-            return (x_BTD, None if caches is None else tuple(caches)), (tuple(inputs), aux)
+            carried = jax.tree.map(lambda *xs: jnp.stack(xs), *after) if after else None
+            return (x_BTD, None if caches is None else tuple(caches)), Told(tuple(inputs), carried, aux)
 
         if config.remat == "none":
             return body
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
         return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
-    def repeated(x: Array) -> Array:
-        return (x[: R * P] if group.tail else x).reshape(R, P, *x.shape[1:])
+    def turns(tree: Tree, layers: int) -> Tree:
+        """Stacks of all layers as stacks [R, layers, ...]; the last layers are left out where they are cut short."""
+        return jax.tree.map(lambda x: x[: R * layers].reshape(R, layers, *x.shape[1:]), tree)
 
-    whole_states = None if states is None else tuple(x[:R] for x in states)
-    xs = (jnp.arange(R, dtype=jnp.int32), jax.tree.map(repeated, params), whole_states, jax.tree.map(repeated, keys))
-    carry, (inputs, aux) = jax.lax.scan(body_of(group.period), (x_BTD, caches), xs, unroll=config.scan_unroll or R)
+    def rest(tree: Tree, layers: int) -> Tree:
+        return jax.tree.map(lambda x: x[R * layers :], tree)
+
+    routed = sum(spec.moe for spec in group.period)
+    xs = Repeat(
+        jnp.arange(R, dtype=jnp.int32),
+        tuple(turns(params[stack], counts[stack]) for stack in group.stacks),
+        None if states is None else tuple(x[:R] for x in states),
+        turns(given.routers, routed),
+        turns(keys, P),
+    )
+    scanned = jax.lax.scan(body_of(group.period), (x_BTD, given.caches), xs, unroll=config.scan_unroll or R)
+    carry, (inputs, routers, aux) = scanned
+    routers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routers)
     aux = aux.over_first_axis()
     if group.tail:
-        weights, keys = jax.tree.map(lambda x: x[R * P :], (params, keys))
-        rest = None if states is None else tuple(x[-1] for x in states[: len(group.tail)])
-        carry, (more, told) = body_of(group.tail)(carry, (jnp.asarray(R, jnp.int32), weights, rest, keys))
+        last = Repeat(
+            jnp.asarray(R, jnp.int32),
+            tuple(rest(params[stack], counts[stack]) for stack in group.stacks),
+            None if states is None else tuple(x[-1] for x in states[: len(group.tail)]),
+            rest(given.routers, routed),
+            rest(keys, P),
+        )
+        carry, (more, after, told) = body_of(group.tail)(carry, last)
         inputs = tuple(map(_with_last, inputs, [*more, *[None] * (P - len(more))]))
+        if after is not None:
+            routers = jax.tree.map(lambda *parts: jnp.concatenate(parts), routers, after)
         aux += told
-    return GroupOutput(*carry, inputs, aux)
+    return GroupOutput(*carry, inputs, routers, aux)
 
 
 def _with_last(inputs: Array | None, last: Array | None) -> Array | None:
@@ -159,8 +286,9 @@ def _with_last(inputs: Array | None, last: Array | None) -> Array | None:
     return inputs if inputs is None or last is None else jnp.concatenate([inputs, last[None]])
 
 
-def unstack(tree: Params, layers: int) -> list[Params]:
+def unstack(tree: Tree) -> list[Tree]:
     """A tree of stacks [P, ...] as P trees. By a split, whose gradient is one concatenation."""
     leaves, structure = jax.tree.flatten(tree)
-    split = [jax.lax.split(x, [1] * layers) for x in leaves]
+    layers = leaves[0].shape[0]
+    split = [jax.lax.split(x, [1] * layers) for x in leaves] if layers else []
     return [structure.unflatten([parts[i][0] for parts in split]) for i in range(layers)]

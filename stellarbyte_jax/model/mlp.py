@@ -37,31 +37,34 @@ class MLP(nn.Module):
 
 def gated(mlp: MLP, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """``down(act(gate(x)) * up(x))``: SwiGLU or GEGLU by the activation. Shazeer 2020, https://arxiv.org/abs/2002.05202."""
-    gate_BTF, up_BTF = _gate_and_up(mlp, x_BTD)
-    return _down(mlp, ACTIVATIONS[mlp.config.hidden_act](gate_BTF) * up_BTF)
+    gate_BTF, up_BTF = gate_and_up(mlp, mlp.config, x_BTD, mlp.config.mlp_size)
+    return project_down(mlp, mlp.config, ACTIVATIONS[mlp.config.hidden_act](gate_BTF) * up_BTF)
 
 
 def stellarbyte(mlp: MLP, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The original's ``down(silu(up(n)) * sigmoid(gate(n))) + x`` with ``n = RMSNorm(x)`` of a fixed eps."""
     n_BTD = RMSNorm(mlp.config, eps=_STELLARBYTE_EPS, name="norm")(x_BTD)
-    gate_BTF, up_BTF = _gate_and_up(mlp, n_BTD)
-    return _down(mlp, jax.nn.silu(up_BTF) * jax.nn.sigmoid(gate_BTF)) + x_BTD
+    gate_BTF, up_BTF = gate_and_up(mlp, mlp.config, n_BTD, mlp.config.mlp_size)
+    return project_down(mlp, mlp.config, jax.nn.silu(up_BTF) * jax.nn.sigmoid(gate_BTF)) + x_BTD
 
 
 MLP_STYLES: dict[str, Callable[[MLP, jax.Array], jax.Array]] = {"gated": gated, "stellarbyte": stellarbyte}
 
 
-def _gate_and_up(mlp: MLP, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    c = mlp.config
-    D, F = c.hidden_size, c.mlp_size
-    init = matrix_init(c, "mlp_in", D, F)
+def gate_and_up(
+    module: nn.Module, config: ByteConfig, x_BTD: Float[Array, "B T D"], size: int
+) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    """The two projections into an MLP of a size, with one weight of the module."""
+    D, F = config.hidden_size, size
+    init = matrix_init(config, "mlp_in", D, F)
     both_BTGF = linear(
-        mlp, "gate_up", "BTD,DGF->BTGF", x_BTD, init, bias=c.mlp_bias, batch=("gate",), embed=D, gate=2, mlp=F
+        module, "gate_up", "BTD,DGF->BTGF", x_BTD, init, bias=config.mlp_bias, batch=("gate",), embed=D, gate=2, mlp=F
     )
     return both_BTGF[:, :, 0], both_BTGF[:, :, 1]
 
 
-def _down(mlp: MLP, h_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
-    c = mlp.config
-    D, F = c.hidden_size, c.mlp_size
-    return linear(mlp, "down", "BTF,FD->BTD", h_BTF, matrix_init(c, "mlp_out", F, D), bias=c.mlp_bias, mlp=F, embed=D)
+def project_down(module: nn.Module, config: ByteConfig, h_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+    """The projection out of an MLP, with a weight of the module."""
+    D, F = config.hidden_size, h_BTF.shape[-1]
+    init = matrix_init(config, "mlp_out", F, D)
+    return linear(module, "down", "BTF,FD->BTD", h_BTF, init, bias=config.mlp_bias, mlp=F, embed=D)

@@ -28,6 +28,8 @@ class WeightUse:
       batch: dimensions that index independent matrices.
       lookup: whether the weight is a table whose rows are looked up.
       float32: whether it is used in float32 whatever the compute dtype.
+      tracked: whether it is no weight that gradients reach but a number that training keeps beside them, such as how
+        much an expert is used. It goes wherever weights go.
     """
 
     axes: tuple[str, ...]
@@ -35,6 +37,7 @@ class WeightUse:
     batch: tuple[int, ...] = ()
     lookup: bool = False
     float32: bool = False
+    tracked: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -43,8 +46,8 @@ class WeightUse:
 
     @property
     def is_hidden_matrix(self) -> bool:
-        """Whether it is a matrix from activations to activations: no table and no head."""
-        return self.is_matrix and "vocab" not in self.axes
+        """Whether it is a matrix from activations to activations: no table, no head and no router."""
+        return self.is_matrix and not {"vocab", "routed", "gate_inside"} & set(self.axes)
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -96,6 +99,7 @@ def param(
     batch: tuple[str, ...] = (),
     lookup: bool = False,
     float32: bool = False,
+    tracked: bool = False,
 ) -> Array:
     """Makes or fetches a weight, as it is stored: :func:`materialise` makes an array of a dtype of it.
 
@@ -108,6 +112,7 @@ def param(
       batch: axes that index independent matrices.
       lookup: whether rows are looked up.
       float32: whether it is used in float32.
+      tracked: whether it is a number that training keeps.
 
     Raises:
       ValueError: an axis is none of ``sharding.WEIGHT_AXES``.
@@ -117,7 +122,12 @@ def param(
         raise ValueError(f"weight {name}: unknown axes {unknown}; known are {', '.join(WEIGHT_AXES)}")
     names = tuple(axes)
     use = WeightUse(
-        names, tuple(names.index(a) for a in contracted), tuple(names.index(a) for a in batch), lookup, float32
+        names,
+        tuple(names.index(a) for a in contracted),
+        tuple(names.index(a) for a in batch),
+        lookup,
+        float32,
+        tracked,
     )
     made = module.param(name, _first, init, tuple(axes.values()), use)
     return jnp.asarray(made)  # numpy arrays are weights too
@@ -140,12 +150,13 @@ def kernel(
     init: nn.initializers.Initializer,
     *,
     batch: tuple[str, ...] = (),
+    float32: bool = False,
     **axes: int,
 ) -> Array:
     """The matrix that :func:`linear` would use, in ``dtype``: for operations that do the product themselves."""
     letters, output = _letters(name, spec, axes)
     contracted = tuple(axis for axis, letter in zip(axes, letters, strict=True) if letter not in output)
-    return materialise(param(module, name, init, axes, contracted=contracted, batch=batch), dtype)
+    return materialise(param(module, name, init, axes, contracted=contracted, batch=batch, float32=float32), dtype)
 
 
 def linear(
@@ -158,6 +169,7 @@ def linear(
     bias: bool = False,
     batch: tuple[str, ...] = (),
     out_dtype: jnp.dtype | None = None,
+    float32: bool = False,
     **axes: int,
 ) -> Float[Array, "..."]:
     """The product of activations with a weight, and a bias where asked for.
@@ -173,15 +185,17 @@ def linear(
       bias: whether to add one.
       batch: axes of the weight that index independent matrices.
       out_dtype: of the result, where it is not that of ``x``.
+      float32: whether the product is one of float32, whatever the dtype of ``x``, without reduced precision.
       **axes: name and size of each axis of the weight, in order.
 
     Raises:
       ValueError: the spec does not fit the axes, or an axis is none of ``sharding.WEIGHT_AXES``.
     """
     letters, output = _letters(name, spec, axes)
-    matrix = kernel(module, name, spec, x.dtype, init, batch=batch, **axes)
+    x = x.astype(jnp.float32) if float32 else x
+    matrix = kernel(module, name, spec, x.dtype, init, batch=batch, float32=float32, **axes)
     names = dict(zip(letters, axes, strict=True))
-    result = product(spec, x, matrix, names, out_dtype)
+    result = product(spec, x, matrix, names, out_dtype, jax.lax.Precision.HIGHEST if float32 else None)
     if bias:
         sizes = {names[letter]: axes[names[letter]] for letter in letters if letter in output}
         offset = materialise(param(module, f"{name}_bias", nn.initializers.zeros, sizes), result.dtype)
@@ -196,6 +210,7 @@ def product(
     matrix: Float[Array, "..."],
     names: Mapping[str, str],
     out_dtype: jnp.dtype | None = None,
+    precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "..."]:
     """An einsum of activations and a weight, split over the mesh by the weight's axes.
 
@@ -205,8 +220,9 @@ def product(
       matrix: weight in their dtype.
       names: axis of each letter of the weight.
       out_dtype: of the result, where it is not that of ``x``.
+      precision: of a float32 product; None: what jax is set to.
     """
-    result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype)
+    result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype, precision=precision)
     output = spec.partition("->")[2].replace(".", "")
     named = {"B": "batch", "T": "sequence", "S": "sequence"}
     named |= {letter: "act_embed" if name == "embed" else name for letter, name in names.items()}

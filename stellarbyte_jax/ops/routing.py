@@ -1,7 +1,7 @@
-"""Which tokens go to which experts, on arrays alone: scores, choices, an order by expert, slots of a fixed capacity.
+"""Which tokens go to which experts, on arrays alone: scores, choices, and slots of a fixed capacity.
 
-N tokens, E experts, K choices a token, M further candidates, P = N K pairs of a token and an expert, D model. The
-number E stands for no expert.
+N tokens, E experts, K choices a token, M further candidates, P = N K pairs of a token and an expert. The number E
+stands for no expert.
 """
 
 from typing import NamedTuple
@@ -19,23 +19,18 @@ class Choices(NamedTuple):
     Attributes:
       experts_NK: int32, the best first; E where the token goes to none.
       weights_NK: float32, what the outputs of the experts are multiplied with; 0 for none.
+      factors_N: float32, by which weights are larger than scores.
     """
 
     experts_NK: Array
     weights_NK: Array
+    factors_N: Array
 
-
-class ByExpert(NamedTuple):
-    """Pairs of tokens and experts in the order of experts.
-
-    Attributes:
-      pairs_P: int32, numbers ``token K + choice`` of the pairs: by expert, within one in the order of tokens; pairs
-        without an expert come last.
-      sizes_E: int32, pairs of each expert.
-    """
-
-    pairs_P: Array
-    sizes_E: Array
+    def weights_of(self, scores_NE: Float[Array, "N E"], experts_NK: Int[Array, "N K"]) -> Float[Array, "N K"]:
+        """The weights of other experts of the tokens, in the same proportion to their scores; 0 for none."""
+        E = scores_NE.shape[1]
+        scores_NK = jnp.take_along_axis(scores_NE, jnp.minimum(experts_NK, E - 1), axis=1)
+        return jnp.where(experts_NK < E, scores_NK * self.factors_N[:, None], 0.0)
 
 
 class Placed(NamedTuple):
@@ -76,6 +71,7 @@ def choose_experts(
     mask_N: Bool[Array, " N"] | None = None,
     groups: int = 1,
     kept_groups: int = 1,
+    threshold: float | None = None,
     normalize: bool = False,
     scale: float = 1.0,
 ) -> Choices:
@@ -90,6 +86,8 @@ def choose_experts(
       groups: equal groups of neighbouring experts, of which a token uses ``kept_groups``: those with the largest sums
         of their two best scores (DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437).
       kept_groups: see ``groups``.
+      threshold: a token has no more experts than it needs for this share of its scores; one at least (Huang et al.
+        2024, https://arxiv.org/abs/2403.07652).
       normalize: weights of a token add up to ``scale``.
       scale: of the weights.
 
@@ -108,38 +106,21 @@ def choose_experts(
         of_group_NE = jnp.repeat(_among_best(best_NG, kept_groups), E // groups, axis=1)
         ranked_NE = jnp.where(of_group_NE, ranked_NE, -jnp.inf)
     experts_NK = jax.lax.top_k(ranked_NE, k)[1].astype(jnp.int32)
-    weights_NK = jnp.take_along_axis(scores_NE, experts_NK, axis=1)
+    scores_NK = jnp.take_along_axis(scores_NE, experts_NK, axis=1)
+    needed_NK = jnp.ones(experts_NK.shape, bool) if mask_N is None else jnp.broadcast_to(mask_N[:, None], (N, k))
+    if threshold is not None:
+        shares_NK = scores_NK / (jnp.sum(scores_NE, axis=1, keepdims=True) + _TINY)
+        needed_NK &= jnp.cumsum(shares_NK, axis=1) - shares_NK < threshold
+    scores_NK = jnp.where(needed_NK, scores_NK, 0.0)
+    factors_N = jnp.full(N, scale, jnp.float32)
     if normalize:
-        weights_NK /= jnp.sum(weights_NK, axis=1, keepdims=True) + _TINY
-    weights_NK *= scale
-    if mask_N is not None:
-        experts_NK = jnp.where(mask_N[:, None], experts_NK, E)
-        weights_NK = jnp.where(mask_N[:, None], weights_NK, 0.0)
-    return Choices(experts_NK, weights_NK)
+        factors_N /= jnp.sum(scores_NK, axis=1) + _TINY
+    return Choices(jnp.where(needed_NK, experts_NK, E), scores_NK * factors_N[:, None], factors_N)
 
 
 def _among_best(values_NG: Float[Array, "N G"], k: int) -> Bool[Array, "N G"]:
     best_NK = jax.lax.top_k(values_NG, k)[1]
     return jnp.any(best_NK[:, :, None] == jnp.arange(values_NG.shape[1])[None, None, :], axis=1)
-
-
-def sort_by_expert(experts_NK: Int[Array, "N K"], experts: int) -> ByExpert:
-    """The order in which a grouped product takes the pairs, and how many each of the ``experts`` has."""
-    experts_P = experts_NK.reshape(-1)
-    sizes_E = jnp.zeros(experts, jnp.int32).at[experts_P].add(1, mode="drop")
-    return ByExpert(jnp.argsort(experts_P, stable=True).astype(jnp.int32), sizes_E)
-
-
-def combine(outputs_PD: Float[Array, "P D"], order: ByExpert, weights_NK: Float[Array, "N K"]) -> Float[Array, "N D"]:
-    """Weighted sums of what experts made of pairs in the order of experts, in float32; always in the same order.
-
-    What stands in the rows of pairs without an expert counts nothing, whatever it is.
-    """
-    N, K = weights_NK.shape
-    inverse_P = jnp.zeros_like(order.pairs_P).at[order.pairs_P].set(jnp.arange(N * K, dtype=jnp.int32))
-    routed_P = inverse_P < jnp.sum(order.sizes_E)
-    outputs_PD = jnp.where(routed_P[:, None], outputs_PD[inverse_P].astype(jnp.float32), 0.0)
-    return jnp.sum(outputs_PD.reshape(N, K, -1) * weights_NK[:, :, None], axis=1)
 
 
 def place(

@@ -43,6 +43,7 @@ def batch_loss(
     *,
     max_segments: int | None = None,
     dropout_key: jax.Array | None = None,
+    train: bool = False,
     state: State | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], Output]:
     """The loss of a batch.
@@ -53,7 +54,8 @@ def batch_loss(
       batch: tokens [B, T] and what belongs to them.
       loss: what is minimised.
       max_segments: static upper bound on the documents of a row.
-      dropout_key: makes it a call of training.
+      dropout_key: of a call of training with dropout.
+      train: whether it is a call of training.
       state: what the model carries from batch to batch.
 
     Returns:
@@ -61,7 +63,7 @@ def batch_loss(
       model's output, with the state after the batch and the losses of its layers.
     """
     inputs = Inputs(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), max_segments=max_segments)
-    out = forward(model, params, inputs, state, dropout_key=dropout_key)
+    out = forward(model, params, inputs, state, dropout_key=dropout_key, train=train)
     total, sums = linear_cross_entropy(
         out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]),
         head_kernel(model, params),

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, param_uses
+from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
 
@@ -69,7 +69,7 @@ def make_optimizer(
     """
     o = config.optimizer
     schedule = make_schedule(config)
-    uses, _ = partition(param_uses(model), is_trainable)
+    uses, _ = partition(param_uses(model), trained(model, is_trainable))
     decayed = jax.tree.map(lambda use: use.is_matrix or (use.lookup and o.decay_embeddings), uses)
     if o.name == "adamw":
         rule = optax.adamw(schedule, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decayed)

@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array
 
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params, trained
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, merge, partition
 
@@ -23,7 +23,7 @@ class TrainState:
       params: float32 weights that are trained.
       opt_state: state of the optax optimizer, of these weights alone.
       ema: exponential moving average of these weights, or None.
-      frozen: weights that are only read, in the dtype that they were loaded in.
+      frozen: weights that are only read, in the dtype that they were loaded in; and what routers keep.
       carried: what the model carries from batch to batch: segment memory where it has any.
     """
 
@@ -52,7 +52,7 @@ def create_state(
     is_trainable: IsTrainable = all_trainable,
 ) -> TrainState:
     """The state before the first step."""
-    params, frozen = partition(init_params(model, jax.random.key(config.seed)), is_trainable)
+    params, frozen = partition(init_params(model, jax.random.key(config.seed)), trained(model, is_trainable))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -10,6 +10,7 @@ import optax
 from stellarbyte_jax.config import LossConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
+from stellarbyte_jax.model.state.router import RouterState, Tally, advance
 from stellarbyte_jax.model.trees import Params, merge
 from stellarbyte_jax.training.loss import auxiliary_loss, batch_loss, next_token_targets
 from stellarbyte_jax.training.state import TrainState
@@ -33,14 +34,13 @@ def make_train_step(
     parts = config.gradient_accumulation_steps
     max_segments = config.data.max_documents_per_sequence + 1  # padding counts as one more
     m = config.model
-    has_dropout = max(m.attention_dropout, m.hidden_dropout, m.residual_dropout, m.drop_path) > 0
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         tokens = jnp.maximum(jnp.sum(next_token_targets(batch) >= 0), 1).astype(jnp.float32)
         step_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
-        def gradients(part: Batch, carried: State, index: jax.Array):
-            key = jax.random.fold_in(step_key, index) if has_dropout else None
+        def gradients(part: Batch, carried: State, index: jax.Array, router: RouterState | None):
+            key = jax.random.fold_in(step_key, index) if m.is_random else None
 
             def mean_loss(params: Params):
                 total, sums, out = batch_loss(
@@ -50,26 +50,32 @@ def make_train_step(
                     config.loss,
                     max_segments=max_segments,
                     dropout_key=key,
-                    state=carried,
+                    train=True,
+                    state=carried.replace(router=router),  # type: ignore[attr-defined]
                 )
                 loss = total / tokens + auxiliary_loss(config.loss, out.aux) / parts
                 return loss, (sums, out.aux, out.state)
 
             (loss, (sums, aux, after)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-            return (loss, sums, aux, grads), after
+            return (loss, sums, aux, grads), after.replace(router=None), after.router
 
+        router = RouterState(tally=Tally.zero(m)) if m.moe_layers else None
         if parts == 1:
-            (loss, sums, aux, grads), carried = gradients(batch, state.carried, jnp.zeros((), jnp.int32))
+            (loss, sums, aux, grads), carried, router = gradients(
+                batch, state.carried, jnp.zeros((), jnp.int32), router
+            )
         else:
 
-            def add(total: Any, part: Any):
-                new, after = gradients(*part)
-                return jax.tree.map(jnp.add, total, new), after
+            def add(carry: Any, part: Any):
+                total, router = carry
+                rows, rows_state, index = part
+                new, after, router = gradients(rows, rows_state, index, router)
+                return (jax.tree.map(jnp.add, total, new), router), after
 
             given = (cut_rows(batch, parts), state.carried.split(parts), jnp.arange(parts, dtype=jnp.int32))
-            shapes, _ = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], given))
+            shapes, _, _ = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], given), router)
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (loss, sums, aux, grads), carried = jax.lax.scan(add, zero, given)
+            ((loss, sums, aux, grads), router), carried = jax.lax.scan(add, (zero, router), given)
             carried = carried.joined()
 
         gradient_norm = optax.tree.norm(grads)
@@ -80,10 +86,13 @@ def make_train_step(
             if ema is not None and config.ema_decay is not None:
                 ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
             sound = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-            params, opt_state, ema = jax.tree.map(
-                lambda new, old: jnp.where(sound, new, old),
-                (params, opt_state, ema),
-                (state.params, state.opt_state, state.ema),
+            frozen = state.frozen
+            if router is not None and router.tally is not None:
+                frozen = advance(m, frozen, router.tally)
+            params, opt_state, ema, frozen = jax.tree.map(
+                lambda new, old: new if new is old else jnp.where(sound, new, old),
+                (params, opt_state, ema, frozen),
+                (state.params, state.opt_state, state.ema, state.frozen),
             )
         metrics = {
             "loss": loss,
@@ -99,7 +108,7 @@ def make_train_step(
         taken = metrics.keys() & told.keys()
         if taken:
             raise ValueError(f"{', '.join(sorted(taken))}: the name of a metric and of something that layers tell")
-        return TrainState(state.step + 1, params, opt_state, ema, state.frozen, carried), {**metrics, **told}
+        return TrainState(state.step + 1, params, opt_state, ema, frozen, carried), {**metrics, **told}
 
     return train_step
 

@@ -1,4 +1,4 @@
-"""A network whose layers lie in several groups, which no setting asks for yet."""
+"""A network whose layers lie in several groups, though all are alike."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def grouped(*sizes: int) -> Iterator[None]:
         specs, found = config.layer_specs, []
         for size in sizes:
             taken = specs[: size or len(specs)]
-            found.append(LayerGroup(taken))
+            found.append(LayerGroup(taken, len(found)))
             specs = specs[len(taken) :]
         assert not specs
         return tuple(found)
@@ -30,9 +30,11 @@ def grouped(*sizes: int) -> Iterator[None]:
 @contextlib.contextmanager
 def one_group_each() -> Iterator[None]:
     """Within it every layer is a group of its own."""
-    with mock.patch.object(
-        ByteConfig, "layer_groups", property(lambda config: tuple(LayerGroup((spec,)) for spec in config.layer_specs))
-    ):
+
+    def groups(config: ByteConfig) -> tuple[LayerGroup, ...]:
+        return tuple(LayerGroup((spec,), number) for number, spec in enumerate(config.layer_specs))
+
+    with mock.patch.object(ByteConfig, "layer_groups", property(groups)):
         yield
 
 

@@ -118,6 +118,65 @@ def mlp(c, w, x):
     return (act * up) @ w["down"] + w.get("down_bias", 0)
 
 
+def feed_forward(c, w, x, pool):
+    """An MLP, or experts: every expert computes every token, and the chosen ones count."""
+    return mlp(c, w["mlp"], x) if "mlp" in w else experts(c, w["moe"], x, pool)
+
+
+def experts(c, w, x, pool):
+    m, E = c.moe, c.moe.num_experts
+    gated = pool or w["experts"]
+    out = np.zeros_like(x)
+    history = np.zeros(x.shape[1])
+    for t, token in enumerate(x):
+        logits = gate(c, w["router"], token, t, history)
+        history = m.history_decay * history + (1 - m.history_decay) * token
+        score = scores(c, w["router"], logits)
+        choice = score + w["router"]["tracked"]["bias"]
+        size = E // m.n_group
+        best = [np.sort(choice[g * size : (g + 1) * size])[-2:].sum() for g in range(m.n_group)]
+        groups = np.argsort(best)[::-1][: m.topk_group]
+        order = sorted((e for e in range(E) if e // size in groups), key=lambda e: -choice[e])
+        chosen, covered = [], 0.0
+        for e in order[: m.num_experts_per_tok]:
+            if m.dynamic_k is None or covered / score.sum() < m.dynamic_k:
+                chosen.append(e)
+            covered += score[e]
+        total = sum(score[e] for e in chosen) if m.norm_topk_prob else 1.0
+        for e in chosen:
+            both = np.einsum("d,dgf->gf", token, gated["gate_up"][e])
+            out[t] += m.routed_scaling_factor * score[e] / total * (silu(both[0]) * both[1]) @ gated["down"][e]
+    return out + (mlp(c, w["shared"], x) if m.n_shared_experts else 0)
+
+
+def gate(c, w, token, position, history):
+    if c.moe.gate == "linear":
+        return token @ w["kernel"]
+    context = gelu(token @ w["context_in"], True) @ w["context_out"]
+    parts = [token, context, w["position"][min(position, c.max_position_embeddings - 1)]]
+    parts += [history] if c.moe.history_decay else []
+    z = rms_norm(np.concatenate(parts), w["norm"]["scale"], c.rms_norm_eps, c.rms_norm_eps_rule)
+    z = z + (silu(z @ w["mlp_gate"]) * (z @ w["mlp_up"])) @ w["mlp_down"]
+    return z @ w["kernel"]
+
+
+def scores(c, w, logits):
+    m, kept = c.moe, w["tracked"]
+    if m.expert_priority:
+        logits = logits + np.log(kept["priority"])
+    if m.cooling_steps:
+        logits = logits + np.log(1 + kept["coldness"])
+    temperature = m.temperature
+    if m.adaptive_temperature:
+        spread = kept["load"].std() / (kept["load"].mean() + 1e-6)
+        temperature = max(abs(w["temperature"]) * (1 + spread), 0.3)
+    logits = logits / temperature
+    if m.scoring_func == "sigmoid":
+        return 1 / (1 + np.exp(-logits))
+    score = np.exp(logits - logits.max())
+    return score / score.sum()
+
+
 def decoder(c, params, tokens):
     """float64 logits [T, V]."""
 
@@ -128,28 +187,24 @@ def decoder(c, params, tokens):
         return rms_norm(x, np.float64(w["scale"]), c.rms_norm_eps, c.rms_norm_eps_rule)
 
     L = c.num_hidden_layers
-    stacks = [
-        (w, i)
-        for number, group in enumerate(c.layer_groups)
-        for i in range(len(group.specs))
-        for w in [params["layers"][str(number)]]
-    ]
+    pool = {name: np.float64(leaf) for name, leaf in params["layers"].get("pool", {}).items()}
     table = np.float64(params["embed"]["embedding"])
     x = table[np.asarray(tokens)]
     for i in range(L):
-        w = deep(*stacks[i])
+        stack, row = c.layer_places[i]
+        w = deep(params["layers"][str(stack)], row)
         scale = 1 / math.sqrt(2 * L) if c.residual_scaling == "branch" else 1.0
         a, m = scale * w.get("attn_scale", 1.0), scale * w.get("mlp_scale", 1.0)
         if c.residual_scaling == "deepnorm":
             alpha = (2 * L) ** 0.25
             x = norm(alpha * x + a * attention(c, w["attn"], x, c.windows[i]), w["attn_norm"])
-            x = norm(alpha * x + m * mlp(c, w["mlp"], x), w["mlp_norm"])
+            x = norm(alpha * x + m * feed_forward(c, w, x, pool), w["mlp_norm"])
         elif c.parallel_residual:
             n = norm(x, w["attn_norm"])
-            x = x + a * attention(c, w["attn"], n, c.windows[i]) + m * mlp(c, w["mlp"], n)
+            x = x + a * attention(c, w["attn"], n, c.windows[i]) + m * feed_forward(c, w, n, pool)
         else:
             x = x + a * attention(c, w["attn"], norm(x, w["attn_norm"]), c.windows[i])
-            x = x + m * mlp(c, w["mlp"], norm(x, w["mlp_norm"]))
+            x = x + m * feed_forward(c, w, norm(x, w["mlp_norm"]), pool)
     if c.residual_scaling != "deepnorm":
         x = norm(x, params["final_norm"])
     head = table.T if c.tie_word_embeddings else np.float64(params["lm_head"]["kernel"])

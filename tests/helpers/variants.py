@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, forward, forward_step, init_params, logits
+from stellarbyte_jax.model.decoder import ByteTransformer, forward, forward_step, init_params, logits, trained
 from stellarbyte_jax.model.io import Inputs, State
+from stellarbyte_jax.model.state.router import RouterState
+from stellarbyte_jax.model.trees import partition
 
 BASE = ByteConfig(
     vocab_size=61,
@@ -68,6 +70,43 @@ VARIANTS = {
         "attention_logit_softcap": 5.0,
         "tie_word_embeddings": True,
     },
+    "experts": {"moe": {"num_experts": 6, "intermediate_size": 24}},
+    "a dense layer, experts by sigmoid in groups, one shared, windows": {
+        "moe": {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "scoring_func": "sigmoid",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+        },
+        "sliding_window": 5,
+        "layer_types": ("sliding_attention", "full_attention") * 2,
+    },
+    "experts in every second layer, by context, priority and temperature": {
+        "moe": {
+            "num_experts": 5,
+            "num_experts_per_tok": 4,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": False,
+            "gate": "context",
+            "context_size": 6,
+            "gate_intermediate_size": 10,
+            "history_decay": 0.7,
+            "dynamic_k": 0.8,
+            "expert_priority": True,
+            "cooling_steps": 10,
+            "adaptive_temperature": True,
+        },
+    },
+    "a pool of experts, parallel, xpos": {
+        "moe": {"num_experts": 4, "shared_pool": True, "temperature": 0.5, "mlp_only_layers": (2,)},
+        "parallel_residual": True,
+        "position_embedding": "xpos",
+    },
 }
 
 
@@ -83,9 +122,11 @@ def run(model, params, tokens_BT, *, dropout_key=None, **inputs):
     return call(model, params, Inputs(jnp.asarray(tokens_BT), **inputs), None, dropout_key)[0]
 
 
-def run_on(model, params, tokens_BT, *, cache=None, memory=None, **inputs):
+def run_on(model, params, tokens_BT, *, cache=None, memory=None, router=None, **inputs):
     """Logits of tokens after those in a cache or a memory, and the state after them."""
-    found, out = call(model, params, Inputs(jnp.asarray(tokens_BT), **inputs), State(cache, memory))
+    if router is None and cache is not None:
+        router = RouterState.initial(model.config, cache.batch_size)
+    found, out = call(model, params, Inputs(jnp.asarray(tokens_BT), **inputs), State(cache, memory, router))
     return found, out.state
 
 
@@ -103,6 +144,11 @@ def make_model(config):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return model, jax.tree.unflatten(tree, leaves)
+
+
+def weights_alone(model, params):
+    """A tree without what gradients do not reach."""
+    return partition(params, trained(model))[0]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.numpy_decoder import decoder
-from helpers.variants import BASE, VARIANTS, call, make, mean_nll, run, run_on, some_tokens, step
+from helpers.variants import BASE, VARIANTS, call, make, mean_nll, run, run_on, some_tokens, step, weights_alone
 
 from stellarbyte_jax.model.decoder import head_kernel
 from stellarbyte_jax.model.io import Inputs, State
@@ -28,7 +28,7 @@ def test_gradients_are_finite_in_bfloat16_and_reach_every_weight(variant):
 
     with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes types in its backward pass
         found = jax.jit(jax.grad(mean_nll), static_argnums=1)(params, model, tokens)
-    for path, slope in jax.tree_util.tree_leaves_with_path(found):
+    for path, slope in jax.tree_util.tree_leaves_with_path(weights_alone(model, found)):
         assert np.all(np.isfinite(slope)), path
         assert np.any(np.asarray(slope) != 0), path
 
@@ -103,7 +103,7 @@ def test_cached_decoding_equals_the_full_pass(variant):
         np.testing.assert_allclose(found, full[np.arange(2), at], atol=2e-5)
     np.testing.assert_array_equal(state.cache.lengths_B, [14, 11])
     chunk = jnp.stack([tokens[0, 14:20], tokens[1, 11:17]])
-    found, _ = run_on(model, params, chunk, cache=state.cache)
+    found, _ = run_on(model, params, chunk, cache=state.cache, router=state.router)
     np.testing.assert_allclose(found[0], full[0, 14:20], atol=2e-5)
     np.testing.assert_allclose(found[1], full[1, 11:17], atol=2e-5)
 

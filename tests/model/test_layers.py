@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.decoder import ByteTransformer, forward, param_shapes
 from stellarbyte_jax.model.io import Inputs, State
-from stellarbyte_jax.model.layers import Layers
+from stellarbyte_jax.model.layers import Given, Layers
 from stellarbyte_jax.model.positions import position_scheme
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.state.memory import LayerMemory, Memory
@@ -211,7 +211,7 @@ def stream_of_biases(config, rows, dropout_key):
     ctx = LayerContext(positions, positions[:1], None, rope, train=dropout_key is not None)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     x = jnp.zeros((rows, T, D))
-    return np.asarray(Layers(model.config).apply({"params": layers}, x, ctx, None, None, rngs=rngs)[0])
+    return np.asarray(Layers(model.config).apply({"params": layers}, x, ctx, Given(), rngs=rngs).x_BTD)
 
 
 PLACES = [(name, (0,)) for name in ("full", "period 2", "a period that does not divide", "cut short")]

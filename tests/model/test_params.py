@@ -1,5 +1,7 @@
 """A weight and its use: made once, used by its spec, and described by a table."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -127,7 +129,8 @@ def test_kernel_is_the_matrix_of_linear():
 
 
 L = "layers"
-# Every weight of every variant: axes, contracted, batch, lookup, float32.
+TRACKED = ("load", "utilization", "priority", "bias", "coldness")
+# Every weight of every variant: axes, contracted, batch, lookup, float32, tracked.
 TABLE = {
     "embed/embedding": (("vocab", "embed"), (), (), True, False),
     "lm_head/kernel": (("embed", "vocab"), (0,), (), False, False),
@@ -152,7 +155,25 @@ TABLE = {
     "layers/0/mlp/down": ((L, "mlp", "embed"), (1,), (0,), False, False),
     "layers/0/mlp/down_bias": ((L, "embed"), (), (0,), False, False),
     "layers/0/mlp/norm/scale": ((L, "embed"), (), (0,), False, True),
+    "layers/0/moe/experts/gate_up": ((L, "experts", "embed", "gate", "mlp"), (2,), (0, 1, 3), False, False),
+    "layers/0/moe/experts/down": ((L, "experts", "mlp", "embed"), (2,), (0, 1), False, False),
+    "layers/0/moe/shared/gate_up": ((L, "embed", "gate", "mlp"), (1,), (0, 2), False, False),
+    "layers/0/moe/shared/down": ((L, "mlp", "embed"), (1,), (0,), False, False),
+    "layers/pool/gate_up": (("experts", "embed", "gate", "mlp"), (1,), (0, 2), False, False),
+    "layers/pool/down": (("experts", "mlp", "embed"), (1,), (0,), False, False),
+    "layers/0/moe/router/kernel": ((L, "embed", "routed"), (1,), (0,), False, True),
+    "layers/0/moe/router/context_in": ((L, "embed", "gate_inside"), (1,), (0,), False, True),
+    "layers/0/moe/router/context_out": ((L, "gate_inside", "gate_features"), (1,), (0,), False, True),
+    "layers/0/moe/router/position": ((L, "positions", "gate_features"), (), (0,), True, True),
+    "layers/0/moe/router/norm/scale": ((L, "gate_features"), (), (0,), False, True),
+    "layers/0/moe/router/mlp_gate": ((L, "gate_features", "gate_inside"), (1,), (0,), False, True),
+    "layers/0/moe/router/mlp_up": ((L, "gate_features", "gate_inside"), (1,), (0,), False, True),
+    "layers/0/moe/router/mlp_down": ((L, "gate_inside", "gate_features"), (1,), (0,), False, True),
+    "layers/0/moe/router/temperature": ((L,), (), (0,), False, True),
+    **{f"layers/0/moe/router/tracked/{name}": ((L, "routed"), (), (0,), False, True, True) for name in TRACKED},
+    "layers/0/moe/router/tracked/steps": ((L,), (), (0,), False, True, True),
 }
+OF_CONTEXT = ((L, "gate_features", "routed"), (1,), (0,), False, True)  # the last matrix of that gate
 
 
 def by_path(tree, is_leaf=None):
@@ -171,8 +192,12 @@ def test_the_use_of_every_weight_of_every_variant():
         uses = uses_of(model.config)
         assert uses.keys() == by_path(params).keys()
         for path, use in uses.items():
-            assert use == WeightUse(*TABLE[path]), (variant, path)
-        met |= uses.keys()
+            path = re.sub(r"^layers/\d+/", "layers/0/", path)
+            expected = TABLE[path]
+            if path.endswith("router/kernel") and model.config.moe.gate == "context":
+                expected = OF_CONTEXT
+            assert use == WeightUse(*expected), (variant, path)
+            met.add(path)
     assert met == TABLE.keys()
 
 

@@ -1,7 +1,5 @@
 """Routing of tokens to experts, beside loops in Python and torch's top-k."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,45 +68,34 @@ def test_groups_with_the_best_two_experts_are_kept(kept):
         routing.choose_experts(jnp.asarray(scores), 4, groups=4)
 
 
-def test_pairs_are_sorted_by_expert_in_the_order_of_tokens():
-    experts = jnp.asarray([[2, 0], [4, 4], [0, 2], [1, 0]])  # of 4; the second token goes nowhere
-    order = routing.sort_by_expert(experts, 4)
-    assert order.sizes_E.tolist() == [3, 1, 2, 0]
-    assert order.pairs_P.tolist() == [1, 4, 7, 6, 0, 5, 2, 3]
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_token_has_no_more_experts_than_its_share_of_scores_needs(normalize):
+    scores, threshold = np.asarray(routing.score_experts(jnp.asarray(2 * logits_of(40, 6)), "softmax")), 0.85
+    found = routing.choose_experts(jnp.asarray(scores), 4, threshold=threshold, normalize=normalize)
+    sizes = set()
+    for n in range(40):
+        order, total, chosen = sorted(range(6), key=lambda e: -scores[n, e])[:4], 0.0, []
+        for e in order:
+            if total < threshold:
+                chosen.append(e)
+                total += scores[n, e]
+        weights = scores[n, chosen] / (total if normalize else 1)
+        rest = 4 - len(chosen)
+        assert found.experts_NK[n].tolist() == [*chosen, *[6] * rest]
+        np.testing.assert_allclose(found.weights_NK[n], [*weights, *[0] * rest], rtol=1e-5)
+        sizes.add(len(chosen))
+    assert sizes == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_sorted_outputs_come_back_to_their_tokens(seed):
-    """Equal to a loop over tokens, gradients too; rows without an expert may hold anything."""
-    random = np.random.default_rng(seed)
-    N, K, E, D = 8, 3, 5, 4
-    experts = np.stack([random.permutation(E)[:K] for _ in range(N)])
-    experts[random.random(N) < 0.3] = E
-    weights = np.where(experts < E, random.random((N, K)), 0).astype(np.float32)
-    x, factors = random.standard_normal((N, D)).astype(np.float32), random.standard_normal((E, D)).astype(np.float32)
-
-    def ours(x, weights, factors):
-        order = routing.sort_by_expert(jnp.asarray(experts), E)
-        rows = x[order.pairs_P // K]
-        of_row = jnp.repeat(
-            jnp.concatenate([factors, jnp.full((1, D), jnp.nan)]),
-            jnp.append(order.sizes_E, N * K - order.sizes_E.sum()),
-            axis=0,
-            total_repeat_length=N * K,
-        )
-        return routing.combine(jnp.where(jnp.isnan(of_row), jnp.nan, rows * jnp.nan_to_num(of_row)), order, weights)
-
-    def loop(x, weights, factors):
-        out = []
-        for n in range(N):
-            parts = [weights[n, k] * x[n] * factors[experts[n, k]] for k in range(K) if experts[n, k] < E]
-            out.append(sum(parts, jnp.zeros(D)))
-        return jnp.stack(out)
-
-    arguments = jnp.asarray(x), jnp.asarray(weights), jnp.asarray(factors)
-    np.testing.assert_allclose(ours(*arguments), loop(*arguments), atol=1e-6)
-    slopes = [jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), (1, 2))(*arguments) for f in (ours, loop)]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *slopes)
+def test_other_experts_of_a_token_have_weights_in_proportion():
+    scores = routing.score_experts(jnp.asarray(logits_of(5, 6)), "softmax")
+    found = routing.choose_experts(scores, 2, normalize=True, scale=2.0)
+    np.testing.assert_array_equal(found.weights_of(scores, found.experts_NK), found.weights_NK)
+    others = jnp.asarray([[6, 0], [1, 2], [3, 6], [4, 5], [0, 1]])
+    for n in range(5):
+        chosen = scores[n, found.experts_NK[n]].sum()
+        expected = [2 * scores[n, e] / chosen if e < 6 else 0 for e in others[n].tolist()]
+        np.testing.assert_allclose(found.weights_of(scores, others)[n], expected, rtol=1e-5)
 
 
 def by_hand(experts, priorities, used, capacity, E):

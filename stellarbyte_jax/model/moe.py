@@ -1,0 +1,221 @@
+"""The feed-forward layer whose tokens go to some experts of many.
+
+B batch, T positions, N = B T tokens, D model, F inside an expert, E experts, K choices a token, S rows.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.initializers import matrix_init
+from stellarbyte_jax.model.io import Aux, LayerState
+from stellarbyte_jax.model.mlp import ACTIVATIONS, gate_and_up, project_down
+from stellarbyte_jax.model.params import kernel
+from stellarbyte_jax.model.router import Decision, Router
+from stellarbyte_jax.model.state.router import RouterState, Tally
+from stellarbyte_jax.ops.balance import counts_by_expert, losses
+from stellarbyte_jax.ops.expert_layout import Layout, from_experts, lay_out, lay_out_slots, to_experts
+from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul
+from stellarbyte_jax.ops.routing import place, place_overflow
+
+_OFFERS = 2  # candidates of each step for what had no room
+
+
+class Dispatched(NamedTuple):
+    """Where the choices of tokens go in the end.
+
+    Attributes:
+      experts_NK: int32, the expert that takes each choice; E where none does.
+      weights_NK: float32, of its output.
+      layout: rows of the experts.
+      room: float32 scalar, choices that an expert has room for.
+    """
+
+    experts_NK: Array
+    weights_NK: Array
+    layout: Layout
+    room: Array
+
+
+class Experts(nn.Module):
+    """Gated MLPs, each for its rows."""
+
+    config: ByteConfig
+
+    @nn.compact
+    def __call__(self, x_SD: Float[Array, "S D"], groups: Groups) -> Float[Array, "S D"]:
+        """Maps rows in the order of experts."""
+        c = self.config
+        E, D, F = c.moe.num_experts, c.hidden_size, c.expert_size
+        w_EDGF = kernel(
+            self,
+            "gate_up",
+            "ESD,EDGF->ESGF",
+            x_SD.dtype,
+            matrix_init(c, "mlp_in", D, F),
+            batch=("experts", "gate"),
+            experts=E,
+            embed=D,
+            gate=2,
+            mlp=F,
+        )
+        w_EFD = kernel(
+            self,
+            "down",
+            "ESF,EFD->ESD",
+            x_SD.dtype,
+            matrix_init(c, "mlp_out", F, D),
+            batch=("experts",),
+            experts=E,
+            mlp=F,
+            embed=D,
+        )
+        both_SH = grouped_matmul(x_SD, w_EDGF.reshape(E, D, 2 * F), groups)
+        h_SF = ACTIVATIONS[c.hidden_act](both_SH[:, :F]) * both_SH[:, F:]
+        return grouped_matmul(h_SF, w_EFD, groups)
+
+
+class SharedExperts(nn.Module):
+    """Experts that every token passes: one gated MLP as wide as all of them."""
+
+    config: ByteConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Maps [B, T, D] to [B, T, D]."""
+        c = self.config
+        size = c.moe.n_shared_experts * c.expert_size
+        gate_BTF, up_BTF = gate_and_up(self, c, x_BTD, size)
+        return project_down(self, c, ACTIVATIONS[c.hidden_act](gate_BTF) * up_BTF)
+
+
+class MoE(nn.Module):
+    """Mixture of experts: ``sum_k weight_k expert_k(x)``, and the shared experts' output.
+
+    Weights multiply what experts give. A choice that no expert has room for adds nothing: the token passes the layer by
+    in the residual stream.
+    """
+
+    config: ByteConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], ctx: LayerContext, state: LayerState
+    ) -> tuple[Float[Array, "B T D"], LayerState, Aux]:
+        """Maps [B, T, D] to [B, T, D], the state after the tokens, and the router's losses."""
+        c = self.config
+        router = state.router
+        decision = Router(c, name="router")(x_BTD, ctx, None if router is None else router.history_LBD)
+        key = self.make_rng("dropout") if ctx.train and c.moe.is_random and "random" in c.moe.overflow else None
+        sent = dispatch_choices(c, decision, ctx, key)
+        x_ND = x_BTD.reshape(-1, c.hidden_size)
+        y_SD = self._experts(to_experts(x_ND, sent.layout), sent.layout.groups, ctx)
+        out_ND = from_experts(y_SD, sent.layout, sent.weights_NK)
+        out_BTD = out_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
+        if c.moe.n_shared_experts:
+            out_BTD += SharedExperts(c, name="shared")(x_BTD)
+        out_BTD = nn.Dropout(c.hidden_dropout, deterministic=not ctx.train)(out_BTD)
+        tally = None if router is None else router.tally
+        wanted_E = counts_by_expert(decision.choices.experts_NK, c.moe.num_experts)
+        aux = Aux.of(losses(decision.routed, wanted_E if tally is None else tally.wanted + wanted_E))
+        if router is not None:
+            state = state._replace(router=RouterState(decision.history_BD, counted(tally, decision, sent, wanted_E)))
+        return out_BTD, state, aux
+
+    def _experts(self, x_SD: Array, groups: Groups, ctx: LayerContext) -> Array:
+        if ctx.pool is None:
+            return Experts(self.config, name="experts")(x_SD, groups)
+        pool = Experts(self.config, parent=None)
+        return jnp.asarray(pool.apply({"params": ctx.pool}, x_SD, groups))
+
+
+def dispatch_choices(config: ByteConfig, decision: Decision, ctx: LayerContext, key: Array | None) -> Dispatched:
+    """Gives choices their rows. Experts have a capacity in training alone, where the config asks for one.
+
+    So what a token gets in generation does not depend on the others.
+    """
+    c = config.moe
+    choices, scores_NE = decision.choices, decision.routed.scores_NE
+    E = c.num_experts
+    if c.dispatch == "dropless" or not ctx.train:
+        layout = lay_out(choices.experts_NK, E)
+        busiest = jnp.max(counts_by_expert(choices.experts_NK, E))
+        return Dispatched(choices.experts_NK, choices.weights_NK, layout, busiest)
+    slots = most_slots(config, scores_NE.shape[0])
+    room = room_of(config, decision, slots)
+    placed = place(choices.experts_NK, choices.weights_NK, jnp.zeros(E, jnp.int32), room)
+    candidates = overflow_candidates(config, decision, ctx, key)
+    if candidates is not None:
+        wanted_NK = choices.experts_NK < E
+        placed = place_overflow(placed, candidates, choices.weights_NK, wanted_NK, room)
+    weights_NK = choices.weights_of(scores_NE, placed.experts_NK)
+    return Dispatched(placed.experts_NK, weights_NK, lay_out_slots(placed, slots), room.astype(jnp.float32))
+
+
+def most_slots(config: ByteConfig, tokens: int) -> int:
+    """The slots that are laid out for each expert."""
+    c = config.moe
+    fair = tokens * c.num_experts_per_tok / c.num_experts
+    slots = max(c.min_capacity, -(-int(fair * c.capacity_factor * 2**10) // 2**10))
+    return max(1, min(slots, c.max_capacity or slots, tokens))
+
+
+def room_of(config: ByteConfig, decision: Decision, slots: int) -> Int[Array, ""]:
+    """The capacity: all slots, or fewer by the original's rule, that experts with little use get more.
+
+    That is the fair share, times the mean of ``1 / (use + 0.1)``.
+    """
+    c = config.moe
+    if not c.dynamic_capacity:
+        return jnp.asarray(slots, jnp.int32)
+    tokens = jnp.sum(decision.routed.mask_N, dtype=jnp.float32)
+    used_E = jnp.clip(decision.utilization_E, 0.1, 0.9)
+    room = tokens * c.num_experts_per_tok / c.num_experts * jnp.mean(1 / (used_E + 0.1))
+    return jnp.clip(jnp.ceil(room), min(c.min_capacity, slots), slots).astype(jnp.int32)
+
+
+def overflow_candidates(
+    config: ByteConfig, decision: Decision, ctx: LayerContext, key: Array | None
+) -> Int[Array, "N M"] | None:
+    """Further experts of each token, in the order of ``config.moe.overflow``; None where it is empty."""
+    c = config.moe
+    experts_NK, scores_NE = decision.choices.experts_NK, decision.routed.scores_NE
+    (N, K), E = experts_NK.shape, c.num_experts
+    found = []
+    for step in c.overflow:
+        if step == "next_best" and K < E:
+            taken_NE = jnp.any(experts_NK[:, :, None] == jnp.arange(E, dtype=jnp.int32)[None, None], axis=1)
+            found.append(jax.lax.top_k(jnp.where(taken_NE, -1.0, scores_NE), min(_OFFERS, E - K))[1])
+        elif step == "cold":
+            coldest_M = jax.lax.top_k(-decision.utilization_E, min(_OFFERS, E))[1]
+            found.append(jnp.broadcast_to(coldest_M[None], (N, coldest_M.size)))
+        elif step == "sticky":
+            first_BT = experts_NK[:, 0].reshape(ctx.positions_BT.shape)
+            before_BT = jnp.pad(first_BT[:, :-1], ((0, 0), (1, 0)), constant_values=E)
+            found.append(jnp.where(ctx.starts, E, before_BT).reshape(N, 1))
+        elif step == "random":
+            assert key is not None
+            found.append(jax.random.randint(key, (N, _OFFERS), 0, E, jnp.int32))
+    return jnp.concatenate(found, axis=1).astype(jnp.int32) if found else None
+
+
+def counted(tally: Tally | None, decision: Decision, sent: Dispatched, wanted_E: Array) -> Tally | None:
+    """The tally with a call's choices."""
+    if tally is None:
+        return None
+    counts_E = counts_by_expert(sent.experts_NK, wanted_E.size)
+    tokens = jnp.sum(decision.routed.mask_N, dtype=jnp.float32)
+    new = Tally(
+        counts=counts_E,
+        wanted=wanted_E,
+        tokens=tokens,
+        lost=jnp.sum(wanted_E) - jnp.sum(counts_E),
+        room=jnp.full_like(counts_E, sent.room),
+        temperature=decision.temperature * tokens,
+    )
+    return jax.tree.map(jnp.add, tally, jax.lax.stop_gradient(new))

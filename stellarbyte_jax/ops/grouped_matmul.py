@@ -1,0 +1,88 @@
+"""The product of rows with the matrix of their group.
+
+S rows, E groups (experts), G blocks of rows, M rows of a block, D inputs, F outputs.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from stellarbyte_jax.ops.dispatch import dispatch
+
+
+class Groups(NamedTuple):
+    """Which rows belong to which group. Groups follow each other, each as a whole number of blocks.
+
+    Attributes:
+      sizes_E: int32, rows of each group, with the empty ones that fill its last block.
+      experts_G: int32, the group of each of the equal blocks that the rows are cut into. None: as many blocks as
+        groups, one for each.
+    """
+
+    sizes_E: Array
+    experts_G: Array | None
+
+
+def grouped_matmul(
+    x_SD: Float[Array, "S D"], w_EDF: Float[Array, "E D F"], groups: Groups, *, implementation: str = "auto"
+) -> Float[Array, "S F"]:
+    """Each row times the matrix of its group, in the dtype of ``x``, summed in float32.
+
+    Rows behind the last group, and those that fill blocks, must be zero, and so must be their cotangents: they add
+    nothing to the gradient of a matrix then.
+
+    Args:
+      x_SD: rows in the order of groups.
+      w_EDF: matrices.
+      groups: of the rows.
+      implementation: ``"auto"`` or ``"xla"``.
+
+    Raises:
+      ValueError: there is no such implementation, or the rows are not a whole number of blocks.
+    """
+    return dispatch("grouped_matmul", implementation, _IMPLEMENTATIONS, x_SD, w_EDF, groups)
+
+
+def _xla(x_SD: Array, w_EDF: Array, groups: Groups) -> Array:
+    """A batched product over blocks, with the matrix of each block gathered.
+
+    Of the ways that XLA offers this is the fastest on an H100 by far, whatever the balance: ``lax.ragged_dot`` computes
+    every row with every matrix, and a loop over blocks costs more than a tenth of a millisecond a turn.
+    """
+    blocks = w_EDF.shape[0] if groups.experts_G is None else groups.experts_G.shape[0]
+    if x_SD.shape[0] % blocks:
+        raise ValueError(f"{x_SD.shape[0]} rows are not {blocks} equal blocks")
+    y_GMF = _blocked(x_SD.reshape(blocks, -1, x_SD.shape[1]), w_EDF, groups.experts_G)
+    return y_GMF.reshape(x_SD.shape[0], -1)
+
+
+@jax.custom_vjp
+def _blocked(x_GMD: Array, w_EDF: Array, experts_G: Array | None) -> Array:
+    return jnp.einsum("gmd,gdf->gmf", x_GMD, _of_blocks(w_EDF, experts_G))
+
+
+def _of_blocks(w_EDF: Array, experts_G: Array | None) -> Array:
+    return w_EDF if experts_G is None else w_EDF[experts_G]
+
+
+def _forward(x_GMD: Array, w_EDF: Array, experts_G: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    return _blocked(x_GMD, w_EDF, experts_G), (x_GMD, w_EDF, experts_G)
+
+
+def _backward(kept: tuple[Array, Array, Array | None], dy_GMF: Array) -> tuple[Array, Array, None]:
+    # The gathered matrices are gathered again: kept, they would take more memory than all weights.
+    x_GMD, w_EDF, experts_G = kept
+    dx_GMD = jnp.einsum("gmf,gdf->gmd", dy_GMF, _of_blocks(w_EDF, experts_G))
+    dw_GDF = jnp.einsum("gmd,gmf->gdf", x_GMD, dy_GMF)
+    if experts_G is None:
+        return dx_GMD, dw_GDF, None
+    sums_EDF = jax.ops.segment_sum(
+        dw_GDF.astype(jnp.float32), experts_G, w_EDF.shape[0], indices_are_sorted=True, mode="promise_in_bounds"
+    )
+    return dx_GMD, sums_EDF.astype(w_EDF.dtype), None
+
+
+_blocked.defvjp(_forward, _backward)
+_IMPLEMENTATIONS = {"xla": _xla}

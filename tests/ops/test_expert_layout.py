@@ -1,0 +1,142 @@
+"""Rows of experts, beside loops over tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stellarbyte_jax.ops.expert_layout import block_rows, from_experts, lay_out, lay_out_slots, to_experts
+from stellarbyte_jax.ops.routing import place
+
+# tokens, choices, experts, rows of a block: one row each, several blocks of an expert, one block for all tokens
+SHAPES = [(1, 1, 1, 1), (7, 2, 5, 1), (9, 3, 4, 2), (12, 2, 3, 4), (6, 4, 4, 6), (40, 2, 3, 8)]
+lay_out_jit = jax.jit(lay_out, static_argnums=(1, 2))
+
+
+def drawn(N, K, E, seed):
+    random = np.random.default_rng(seed)
+    experts = np.stack([random.permutation(E)[:K] for _ in range(N)])
+    experts[random.random(N) < 0.2] = E
+    experts[random.random((N, K)) < 0.1] = E
+    if seed % 3 == 0:  # one expert has nearly all
+        experts[:, 0] = np.where(experts[:, 0] < E, 0, E)
+        experts[:, 1:] = np.where(experts[:, 1:] == 0, E, experts[:, 1:])
+    return random, experts
+
+
+def check(layout, experts, E):
+    """Every pair with an expert has one row, of its expert; the others and the empty rows have none."""
+    N, K = experts.shape
+    pairs, rows = np.asarray(layout.pairs_S), np.asarray(layout.rows_NK)
+    S, sizes = pairs.size, np.asarray(layout.groups.sizes_E)
+    ends = np.cumsum(sizes)
+    assert ends[-1] <= S
+    for n in range(N):
+        for k in range(K):
+            row = rows[n, k]
+            if experts[n, k] == E:
+                assert row == S
+            else:
+                assert pairs[row] == n * K + k
+                assert np.searchsorted(ends, row, side="right") == experts[n, k]
+    assert (pairs < N * K).sum() == (experts < E).sum(), "no pair twice"
+    if layout.groups.experts_G is not None:
+        blocks = np.asarray(layout.groups.experts_G)
+        size = S // blocks.size
+        used = np.repeat(np.arange(E), sizes // size)
+        np.testing.assert_array_equal(blocks[: used.size], used)
+    else:
+        assert (sizes == S // E).all()
+
+
+@settings(deadline=None)
+@given(st.sampled_from(SHAPES), st.integers(0, 10**6))
+def test_every_pair_has_a_row_of_its_expert(shape, seed):
+    N, K, E, block = shape
+    _, experts = drawn(N, K, E, seed)
+    layout = lay_out_jit(jnp.asarray(experts), E, block)
+    check(layout, experts, E)
+    pairs = np.asarray(layout.pairs_S)
+    for e in range(E):  # in the order of tokens
+        of_expert = [p for p in pairs if p < N * K and experts.flat[p] == e]
+        assert of_expert == sorted(of_expert)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choices", "experts"), [(1, 2, 8), (4, 2, 8), (128, 2, 8), (300, 2, 4), (9000, 2, 8)]
+)
+def test_blocks_suit_the_number_of_pairs(tokens, choices, experts):
+    """Rows stay bounded by the pairs, and few pairs touch few experts."""
+    _, chosen = drawn(tokens, choices, experts, 0)
+    layout = lay_out_jit(jnp.asarray(chosen), experts, None)
+    check(layout, chosen, experts)
+    size = block_rows(tokens, choices, experts)
+    rows, pairs = layout.pairs_S.size, tokens * choices
+    if 3 * pairs <= experts:
+        assert size == 1 and layout.groups.experts_G.size == pairs
+    elif tokens <= 128:
+        assert layout.groups.experts_G is None and rows < experts * (tokens + 8)
+    else:
+        assert rows <= pairs + experts * size
+    assert block_rows(16384, 8, 64) == 512
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_slots_are_rows(seed):
+    N, K, E, capacity = 11, 2, 4, 4
+    _, experts = drawn(N, K, E, seed)
+    placed = place(jnp.asarray(experts), jnp.ones((N, K)), jnp.zeros(E, jnp.int32), capacity)
+    layout = lay_out_slots(placed, capacity)
+    check(layout, np.asarray(placed.experts_NK), E)
+    taken = np.asarray(placed.experts_NK)
+    for n, k in np.argwhere(taken < E):
+        assert layout.rows_NK[n, k] == taken[n, k] * capacity + placed.slots_NK[n, k]
+
+
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_go_to_experts_and_come_back(seed, block):
+    """Equal to a loop over tokens, all gradients too; empty rows are zero, whatever experts make of them."""
+    N, K, E, D = 16, 3, 5, 4
+    random, experts = drawn(N, K, E, seed)
+    weights = random.random((N, K)).astype(np.float32)  # of pairs without an expert too
+    x, factors = random.standard_normal((N, D)).astype(np.float32), random.standard_normal((E, D)).astype(np.float32)
+    layout = lay_out(jnp.asarray(experts), E, block)
+    of_row = np.searchsorted(np.cumsum(layout.groups.sizes_E), np.arange(layout.pairs_S.size), side="right")
+    empty = np.asarray(layout.pairs_S) == N * K
+
+    def ours(x, weights, factors):
+        rows = to_experts(x, layout)
+        assert not np.asarray(rows)[empty].any() if not isinstance(rows, jax.core.Tracer) else True
+        made = rows * factors[np.minimum(of_row, E - 1)]
+        return from_experts(jnp.where(empty[:, None], jnp.nan, made), layout, weights)
+
+    def loop(x, weights, factors):
+        out = []
+        for n in range(N):
+            parts = [weights[n, k] * x[n] * factors[experts[n, k]] for k in range(K) if experts[n, k] < E]
+            out.append(sum(parts, jnp.zeros(D)))
+        return jnp.stack(out)
+
+    arguments = jnp.asarray(x), jnp.asarray(weights), jnp.asarray(factors)
+    np.testing.assert_allclose(ours(*arguments), loop(*arguments), atol=1e-6)
+    slopes = [jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), (0, 1, 2))(*arguments) for f in (ours, loop)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *slopes)
+
+
+def test_no_array_of_all_choices_of_all_tokens_is_made():
+    """The largest array of the way back is the rows', forward and backward."""
+    N, K, E, D = 512, 8, 16, 32
+    experts = jnp.asarray(np.stack([np.random.default_rng(n).permutation(E)[:K] for n in range(N)]))
+    layout = lay_out(experts, E)
+
+    def f(x, weights):
+        return jnp.sum(from_experts(to_experts(x, layout), layout, weights) ** 2)
+
+    jaxpr = jax.make_jaxpr(jax.grad(f, (0, 1)))(jnp.ones((N, D)), jnp.ones((N, K)))
+    assert f"{N},{K},{D}" not in str(jaxpr) and f"{N * K},{D}" not in str(jaxpr)
+    assert f"{layout.pairs_S.size},{D}" in str(jaxpr)
