@@ -67,10 +67,9 @@ def with_router_names(losses: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def layer_numbers(metrics: Mapping[str, np.ndarray], layers: Sequence[int]) -> dict[str, float]:
-    """Numbers of the metrics of :data:`BY_LAYER` among ``metrics``.
+    """Numbers of the metrics of :data:`BY_LAYER` among ``metrics``: of all layers, and of each under ``name/layer``.
 
-    Each has the mean over the layers, or the greatest where it is itself a maximum, under its name, and each layer under
-    ``name/layer``.
+    That of all layers is the mean, or the greatest where the metric is itself a maximum.
 
     Args:
       metrics: of a step, by their names.
