@@ -386,8 +386,7 @@ def _caption(records: Sequence[Record], plot: _Plot) -> str:
     if longest > plots.MOST_POINTS:
         parts.append(f"{plots.MOST_POINTS:,} of {longest:,} points: the least and the greatest of each stretch")
     if len(records) == 1 and len(entries[0]) > 1:
-        parts.append(
-            f"{'thick: all together; thin: ' if plot.name in records[0].series else ''}"
-            f"entries {entries[0][0].rpartition('/')[2]} (dark) to {entries[0][-1].rpartition('/')[2]} (light)"
-        )
+        what = "thick: all layers; thin: layers" if plot.name in records[0].series else "entries"
+        first, last = (entries[0][at].rpartition("/")[2] for at in (0, -1))
+        parts.append(f"{what} {first} (dark) to {last} (light)")
     return "; ".join(parts)

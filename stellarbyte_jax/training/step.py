@@ -106,7 +106,8 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         if router is not None and router.tally is not None:
-            metrics |= router_metrics(router.tally, tracked_loads(m, frozen))
+            with jax.named_scope("telemetry"):
+                metrics |= router_metrics(router.tally, tracked_loads(m, frozen))
         told = with_router_names(aux.values())
         taken = metrics.keys() & told.keys()
         if taken:

@@ -213,7 +213,7 @@ def test_metrics_of_layers_lie_behind_that_of_them_all(tmp_path, drawn):
         *(("thin", 0.0, 0.25), ("thin", 0.5, 0.75), ("thin", 1.0, 2.75)),
         ("line", None, 2.75),
     ]
-    assert "thick: all together; thin: entries 1 (dark) to 11 (light)" in page.text
+    assert "thick: all layers; thin: layers 1 (dark) to 11 (light)" in page.text
     drawn.clear()
     page_of(run, write_run(tmp_path / "b", 5, **routers((1,))))
     assert [(c.number, c.look, c.y[0]) for c in drawn[7][0]] == [(0, "line", 2.75), (1, "line", 0.25)], "beside others"
