@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import shutil
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers.hf_models import assert_same_tree, random_model, small_config
+from helpers.live_arrays import LiveArrays
 
 from stellarbyte_jax.checkpoint import leafwise, store
 from stellarbyte_jax.checkpoint.checksum import array_checksums
@@ -241,19 +241,11 @@ def test_what_is_read_later_is_checked(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_weights_are_written_one_after_another(tmp_path: Path) -> None:
     """When one is read, the one before it is on disk and gone; what was written is what is read."""
-    alive: list[weakref.ref[np.ndarray]] = []
-
-    def tracked(leaf: np.ndarray) -> LazyArray:
-        def read() -> np.ndarray:
-            assert not [ref for ref in alive if ref() is not None]
-            array = np.array(leaf)
-            alive.append(weakref.ref(array))
-            return array
-
-        return LazyArray(leaf.shape, leaf.dtype, read)
-
-    save_initial(tmp_path / "run", CONFIG, jax.tree.map(tracked, WEIGHTS), "words")
-    assert len(alive) == 2 * len(jax.tree.leaves(WEIGHTS))  # for the checksum, and for the file
+    memory = LiveArrays()
+    save_initial(tmp_path / "run", CONFIG, jax.tree.map(memory.lazy, WEIGHTS), "words")
+    leaves = jax.tree.leaves(WEIGHTS)
+    assert memory.made == 2 * len(leaves)  # for the checksum, and for the file
+    assert memory.peak == max(leaf.nbytes for leaf in leaves)
     assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)
 
 
@@ -267,7 +259,7 @@ def test_known_checksums_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_arrays_lie_in_parts_on_the_disk(training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that who reads one holds little besides."""
+    """So that who reads one holds little besides; in a file each where nothing may wait in memory to be written."""
     monkeypatch.setattr(leafwise, "_PART", 2**10)
     if training:
         write(tmp_path, {0: {"params": WEIGHTS}})
@@ -276,6 +268,7 @@ def test_arrays_lie_in_parts_on_the_disk(training: bool, tmp_path: Path, monkeyp
     with ocp.PyTreeCheckpointer() as reader:
         found: Any = reader.metadata(tmp_path / "checkpoints" / "0" / "params").item_metadata
     parts = [4 * math.prod(leaf.storage.chunk_shape) for leaf in jax.tree.leaves(found.tree)]
+    assert (tmp_path / "checkpoints" / "0" / "params" / "manifest.ocdbt").exists() == training
     assert max(parts) == 2**10 < max(leaf.nbytes for leaf in jax.tree.leaves(WEIGHTS))
     assert_same_tree(load_weights(tmp_path)[1], WEIGHTS)
     assert_same_tree(jax.tree.map(as_numpy, load_lazy_weights(tmp_path)[1]), WEIGHTS)
