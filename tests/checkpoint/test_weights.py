@@ -249,6 +249,19 @@ def test_weights_are_written_one_after_another(tmp_path: Path) -> None:
     assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)
 
 
+class Uncopied(np.ndarray):
+    """An array that must not be copied, as orbax does with those that others may change meanwhile."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("copied")
+
+
+def test_weights_are_written_without_a_copy(tmp_path: Path) -> None:
+    lazies = jax.tree.map(lambda x: LazyArray(x.shape, x.dtype, lambda: x.view(Uncopied)), WEIGHTS)
+    save_initial(tmp_path / "run", CONFIG, lazies)
+    assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)
+
+
 def test_known_checksums_are_taken(tmp_path: Path) -> None:
     save_initial(tmp_path / "run", CONFIG, WEIGHTS, checksums=array_checksums(WEIGHTS))
     assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)
