@@ -18,12 +18,19 @@ with imports():
     import jax
     import numpy as np
 
+    from stellarbyte_jax.checkpoint.checksum import array_checksums
     from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
     from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
-    from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights, run_and_step, save_initial
+    from stellarbyte_jax.checkpoint.weights import (
+        load_lazy_weights,
+        load_training_facts,
+        load_weights,
+        run_and_step,
+        save_initial,
+    )
     from stellarbyte_jax.config import DataConfig
     from stellarbyte_jax.hf.card import TrainingFacts
-    from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
+    from stellarbyte_jax.hf.directory import open_pretrained, round_params, save_pretrained
     from stellarbyte_jax.hf.families import FAMILIES
     from stellarbyte_jax.hf.gguf import dropped_by_llama_cpp
     from stellarbyte_jax.hf.hub import is_hub_name, local_directory
@@ -119,7 +126,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def to_hf(arguments: argparse.Namespace) -> Any:
     """Writes a Hugging Face directory; returns how well it agrees with transformers, where asked for."""
     run, step = run_and_step(arguments.source, arguments.step)
-    config, params = load_weights(run, step)
+    config, params = load_lazy_weights(run, step)
     model = ByteTransformer(config.model)
     tokenizer, own = None, tokenizer_of(run, config)
     if arguments.tokenizer is not None:
@@ -164,11 +171,11 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     run = arguments.target
     check_target(run, arguments.overwrite)
     source = local_directory(arguments.source, arguments.revision)
-    model, params = from_pretrained(source)
-    check_tokenizer(source, model.config.vocab_size)
-    if not TokenizerDirectory(source).is_complete:
-        print("tokenizer: none that is whole, so what reads texts asks for one; to-hf takes --tokenizer DIR")
-    write_run(run, model.config, params, source, begins_with_bos(source), {}, arguments.source)
+    with open_pretrained(source) as (model, params):
+        check_tokenizer(source, model.config.vocab_size)
+        if not TokenizerDirectory(source).is_complete:
+            print("tokenizer: none that is whole, so what reads texts asks for one; to-hf takes --tokenizer DIR")
+        write_run(run, model.config, params, source, begins_with_bos(source), {}, arguments.source)
     if not arguments.verify:
         return None
     return compare(source, model, load_weights(run)[1])
@@ -278,12 +285,14 @@ def write_run(
     run: Path, config: Any, params: Any, tokenizer: Path | None, add_bos: bool, ids: dict[str, Any], source: str
 ) -> None:
     """Writes weights of ``source`` as step 0 of a run directory, with what there is of a tokenizer and further ids."""
+    checksums = array_checksums(params)  # lazy ones are read for them: damaged ones remove nothing
     for part in ("checkpoints", TOKENIZER):
         shutil.rmtree(run / part, ignore_errors=True)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, run / TOKENIZER, ids)
     # Its own place even where that stays empty: whatever lies in the folder where this is typed is not its tokenizer.
-    save_initial(run, config, params, str(run / TOKENIZER), add_bos=add_bos, init_from=source)
+    own = str(run / TOKENIZER)
+    save_initial(run, config, params, own, add_bos=add_bos, init_from=source, checksums=checksums)
     report(run, params)
 
 

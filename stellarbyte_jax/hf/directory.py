@@ -1,10 +1,12 @@
 """Hugging Face directories: :func:`from_pretrained` and :func:`save_pretrained`."""
 
+import contextlib
 import itertools
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -20,9 +22,11 @@ from stellarbyte_jax.hf.export import export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
 from stellarbyte_jax.hf.hub import ADAPTER, local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
+from stellarbyte_jax.hf.leaves import Leaves, leaf_after_leaf
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
 from stellarbyte_jax.hf.table import Entry, Family, Piece, modelling_file
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.lazy import LazyArray, as_numpy
 from stellarbyte_jax.tokenizer.directory import (
     GENERATION_CONFIG,
     TokenizerDirectory,
@@ -66,6 +70,25 @@ def from_pretrained(
       ValueError: a file is missing, broken or damaged, a setting is not implemented, or tensors are missing, unknown or
         misshapen; the message names them.
     """
+    with open_pretrained(directory, revision=revision, dtype=dtype, verify=verify, **overrides) as (model, leaves):
+        return model, _on_device(leaves)
+
+
+@contextlib.contextmanager
+def open_pretrained(
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    verify: bool = True,
+    **overrides: Any,
+) -> Iterator[tuple[ByteTransformer, dict[str, Any]]]:
+    """As :func:`from_pretrained`, but gives weights that are read when they are needed, within the context.
+
+    Yields:
+      The model and its weights, a :class:`~stellarbyte_jax.model.lazy.LazyArray` each. A read raises ValueError where
+      the tensors of a weight are damaged or do not fit the dtype.
+    """
     directory = local_directory(directory, revision)
     _check_no_run(directory)
     _check_no_adapter(directory)
@@ -79,8 +102,7 @@ def from_pretrained(
         entries = table_entries(family, model, str(directory), overrides)
         tied = (_EMBEDDING, _HEAD) if config.tie_word_embeddings else None
         check_tensors(entries, files, str(directory), "config.json", buffers=family.buffers, tied=tied)
-        params = read_params(entries, model, files, to)
-    return model, params
+        yield model, _lazy_params(entries, model, files, to)
 
 
 def save_pretrained(
@@ -102,12 +124,13 @@ def save_pretrained(
     modelling file of ours, and readers say ``trust_remote_code=True``.
 
     A ``README.md`` in it says what the model is, as a card of the Hugging Face Hub. The directory appears complete or
-    not at all. Tensors are converted and written one after another.
+    not at all. Tensors are converted and written one after another, those of a leaf after those of another one; a lazy
+    leaf is in memory from its first tensor to its last.
 
     Args:
       directory: to be made.
       model: any without a memory and without pruned attention weights.
-      params: its weights, numpy or jax arrays.
+      params: its weights, arrays of numpy or jax, or lazy ones.
       dtype: of the numbers on disk: ``float32``, ``bfloat16`` or ``float16``.
       max_shard_bytes: size at which another file is begun.
       tokenizer: directory whose tokenizer files are copied and whose special tokens are named in the settings.
@@ -129,9 +152,11 @@ def save_pretrained(
     to = float_dtype(dtype)
     named = {**({} if tokenizer is None else special_ids(tokenizer, config.vocab_size)), **ids}
     reordered = config.rope_pairing not in chosen.pairings
+    entries = leaf_after_leaf(chosen.entries(config, shapes))
+    parts = Leaves(leaves, entries)
     tensors = [
-        Tensor(entry.theirs, entry.hf_shape, entry.dtype(to), _reader(entry, leaves, entry.dtype(to), reordered))
-        for entry in chosen.entries(config, shapes)
+        Tensor(entry.theirs, entry.hf_shape, entry.dtype(to), _reader(entry, parts, entry.dtype(to), reordered))
+        for entry in entries
     ]
     with replacing(Path(expanded(directory)), overwrite) as partial:
         write_json(partial / "config.json", config_json(chosen, config, dtype, named))
@@ -168,11 +193,11 @@ def says_plain_text(directory: Path) -> bool:
 
 
 def round_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The weights as a directory saved in ``dtype`` holds them, back in float32."""
+    """The weights, lazy ones too, as a directory saved in ``dtype`` holds them, back in float32."""
     to = float_dtype(dtype)
     rounded: dict[str, Any] = {}
     for path, leaf in _flatten(params).items():
-        _put(rounded, path, cast(np.asarray(leaf), to, path).astype(np.float32))
+        _put(rounded, path, cast(as_numpy(leaf), to, path).astype(np.float32))
     return rounded
 
 
@@ -200,9 +225,9 @@ def _check_no_adapter(directory: Path) -> None:
         )
 
 
-def _reader(entry: Entry, leaves: Mapping[str, Any], dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:
+def _reader(entry: Entry, leaves: Leaves, dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:
     def part(piece: Piece) -> np.ndarray:
-        ours = np.asarray(leaves[piece.path][piece.index])  # cut first: only this part leaves the device
+        ours = leaves.take(piece)
         if piece.row.rotary and reordered:
             ours = interleaved_to_half(ours)
         return piece.row.layout.to_hf(cast(ours, dtype, entry.theirs))
@@ -294,6 +319,14 @@ def check_tensors(
 
 def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
     """The parameter tree, jax arrays of ``dtype`` on the default device, from tensors that were checked."""
+    return _on_device(_lazy_params(entries, model, tensors, dtype))
+
+
+def _on_device(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf.read()), leaves)
+
+
+def _lazy_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
     shapes = _shapes(param_shapes(model))
     places: dict[str, list[tuple[Entry, int]]] = {}
     for entry in entries:
@@ -301,13 +334,17 @@ def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, 
             places.setdefault(piece.path, []).append((entry, number))
     params: dict[str, Any] = {}
     for path, parts in places.items():
-        leaf = _aligned_zeros(shapes[path], dtype)
-        for entry, number in parts:
-            piece = entry.pieces[number]
-            theirs = cast(tensors.read(entry.theirs)[entry.rows_of(number)], dtype, entry.theirs)
-            leaf[piece.index] = piece.row.layout.from_hf(theirs, piece.shape)
-        _put(params, path, jax.device_put(leaf))
+        _put(params, path, LazyArray(shapes[path], dtype, partial(_read_leaf, parts, shapes[path], tensors, dtype)))
     return params
+
+
+def _read_leaf(parts: list[tuple[Entry, int]], shape: tuple[int, ...], tensors: Tensors, dtype: np.dtype) -> np.ndarray:
+    leaf = _aligned_zeros(shape, dtype)
+    for entry, number in parts:
+        piece = entry.pieces[number]
+        theirs = cast(tensors.read(entry.theirs)[entry.rows_of(number)], dtype, entry.theirs)
+        leaf[piece.index] = piece.row.layout.from_hf(theirs, piece.shape)
+    return leaf
 
 
 def _check_params(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
