@@ -37,6 +37,7 @@ def config() -> TrainConfig:
             intermediate_size=4096,
             max_position_embeddings=2048,
             qk_norm=True,
+            scan_unroll=None,
             moe=MoEConfig(num_experts=64, num_experts_per_tok=8, intermediate_size=512),
         ),
         data=DataConfig(
