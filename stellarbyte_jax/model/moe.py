@@ -208,7 +208,9 @@ def counted(tally: Tally | None, decision: Decision, sent: Dispatched, wanted_E:
     """The tally with a call's choices."""
     if tally is None:
         return None
-    counts_E = counts_by_expert(sent.experts_NK, wanted_E.size)
+    E = wanted_E.size
+    counts_E = counts_by_expert(sent.experts_NK, E)
+    moved_NK = (sent.experts_NK != decision.choices.experts_NK) & (sent.experts_NK < E)
     tokens = jnp.sum(decision.routed.mask_N, dtype=jnp.float32)
     new = Tally(
         counts=counts_E,
@@ -217,5 +219,6 @@ def counted(tally: Tally | None, decision: Decision, sent: Dispatched, wanted_E:
         lost=jnp.sum(wanted_E) - jnp.sum(counts_E),
         room=jnp.full_like(counts_E, sent.room),
         temperature=decision.temperature * tokens,
+        moved=jnp.sum(moved_NK, dtype=jnp.float32),
     )
     return jax.tree.map(jnp.add, tally, jax.lax.stop_gradient(new))

@@ -195,21 +195,28 @@ _FORMATS = {
     "learning_rate": ("lr", "{:.2e}"),
     "tokens_per_second": ("tok/s", "{:,.0f}"),
     "mfu": ("mfu", "{:.1%}"),
+    "router/load_entropy": ("load entropy", "{:.3f}"),
+    "router/max_load": ("max load", "{:.2f}"),
+    "router/drop_rate": ("dropped", "{:.1%}"),
     "skipped_lines": ("skipped lines", "{:.0f}"),
 }
+_IF_ANY = ("router/drop_rate",)  # not told where it is 0
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """The numbers worth a person's eye, in a fixed order."""
     parts = []
     for name, (label, form) in _FORMATS.items():
-        if name in metrics:
+        if name in metrics and (metrics[name] or name not in _IF_ANY):
             parts.append(f"{label} {form.format(metrics[name])}")
     return "  ".join(parts)
 
 
 # What a narrow terminal can do without, in the order in which it goes.
-_LEFT_OUT = ("accuracy", "gradient_norm", "mfu", "perplexity", "bits_per_byte", "learning_rate", "tokens_per_second")
+_LEFT_OUT = (
+    *("accuracy", "router/load_entropy", "router/max_load", "gradient_norm", "mfu", "perplexity", "bits_per_byte"),
+    *("learning_rate", "router/drop_rate", "tokens_per_second"),
+)
 
 
 def fitting_metrics(metrics: Mapping[str, float], width: int) -> str:

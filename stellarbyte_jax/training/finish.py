@@ -18,6 +18,8 @@ from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.directory import write_json
 from stellarbyte_jax.training import plots, samples, tasks
+from stellarbyte_jax.training.heatmap import HEATMAP, write_heatmap
+from stellarbyte_jax.training.loads import LOADS
 from stellarbyte_jax.training.report import REPORT, make_page, write_page
 from stellarbyte_jax.training.samples import Sampler
 from stellarbyte_jax.training.tasks import TaskRounds
@@ -75,7 +77,7 @@ def finish(
       The exported directory, where one is asked for.
     """
     run_dir = Path(config.output_dir)
-    note, target, report = run_dir / _NOTE, run_dir / EXPORT, run_dir / REPORT
+    note, target = run_dir / _NOTE, run_dir / EXPORT
     done = _read(note, step)
     if config.export_at_end and not (done.get("exported") and target.is_dir()):
         try:
@@ -90,16 +92,29 @@ def finish(
     if rounds.missing(step) and not rounds.stopped():
         rounds.measure(params, step, say)
         done.pop("reported", None)
-    if config.report_at_end and not sampler.stopped() and not (done.get("reported") and report.is_file()):
-        page, _ = make_page([run_dir])
-        try:
-            write_page(report, page)
-        except OSError as error:
-            raise write_failure(report, error) from error
-        say(f"report: {report}")
+    if config.report_at_end and not sampler.stopped() and not (done.get("reported") and _pictures_are_there(run_dir)):
+        _report(run_dir, say)
         done["reported"] = True
         _write(note, done)
     return target if config.export_at_end else None
+
+
+def _report(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Writes the page of a run, and the picture of its experts' load where it has any."""
+    page, _ = make_page([run_dir])
+    target = run_dir / REPORT
+    try:
+        write_page(target, page)
+        say(f"report: {target}")
+        target = run_dir / HEATMAP
+        if write_heatmap(run_dir) is not None:
+            say(f"load of experts: {target}")
+    except OSError as error:
+        raise write_failure(target, error) from error
+
+
+def _pictures_are_there(run_dir: Path) -> bool:
+    return (run_dir / REPORT).is_file() and ((run_dir / HEATMAP).is_file() or not (run_dir / LOADS).is_file())
 
 
 def is_done(config: TrainConfig, step: int, sampler: Sampler, rounds: TaskRounds) -> bool:

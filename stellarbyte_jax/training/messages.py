@@ -1,6 +1,7 @@
 """Longer lines that a run prints: where the time before its first step went, and how its data ended."""
 
 import math
+import signal
 
 import numpy as np
 
@@ -38,6 +39,12 @@ def end_of_data(config: TrainConfig, step: int) -> str:
 def early_stop(stale: int, step: int) -> str:
     """That a run stopped at this step, after so many validations without a better loss."""
     return f"stopped early at step {step}: {stale} validations without a better loss"
+
+
+def stopped(number: int, step: int, total: int) -> str:
+    """That this signal stopped a run at this step, and what the same command does."""
+    left = "goes on from there" if step < total else "does what is left to do after it"
+    return f"{signal.Signals(number).name}: stopped at step {step} of {total}; the same command {left}"
 
 
 def over(config: TrainConfig, step: int, stale: int) -> str:

@@ -11,6 +11,7 @@ from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.inspect.costs import flops_per_token
 from stellarbyte_jax.training.metrics import memory_metrics, speed_metrics
+from stellarbyte_jax.training.telemetry import BY_LAYER, LOADS, layer_numbers
 
 Metrics = dict[str, jax.Array]
 
@@ -33,6 +34,7 @@ class Meter:
     Attributes:
       rates: tokens a second, of each line.
       last: numbers of the last step that was read.
+      loads: of that step, shares [L, E] of each layer with experts; None where there are none.
       tokens: of the steps that were read and of earlier starts, without padding; None where those did not count.
     """
 
@@ -62,6 +64,8 @@ class Meter:
         self._pending: tuple[int, Metrics] | None = None
         self.rates: list[float] = []
         self.last: dict[str, float] = {}
+        self.loads: np.ndarray | None = None
+        self._layers = config.model.moe_layers
         self._earlier, self._began, self.tokens = seconds, time.perf_counter(), tokens
         self.reset()
 
@@ -104,7 +108,9 @@ class Meter:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = _numbers(jax.device_get(metrics))
+        arrays = jax.device_get(metrics)
+        self.loads = arrays.pop(LOADS, None)
+        values = {**_numbers(arrays), **layer_numbers(arrays, self._layers)}
         finite = values.pop("finite", True)
         self._steps += 1
         tokens = self._step_tokens * (1 - values.get("padding", 0.0))
@@ -129,11 +135,11 @@ class Meter:
 
 
 def _numbers(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Scalars under their names, the entries of vectors under ``name/index``."""
+    """Scalars under their names, entries of vectors, but for those that are of layers, under ``name/index``."""
     found = {}
     for name, value in metrics.items():
         if np.ndim(value) == 0:
             found[name] = float(value)
-        else:
+        elif name not in BY_LAYER:
             found |= {f"{name}/{i}": float(x) for i, x in enumerate(np.ravel(value))}
     return found

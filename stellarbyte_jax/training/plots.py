@@ -131,7 +131,7 @@ def _style(curve: Curve, points: int) -> dict[str, Any]:
         color = matplotlib.colormaps["viridis"](0.9 * curve.shade)
     style: dict[str, Any] = {"color": color, "linestyle": DASHES[curve.number // len(COLORS) % len(DASHES)]}
     if curve.look == "thin":
-        return {**style, "linewidth": 1.0, "alpha": 0.35}
+        return {**style, "linewidth": 1.0, "alpha": 0.35 if curve.shade is None else 0.7}
     if points <= _MARKED:
         style |= {"marker": "o", "markersize": 4}
     if curve.look == "rare":

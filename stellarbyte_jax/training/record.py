@@ -13,13 +13,14 @@ from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import json_object
 from stellarbyte_jax.launch import environment_facts
 from stellarbyte_jax.training.jsonl import read_lines
+from stellarbyte_jax.training.loads import LOADS, Loads, read_loads
 from stellarbyte_jax.training.samples import SAMPLES
 
 ABOUT = "about.json"  # in the run's directory
 Axis = Literal["steps", "tokens", "time"]
 AXES: dict[Axis, str] = {"steps": "step", "tokens": "tokens", "time": "wall_seconds"}  # and their names in a line
 _LARGEST = 1e100  # no metric comes near it, and sums of such numbers stay floats
-_MOST_NAMES = 200  # of metrics; a run has a few dozen
+_MOST_NAMES = 2000  # of metrics; a run has a few dozen, and some more for each layer with experts
 
 
 def about(parameters: int) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class Record:
       about: parameters and environment, likewise.
       samples: in order.
       notes: what is missing or was left out, a line each.
+      loads: of its experts; None where it has none.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Record:
     about: dict[str, Any]
     samples: list[Continuation]
     notes: list[str]
+    loads: Loads | None = None
 
     def last(self, name: str) -> float | None:
         """The last value of a metric; None where there is none."""
@@ -92,7 +95,8 @@ def read_record(directory: Path, name: str) -> Record:
         except ValueError as error:
             notes.append(f"settings are not shown: {directory / 'train_config.json'}: {error}")
     facts = _read_json(directory / ABOUT, notes) or {}
-    return Record(name, series, config, facts, _read_samples(directory / SAMPLES, notes), notes)
+    samples, loads = _read_samples(directory / SAMPLES, notes), read_loads(directory / LOADS, notes)
+    return Record(name, series, config, facts, samples, notes, loads)
 
 
 def setting(config: TrainConfig, name: str) -> Any:

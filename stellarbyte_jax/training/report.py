@@ -14,7 +14,7 @@ from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.config.reference import changed, written
-from stellarbyte_jax.training import plots
+from stellarbyte_jax.training import heatmap, plots
 from stellarbyte_jax.training.plots import Curve, Scale
 from stellarbyte_jax.training.record import (
     AXES,
@@ -60,8 +60,18 @@ _FURTHER = {  # titles of metrics that come after those; what layers tell stands
     "mfu": "Model FLOP utilisation (causal attention)",
     "mfu_full_attention": "Model FLOP utilisation (attention counted in full)",
     "peak_memory_gib": "Peak device memory (GiB)",
+    "router/load_entropy": "Evenness of the experts' load (entropy; 1: even)",
+    "router/max_load": "Load of the busiest expert over the mean",
+    "router/max_wanted": "Choices for the most wanted expert over the mean",
+    "router/overflow_rate": "Choices that another expert took, or none",
+    "router/drop_rate": "Choices that no expert took",
+    "router/dead_experts": "Dead experts of a layer",
+    "router/idle_experts": "Experts of a layer without a token in a step",
+    "router/temperature": "Temperature of the routers",
 }
-_SHARES = ("accuracy", "validation/accuracy", "mfu", "mfu_full_attention")
+_SHARES = (
+    *("accuracy", "validation/accuracy", "mfu", "mfu_full_attention", "router/overflow_rate", "router/drop_rate"),
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 0 auto; padding: 1em 2em 4em; }
 h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin: 2em 0 .6em; }
@@ -76,6 +86,7 @@ th { font-weight: 600; } td { font-variant-numeric: tabular-nums; overflow-wrap:
 .legend { position: sticky; top: 0; background: #fff; padding: .4em 0; }
 .legend span { display: inline-block; margin-right: 1.6em; }
 .legend i { display: inline-block; width: 2em; border-top: 3px; margin-right: .5em; vertical-align: middle; }
+.heat img { max-width: 100%; height: auto; }
 .sample { margin: .4em 0 1em; white-space: pre-wrap; overflow-wrap: anywhere; } .sample b { color: #06c; }
 """
 
@@ -131,6 +142,7 @@ def _page(records: Sequence[Record], x: Axis) -> str:
             *(f'<p class="note">{_text(note)}</p>' for note in notes),
             "<h2>Final numbers</h2>" + _table(records, _numbers(records)),
             "<h2>Course</h2>" + _figures(records, x),
+            *(_loads(record, several=len(records) > 1) for record in records if record.loads is not None),
             "<h2>Settings that differ from their defaults</h2>" + _settings(records),
             "<h2>Environment of the last start</h2>" + _table(records, _environment(records), compare=True),
             *(_samples(record, several=len(records) > 1) for record in records if record.samples),
@@ -255,6 +267,16 @@ def _samples(record: Record, *, several: bool) -> str:
     return "".join(parts)
 
 
+def _loads(record: Record, *, several: bool) -> str:
+    assert record.loads is not None
+    title = f"Load of experts{f' of {_text(record.name)}' if several else ''}"
+    return f'<h2>{title}</h2><p class="heat"><img alt="{title}" src="{_source(heatmap.draw(record.loads))}"></p>'
+
+
+def _source(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
 def _figures(records: Sequence[Record], x: Axis) -> str:
     for record in records:
         if not any(np.isfinite(series.at[x]).any() for series in record.series.values()):
@@ -297,10 +319,10 @@ def _tells(name: str, records: Sequence[Record]) -> bool:
 
 
 def _figure(plot: _Plot, image: bytes, caption: str) -> str:
-    coded, title = base64.b64encode(image).decode(), _text(clipped(plot.title))
+    title = _text(clipped(plot.title))
     return (
         f"<figure><figcaption>{title} <span>{caption}</span></figcaption>"
-        f'<img alt="{title}" src="data:image/png;base64,{coded}" width="800" height="400"></figure>'
+        f'<img alt="{title}" src="{_source(image)}" width="800" height="400"></figure>'
     )
 
 
@@ -319,22 +341,31 @@ def _group(name: str) -> str:
 
 
 def _curves(record: Record, plot: _Plot, x: Axis, unit: float, number: int, *, alone: bool) -> list[Curve]:
-    names, found = _entries(record, plot), []
+    names, found = _entries(record, plot, alone=alone), []
+    several, whole = len(names) > 1, plot.name in record.series
     for index, name in enumerate(names):
         at, values = _points(record.series[name], x, unit)
-        mean = plots.smoothed(values) if plot.smooth and len(names) == 1 else None
-        shade = index / (len(names) - 1) if len(names) > 1 and alone else None
-        found.append(Curve(at, values, "line" if mean is None else "thin", number, shade))
+        mean = plots.smoothed(values) if plot.smooth and not several else None
+        shade = index / (len(names) - 1) if several and alone else None
+        behind = mean is not None or (several and whole)
+        found.append(Curve(at, values, "thin" if behind else "line", number, shade))
         if mean is not None:
             found.append(Curve(at, mean, "line", number))
+    if several and whole:
+        found.append(Curve(*_points(record.series[plot.name], x, unit), "line", number))
     if plot.beside in record.series:
         found.append(Curve(*_points(record.series[plot.beside], x, unit), "rare", number))
     return found
 
 
-def _entries(record: Record, plot: _Plot) -> list[str]:
-    """The metrics of a plot: one, or the entries of a vector in their order."""
-    names = [name for name in record.series if name == plot.name or _group(name) == plot.name]
+def _entries(record: Record, plot: _Plot, *, alone: bool) -> list[str]:
+    """The metrics of a plot: one, or the entries of a vector in their order.
+
+    Where a metric stands for its entries, those are seen in the page of one run alone.
+    """
+    names = [name for name in record.series if name != plot.name and _group(name) == plot.name]
+    if plot.name in record.series and (len(names) < 2 or not alone):
+        return [plot.name]
     return sorted(names, key=lambda name: (len(name), name))  # load/2 before load/10
 
 
@@ -345,7 +376,7 @@ def _points(series: Series, x: Axis, unit: float) -> tuple[np.ndarray, np.ndarra
 
 def _caption(records: Sequence[Record], plot: _Plot) -> str:
     """What a reader must know of the curves: averaging, thinning, shades."""
-    entries = [_entries(record, plot) for record in records]
+    entries = [_entries(record, plot, alone=len(records) == 1) for record in records]
     longest = max(len(r.series[name].values) for r, names in zip(records, entries, strict=True) for name in names)
     parts = []
     if plot.beside is not None and any(plot.beside in record.series for record in records):
@@ -355,7 +386,7 @@ def _caption(records: Sequence[Record], plot: _Plot) -> str:
     if longest > plots.MOST_POINTS:
         parts.append(f"{plots.MOST_POINTS:,} of {longest:,} points: the least and the greatest of each stretch")
     if len(records) == 1 and len(entries[0]) > 1:
-        parts.append(
-            f"entries {entries[0][0].rpartition('/')[2]} (dark) to {entries[0][-1].rpartition('/')[2]} (light)"
-        )
+        what = "thick: all layers; thin: layers" if plot.name in records[0].series else "entries"
+        first, last = (entries[0][at].rpartition("/")[2] for at in (0, -1))
+        parts.append(f"{what} {first} (dark) to {last} (light)")
     return "; ".join(parts)

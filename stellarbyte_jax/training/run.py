@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from stellarbyte_jax.tokenizer.codec import token_byte_lengths
 from stellarbyte_jax.training import begin, finish, messages, resume, script
 from stellarbyte_jax.training.console import Reporter, format_metrics
 from stellarbyte_jax.training.directory import RunDirectory
+from stellarbyte_jax.training.loads import LoadFile
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.training.resume import Progress, Resumed
@@ -166,11 +166,13 @@ def _prepare(
     report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
     trackers = Together(make_trackers(config, start, validated=not validates))
     stack.callback(trackers.close)
+    loads = stack.enter_context(contextlib.closing(LoadFile(config, start)))
 
     def show(step: int, metrics: dict[str, float], due: bool) -> None:
         report.step(step, total, metrics, due=due)
         if due:
             trackers.log(step, metrics)
+            loads.write(step, meter.loads)
 
     def publish_tasks(step: int, metrics: dict[str, float]) -> None:
         trackers.log(step, {**metrics, **meter.totals()})
@@ -303,9 +305,7 @@ def _finish(run: _Run, ended: Finished) -> Finished:
 
 def _stopped(run: _Run, step: int) -> Finished:
     assert run.interrupt.signal is not None
-    left = "goes on from there" if step < run.total else "does what is left to do after it"
-    name = signal.Signals(run.interrupt.signal).name
-    run.report.line(f"{name}: stopped at step {step} of {run.total}; the same command {left}")
+    run.report.line(messages.stopped(run.interrupt.signal, step, run.total))
     return Finished(run.interrupt.exit_code, step, "signal")
 
 

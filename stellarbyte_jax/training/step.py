@@ -10,10 +10,11 @@ import optax
 from stellarbyte_jax.config import LossConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
-from stellarbyte_jax.model.state.router import RouterState, Tally, advance
+from stellarbyte_jax.model.state.router import RouterState, Tally, advance, tracked_loads
 from stellarbyte_jax.model.trees import Params, merge
 from stellarbyte_jax.training.loss import auxiliary_loss, batch_loss, next_token_targets
 from stellarbyte_jax.training.state import TrainState
+from stellarbyte_jax.training.telemetry import router_metrics, with_router_names
 
 Batch = Mapping[str, jax.Array]
 
@@ -104,7 +105,10 @@ def make_train_step(
             "finite": sound & all_finite(params),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        told = aux.values()
+        if router is not None and router.tally is not None:
+            with jax.named_scope("telemetry"):
+                metrics |= router_metrics(router.tally, tracked_loads(m, frozen))
+        told = with_router_names(aux.values())
         taken = metrics.keys() & told.keys()
         if taken:
             raise ValueError(f"{', '.join(sorted(taken))}: the name of a metric and of something that layers tell")

@@ -13,7 +13,7 @@ from .program import STEPS
 
 _TOP = {
     *("checkpoints", "corrupt", "hf", "metrics.jsonl", "train.log", "train_config.json", "tokenizer", "run.lock"),
-    *("finished.json", "about.json", "samples.jsonl", "report.html"),
+    *("finished.json", "about.json", "samples.jsonl", "report.html", "router_load.jsonl", "router_load.png"),
 }
 _NUMBERS = ("loss", "gradient_norm", "learning_rate", "validation/loss")
 

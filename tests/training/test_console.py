@@ -314,6 +314,15 @@ def test_numbers_have_their_form_and_an_order_of_their_own():
     assert format_metrics({}) == format_metrics({"unknown": 1.0}) == ""
 
 
+def test_a_line_has_two_numbers_of_routers_and_drops_where_there_are_any():
+    numbers = {"router/drop_rate": 0.0, "router/max_load": 1.239, "router/load_entropy": 0.98765, "loss": 2.0}
+    numbers |= {"router/max_load/3": 1.5, "router/overflow_rate": 0.5, "tokens_per_second": 10.0}
+    assert format_metrics(numbers) == "loss 2.0000  tok/s 10  load entropy 0.988  max load 1.24"
+    assert format_metrics({**numbers, "router/drop_rate": 0.0312}).endswith("max load 1.24  dropped 3.1%")
+    assert fitting_metrics(numbers, 40) == "loss 2.0000  tok/s 10  max load 1.24"
+    assert fitting_metrics({**numbers, "router/drop_rate": 0.5}, 38) == "loss 2.0000  tok/s 10  dropped 50.0%"
+
+
 def test_control_characters_are_spelled_out(tmp_path, capsys):
     with Reporter(tmp_path / "train.log") as report:
         report.line("a\x1b[31mred\x07\x00|\ttab\x9b")

@@ -17,7 +17,7 @@ from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.hf import directory
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
-from stellarbyte_jax.training import finish, plots
+from stellarbyte_jax.training import finish, heatmap, plots
 from stellarbyte_jax.training.samples import Sampler
 from stellarbyte_jax.training.tasks import TaskRounds
 
@@ -208,3 +208,25 @@ def test_what_a_signal_leaves_undone_is_done_later_and_a_report_has_what_came_af
     assert finished(config) == ([], None)
     more = dataclasses.replace(config, sample_prompts=("a", "b"))
     assert len(finished(more)[0]) == 3 and "<b>b</b>" in report.read_text(encoding="utf-8")
+
+
+def test_the_picture_of_loads_belongs_to_the_report(run, tmp_path, monkeypatch):
+    config, picture = run(report_at_end=True), tmp_path / "run" / "router_load.png"
+    picture.parent.mkdir()
+    (picture.parent / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n')
+    monkeypatch.setattr(plots, "check", lambda asked: None)
+    monkeypatch.setattr(plots, "draw", lambda *args: b"png")
+    monkeypatch.setattr(heatmap, "draw", lambda loads: b"heat")
+    told = [f"report: {picture.parent / 'report.html'}", f"load of experts: {picture}"]
+    assert finished(config) == (told[:1], None) and not picture.exists(), "a run without experts"
+    (picture.parent / "router_load.jsonl").write_text('{"step": 5, "load": {"0": [0.5, 0.5]}}\n')
+    assert finished(config) == (told, None) and picture.read_bytes() == b"heat"
+    assert finished(config) == ([], None), "both are there"
+    picture.unlink()
+    assert finished(config) == (told, None) and picture.is_file()
+    picture.unlink()
+    picture.mkdir()
+    with pytest.raises(
+        OSError, match=r"router_load\.png could not be written: Is a directory; there is a folder where"
+    ):
+        finished(config)

@@ -4,6 +4,7 @@ import base64
 import html.parser
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from helpers.runs import cli
 from helpers.training import settings
 
 from stellarbyte_jax.config import override
-from stellarbyte_jax.training import plots, report
+from stellarbyte_jax.training import heatmap, plots, report
 from stellarbyte_jax.training.record import about
 from stellarbyte_jax.training.report import make_page
 
@@ -190,6 +191,54 @@ def test_further_metrics_have_plots_and_vectors_one_of_theirs(tmp_path, drawn):
     ]
     assert "entries 0 (dark) to 11 (light)" in page.text
     assert drawn[6][3] == "share" and drawn[5][3] == "share"
+
+
+def routers(layers, **extra):
+    """Metrics of routers as a run writes them."""
+    of_layers = {f"router/max_load/{layer}": layer / 4 for layer in layers}
+    return {"router/max_load": max(layers) / 4, "router/drop_rate": 0.5, "router/loss/z": 2.0, **of_layers, **extra}
+
+
+def test_metrics_of_layers_lie_behind_that_of_them_all(tmp_path, drawn):
+    run = write_run(tmp_path / "a", 5, **routers((1, 3, 11)))
+    page, _ = page_of(run)
+    assert page.titles[5:] == [
+        "Choices that no expert took",
+        "router/loss/z",
+        "Load of the busiest expert over the mean",
+    ]
+    assert drawn[5][3] == "share"
+    curves, *_ = drawn[7]
+    assert [(c.look, c.shade, c.y[0]) for c in curves] == [
+        *(("thin", 0.0, 0.25), ("thin", 0.5, 0.75), ("thin", 1.0, 2.75)),
+        ("line", None, 2.75),
+    ]
+    assert "thick: all layers; thin: layers 1 (dark) to 11 (light)" in page.text
+    drawn.clear()
+    page_of(run, write_run(tmp_path / "b", 5, **routers((1,))))
+    assert [(c.number, c.look, c.y[0]) for c in drawn[7][0]] == [(0, "line", 2.75), (1, "line", 0.25)], "beside others"
+    drawn.clear()
+    page_of(tmp_path / "b")
+    assert [(c.look, c.y[0]) for c in drawn[7][0]] == [("line", 0.25)], "one layer is them all"
+
+
+def test_the_load_of_experts_has_its_picture(tmp_path, drawn, monkeypatch):
+    shown = []
+    monkeypatch.setattr(heatmap, "draw", lambda loads: shown.append(loads) or b"heat")
+    run = write_run(tmp_path / "a", 3)
+    assert "Load of experts" not in page_of(run)[0].text
+    lines = ['{"step": 1, "load": {"2": [0.25, 0.75]}}', '{"step": 1']
+    (run / "router_load.jsonl").write_text("\n".join(lines) + "\n")
+    page, notes = page_of(run)
+    assert page.images[-1] == b"heat" and page.text.count("Load of experts") == 1
+    assert notes == [f"{run}/router_load.jsonl: 1 damaged line was skipped"]
+    assert shown[0].layers == (2,) and shown[0].shares_SLE.tolist() == [[[0.25, 0.75]]]
+    assert "Load of experts of b" in page_of(write_run(tmp_path / "c", 3), write_copy(run, tmp_path / "b"))[0].text
+
+
+def write_copy(run, to):
+    shutil.copytree(run, to)
+    return to
 
 
 def test_a_cross_entropy_that_is_the_loss_has_no_plot(tmp_path, drawn):

@@ -28,6 +28,7 @@ class Tally:
       lost: [L], choices that no expert took.
       room: [L, E], choices that experts had room for.
       temperature: [L], by which logits were divided, times the tokens.
+      moved: [L], choices that another expert took than the one that was wanted.
     """
 
     counts: Array
@@ -36,13 +37,14 @@ class Tally:
     lost: Array
     room: Array
     temperature: Array
+    moved: Array
 
     @classmethod
     def zero(cls, config: ByteConfig) -> "Tally":
         """Before the first part."""
         L, E = len(config.moe_layers), config.moe.num_experts
         by_expert, by_layer = jnp.zeros((L, E)), jnp.zeros(L)
-        return cls(by_expert, by_expert, by_layer, by_layer, by_expert, by_layer)
+        return cls(by_expert, by_expert, by_layer, by_layer, by_expert, by_layer, by_layer)
 
 
 @struct.dataclass
@@ -69,6 +71,17 @@ class RouterState:
         """What these rows have, in this order."""
         assert self.history_LBD is not None and self.tally is None
         return self.replace(history_LBD=self.history_LBD[:, jnp.asarray(rows)])  # type: ignore[attr-defined]
+
+
+def tracked_loads(config: ByteConfig, weights: Params) -> Array:
+    """The running means of loads [L, E] of all layers with experts, in their order; they add up to one in each.
+
+    Args:
+      config: of the network.
+      weights: a tree that holds what routers keep, as for :func:`advance`.
+    """
+    stacks = [stack for group in config.layer_groups for stack in group.stacks if group.of_stack(stack)[0].moe]
+    return jnp.concatenate([weights["layers"][str(stack)]["moe"]["router"][TRACKED]["load"] for stack in stacks])
 
 
 def advance(config: ByteConfig, weights: Params, tally: Tally) -> Params:
