@@ -1,6 +1,7 @@
 """Hugging Face directories: :func:`from_pretrained` and :func:`save_pretrained`."""
 
 import itertools
+import logging
 import math
 import re
 import shutil
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.config.foreign import clipped, listed
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
 from stellarbyte_jax.hf.export import export_family
@@ -21,8 +22,10 @@ from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing
 from stellarbyte_jax.hf.hub import ADAPTER, local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
+from stellarbyte_jax.hf.spelling import Headers, as_spelled
 from stellarbyte_jax.hf.table import Entry, Family, Piece, modelling_file
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.state.router import TRACKED, first_values, is_tracked
 from stellarbyte_jax.tokenizer.directory import (
     GENERATION_CONFIG,
     TokenizerDirectory,
@@ -31,6 +34,8 @@ from stellarbyte_jax.tokenizer.directory import (
     spell_for_older,
 )
 from stellarbyte_jax.tokenizer.special import special_ids
+
+_log = logging.getLogger(__name__)
 
 # In the metadata of the weights' files, not in config.json: programs that train weights further write these files anew
 # without it, but keep what they do not know of config.json.
@@ -76,6 +81,7 @@ def from_pretrained(
     with WeightFiles(directory, verify=verify) as files:
         if config.tie_word_embeddings and _EMBEDDING not in files.names():
             files.rename(_HEAD, _EMBEDDING)  # one table, which may be stored under either name
+        family = as_spelled(family, config, files, str(directory))
         entries = table_entries(family, model, str(directory), overrides)
         tied = (_EMBEDDING, _HEAD) if config.tie_word_embeddings else None
         check_tensors(entries, files, str(directory), "config.json", buffers=family.buffers, tied=tied)
@@ -122,16 +128,19 @@ def save_pretrained(
     """
     config = model.config
     read = None if tokenizer is None else TokenizerDirectory(tokenizer)
-    chosen = export_family(config, family, read.library_settings() if read is not None and read.is_complete else None)
     shapes = _shapes(param_shapes(model))
     leaves = _flatten(params)
     _check_params(leaves, shapes)
+    rule = read.library_settings() if read is not None and read.is_complete else None
+    chosen = export_family(config, family, rule, biased=_has_router_biases(leaves))
     to = float_dtype(dtype)
     named = {**({} if tokenizer is None else special_ids(tokenizer, config.vocab_size)), **ids}
     reordered = config.rope_pairing not in chosen.pairings
+    entries = list(chosen.entries(config, shapes))
+    _tell_left_out(chosen, entries, leaves)
     tensors = [
         Tensor(entry.theirs, entry.hf_shape, entry.dtype(to), _reader(entry, leaves, entry.dtype(to), reordered))
-        for entry in chosen.entries(config, shapes)
+        for entry in entries
     ]
     with replacing(Path(expanded(directory)), overwrite) as partial:
         write_json(partial / "config.json", config_json(chosen, config, dtype, named))
@@ -200,6 +209,21 @@ def _check_no_adapter(directory: Path) -> None:
         )
 
 
+def _has_router_biases(leaves: Mapping[str, Any]) -> bool:
+    """Whether a router chooses experts by biases that were learned without a loss."""
+    return any(path.endswith(f"/{TRACKED}/bias") and np.asarray(leaf).any() for path, leaf in leaves.items())
+
+
+def _tell_left_out(family: Family, entries: list[Entry], leaves: Mapping[str, Any]) -> None:
+    """Logs which weights the export lacks: those of training alone, or the family would not have been chosen."""
+    covered = {piece.path for entry in entries for piece in entry.pieces}
+    left_out = sorted(path for path in leaves.keys() - covered if not is_tracked(path))
+    if left_out:
+        _log.warning(
+            "a %s directory has no place for weights of training alone: %s", family.model_type, listed(left_out)
+        )
+
+
 def _reader(entry: Entry, leaves: Mapping[str, Any], dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:
     def part(piece: Piece) -> np.ndarray:
         ours = np.asarray(leaves[piece.path][piece.index])  # cut first: only this part leaves the device
@@ -214,16 +238,8 @@ def _reader(entry: Entry, leaves: Mapping[str, Any], dtype: np.dtype, reordered:
     return read
 
 
-class Tensors(Protocol):
+class Tensors(Headers, Protocol):
     """Foreign tensors by name."""
-
-    def names(self) -> list[str]:
-        """Every tensor."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        ...
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as it is stored, whole."""
@@ -231,14 +247,15 @@ class Tensors(Protocol):
 
 
 def table_entries(family: Family, model: ByteTransformer, where: str, overrides: Mapping[str, Any]) -> list[Entry]:
-    """The tensors from which a model is read; every one of our leaves must be in some of them.
+    """The tensors from which a model is read; every one of our leaves must be in some of them, or begin anew.
 
     Raises:
       ValueError: ``overrides`` ask for weights that the family does not have.
     """
     shapes = _shapes(param_shapes(model))
     entries = list(family.entries(model.config, shapes))
-    foreign = sorted(set(shapes) - {piece.path for entry in entries for piece in entry.pieces})
+    covered = {piece.path for entry in entries for piece in entry.pieces}
+    foreign = sorted(path for path in set(shapes) - covered if not is_tracked(path))
     if foreign:
         raise ValueError(
             f"{where}: the settings ask for weights that {family.architecture} does not have: "
@@ -293,7 +310,10 @@ def check_tensors(
 
 
 def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
-    """The parameter tree, jax arrays of ``dtype`` on the default device, from tensors that were checked."""
+    """The parameter tree, jax arrays of ``dtype`` on the default device, from tensors that were checked.
+
+    What routers keep from step to step begins anew where no tensor has it.
+    """
     shapes = _shapes(param_shapes(model))
     places: dict[str, list[tuple[Entry, int]]] = {}
     for entry in entries:
@@ -307,6 +327,9 @@ def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, 
             theirs = cast(tensors.read(entry.theirs)[entry.rows_of(number)], dtype, entry.theirs)
             leaf[piece.index] = piece.row.layout.from_hf(theirs, piece.shape)
         _put(params, path, jax.device_put(leaf))
+    for path in shapes.keys() - places.keys():
+        first = first_values(model.config.moe.num_experts)[path.rpartition("/")[2]]
+        _put(params, path, jax.device_put(np.full(shapes[path], first, dtype)))
     return params
 
 
