@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import math
 import re
 import shutil
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.config.foreign import clipped, listed
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
 from stellarbyte_jax.hf.export import export_family
@@ -24,9 +25,11 @@ from stellarbyte_jax.hf.hub import ADAPTER, local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
 from stellarbyte_jax.hf.leaves import Leaves, leaf_after_leaf
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
+from stellarbyte_jax.hf.spelling import Headers, as_spelled
 from stellarbyte_jax.hf.table import Entry, Family, Piece, modelling_file
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.model.lazy import LazyArray, as_numpy
+from stellarbyte_jax.model.state.router import TRACKED, first_values, is_tracked
 from stellarbyte_jax.tokenizer.directory import (
     GENERATION_CONFIG,
     TokenizerDirectory,
@@ -35,6 +38,8 @@ from stellarbyte_jax.tokenizer.directory import (
     spell_for_older,
 )
 from stellarbyte_jax.tokenizer.special import special_ids
+
+_log = logging.getLogger(__name__)
 
 # In the metadata of the weights' files, not in config.json: programs that train weights further write these files anew
 # without it, but keep what they do not know of config.json.
@@ -99,6 +104,7 @@ def open_pretrained(
     with WeightFiles(directory, verify=verify) as files:
         if config.tie_word_embeddings and _EMBEDDING not in files.names():
             files.rename(_HEAD, _EMBEDDING)  # one table, which may be stored under either name
+        family = as_spelled(family, config, files, str(directory))
         entries = table_entries(family, model, str(directory), overrides)
         tied = (_EMBEDDING, _HEAD) if config.tie_word_embeddings else None
         check_tensors(entries, files, str(directory), "config.json", buffers=family.buffers, tied=tied)
@@ -145,14 +151,16 @@ def save_pretrained(
     """
     config = model.config
     read = None if tokenizer is None else TokenizerDirectory(tokenizer)
-    chosen = export_family(config, family, read.library_settings() if read is not None and read.is_complete else None)
     shapes = _shapes(param_shapes(model))
     leaves = _flatten(params)
     _check_params(leaves, shapes)
+    rule = read.library_settings() if read is not None and read.is_complete else None
+    chosen = export_family(config, family, rule, biased=_has_router_biases(leaves))
     to = float_dtype(dtype)
     named = {**({} if tokenizer is None else special_ids(tokenizer, config.vocab_size)), **ids}
     reordered = config.rope_pairing not in chosen.pairings
     entries = leaf_after_leaf(chosen.entries(config, shapes))
+    _tell_left_out(chosen, entries, leaves)
     parts = Leaves(leaves, entries)
     tensors = [
         Tensor(entry.theirs, entry.hf_shape, entry.dtype(to), _reader(entry, parts, entry.dtype(to), reordered))
@@ -225,6 +233,21 @@ def _check_no_adapter(directory: Path) -> None:
         )
 
 
+def _has_router_biases(leaves: Mapping[str, Any]) -> bool:
+    """Whether a router chooses experts by biases that were learned without a loss."""
+    return any(path.endswith(f"/{TRACKED}/bias") and as_numpy(leaf).any() for path, leaf in leaves.items())
+
+
+def _tell_left_out(family: Family, entries: list[Entry], leaves: Mapping[str, Any]) -> None:
+    """Logs which weights the export lacks: those of training alone, or the family would not have been chosen."""
+    covered = {piece.path for entry in entries for piece in entry.pieces}
+    left_out = sorted(path for path in leaves.keys() - covered if not is_tracked(path))
+    if left_out:
+        _log.warning(
+            "a %s directory has no place for weights of training alone: %s", family.model_type, listed(left_out)
+        )
+
+
 def _reader(entry: Entry, leaves: Leaves, dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:
     def part(piece: Piece) -> np.ndarray:
         ours = leaves.take(piece)
@@ -239,16 +262,8 @@ def _reader(entry: Entry, leaves: Leaves, dtype: np.dtype, reordered: bool) -> C
     return read
 
 
-class Tensors(Protocol):
+class Tensors(Headers, Protocol):
     """Foreign tensors by name."""
-
-    def names(self) -> list[str]:
-        """Every tensor."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        ...
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as it is stored, whole."""
@@ -256,14 +271,15 @@ class Tensors(Protocol):
 
 
 def table_entries(family: Family, model: ByteTransformer, where: str, overrides: Mapping[str, Any]) -> list[Entry]:
-    """The tensors from which a model is read; every one of our leaves must be in some of them.
+    """The tensors from which a model is read; every one of our leaves must be in some of them, or begin anew.
 
     Raises:
       ValueError: ``overrides`` ask for weights that the family does not have.
     """
     shapes = _shapes(param_shapes(model))
     entries = list(family.entries(model.config, shapes))
-    foreign = sorted(set(shapes) - {piece.path for entry in entries for piece in entry.pieces})
+    covered = {piece.path for entry in entries for piece in entry.pieces}
+    foreign = sorted(path for path in set(shapes) - covered if not is_tracked(path))
     if foreign:
         raise ValueError(
             f"{where}: the settings ask for weights that {family.architecture} does not have: "
@@ -327,6 +343,10 @@ def _on_device(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lazy_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
+    """The parameter tree of arrays that are read when they are asked for.
+
+    What routers keep from step to step begins anew where no tensor has it.
+    """
     shapes = _shapes(param_shapes(model))
     places: dict[str, list[tuple[Entry, int]]] = {}
     for entry in entries:
@@ -335,6 +355,9 @@ def _lazy_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors,
     params: dict[str, Any] = {}
     for path, parts in places.items():
         _put(params, path, LazyArray(shapes[path], dtype, partial(_read_leaf, parts, shapes[path], tensors, dtype)))
+    for path in shapes.keys() - places.keys():
+        first = first_values(model.config.moe.num_experts)[path.rpartition("/")[2]]
+        _put(params, path, LazyArray(shapes[path], dtype, partial(np.full, shapes[path], first, dtype)))
     return params
 
 

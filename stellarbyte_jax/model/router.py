@@ -14,7 +14,7 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.gates import GATES, Seen
 from stellarbyte_jax.model.params import linear, materialise, param
-from stellarbyte_jax.model.state.router import TRACKED
+from stellarbyte_jax.model.state.router import TRACKED, first_values
 from stellarbyte_jax.ops.balance import Routed
 from stellarbyte_jax.ops.routing import Choices, choose_experts, score_experts
 
@@ -51,9 +51,10 @@ class Tracked(nn.Module):
         ``steps`` counts the steps.
         """
         E = self.config.moe.num_experts
-        first = {"load": 1 / E, "utilization": 0.5, "priority": 1.0, "bias": 0.0, "coldness": 0.0}
-        by_expert = {name: self._number(name, value, {"routed": E}) for name, value in first.items()}
-        return {**by_expert, "steps": self._number("steps", 0.0, {})}
+        axes = {"steps": {}}  # the others are of each expert
+        return {
+            name: self._number(name, value, axes.get(name, {"routed": E})) for name, value in first_values(E).items()
+        }
 
     def _number(self, name: str, value: float, axes: dict[str, int]) -> Array:
         init = nn.initializers.constant(value)

@@ -17,6 +17,17 @@ TRACKED = "tracked"  # the name under which a router has what it keeps from step
 _IDLE = 0.1  # of its fair share of the tokens: an expert that gets less is cold
 
 
+def first_values(experts: int) -> dict[str, float]:
+    """What a router keeps from step to step before the first one, by name."""
+    by_expert = {"load": 1 / experts, "utilization": 0.5, "priority": 1.0, "bias": 0.0, "coldness": 0.0}
+    return {**by_expert, "steps": 0.0}
+
+
+def is_tracked(path: str) -> bool:
+    """Whether the leaf at a path such as ``layers/0/moe/router/tracked/load`` is no weight but kept by a router."""
+    return path.split("/")[-2:-1] == [TRACKED]
+
+
 @struct.dataclass
 class Tally:
     """What the routers of a step counted, float32, summed over its parts.
