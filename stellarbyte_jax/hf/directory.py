@@ -167,12 +167,13 @@ def says_plain_text(directory: Path) -> bool:
         return files.metadata(_TRAINED_ON) == _PLAIN_TEXT
 
 
-def round_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The weights as a directory saved in ``dtype`` holds them, back in float32."""
+def round_params(params: Mapping[str, Any], dtype: str, family: Family) -> dict[str, Any]:
+    """The weights as a directory of a family, saved in ``dtype``, holds them, back in float32."""
     to = float_dtype(dtype)
     rounded: dict[str, Any] = {}
     for path, leaf in _flatten(params).items():
-        _put(rounded, path, cast(np.asarray(leaf), to, path).astype(np.float32))
+        stored = np.dtype(np.float32) if family.keeps_float32(path) else to
+        _put(rounded, path, cast(np.asarray(leaf), stored, path).astype(np.float32))
     return rounded
 
 

@@ -53,6 +53,12 @@ SPLIT_INPUT = Layout(
     to_hf=lambda ours: ours.reshape(-1, ours.shape[-1]).T,
     hf_shape=lambda shape: (shape[-1], _size(shape[:-1])),
 )
+# of each expert: [experts, in, *out] <-> [experts, out, in]
+EXPERTS = Layout(
+    from_hf=lambda theirs, shape: theirs.swapaxes(1, 2).reshape(shape),
+    to_hf=lambda ours: ours.reshape(*ours.shape[:2], -1).swapaxes(1, 2),
+    hf_shape=lambda shape: (shape[0], _size(shape[2:]), shape[1]),
+)
 
 
 def interleaved_to_half(ours: np.ndarray) -> np.ndarray:
