@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from stellarbyte_jax.hf.layout import cast, interleaved_to_half
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
 from stellarbyte_jax.hf.table import Entry, Family, Piece, modelling_file
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.state.router import TRACKED
 from stellarbyte_jax.tokenizer.directory import (
     GENERATION_CONFIG,
     TokenizerDirectory,
@@ -147,7 +148,7 @@ def save_pretrained(
             config,
             architecture=chosen.architecture,
             own_code=chosen.modelling_file is not None,
-            parameters=sum(tensor.size for tensor in tensors),
+            parameters=_weights(chosen.entries(config, shapes)),
             dtype=dtype,
             has_tokenizer=TokenizerDirectory(partial).is_complete,
             training=training,
@@ -199,6 +200,12 @@ def _check_no_adapter(directory: Path) -> None:
             "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_DIR), or remove its "
             "files where the weights hold it already"
         )
+
+
+def _weights(entries: Iterable[Entry]) -> int:
+    """How many numbers they hold, without what routers keep from step to step."""
+    trained = (entry for entry in entries if not any(f"/{TRACKED}/" in piece.path for piece in entry.pieces))
+    return sum(math.prod(entry.hf_shape) for entry in trained)
 
 
 def _reader(entry: Entry, leaves: Mapping[str, Any], dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:

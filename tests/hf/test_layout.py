@@ -6,7 +6,8 @@ from helpers.hf_models import NEEDS_TORCH
 from ml_dtypes import bfloat16
 
 from stellarbyte_jax.hf.layout import (
-    EXPERTS,
+    EXPERTS_DOWN,
+    EXPERTS_GATE_UP,
     FLAT,
     NEGATED,
     SAME,
@@ -53,8 +54,8 @@ def test_a_flat_bias_is_one_for_each_head_and_channel() -> None:
         (SPLIT_OUTPUT, (6, 5), (5, 6)),
         (SPLIT_INPUT, (3, 4, 6), (6, 12)),
         (SPLIT_INPUT, (5, 6), (6, 5)),
-        (EXPERTS, (3, 6, 2, 4), (3, 8, 6)),
-        (EXPERTS, (3, 4, 6), (3, 6, 4)),
+        (EXPERTS_GATE_UP, (3, 6, 2, 4), (3, 8, 6)),
+        (EXPERTS_DOWN, (3, 4, 6), (3, 6, 4)),
     ],
 )
 def test_each_layout_is_undone_and_knows_their_shape(

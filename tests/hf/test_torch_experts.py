@@ -1,7 +1,6 @@
 """Layers with experts in the modelling file: the numbers of this package, in transformers."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from helpers.variants import BASE, VARIANTS, make_model, run
 
 from stellarbyte_jax import generate
 from stellarbyte_jax.config import LossConfig
-from stellarbyte_jax.config.moe import MoEConfig
 from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
 from stellarbyte_jax.hf.export import export_family
 from stellarbyte_jax.hf.families import STELLARBYTE
@@ -22,8 +20,6 @@ from stellarbyte_jax.training.loss import batch_loss
 
 torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
 transformers = pytest.importorskip("transformers")
-
-import stellarbyte_jax.hf.torch_model.modeling_stellarbyte as modelling  # noqa: E402 (it imports torch)
 
 # Those of the network's own tests, whose gates read no history here, and what they leave out.
 MODELS: dict[str, dict[str, Any]] = {
@@ -93,14 +89,6 @@ def load(directory: Path, **options: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options)
     assert type(model).__name__ == "StellarByteForCausalLM"
     return model.eval()
-
-
-def fresh(**moe: Any) -> Any:
-    torch.manual_seed(0)
-    config = modelling.StellarByteConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, moe=moe
-    )
-    return modelling.StellarByteForCausalLM._from_config(config).eval()
 
 
 def logits_of(peer: Any, tokens_BT: np.ndarray, **options: Any) -> np.ndarray:
@@ -262,48 +250,6 @@ def routers_experts(peer: Any) -> Any:
     return next(layer.mlp.experts.down_proj for layer in peer.model.layers if hasattr(layer.mlp, "experts"))
 
 
-@pytest.mark.parametrize("gate", ["linear", "context"])
-def test_routers_compute_in_float32_whatever_is_asked_for(gate: str) -> None:
-    peer = fresh(num_experts=6, gate=gate, adaptive_temperature=True, expert_priority=True, cooling_steps=2)
-    router, x_BTD = peer.model.layers[0].mlp.router, torch.randn(2, 5, 32)
-    call = modelling.Call(peer.config, torch.arange(5).expand(2, 5), torch.arange(5), None, None, None, False, None)
-    _, expected = router(x_BTD, call)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(router(x_BTD, call)[1], expected)
-        assert np.isfinite(peer(TOKENS).logits.float().detach().numpy()).all()
-    exact = router.half().float()(x_BTD.half().float(), call)[1]
-    found = router.half()(x_BTD.half(), call)[1]
-    assert found.dtype == torch.float32 and torch.equal(found, exact)
-    for dtype in (torch.float16, torch.bfloat16):
-        assert peer.to(dtype)(TOKENS).logits.dtype == dtype
-
-
-def test_of_equal_scores_the_first_experts_are_chosen() -> None:
-    router = fresh(num_experts=40, num_experts_per_tok=5, n_group=10, topk_group=3).model.layers[0].mlp.router
-    call = modelling.Call(router.config, torch.zeros(1, 9).long(), torch.arange(9), None, None, None, False, None)
-    experts_RC, weights_RC = router(torch.zeros(1, 9, 32), call)
-    assert experts_RC.tolist() == [[0, 1, 2, 3, 4]] * 9
-    torch.testing.assert_close(weights_RC, torch.full((9, 5), 0.2))
-
-
-def test_experts_without_tokens_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = fresh(num_experts=6, dynamic_k=0.0)
-    experts, rows, linear = peer.model.layers[0].mlp.experts, [], torch.nn.functional.linear
-
-    def note(x: Any, weight: Any) -> Any:
-        rows.append(len(x))
-        return linear(x, weight)
-
-    chosen, weights = torch.tensor([[1, 4], [4, 6], [6, 6]]), torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]])
-    x_RD = torch.randn(3, 32)
-    with monkeypatch.context() as patch:
-        patch.setattr(modelling.F, "linear", note)
-        found = experts(x_RD, chosen, weights)
-    assert rows == [1, 1, 2, 2] and not found[2].any()  # two products for each of two experts
-    torch.testing.assert_close(experts._all(x_RD, chosen, weights), found)
-    assert np.isfinite(peer(TOKENS).logits.detach().numpy()).all()  # tokens that need no share of their scores
-
-
 def test_layers_and_a_pool_may_lie_on_several_devices(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="device_map needs it")
     model, params = export(POOL, tmp_path / "hf")
@@ -315,16 +261,6 @@ def test_layers_and_a_pool_may_lie_on_several_devices(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits_of(peer, TOKENS_BT), ours, atol=1e-5)
 
 
-def test_experts_are_not_split_between_devices() -> None:
-    accelerate = pytest.importorskip("accelerate", reason="device_map needs it")
-    peer = fresh(num_experts=4, shared_pool=True)
-    sizes = accelerate.utils.compute_module_sizes(peer)
-    pool = sizes["model.experts"]  # as large as the room that is kept for whatever is brought to the first device
-    room = {0: pool + sizes["model.embed_tokens"] + sizes["model.layers"] + 3 * pool // 4, 1: 10 * pool}
-    places = accelerate.infer_auto_device_map(peer, max_memory=room, no_split_module_classes=peer._no_split_modules)
-    assert places["model.layers"] == 0 and places["model.experts"] == 1
-
-
 def test_it_is_saved_again_by_transformers(tmp_path: Path) -> None:
     for name in (CONTEXT, POOL):
         model, params = export(name, tmp_path / name)
@@ -332,6 +268,11 @@ def test_it_is_saved_again_by_transformers(tmp_path: Path) -> None:
         back, back_params = from_pretrained(tmp_path / "again" / name, compute_dtype="float32")
         assert back.config.moe == model.config.moe
         assert_same_tree(back_params, params)
+
+
+def test_the_model_card_counts_weights_as_transformers_does(tmp_path: Path) -> None:
+    export(CONTEXT, tmp_path)
+    assert f"| parameters | {load(tmp_path).num_parameters():,} (float32) |" in (tmp_path / "README.md").read_text()
 
 
 @THEIR_WARNINGS
@@ -361,42 +302,6 @@ def test_lora_of_peft_trains_it(experts: bool, tmp_path: Path) -> None:
     np.testing.assert_allclose(logits_of(tuned.merge_and_unload(), TOKENS_BT), before, atol=1e-4)
 
 
-def test_fresh_weights_are_those_of_the_settings() -> None:
-    peer = fresh(num_experts=8, gate="context", noise="noisy_topk", adaptive_temperature=True, temperature=0.7)
-    router, experts = peer.model.layers[1].mlp.router, peer.model.layers[1].mlp.experts
-    for weight in (experts.gate_up_proj, experts.down_proj, router.weight, router.context.mlp_up):
-        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
-    expected = {"load": 1 / 8, "utilization": 0.5, "priority": 1, "bias": 0, "coldness": 0, "noise": 0, "steps": 0}
-    assert {name: buffer.unique().item() for name, buffer in router.named_buffers()} == expected
-    assert router.temperature.item() == pytest.approx(0.7) and (router.context.norm.weight == 1).all()
-
-
-def test_dropout_of_the_layer_is_of_its_sum() -> None:
-    peer = fresh(num_experts=4, n_shared_experts=1)
-    layer = peer.model.layers[0].mlp
-    layer.config.hidden_dropout = 0.5
-    assert layer.shared_experts.dropout == 0
-    call = modelling.Call(peer.config, torch.arange(24).expand(2, 24), torch.arange(24), None, None, None, False, None)
-    x_BTD = torch.randn(2, 24, 32)
-    quiet, noisy = layer(x_BTD, call), layer.train()(x_BTD, call)
-    kept = noisy != 0
-    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.05)
-    torch.testing.assert_close(noisy[kept], 2 * quiet[kept])
-
-
-@pytest.mark.parametrize(
-    ("moe", "message"),
-    [
-        ({"gate": "hash"}, r"moe\.gate must be one of linear, context, got 'hash'"),
-        ({"scoring_func": "relu"}, r"moe\.scoring_func must be one of softmax, sigmoid, got 'relu'"),
-        ({"history_decay": 0.5}, r"moe\.history_decay must be 0: no cache here keeps the mean of earlier tokens"),
-    ],
-)
-def test_a_setting_of_another_value_is_refused(moe: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        modelling.StellarByteConfig(moe={"num_experts": 4} | moe)
-
-
 def test_a_gate_that_reads_history_is_not_exported() -> None:
     moe = MODELS[CONTEXT]["moe"] | {"history_decay": 0.5}
     with pytest.raises(ValueError) as caught:
@@ -421,15 +326,3 @@ def test_what_config_json_says_of_experts_is_checked(moe: Any, message: str, tmp
     edit_config(tmp_path, moe=moe)
     with pytest.raises(ValueError, match=message):
         from_pretrained(tmp_path)
-
-
-def test_defaults_here_and_there_are_equal(tmp_path: Path) -> None:
-    ours = json.loads(json.dumps(MoEConfig().to_dict()))
-    assert {name: ours[name] for name in modelling._EXPERTS} == json.loads(json.dumps(modelling._EXPERTS))
-    of_training = {"noise_scale", "router_warmup_steps", "bias_update_rate", "state_decay", "dispatch", "overflow"}
-    of_training |= {"capacity_factor", "min_capacity", "max_capacity", "dynamic_capacity"}
-    assert set(ours) - set(modelling._EXPERTS) == of_training
-    for name in (SHARED, CONTEXT, POOL):
-        config = dataclasses.replace(BASE, **MODELS[name])
-        theirs = modelling.StellarByteConfig(num_hidden_layers=4, moe=config.moe.to_dict())
-        assert [theirs.has_experts(i) for i in range(4)] == [i in config.moe_layers for i in range(4)]

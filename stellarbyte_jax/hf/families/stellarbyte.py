@@ -6,7 +6,7 @@ from typing import Any
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.hf.families import llama_like
-from stellarbyte_jax.hf.layout import EXPERTS, FLAT, SAME, SPLIT_INPUT, SPLIT_OUTPUT
+from stellarbyte_jax.hf.layout import EXPERTS_DOWN, EXPERTS_GATE_UP, FLAT, SAME, SPLIT_INPUT, SPLIT_OUTPUT
 from stellarbyte_jax.hf.table import Family, Field, Row, same
 
 _DEFAULTS = ByteConfig()
@@ -89,10 +89,10 @@ _ROUTER_ROWS = (
     *(Row(f"{_ROUTER}tracked/{name}", f"{_LAYER}mlp.router.{name}", FLAT, float32=True) for name in _TRACKED),
 )
 _EXPERT_ROWS = (
-    Row("layers/moe/experts/gate_up", _LAYER + "mlp.experts.gate_up_proj", EXPERTS),
-    Row("layers/moe/experts/down", _LAYER + "mlp.experts.down_proj", EXPERTS),
-    Row("layers/pool/gate_up", "model.experts.gate_up_proj", EXPERTS),
-    Row("layers/pool/down", "model.experts.down_proj", EXPERTS),
+    Row("layers/moe/experts/gate_up", _LAYER + "mlp.experts.gate_up_proj", EXPERTS_GATE_UP),
+    Row("layers/moe/experts/down", _LAYER + "mlp.experts.down_proj", EXPERTS_DOWN),
+    Row("layers/pool/gate_up", "model.experts.gate_up_proj", EXPERTS_GATE_UP),
+    Row("layers/pool/down", "model.experts.down_proj", EXPERTS_DOWN),
     Row("layers/moe/shared/gate_up", _LAYER + "mlp.shared_experts.gate_proj.weight", SPLIT_OUTPUT, slot=0),
     Row("layers/moe/shared/gate_up", _LAYER + "mlp.shared_experts.up_proj.weight", SPLIT_OUTPUT, slot=1),
     Row("layers/moe/shared/down", _LAYER + "mlp.shared_experts.down_proj.weight", SPLIT_INPUT),
