@@ -86,6 +86,9 @@ def test_fresh_weights_are_those_of_the_settings() -> None:
     expected = {"load": 1 / 8, "utilization": 0.5, "priority": 1, "bias": 0, "coldness": 0, "noise": 0, "steps": 0}
     assert {name: buffer.unique().item() for name, buffer in router.named_buffers()} == expected
     assert router.temperature.item() == pytest.approx(0.7) and (router.context.norm.weight == 1).all()
+    half = modelling.StellarByteForCausalLM._from_config(peer.config, dtype=torch.bfloat16)
+    dtypes = {tensor.dtype for router in half.model.layers for tensor in router.mlp.router.state_dict().values()}
+    assert half.dtype == torch.bfloat16 and dtypes == {torch.float32}
 
 
 def test_dropout_of_the_layer_is_of_its_sum() -> None:

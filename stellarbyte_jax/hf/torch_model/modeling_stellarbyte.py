@@ -487,6 +487,7 @@ class StellarByteRouter(nn.Module):
         for name in ("load", "utilization", "priority", "bias", "coldness"):
             self.register_buffer(name, torch.zeros(E))
         self.register_buffer("steps", torch.zeros(1))
+        self.float()  # also in a model that is made in 16 bits
 
     def reset(self) -> None:
         """First values of what is no matrix."""
