@@ -154,7 +154,7 @@ def to_hf(arguments: argparse.Namespace) -> Any:
         print(f"a GGUF file of it would lack {setting}: see docs/gguf.md")
     if not arguments.verify:
         return None
-    return compare(arguments.target, model, round_params(params, arguments.dtype))
+    return compare(arguments.target, model, round_params(params, arguments.dtype, family))
 
 
 def facts_of(run: Path, step: int | None) -> TrainingFacts | None:

@@ -86,6 +86,8 @@ def model_card(
         ("context length", f"{config.max_position_embeddings:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} tokens"),
     ]
+    if config.moe.num_experts:
+        rows.append(("experts", _experts(config)))
     sections = [
         "# Model card",
         f"A decoder-only language model, exported by stellarbyte_jax for `{architecture}`.",
@@ -99,6 +101,13 @@ def model_card(
     if training is not None:
         sections += ["## Training", _table(("", ""), _facts(training))]
     return _FRONT.format(_OWN_CODE if own_code else "") + "\n" + "\n\n".join(sections) + "\n"
+
+
+def _experts(config: ByteConfig) -> str:
+    c = config.moe
+    shared = f" and {c.n_shared_experts} shared" if c.n_shared_experts else ""
+    used = f"{c.num_experts_per_tok} of {c.num_experts}{shared} for each token"
+    return f"{used} in {len(config.moe_layers)} layers, {config.expert_size:,} channels each"
 
 
 def _with_transformers(has_tokenizer: bool, own_code: bool) -> str:

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -180,7 +180,7 @@ def save_pretrained(
             config,
             architecture=chosen.architecture,
             own_code=chosen.modelling_file is not None,
-            parameters=sum(tensor.size for tensor in tensors),
+            parameters=_weights(chosen.entries(config, shapes)),
             dtype=dtype,
             has_tokenizer=TokenizerDirectory(partial).is_complete,
             training=training,
@@ -200,12 +200,13 @@ def says_plain_text(directory: Path) -> bool:
         return files.metadata(_TRAINED_ON) == _PLAIN_TEXT
 
 
-def round_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The weights, lazy ones too, as a directory saved in ``dtype`` holds them, back in float32."""
+def round_params(params: Mapping[str, Any], dtype: str, family: Family) -> dict[str, Any]:
+    """The weights, lazy ones too, as a directory of a family, saved in ``dtype``, holds them, back in float32."""
     to = float_dtype(dtype)
     rounded: dict[str, Any] = {}
     for path, leaf in _flatten(params).items():
-        _put(rounded, path, cast(as_numpy(leaf), to, path).astype(np.float32))
+        stored = np.dtype(np.float32) if family.keeps_float32(path) else to
+        _put(rounded, path, cast(as_numpy(leaf), stored, path).astype(np.float32))
     return rounded
 
 
@@ -246,6 +247,12 @@ def _tell_left_out(family: Family, entries: list[Entry], leaves: Mapping[str, An
         _log.warning(
             "a %s directory has no place for weights of training alone: %s", family.model_type, listed(left_out)
         )
+
+
+def _weights(entries: Iterable[Entry]) -> int:
+    """How many numbers they hold, without what routers keep from step to step."""
+    trained = (entry for entry in entries if not any(is_tracked(piece.path) for piece in entry.pieces))
+    return sum(math.prod(entry.hf_shape) for entry in trained)
 
 
 def _reader(entry: Entry, leaves: Leaves, dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:

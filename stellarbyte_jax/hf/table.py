@@ -3,6 +3,7 @@
 The same table is read both ways. ``{i}`` in a name is the layer, ``{e}`` the expert.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +185,11 @@ class Family:
     def nullable(self) -> frozenset[str]:
         """Fields that may be null."""
         return frozenset(name for f in self.fields for name in f.nullable)
+
+    def keeps_float32(self, path: str) -> bool:
+        """Whether the leaf at a path of the parameter tree is float32 in files of every dtype."""
+        ours = re.sub(r"^layers/\d+/", "layers/", path)
+        return any(row.float32 for row in self.rows if row.ours == ours)
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of ByteConfig, but the rotary ones, that ``values`` with all fields ask for."""
