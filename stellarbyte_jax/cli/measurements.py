@@ -1,6 +1,6 @@
 """What ``benchmark`` measures, each in a process of its own.
 
-FLOPs of a token are 6 (parameters - embedding) + 6 L T D, causal attention counted by the half that is computed.
+FLOPs of a token are 6 (active parameters - embedding) + 6 L T D, causal attention counted by the half that is computed.
 """
 
 import statistics
@@ -45,7 +45,7 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
     with imports():
         import jax
 
-        from stellarbyte_jax.inspect.costs import count_parameters, flops_per_token
+        from stellarbyte_jax.inspect.costs import flops_per_token, parameter_counts
         from stellarbyte_jax.launch import environment
         from stellarbyte_jax.model.decoder import ByteTransformer
         from stellarbyte_jax.training.metrics import memory_metrics, peak_flops
@@ -71,7 +71,7 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
 
     run(5)
     result = _timed(run, config.global_batch_size * config.data.sequence_length, steps)
-    flops = flops_per_token(config.model, count_parameters(state.weights), config.data.sequence_length)
+    flops = flops_per_token(config.model, parameter_counts(model).active, config.data.sequence_length)
     peak = peak_flops()
     if peak is not None:
         result["mfu"] = round(result["tokens_per_second"] * flops.causal / peak, 4)

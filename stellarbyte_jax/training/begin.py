@@ -21,6 +21,7 @@ from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
+from stellarbyte_jax.inspect.costs import ParameterCounts
 from stellarbyte_jax.launch import LOCK, write_failure
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
@@ -229,8 +230,12 @@ def from_weights(
         raise CheckpointError(f"{config.init_from} cannot begin a run: {error}. Name another checkpoint") from None
 
 
-def keep(found: Found, parameters: int) -> None:
+def keep(found: Found, parameters: ParameterCounts) -> None:
     """Writes settings, environment, and a copy of the tokenizer: checkpoints stay readable when the original moves.
+
+    Args:
+      found: the settings.
+      parameters: of the model.
 
     Raises:
       OSError: a file cannot be written or read; the message names it.
@@ -240,7 +245,7 @@ def keep(found: Found, parameters: int) -> None:
     try:
         write_json(target, found.named.to_dict())
         target = run_dir / ABOUT
-        write_json(target, about(parameters))
+        write_json(target, about(parameters.total, parameters.active))
         target = run_dir / TOKENIZER
         copy_tokenizer(tokenizer, target, kept_ids(target, tokenizer, found.used.model.vocab_size))
     except OSError as error:

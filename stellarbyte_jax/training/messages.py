@@ -1,4 +1,4 @@
-"""Longer lines that a run prints: where the time before its first step went, and how its data ended."""
+"""Longer lines that a run prints: its size, where the time before its first step went, and how its data ended."""
 
 import math
 import signal
@@ -6,8 +6,15 @@ import signal
 import numpy as np
 
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.inspect.costs import ParameterCounts
 from stellarbyte_jax.launch import CompileCache
 from stellarbyte_jax.training.optimizer import make_schedule
+
+
+def parameters(counts: ParameterCounts, noun: str = " parameters") -> str:
+    """Their number, and that of those that one token uses where it is another."""
+    told = f"{counts.total:,}{noun}"
+    return told if counts.active == counts.total else f"{told}, {counts.active:,} active"
 
 
 def first_step(seconds: float, cache: CompileCache) -> str:

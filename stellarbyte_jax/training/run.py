@@ -15,7 +15,7 @@ import numpy as np
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
-from stellarbyte_jax.inspect.costs import count_parameters
+from stellarbyte_jax.inspect.costs import ParameterCounts, parameter_counts
 from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
@@ -67,7 +67,7 @@ class _Run:
     directory: RunDirectory
     checkpointer: Checkpointer
     model: ByteTransformer
-    parameters: int
+    parameters: ParameterCounts
     state: TrainState
     progress: Progress
     loader: Loader
@@ -133,7 +133,7 @@ def _prepare(
     optimizer = make_optimizer(config, model)
     checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
     shapes = state_shapes(config, model, optimizer)
-    parameters = count_parameters(shapes.weights)
+    parameters = parameter_counts(model)
     found = resume.restore(checkpointer, named, shapes, optimizer, report.line, config.data.tokenizer)
     if found is not None:
         named = found.settings
@@ -163,7 +163,9 @@ def _prepare(
     elif found is not None:
         report.line(f"starting from the weights in {run_dir}")
     begin.keep(begin.Found(named, config), parameters)
-    report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
+    report.line(
+        f"{messages.parameters(parameters)}; {config.global_batch_size * config.data.sequence_length:,} tokens a step"
+    )
     trackers = Together(make_trackers(config, start, validated=not validates))
     stack.callback(trackers.close)
     loads = stack.enter_context(contextlib.closing(LoadFile(config, start)))
@@ -177,7 +179,9 @@ def _prepare(
     def publish_tasks(step: int, metrics: dict[str, float]) -> None:
         trackers.log(step, {**metrics, **meter.totals()})
 
-    meter = Meter(config, parameters, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens)
+    meter = Meter(
+        config, parameters.active, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens
+    )
     byte_lengths = token_byte_lengths(config.data.tokenizer)
     byte_lengths_V = None if byte_lengths is None else jnp.asarray(byte_lengths)
     return _Run(
@@ -381,7 +385,7 @@ def _open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> 
 
 def _summary(run: _Run, step: int, exported: Path | None) -> dict[str, str]:
     seconds = time.perf_counter() - run.began
-    rows = {"steps": f"{step:,}", "parameters": f"{run.parameters:,}", "time": f"{seconds:.0f} s"}
+    rows = {"steps": f"{step:,}", "parameters": messages.parameters(run.parameters, ""), "time": f"{seconds:.0f} s"}
     last = run.meter.last
     if "loss" in last:
         rows["training loss"] = f"{last['loss']:.4f}"
