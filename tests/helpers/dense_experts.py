@@ -35,7 +35,7 @@ def route(c, w, x, mask):
     chosen = jnp.where(mask[:, None], place < m.num_experts_per_tok, False).astype(x.dtype)
     weights = scores * chosen
     if m.norm_topk_prob:
-        weights = weights / (weights.sum(1, keepdims=True) + 1e-20)
+        weights = weights / jnp.where(mask[:, None], weights.sum(1, keepdims=True), 1)
     return logits, scores, chosen, m.routed_scaling_factor * weights
 
 
