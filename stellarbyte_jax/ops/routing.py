@@ -110,7 +110,7 @@ def choose_experts(
     needed_NK = jnp.ones(experts_NK.shape, bool) if mask_N is None else jnp.broadcast_to(mask_N[:, None], (N, k))
     if threshold is not None:
         shares_NK = scores_NK / (jnp.sum(scores_NE, axis=1, keepdims=True) + _TINY)
-        needed_NK &= jnp.cumsum(shares_NK, axis=1) - shares_NK < threshold
+        needed_NK &= jnp.cumsum(shares_NK, axis=1) - shares_NK < max(threshold, _TINY)
     scores_NK = jnp.where(needed_NK, scores_NK, 0.0)
     factors_N = jnp.full(N, scale, jnp.float32)
     if normalize:

@@ -133,7 +133,8 @@ def _advanced(config: ByteConfig, tracked: Params, tally: Tally) -> Params:
     taken = tally.counts / jnp.maximum(tally.wanted, 1.0)
     spread = jnp.std(shares, axis=1, keepdims=True) / fair
     wish = 0.5 * jnp.minimum(taken, 1.0) + 0.3 * (1 - used) + 0.2 * (1 - spread)
-    wanted = tally.wanted / jnp.maximum(jnp.sum(tally.wanted, axis=1, keepdims=True), 1.0)
+    # Of whole numbers: shares are rounded, and an expert with its fair share would move.
+    below = jnp.sum(tally.wanted, axis=1, keepdims=True) - E * tally.wanted
 
     def mean(name: str, new: Array) -> Array:
         return decay * tracked[name] + (1 - decay) * new
@@ -142,7 +143,7 @@ def _advanced(config: ByteConfig, tracked: Params, tally: Tally) -> Params:
         "load": mean("load", shares),
         "utilization": mean("utilization", used),
         "priority": mean("priority", jnp.clip(wish, 0.1, 2.0)),
-        "bias": tracked["bias"] + c.bias_update_rate * jnp.sign(fair - wanted),
+        "bias": tracked["bias"] + c.bias_update_rate * jnp.sign(below),
         "coldness": _coldness(tracked["coldness"], shares < _IDLE * fair, c.cooling_steps),
         "steps": tracked["steps"] + 1,
     }
