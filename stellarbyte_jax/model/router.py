@@ -49,8 +49,8 @@ class Tracked(nn.Module):
     def __call__(self) -> dict[str, Array]:
         """Running means of loads [E] (shares that add up to one) and of use [E], priorities, biases and coldness [E].
 
-        ``steps`` counts the steps. Where experts are split, ``twin`` [E] is the number of an expert's other half, or its
-        own, and ``twin_steps`` [E] says for how many steps these exclude each other yet.
+        ``steps`` counts the steps. Where experts are split, ``twin`` [E] is the number of an expert's other half, or
+        its own, and ``twin_steps`` [E] says for how many steps these exclude each other yet.
         """
         E = self.config.moe.num_experts
         first = {"load": 1 / E, "utilization": 0.5, "priority": 1.0, "bias": 0.0, "coldness": 0.0}

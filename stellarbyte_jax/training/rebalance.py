@@ -58,22 +58,26 @@ def rebalances(config: TrainConfig, step: int) -> bool:
     return step % c.rebalance_interval == 0 and step + c.twin_steps <= config.steps
 
 
+def check(config: TrainConfig) -> None:
+    """Raises ConfigError where the settings ask for splits and leave no step for any."""
+    c = config.model.moe
+    require(
+        c.rebalance_interval is None or c.rebalance_interval + c.twin_steps <= config.steps,
+        f"model.moe.rebalance_interval={c.rebalance_interval} and twin_steps={c.twin_steps} do not fit into steps="
+        f"{config.steps}: lower them, or set more steps",
+    )
+
+
 def compiled_rebalance(
     config: TrainConfig, model: ByteTransformer, shapes: TrainState
 ) -> Callable[[TrainState], tuple[TrainState, Moves]] | None:
     """:func:`make_rebalance` as a program that overwrites its argument; None where no experts are ever split.
 
     Raises:
-      ValueError: as there, and ConfigError where the settings leave no step for it.
+      ValueError: as there.
     """
-    c = config.model.moe
-    if c.rebalance_interval is None:
+    if config.model.moe.rebalance_interval is None:
         return None
-    require(
-        c.rebalance_interval + c.twin_steps <= config.steps,
-        f"model.moe.rebalance_interval={c.rebalance_interval} and twin_steps={c.twin_steps} do not fit into steps="
-        f"{config.steps}: lower them, set more steps, or set model.moe.rebalance_interval=none",
-    )
     rebalance = make_rebalance(model)
     jax.eval_shape(rebalance, shapes)
     return jax.jit(rebalance, donate_argnums=0)
