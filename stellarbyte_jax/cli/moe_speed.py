@@ -25,7 +25,8 @@ def _huggingface(dtype: Literal["float32", "bfloat16"]) -> Callable[[TrainConfig
             import transformers
 
         c = _checked(config).model
-        settings = transformers.Qwen3MoeConfig(
+        make: Any = transformers.Qwen3MoeConfig
+        settings = make(
             vocab_size=c.vocab_size,
             hidden_size=c.hidden_size,
             intermediate_size=c.mlp_size,

@@ -26,7 +26,7 @@ from stellarbyte_jax.launch import LOCK, write_failure
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.training import finish
+from stellarbyte_jax.training import finish, rebalance
 from stellarbyte_jax.training.directory import holds_run
 from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Resumed, begin_with
@@ -175,6 +175,7 @@ def check(config: TrainConfig) -> None:
         _check_same_model(config, find_source(config.init_from).model_config(), lambda _: None)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
     finish.check(config)
+    rebalance.check(config)
     if not run_dir.exists():
         expand_all(config.data.train, "data.train")
         if config.data.validation:

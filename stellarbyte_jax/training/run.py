@@ -10,7 +10,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
@@ -26,6 +25,7 @@ from stellarbyte_jax.training.directory import RunDirectory
 from stellarbyte_jax.training.loads import LoadFile
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.training.rebalance import Moves, compiled_rebalance, rebalances, tell
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sampler
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
@@ -77,6 +77,7 @@ class _Run:
     rounds: TaskRounds
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., tuple[dict[str, jax.Array], State]]
+    rebalance: Callable[[TrainState], tuple[TrainState, Moves]] | None
     meter: Meter
 
 
@@ -133,6 +134,7 @@ def _prepare(
     optimizer = make_optimizer(config, model)
     checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
     shapes = state_shapes(config, model, optimizer)
+    rebalance = compiled_rebalance(config, model, shapes)
     parameters = parameter_counts(model)
     found = resume.restore(checkpointer, named, shapes, optimizer, report.line, config.data.tokenizer)
     if found is not None:
@@ -205,6 +207,7 @@ def _prepare(
         rounds=TaskRounds(config, model, start, interrupt.came, publish_tasks),
         train_step=jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0),
         eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V)),
+        rebalance=rebalance,
         meter=meter,
     )
 
@@ -239,6 +242,8 @@ def _loop(run: _Run, start: int) -> Finished:
             run.meter.flush()
             run.report.line(messages.first_step(time.perf_counter() - run.began, run.cache))
             run.meter.reset()
+        if run.rebalance is not None and rebalances(config, step):
+            _rebalance(run, step, run.rebalance)
 
         last = step == config.steps
         loss = None
@@ -258,6 +263,15 @@ def _loop(run: _Run, start: int) -> Finished:
         if exhausted:
             return Finished(0, step, "patience")
     return Finished(0, run.total, "steps")
+
+
+def _rebalance(run: _Run, step: int, rebalance: Callable[[TrainState], tuple[TrainState, Moves]]) -> None:
+    """Splits overloaded experts, and tells of it."""
+    run.meter.flush()
+    with run.meter.paused():
+        run.state, moves = rebalance(run.state)
+        for line in tell(run.config.model, step, moves):
+            run.report.line(line)
 
 
 def _make_up(run: _Run, step: int) -> Finished | None:
@@ -301,7 +315,9 @@ def _finish(run: _Run, ended: Finished) -> Finished:
     exported = finish.finish(
         config, run.model, run.state.averaged, ended.step, report.line, run.sampler, run.rounds, loss
     )
-    report.table("summary", _summary(run, ended.step, exported))
+    seconds, best = time.perf_counter() - run.began, run.progress.best_loss
+    rows = messages.summary(config, ended.step, run.parameters, seconds, run.meter, best, exported)
+    report.table("summary", rows)
     if run.interrupt.signal is None or finish.is_done(config, ended.step, run.sampler, run.rounds):
         return ended
     return _stopped(run, ended.step)
@@ -381,21 +397,3 @@ def _open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> 
         vocab_size=config.model.vocab_size,
         transform=jax.device_put,
     )
-
-
-def _summary(run: _Run, step: int, exported: Path | None) -> dict[str, str]:
-    seconds = time.perf_counter() - run.began
-    rows = {"steps": f"{step:,}", "parameters": messages.parameters(run.parameters, ""), "time": f"{seconds:.0f} s"}
-    last = run.meter.last
-    if "loss" in last:
-        rows["training loss"] = f"{last['loss']:.4f}"
-    if run.progress.best_loss is not None:
-        rows["best validation loss"] = f"{run.progress.best_loss:.4f}"
-    if run.meter.rates:
-        rows["speed"] = f"{np.median(run.meter.rates):,.0f} tokens/s (median)"
-    if "peak_memory_gib" in last:
-        rows["peak device memory"] = f"{last['peak_memory_gib']:.1f} GiB"
-    rows["checkpoint"] = str(Path(run.config.output_dir) / "checkpoints" / str(step))
-    if exported is not None:
-        rows["Hugging Face directory"] = str(exported)
-    return rows
