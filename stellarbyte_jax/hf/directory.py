@@ -1,22 +1,18 @@
 """Hugging Face directories: :func:`from_pretrained` and :func:`save_pretrained`."""
 
 import contextlib
-import itertools
 import logging
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-import jax
 import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.config.foreign import clipped, listed
+from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
 from stellarbyte_jax.hf.export import export_family
@@ -25,11 +21,21 @@ from stellarbyte_jax.hf.hub import ADAPTER, local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
 from stellarbyte_jax.hf.leaves import Leaves, leaf_after_leaf
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
-from stellarbyte_jax.hf.spelling import Headers, as_spelled
+from stellarbyte_jax.hf.spelling import as_spelled
 from stellarbyte_jax.hf.table import Entry, Family, Piece, modelling_file
+from stellarbyte_jax.hf.tensors import (
+    check_params,
+    check_tensors,
+    flatten,
+    lazy_params,
+    on_device,
+    put_leaf,
+    shapes_of,
+    table_entries,
+)
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
-from stellarbyte_jax.model.lazy import LazyArray, as_numpy
-from stellarbyte_jax.model.state.router import TRACKED, first_values, is_tracked
+from stellarbyte_jax.model.lazy import as_numpy
+from stellarbyte_jax.model.state.router import TRACKED, is_tracked
 from stellarbyte_jax.tokenizer.directory import (
     GENERATION_CONFIG,
     TokenizerDirectory,
@@ -76,7 +82,7 @@ def from_pretrained(
         misshapen; the message names them.
     """
     with open_pretrained(directory, revision=revision, dtype=dtype, verify=verify, **overrides) as (model, leaves):
-        return model, _on_device(leaves)
+        return model, on_device(leaves)
 
 
 @contextlib.contextmanager
@@ -108,7 +114,7 @@ def open_pretrained(
         entries = table_entries(family, model, str(directory), overrides)
         tied = (_EMBEDDING, _HEAD) if config.tie_word_embeddings else None
         check_tensors(entries, files, str(directory), "config.json", buffers=family.buffers, tied=tied)
-        yield model, _lazy_params(entries, model, files, to)
+        yield model, lazy_params(entries, model, files, to)
 
 
 def save_pretrained(
@@ -151,9 +157,9 @@ def save_pretrained(
     """
     config = model.config
     read = None if tokenizer is None else TokenizerDirectory(tokenizer)
-    shapes = _shapes(param_shapes(model))
-    leaves = _flatten(params)
-    _check_params(leaves, shapes)
+    shapes = shapes_of(param_shapes(model))
+    leaves = flatten(params)
+    check_params(leaves, shapes)
     rule = read.library_settings() if read is not None and read.is_complete else None
     chosen = export_family(config, family, rule, biased=_has_router_biases(leaves))
     to = float_dtype(dtype)
@@ -204,9 +210,9 @@ def round_params(params: Mapping[str, Any], dtype: str, family: Family) -> dict[
     """The weights, lazy ones too, as a directory of a family, saved in ``dtype``, holds them, back in float32."""
     to = float_dtype(dtype)
     rounded: dict[str, Any] = {}
-    for path, leaf in _flatten(params).items():
+    for path, leaf in flatten(params).items():
         stored = np.dtype(np.float32) if family.keeps_float32(path) else to
-        _put(rounded, path, cast(as_numpy(leaf), stored, path).astype(np.float32))
+        put_leaf(rounded, path, cast(as_numpy(leaf), stored, path).astype(np.float32))
     return rounded
 
 
@@ -267,157 +273,3 @@ def _reader(entry: Entry, leaves: Leaves, dtype: np.dtype, reordered: bool) -> C
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return read
-
-
-class Tensors(Headers, Protocol):
-    """Foreign tensors by name."""
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor as it is stored, whole."""
-        ...
-
-
-def table_entries(family: Family, model: ByteTransformer, where: str, overrides: Mapping[str, Any]) -> list[Entry]:
-    """The tensors from which a model is read; every one of our leaves must be in some of them, or begin anew.
-
-    Raises:
-      ValueError: ``overrides`` ask for weights that the family does not have.
-    """
-    shapes = _shapes(param_shapes(model))
-    entries = list(family.entries(model.config, shapes))
-    covered = {piece.path for entry in entries for piece in entry.pieces}
-    foreign = sorted(path for path in set(shapes) - covered if not is_tracked(path))
-    if foreign:
-        raise ValueError(
-            f"{where}: the settings ask for weights that {family.architecture} does not have: "
-            f"{', '.join(foreign)}. Leave out the settings that make them ({', '.join(overrides)})"
-        )
-    return entries
-
-
-def check_tensors(
-    entries: list[Entry],
-    tensors: Tensors,
-    where: str,
-    settings: str,
-    *,
-    buffers: tuple[str, ...] = (),
-    tied: tuple[str, str] | None = None,
-) -> None:
-    """Every tensor of the table exists in its shape, and there is no other one.
-
-    Args:
-      entries: the table.
-      tensors: what there is.
-      where: names them in messages.
-      settings: names what the table follows from.
-      buffers: patterns of others that there may be.
-      tied: names of embedding and head where they are one: the head may be there too, if it is equal.
-
-    Raises:
-      ValueError: it is otherwise.
-    """
-    wanted = {entry.theirs: entry.hf_shape for entry in entries}
-    present = set(tensors.names())
-    unknown = sorted(name for name in present - set(wanted) if not any(re.fullmatch(b, name) for b in buffers))
-    if tied is not None and tied[1] in unknown and tied[0] in present:
-        embedding, head = tied
-        if not np.array_equal(tensors.read(head), tensors.read(embedding)):
-            raise ValueError(
-                f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}. "
-                f"Set tie_word_embeddings to false in {settings} to keep both"
-            )
-        unknown.remove(head)
-    missing = [f"missing {name}" for name in wanted if name not in present]
-    # In turn, so that a prefix of all names shows.
-    pairs = itertools.zip_longest(missing, [f"unknown {name}" for name in unknown])
-    problems = [problem for pair in pairs for problem in pair if problem is not None]
-    problems += [
-        f"{name} has shape {tensors.shape(name)}, the settings ask for {shape}"
-        for name, shape in wanted.items()
-        if name in present and tensors.shape(name) != shape
-    ]
-    _raise(problems, f"{where}: the tensors do not fit {settings}")
-
-
-def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
-    """The parameter tree, jax arrays of ``dtype`` on the default device, from tensors that were checked."""
-    return _on_device(_lazy_params(entries, model, tensors, dtype))
-
-
-def _on_device(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda leaf: jax.device_put(leaf.read()), leaves)
-
-
-def _lazy_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
-    """The parameter tree of arrays that are read when they are asked for.
-
-    What routers keep from step to step begins anew where no tensor has it.
-    """
-    shapes = _shapes(param_shapes(model))
-    places: dict[str, list[tuple[Entry, int]]] = {}
-    for entry in entries:
-        for number, piece in enumerate(entry.pieces):
-            places.setdefault(piece.path, []).append((entry, number))
-    params: dict[str, Any] = {}
-    for path, parts in places.items():
-        _put(params, path, LazyArray(shapes[path], dtype, partial(_read_leaf, parts, shapes[path], tensors, dtype)))
-    for path in shapes.keys() - places.keys():
-        first = first_values(model.config.moe.num_experts)[path.rpartition("/")[2]]
-        _put(params, path, LazyArray(shapes[path], dtype, partial(np.full, shapes[path], first, dtype)))
-    return params
-
-
-def _read_leaf(parts: list[tuple[Entry, int]], shape: tuple[int, ...], tensors: Tensors, dtype: np.dtype) -> np.ndarray:
-    leaf = _aligned_zeros(shape, dtype)
-    for entry, number in parts:
-        piece = entry.pieces[number]
-        theirs = cast(tensors.read(entry.theirs)[entry.rows_of(number)], dtype, entry.theirs)
-        leaf[piece.index] = piece.row.layout.from_hf(theirs, piece.shape)
-    return leaf
-
-
-def _check_params(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"missing {path}" for path in shapes if path not in leaves]
-    problems += [f"unknown {path}" for path in leaves if path not in shapes]
-    problems += [
-        f"{path} has shape {leaves[path].shape}, the settings ask for {shape}"
-        for path, shape in shapes.items()
-        if path in leaves and leaves[path].shape != shape
-    ]
-    _raise(problems, "the weights do not fit the model's settings")
-
-
-def _raise(problems: list[str], summary: str) -> None:
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{summary}: {'; '.join(clipped(problem) for problem in problems[:8])}{more}")
-
-
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """On CPU jax takes over an array that starts at a multiple of 64 bytes, and copies any other one.
-
-    Zeros, because the padding of the vocabulary stays as it is.
-    """
-    nbytes = math.prod(shape) * dtype.itemsize
-    room = np.zeros(nbytes + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
-    return leaves
-
-
-def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(leaf.shape) for path, leaf in _flatten(tree).items()}
-
-
-def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    *parents, last = path.split("/")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[last] = leaf
