@@ -3,6 +3,7 @@
     python scripts/ablation.py quality --jobs 6   # validation bits per byte on the embedded corpus, three seeds each
     python scripts/ablation.py speed              # tokens a second and memory of configs/pretrain.py's model
     python scripts/ablation.py copy               # segment memory on texts whose repetitions lie further than a row
+    python scripts/ablation.py experts --jobs 6   # as quality, with experts: every gate, balance and dispatch
     python scripts/ablation.py table              # the Markdown table of what was measured
 
 Results go to ``benchmarks/ablation.json``; a measurement renews its own part of it. ``--only NAME`` names variants.
@@ -46,6 +47,8 @@ SMALL = (
     "export_at_end=false",
     "sample_prompts=[]",
 )
+# Of all logged steps after a quarter of the run, the worst.
+BALANCE = {"max_load": "router/max_load", "dead": "router/dead_experts", "dropped": "router/drop_rate"}
 LOCAL = json.dumps([*["sliding_attention"] * 5, "full_attention"])
 LOCAL_12 = json.dumps(2 * json.loads(LOCAL))
 ORIGINAL = (
@@ -104,6 +107,51 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "the original's defaults": (ORIGINAL, None),
 }
 RECOMMENDED = "configs/stellarbyte.py"
+# As many weights are active as in the dense run.
+EXPERTS = ("model.moe.num_experts=16", "model.moe.num_experts_per_tok=4", "model.moe.intermediate_size=192")
+CAPACITY = ("model.moe.dispatch=capacity",)
+EXPERT_VARIANTS: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "experts: softmax, loss of the load": EXPERTS,
+    "sigmoid": (*EXPERTS, "model.moe.scoring_func=sigmoid"),
+    "weights not normalised": (*EXPERTS, "model.moe.norm_topk_prob=false"),
+    "context gate": (*EXPERTS, "model.moe.gate=context"),
+    "context gate with history": (*EXPERTS, "model.moe.gate=context", "model.moe.history_decay=0.9"),
+    "noisy top-k": (*EXPERTS, "model.moe.noise=noisy_topk"),
+    "Gumbel noise of 0.1": (*EXPERTS, "model.moe.noise=gumbel", "model.moe.noise_scale=0.1"),
+    "adaptive temperature": (*EXPERTS, "model.moe.adaptive_temperature=true"),
+    "priority of little used experts": (*EXPERTS, "model.moe.expert_priority=true"),
+    "priority of cold experts": (*EXPERTS, "model.moe.cooling_steps=20"),
+    "at most 4 experts, for half of the scores": (*EXPERTS, "model.moe.dynamic_k=0.5"),
+    "2 groups of 4": (*EXPERTS, "model.moe.n_group=4", "model.moe.topk_group=2"),
+    "router warm-up of 40 steps": (*EXPERTS, "model.moe.router_warmup_steps=40"),
+    "3 experts and a shared one": (*EXPERTS, "model.moe.num_experts_per_tok=3", "model.moe.n_shared_experts=1"),
+    "first layer dense": (*EXPERTS, "model.moe.first_k_dense_replace=1"),
+    "every second layer dense": (*EXPERTS, "model.moe.decoder_sparse_step=2"),
+    "a pool for all layers": (*EXPERTS, "model.moe.shared_pool=true"),
+    "no balance": (*EXPERTS, "loss.router_load=0"),
+    "loss over the whole batch": (*EXPERTS, "loss.router_load=0", "loss.router_global=0.01"),
+    "loss by row": (*EXPERTS, "loss.router_load=0", "loss.router_sequence=0.01"),
+    "loss of undecided tokens": (*EXPERTS, "loss.router_load=0", "loss.router_entropy=0.01"),
+    "loss KL": (*EXPERTS, "loss.router_load=0", "loss.router_kl=0.01"),
+    "loss MSE": (*EXPERTS, "loss.router_load=0", "loss.router_mse=0.01"),
+    "loss variance": (*EXPERTS, "loss.router_load=0", "loss.router_variance=0.01"),
+    "loss of the load, and z": (*EXPERTS, "loss.router_z=0.001"),
+    "bias, no loss": (
+        *EXPERTS,
+        "model.moe.scoring_func=sigmoid",
+        "loss.router_load=0",
+        "model.moe.bias_update_rate=0.01",
+    ),
+    "capacity 1.25, next best": (*EXPERTS, *CAPACITY),
+    "capacity 1.25, no overflow": (*EXPERTS, *CAPACITY, "model.moe.overflow=[]"),
+    "capacity 1.25, every step": (
+        *EXPERTS,
+        *CAPACITY,
+        'model.moe.overflow=["next_best", "cold", "sticky", "random"]',
+    ),
+    "dynamic capacity": (*EXPERTS, *CAPACITY, "model.moe.dynamic_capacity=true"),
+}
 # What makes a model large or fast: each of the two models has its own.
 _SIZES = (
     "vocab_size",
@@ -126,23 +174,24 @@ _SIZES = (
 def main() -> int:
     """Parses the command line and measures."""
     parser = Parser(settings=TrainConfig, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["quality", "speed", "copy", "table"])
+    parser.add_argument("what", choices=["quality", "speed", "copy", "experts", "table"])
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="may be repeated")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time, for quality and copy")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
     parser.add_argument("--output", type=local_path, default=OUTPUT)
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.only if name not in names()]
+    known = list(EXPERT_VARIANTS) if arguments.what == "experts" else names()
+    unknown = [name for name in arguments.only if name not in known]
     if unknown:
-        parser.error(f"there is no variant {unknown[0]!r}; there are: {', '.join(names())}")
-    chosen = arguments.only or names()
+        parser.error(f"there is no variant {unknown[0]!r}; there are: {', '.join(known)}")
+    chosen = arguments.only or known
     kept = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if arguments.what == "table":
         print(table(kept))
         return 0
     found = kept.get(arguments.what, {}).get("results", {})
     arguments.output.parent.mkdir(exist_ok=True)
-    measure = {"quality": quality, "speed": speed, "copy": copy}[arguments.what]
+    measure = {"quality": quality, "speed": speed, "copy": copy, "experts": experts}[arguments.what]
     for name, result in measure(chosen, arguments.jobs, arguments.set):
         print(f"{name:45} {result}", flush=True)
         found[name] = result
@@ -159,7 +208,10 @@ def names() -> list[str]:
 
 def small(name: str, more: list[str]) -> list[str]:
     """Overrides of configs/quickstart.py for a variant of the small run."""
-    changes = recommended("small") if name == RECOMMENDED else VARIANTS[name][0]
+    if name in EXPERT_VARIANTS:
+        changes = EXPERT_VARIANTS[name]
+    else:
+        changes = recommended("small") if name == RECOMMENDED else VARIANTS[name][0]
     return [*SMALL, *changes, *more]
 
 
@@ -200,7 +252,13 @@ def quality(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str
                 yield name, {"error": errors[0]}
             else:
                 spread = {"lowest": min(bits), "highest": max(bits)}
-                yield name, {"bits_per_byte": statistics.mean(bits), **spread, "on": found[0]["on"]}
+                most = {n: max(f[n] for f in found) for n in BALANCE if n in found[0]}
+                yield name, {"bits_per_byte": statistics.mean(bits), **spread, **most, "on": found[0]["on"]}
+
+
+def experts(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same for networks with experts, and how the load was spread in the worst of the runs."""
+    yield from quality(chosen, jobs, more)
 
 
 def _train(folder: Path, overrides: list[str], jobs: int, config: str = "configs/quickstart.py") -> dict[str, Any]:
@@ -213,7 +271,10 @@ def _train(folder: Path, overrides: list[str], jobs: int, config: str = "configs
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "validation/bits_per_byte" in line][-1]
     _, _, machine = (folder / "train.log").read_text(encoding="utf-8").splitlines()[0].split(" ", 2)  # date, time
-    return {"bits_per_byte": last["validation/bits_per_byte"], "loss": last["validation/loss"], "on": machine}
+    found = {"bits_per_byte": last["validation/bits_per_byte"], "loss": last["validation/loss"], "on": machine}
+    steps = [line for line in lines if "router/max_load" in line]
+    late = [line for line in steps if line["step"] > steps[-1]["step"] // 4]
+    return found | {name: max(line[metric] for line in late) for name, metric in BALANCE.items() if late}
 
 
 def speed(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -284,6 +345,14 @@ def table(kept: dict[str, Any]) -> str:
         rate = f"{r['tokens_per_second']:,}" if "tokens_per_second" in r else "-"
         memory = f"{r['peak_memory_gib']:.1f}" if "peak_memory_gib" in r else "-"
         rows.append(f"| {name} | {said} | {rate} | {memory} |")
+    mixed = kept.get("experts", {}).get("results", {})
+    if mixed:
+        rows += ["", "| experts | bits per byte (lowest to highest) | max/mean load | dead | dropped |"]
+        rows += ["|---|---|---:|---:|---:|"]
+    for name, m in mixed.items():
+        said = f"{m['bits_per_byte']:.3f} ({m['lowest']:.3f} to {m['highest']:.3f})" if "lowest" in m else "-"
+        loads = f"{m['max_load']:.2f} | {m['dead']:.0f} | {m['dropped']:.1%}" if "max_load" in m else "- | - | -"
+        rows.append(f"| {name} | {said} | {loads} |")
     copies = kept.get("copy", {}).get("results", {})
     if copies:
         rows += ["", "| copy | nats a token |", "|---|---:|"]
@@ -293,8 +362,9 @@ def table(kept: dict[str, Any]) -> str:
 
 def check() -> list[TrainConfig]:
     """Every config that is measured; raises where one is refused."""
-    return [load("configs/quickstart.py", small(name, [])) for name in names()] + [
-        load("configs/pretrain.py", large(name, [])) for name in names()
+    return [
+        *(load("configs/quickstart.py", small(name, [])) for name in [*EXPERT_VARIANTS, *names()]),
+        *(load("configs/pretrain.py", large(name, [])) for name in names()),
     ]
 
 

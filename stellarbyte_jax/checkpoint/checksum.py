@@ -9,20 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stellarbyte_jax.model.lazy import LazyArray, as_numpy
+
 _PART, _SMALLEST = 2**24, 2**10  # elements of an array of numpy that are summed at once
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def array_checksums(tree: Any) -> dict[str, int]:
-    """A number for each array of a tree, by its path, computed where the array lies.
+    """A number for each array of a tree, by its path, computed where the array lies; lazy ones are read in turn.
 
     The bits of element i and i itself, as unsigned integers, are mixed; the product of both, the latter made odd, is
     summed modulo 2^32. Any change of one element changes the sum, and a zeroed page of equal elements nearly surely.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     arrays = [leaf for _, leaf in leaves]
-    if any(isinstance(leaf, np.ndarray) for leaf in arrays):
-        found = [_sum_of_numpy(np.asarray(leaf)) for leaf in arrays]
+    if any(isinstance(leaf, (np.ndarray, LazyArray)) for leaf in arrays):
+        found = [_sum_of_numpy(as_numpy(leaf)) for leaf in arrays]
     else:
         found = jax.device_get(_sums(arrays))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
@@ -37,13 +39,15 @@ def shared(array: Any) -> jax.Array:
 
 
 def _sum_of_numpy(array: np.ndarray) -> int:
-    """The sum in parts, since JAX copies what it is given; of few lengths, since zeros behind a part add nothing."""
+    """The sum in parts, of few lengths, since zeros behind a part add nothing.
+
+    Of copies: JAX keeps what it is given until a later call, and a part that is a view keeps its whole array.
+    """
     flat, total = array.reshape(-1), 0
     for at in range(0, flat.size, _PART):
         part = flat[at : at + _PART]
         length = min(_PART, max(_SMALLEST, 1 << (part.size - 1).bit_length()))
-        if part.size < length:
-            part = np.concatenate([part, np.zeros(length - part.size, part.dtype)])
+        part = np.concatenate([part, np.zeros(length - part.size, part.dtype)])
         total += int(_sum_of_part(part, np.uint32(at % 2**32)))
     return total % 2**32
 

@@ -150,6 +150,7 @@ def check_same_model(
     Raises:
       CheckpointError: settings differ that must not; the message lists them.
     """
+    _check_same_kind(before, config, where)
     there = _architecture(before)
     differ = {
         name: f"model.{name} is {shown(there[name][1])} there and {shown(value)} here"
@@ -162,6 +163,21 @@ def check_same_model(
                 say(f"the weights in {where} get other positions: {differ.pop(name)}")
     if differ:
         raise CheckpointError(f"{where} holds another model: {'; '.join(differ.values())}. {advice}")
+
+
+def _check_same_kind(before: ByteConfig, config: ByteConfig, where: str | Path) -> None:
+    """Raises CheckpointError where one of two models has experts and the other has none."""
+    there, here = before.moe.num_experts, config.moe.num_experts
+    if here and not there:
+        raise CheckpointError(
+            f"{where} holds a dense model, and model.moe.num_experts is {here} here: make experts of its MLPs first, "
+            "with the command convert upcycle, and begin with what that writes; or leave model.moe out"
+        )
+    if there and not here:
+        raise CheckpointError(
+            f"{where} holds a model with {there} experts, and model.moe.num_experts is 0 here: set model.moe as it is "
+            "there, or begin with a dense model (convert upcycle makes experts of one, and nothing leads back)"
+        )
 
 
 def check_resumable(

@@ -9,18 +9,22 @@ measured. A step made from foreign weights has no ``optimizer``.
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from stellarbyte_jax.checkpoint.checksum import array_checksums, differing, json_checksum, shared
+from stellarbyte_jax.checkpoint.leafwise import lazy_items, read_leaf, save_args, stored_leaves
 from stellarbyte_jax.command import MendableError, remedy
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
 from stellarbyte_jax.config.foreign import clipped, listed, shown
+from stellarbyte_jax.model.lazy import LazyArray
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
 _FORMAT = 2
@@ -125,27 +129,33 @@ class StoredStep:
                     raise OSError(f"{name}/{wrong[0]} differs from its checksum")
         return {name: found[name] for name in shapes}
 
+    def lazy_arrays(self, item: str, shapes: Any) -> Any:
+        """An item as a tree of lazy arrays, whose reads raise OSError where an array is not what was written.
 
-def _bounded(in_flight: int) -> Any:
-    """Handlers that write so many bytes of ``params`` at once, and JSON as ever."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    arrays: Any = ocp.StandardCheckpointHandler(save_concurrent_gb=in_flight / 1e9)  # pyright: ignore[reportArgumentType]
-    registry.add("params", ocp.args.StandardSave, arrays)
-    registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-    return registry
+        Raises:
+          ValueError: the item has other arrays.
+        """
+        checksums = self._facts.get("checksums", {}).get(item, {}) if self._verify else {}
+
+        def read(directory: Path, path: tuple[str, ...], dtype: Any) -> np.ndarray:
+            array, name = read_leaf(directory, path, dtype), "/".join(path)
+            if checksums and differing({name: array}, checksums):
+                raise OSError(f"{item}/{name} differs from its checksum")
+            return array
+
+        return stored_leaves(self.path / item, shapes, read)
 
 
 class Checkpointer:
     """Writes and reads the checkpoints of one run directory."""
 
-    def __init__(self, run_dir: Path, settings: CheckpointConfig, *, in_flight: int | None = None) -> None:
+    def __init__(self, run_dir: Path, settings: CheckpointConfig, *, lazy: Sequence[str] = ()) -> None:
         """Opens ``run_dir/checkpoints``, which is made if it does not exist.
 
         Args:
           run_dir: directory of the run.
           settings: what is kept.
-          in_flight: bytes of the item ``params`` that are written at once, at least those of its largest array; None:
-            all of them, which is fastest and holds them once more.
+          lazy: items that will be saved as trees of lazy arrays, each of which is read, written and dropped in turn.
         """
         self.directory = run_dir.absolute() / "checkpoints"
         self._verify = settings.verify
@@ -168,7 +178,7 @@ class Checkpointer:
         self._replaced = run_dir.absolute() / "replaced"
         self._put_back()
         self._lost = self._drop_unreadable_lists() + self._drop_unreadable_metrics()
-        registry = None if in_flight is None else _bounded(in_flight)
+        registry = lazy_items(*lazy) if lazy else None
         self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
 
     def _put_back(self) -> None:
@@ -224,6 +234,7 @@ class Checkpointer:
         *,
         frozen: list[str],
         validation_loss: float | None = None,
+        checksums: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     ) -> None:
         """Copies arrays and returns; the files are written in the background.
 
@@ -235,6 +246,7 @@ class Checkpointer:
           facts: items that are JSON values.
           frozen: paths of the weights that are not trained.
           validation_loss: at this step, where it was measured.
+          checksums: those of arrays by item, where they are known.
 
         Raises:
           CheckpointError: this save or the one before it failed; earlier checkpoints are untouched.
@@ -244,11 +256,10 @@ class Checkpointer:
             "frozen": frozen,
             "items": sorted([*arrays, *facts]),
             "json": {name: json_checksum(values) for name, values in facts.items()},
-            "checksums": {name: array_checksums(tree) for name, tree in arrays.items()},
+            "checksums": {name: checksums.get(name) or array_checksums(tree) for name, tree in arrays.items()},
         }
         facts = {**facts, "format": {**about, "checksum": json_checksum(about)}}
-        # Arrays of JAX: orbax copies those of numpy.
-        items = {name: ocp.args.StandardSave(jax.tree.map(shared, tree)) for name, tree in arrays.items()}
+        items = {name: _saved(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(values) for name, values in facts.items()}
         metrics: dict[str, Any] | None = None if validation_loss is None else {"validation_loss": validation_loss}
         if metrics is not None:  # orbax keeps it beside the items
@@ -335,6 +346,14 @@ class Checkpointer:
                 "Start again to train from the beginning"
             )
         return None
+
+
+def _saved(tree: Any) -> Any:
+    """How orbax is told to save a tree of arrays."""
+    if any(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(tree)):
+        return ocp.args.PyTreeSave(tree, save_args=save_args(tree))
+    # Arrays of JAX: orbax copies those of numpy.
+    return ocp.args.StandardSave(jax.tree.map(shared, tree), save_args=save_args(tree))
 
 
 def _metric(metrics: Any) -> float:

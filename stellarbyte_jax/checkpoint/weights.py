@@ -2,9 +2,9 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +14,8 @@ from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, Stor
 from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.lazy import LazyArray, lazy
 from stellarbyte_jax.model.trees import Params, merge, partition
-
-_MARGIN = 2**20  # bytes; orbax counts a little more than an array holds
 
 
 def run_and_step(source: Path, step: int | None = None) -> tuple[Path, int | None]:
@@ -45,7 +44,26 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainCon
     """
     with _opened(Path(run_dir), step) as stored:
         config = TrainConfig.from_dict(stored.json("config"))
-        return config, _read(stored, config.model)
+        return config, _joined(stored.arrays(_items(stored, config.model)))
+
+
+def load_lazy_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainConfig, Params]:
+    """As :func:`load_weights`, but the weights are lazy arrays, whose reads raise CheckpointError where they fail."""
+    with _opened(Path(run_dir), step) as stored:
+        config = TrainConfig.from_dict(stored.json("config"))
+        trees = {
+            item: jax.tree.map(lambda leaf: _guarded(leaf, stored.path), stored.lazy_arrays(item, shapes))
+            for item, shapes in _items(stored, config.model).items()
+        }
+        return config, _joined(trees)
+
+
+def _guarded(leaf: LazyArray, path: Path) -> LazyArray:
+    def read() -> np.ndarray:
+        with _named(path):
+            return leaf.read()
+
+    return replace(leaf, read=read)
 
 
 def load_training_facts(run_dir: str | Path, step: int | None = None) -> TrainingFacts | None:
@@ -90,19 +108,23 @@ def _opened(run_dir: Path, step: int | None) -> Iterator[StoredStep]:
     chosen = steps[-1] if step is None else step
     if chosen not in steps:
         raise CheckpointError(f"{run_dir} has no checkpoint of step {chosen}; there are {', '.join(map(str, steps))}")
+    with _named(directory / str(chosen)), contextlib.ExitStack() as stack:
+        with _without_notes():
+            # Lightweight: another step's damaged validation loss is no matter here.
+            options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
+            manager = stack.enter_context(ocp.CheckpointManager(directory, options=options))
+        yield StoredStep.open(manager, directory, chosen)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Names the checkpoint where it cannot be read."""
     try:
-        with contextlib.ExitStack() as stack:
-            with _without_notes():
-                # Lightweight: another step's damaged validation loss is no matter here.
-                options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
-                manager = stack.enter_context(ocp.CheckpointManager(directory, options=options))
-            yield StoredStep.open(manager, directory, chosen)
+        yield
     except (ConfigError, CheckpointError):
         raise
     except Exception as error:
-        raise CheckpointError(
-            f"checkpoint {directory / str(chosen)} is unreadable: {first_line(error)}. Name another step"
-        ) from error
+        raise CheckpointError(f"checkpoint {path} is unreadable: {first_line(error)}. Name another step") from error
 
 
 @contextlib.contextmanager
@@ -117,7 +139,8 @@ def _without_notes() -> Iterator[None]:
         absl.setLevel(level)
 
 
-def _read(stored: StoredStep, config: ByteConfig) -> Params:
+def _items(stored: StoredStep, config: ByteConfig) -> dict[str, Params]:
+    """The items that hold the weights, the averaged ones where there are any, and what must be in them."""
     # For orbax, an array of numpy asks for one; this one takes no memory.
     shapes = jax.tree.map(
         lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), param_shapes(ByteTransformer(config))
@@ -125,8 +148,12 @@ def _read(stored: StoredStep, config: ByteConfig) -> Params:
     frozen_paths = stored.frozen_paths
     trained, frozen = partition(shapes, lambda path: "/".join(path) not in frozen_paths)
     item = "ema" if stored.has("ema") else "params"
-    found = stored.arrays({item: trained} | ({"frozen": frozen} if frozen else {}))
-    return merge(found[item], found.get("frozen", {}))
+    return {item: trained} | ({"frozen": frozen} if frozen else {})
+
+
+def _joined(items: dict[str, Params]) -> Params:
+    trained, *frozen = items.values()
+    return merge(trained, frozen[0] if frozen else {})
 
 
 def save_initial(
@@ -137,16 +164,18 @@ def save_initial(
     *,
     add_bos: bool = True,
     init_from: str | None = None,
+    checksums: Mapping[str, int] | None = None,
 ) -> None:
-    """Writes weights as step 0 of a run directory, for training to start from.
+    """Writes weights as step 0 of a run directory, for training to start from, one array after another.
 
     Args:
       run_dir: the directory, with no checkpoint in it.
       config: of the model.
-      params: its weights.
+      params: its weights, lazy ones too.
       tokenizer: the directory of the model's tokenizer; None for the default of training.
       add_bos: whether texts begin with bos.
       init_from: where the weights come from, as a run records it; None: they are fresh.
+      checksums: ``array_checksums(params)``, where they are known; else lazy weights are read for them.
 
     Raises:
       CheckpointError: the directory already has a checkpoint, or the write failed.
@@ -166,11 +195,11 @@ def save_initial(
         data=data,
         schedule=ScheduleConfig(warmup_steps=0),
     )
-    arrays: dict[str, Any] = {"params": jax.tree.map(np.asarray, params)}
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-    with contextlib.closing(Checkpointer(run_dir, CheckpointConfig(), in_flight=largest + _MARGIN)) as checkpointer:
+    arrays = {"params": jax.tree.map(lazy, params)}
+    known = {} if checksums is None else {"params": checksums}
+    with contextlib.closing(Checkpointer(run_dir, CheckpointConfig(), lazy=["params"])) as checkpointer:
         if checkpointer.steps:
             raise CheckpointError(
                 f"{run_dir} already has checkpoints ({checkpointer.steps}): choose an empty directory"
             )
-        checkpointer.save(0, arrays, {"config": train.to_dict()}, frozen=[])
+        checkpointer.save(0, arrays, {"config": train.to_dict()}, frozen=[], checksums=known)

@@ -14,6 +14,7 @@ from typing import Any
 
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
+from stellarbyte_jax.cli.moe_speed import WORKERS as EXPERTS
 from stellarbyte_jax.cli.program import load_settings, local_path, new_parser
 from stellarbyte_jax.command import MendableError, command, imports
 from stellarbyte_jax.config import TrainConfig
@@ -25,9 +26,11 @@ _NAMES = {
     "cache": ["float32", "bfloat16", "int8", "float8_e4m3fn"],
     "checkpoint": ["verified", "unverified"],
     "eval": ["eval", "eval_huggingface"],
+    "moe": ["dropless", "capacity", "huggingface_moe", "huggingface_moe_bfloat16"],
 }
-WORKERS = OTHERS | EVALUATION
-_PEERS = ("huggingface", "eval_huggingface")  # they need torch
+WORKERS = OTHERS | EVALUATION | EXPERTS
+_PEERS = ("huggingface", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16")  # they need torch
+_CONFIGS = {"moe": ("pretrain_moe", "quickstart_moe")}  # on a GPU, and without
 _SMALL = "quickstart"  # what is trained where there is no GPU
 
 
@@ -45,10 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [options.only] if options.only else _NAMES[options.what]
     small = options.what != "data" and _platform(options) == "cpu"
     if options.config is None:
-        options.config = _SMALL if small else "pretrain"
+        options.config = _CONFIGS.get(options.what, ("pretrain", _SMALL))[small]
         if small:
             print(
-                f"no GPU: measures the model of {_SMALL}, for generation one of 25M parameters; --config names another"
+                f"no GPU: measures the model of {options.config}, for generation one of 25M parameters; "
+                "--config names another"
             )
     load_settings(options.config, options.set)
     if small and options.what == "generate" and not options.only:
@@ -91,7 +95,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "generate    128 prompt tokens and 256 new ones, a model of 1.10B parameters, by batch size\n"
         "cache       decoding over caches of each dtype, 25M parameters in float32\n"
         "checkpoint  seconds to save and restore a run, and for checksums alone\n"
-        "eval        requests of lm-eval (extra eval), and its backend for transformers (extra torch, accelerate)",
+        "eval        requests of lm-eval (extra eval), and its backend for transformers (extra torch, accelerate)\n"
+        "moe         the training step with experts by dispatch, and the Qwen3-MoE of transformers in that shape",
         "train --no-peer",
         "data --set 'data.train=my_corpus/train/*.jsonl'",
         settings=TrainConfig,

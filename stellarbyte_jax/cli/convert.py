@@ -1,4 +1,4 @@
-"""Checkpoints to and from Hugging Face directories, from the original's, and to another size of the vocabulary."""
+"""Checkpoints to and from Hugging Face directories, from the original's, to another vocabulary, and to experts."""
 
 import argparse
 import json
@@ -18,12 +18,19 @@ with imports():
     import jax
     import numpy as np
 
+    from stellarbyte_jax.checkpoint.checksum import array_checksums
     from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
     from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
-    from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights, run_and_step, save_initial
+    from stellarbyte_jax.checkpoint.weights import (
+        load_lazy_weights,
+        load_training_facts,
+        load_weights,
+        run_and_step,
+        save_initial,
+    )
     from stellarbyte_jax.config import DataConfig
     from stellarbyte_jax.hf.card import TrainingFacts
-    from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
+    from stellarbyte_jax.hf.directory import open_pretrained, round_params, save_pretrained
     from stellarbyte_jax.hf.families import FAMILIES
     from stellarbyte_jax.hf.gguf import dropped_by_llama_cpp
     from stellarbyte_jax.hf.hub import is_hub_name, local_directory
@@ -36,6 +43,8 @@ with imports():
     from stellarbyte_jax.tokenizer.codec import Tokenizer, check_vocabulary, load_tokenizer
     from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer
     from stellarbyte_jax.tokenizer.special import adds_bos, as_list, kept_ids, stop_ids
+    from stellarbyte_jax.upcycling import upcycle as upcycle_weights
+    from stellarbyte_jax.upcycling import upcycled_config
     from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
 
 _VERIFIED_ROWS, _VERIFIED_TOKENS = 8, 128
@@ -54,12 +63,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = new_parser(
         "convert",
-        "Checkpoints to and from Hugging Face directories, from the original's, and to another size of the vocabulary.",
+        "Checkpoints to and from Hugging Face directories, from the original's, to another size of the vocabulary, and "
+        "from one MLP in a layer to experts.",
         "to-hf RUN OUT [--dtype bfloat16] [--verify]               RUN may also be RUN/checkpoints/STEP",
         "from-hf DIR RUN [--verify]                                makes a run of DIR, or of owner/name of the hub",
         "from-original FILE.pth RUN [--config CONFIG]              makes a run of a checkpoint of the original",
         "inspect DIR [OTHER]                                       tensors of a checkpoint, or how two differ",
         "resize DIR RUN --tokenizer TOKENIZER                      the same of either, with a row for each token",
+        "upcycle DIR RUN moe.num_experts=8                         the same of either, with experts that are copies",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("to-hf", help="write a checkpoint as a Hugging Face directory")
@@ -100,6 +111,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     resize.add_argument("--vocab-size", type=int, help="default: the model's, or the tokenizer's where that is larger")
     resize.add_argument("--multiple", type=int, help="rows are padded to a multiple of this; default: as before")
+    grow = commands.add_parser("upcycle", help="make a run directory whose layers have experts, copies of their MLPs")
+    grow.add_argument(
+        "source",
+        type=path_or_name,
+        help="dense model: Hugging Face directory, owner/name of the hub, run, or its checkpoints/STEP",
+    )
+    grow.add_argument("target", type=local_path, help="run directory to write")
+    grow.add_argument("settings", nargs="*", metavar="moe.NAME=VALUE", help="of the experts, such as moe.num_experts=8")
+    grow.add_argument("--step", type=int, help="checkpoint of a run to take; the newest where none is named")
+    grow.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
+    grow.add_argument("--seed", type=int, default=0, help="of the routers and of --noise (default: 0)")
+    grow.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="change each expert at random, by this share of its weights' spread (default: 0, logits stay as they are)",
+    )
     look = commands.add_parser("inspect", help="list the tensors of a checkpoint, or say how two differ")
     look.add_argument(
         "source", type=path_or_name, help="Hugging Face directory, owner/name, run, or its checkpoints/STEP"
@@ -111,7 +139,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     look.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
     for each in (to_hf, from_hf):
         each.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
-    for each in (to_hf, from_hf, from_original, resize):
+    for each in (to_hf, from_hf, from_original, resize, grow):
         each.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
     return parser.parse_args(arguments)
 
@@ -119,7 +147,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def to_hf(arguments: argparse.Namespace) -> Any:
     """Writes a Hugging Face directory; returns how well it agrees with transformers, where asked for."""
     run, step = run_and_step(arguments.source, arguments.step)
-    config, params = load_weights(run, step)
+    config, params = load_lazy_weights(run, step)
     model = ByteTransformer(config.model)
     tokenizer, own = None, tokenizer_of(run, config)
     if arguments.tokenizer is not None:
@@ -147,7 +175,7 @@ def to_hf(arguments: argparse.Namespace) -> Any:
         print(f"a GGUF file of it would lack {setting}: see docs/gguf.md")
     if not arguments.verify:
         return None
-    return compare(arguments.target, model, round_params(params, arguments.dtype))
+    return compare(arguments.target, model, round_params(params, arguments.dtype, family))
 
 
 def facts_of(run: Path, step: int | None) -> TrainingFacts | None:
@@ -164,11 +192,11 @@ def from_hf(arguments: argparse.Namespace) -> Any:
     run = arguments.target
     check_target(run, arguments.overwrite)
     source = local_directory(arguments.source, arguments.revision)
-    model, params = from_pretrained(source)
-    check_tokenizer(source, model.config.vocab_size)
-    if not TokenizerDirectory(source).is_complete:
-        print("tokenizer: none that is whole, so what reads texts asks for one; to-hf takes --tokenizer DIR")
-    write_run(run, model.config, params, source, begins_with_bos(source), {}, arguments.source)
+    with open_pretrained(source) as (model, params):
+        check_tokenizer(source, model.config.vocab_size)
+        if not TokenizerDirectory(source).is_complete:
+            print("tokenizer: none that is whole, so what reads texts asks for one; to-hf takes --tokenizer DIR")
+        write_run(run, model.config, params, source, begins_with_bos(source), {}, arguments.source)
     if not arguments.verify:
         return None
     return compare(source, model, load_weights(run)[1])
@@ -214,9 +242,7 @@ def text_rows(tokenizer: Tokenizer, length: int) -> np.ndarray | None:
 def resize(arguments: argparse.Namespace) -> None:
     """Writes a run directory whose model has a row for each token of the given tokenizer."""
     run = arguments.target
-    for path in (arguments.source, arguments.tokenizer):
-        if not is_hub_name(path) and real(path).is_relative_to(real(run)):
-            raise ValueError(f"{path} lies in {run}, which is to be written: give another target directory")
+    check_outside(run, arguments.source, arguments.tokenizer)
     check_target(run, arguments.overwrite)
     directory = local_directory(arguments.tokenizer, weights=False)
     tokenizer = load_tokenizer(directory)
@@ -250,6 +276,40 @@ def resize(arguments: argparse.Namespace) -> None:
     )
 
 
+def upcycle(arguments: argparse.Namespace) -> None:
+    """Writes a run directory of a dense model whose MLPs become experts."""
+    run = arguments.target
+    check_outside(run, arguments.source)
+    check_target(run, arguments.overwrite)
+    source = find_source(arguments.source, arguments.step, arguments.revision)
+    before, tokenizer, add_bos = source.settings()
+    config = upcycled_config(before, arguments.settings)
+    _, params = source.weights()
+    params = upcycle_weights(before, params, config, seed=arguments.seed, noise=arguments.noise)
+    has_files = bool(TokenizerDirectory(tokenizer).files)
+    write_run(run, config, params, tokenizer if has_files else None, add_bos, {}, arguments.source)
+    layers = len(config.moe_layers)
+    print(
+        f"experts: {config.moe.num_experts} of {config.expert_size} channels in {layers} of {config.num_hidden_layers} "
+        f"layers, {config.moe.num_experts_per_tok} for each token"
+    )
+    if arguments.noise:
+        print(f"noise: experts differ from the MLPs by {arguments.noise:g} of their spread, and so do the logits")
+    else:
+        print(f"the logits are those of {arguments.source}, up to rounding")
+    if config.moe.dispatch == "capacity":
+        print(
+            "moe.dispatch=capacity: in training, tokens that experts have no room for pass the layer by from the start"
+        )
+
+
+def check_outside(run: Path, *sources: str) -> None:
+    """Raises ValueError where a directory that is read lies in the run that is to be written."""
+    for path in sources:
+        if not is_hub_name(path) and real(path).is_relative_to(real(run)):
+            raise ValueError(f"{path} lies in {run}, which is to be written: give another target directory")
+
+
 def check_target(run: Path, overwrite: bool) -> None:
     """Raises ValueError where a run directory may not be written."""
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
@@ -278,12 +338,14 @@ def write_run(
     run: Path, config: Any, params: Any, tokenizer: Path | None, add_bos: bool, ids: dict[str, Any], source: str
 ) -> None:
     """Writes weights of ``source`` as step 0 of a run directory, with what there is of a tokenizer and further ids."""
+    checksums = array_checksums(params)  # lazy ones are read for them: damaged ones remove nothing
     for part in ("checkpoints", TOKENIZER):
         shutil.rmtree(run / part, ignore_errors=True)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, run / TOKENIZER, ids)
     # Its own place even where that stays empty: whatever lies in the folder where this is typed is not its tokenizer.
-    save_initial(run, config, params, str(run / TOKENIZER), add_bos=add_bos, init_from=source)
+    own = str(run / TOKENIZER)
+    save_initial(run, config, params, own, add_bos=add_bos, init_from=source, checksums=checksums)
     report(run, params)
 
 
@@ -306,7 +368,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with told_by_options(()):
         if options.command == "inspect":
             return 0 if inspect_checkpoints(options.source, options.other, options.step, options.revision) else 1
-        converters = {"to-hf": to_hf, "from-hf": from_hf, "from-original": from_original, "resize": resize}
+        converters = {
+            "to-hf": to_hf,
+            "from-hf": from_hf,
+            "from-original": from_original,
+            "resize": resize,
+            "upcycle": upcycle,
+        }
         agreement = converters[options.command](options)
     if agreement is not None:
         print(f"verify: {agreement}: {'agrees with transformers' if agreement.ok else 'DOES NOT AGREE'}")

@@ -1,6 +1,6 @@
 """What ``benchmark`` measures, each in a process of its own.
 
-FLOPs of a token are 6 (parameters - embedding) + 6 L T D, causal attention counted by the half that is computed.
+FLOPs of a token are 6 (active parameters - embedding) + 6 L T D, causal attention counted by the half that is computed.
 """
 
 import statistics
@@ -45,7 +45,7 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
     with imports():
         import jax
 
-        from stellarbyte_jax.inspect.costs import count_parameters, flops_per_token
+        from stellarbyte_jax.inspect.costs import flops_per_token, parameter_counts
         from stellarbyte_jax.launch import environment
         from stellarbyte_jax.model.decoder import ByteTransformer
         from stellarbyte_jax.training.metrics import memory_metrics, peak_flops
@@ -71,7 +71,7 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
 
     run(5)
     result = _timed(run, config.global_batch_size * config.data.sequence_length, steps)
-    flops = flops_per_token(config.model, count_parameters(state.weights), config.data.sequence_length)
+    flops = flops_per_token(config.model, parameter_counts(model).active, config.data.sequence_length)
     peak = peak_flops()
     if peak is not None:
         result["mfu"] = round(result["tokens_per_second"] * flops.causal / peak, 4)
@@ -85,7 +85,8 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
     }
 
 
-def _synthetic(config: TrainConfig, steps: int) -> dict[str, Any]:
+def synthetic(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """Speed of our training step on random tokens."""
     import itertools
 
     with imports():
@@ -117,7 +118,6 @@ def _real(config: TrainConfig, steps: int) -> dict[str, Any]:
 
 def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
     with imports():
-        import numpy as np
         import torch
         import transformers
 
@@ -135,13 +135,26 @@ def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
         use_cache=False,
     )
     torch.manual_seed(0)
+    return train_peer(config, steps, transformers.LlamaForCausalLM(settings))
+
+
+def train_peer(config: TrainConfig, steps: int, model: Any) -> dict[str, Any]:
+    """Speed of training a model of transformers on random tokens: compiled on a GPU, float32 weights under autocast.
+
+    Weights in bfloat16 are trained as they are, without autocast and without float32 copies.
+    """
+    with imports():
+        import numpy as np
+        import torch
+        import transformers
+
+    c = config.model
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
-    model: Any = transformers.LlamaForCausalLM(settings)
+    half = on_gpu and c.compute_dtype == "bfloat16" and model.dtype == torch.float32
     model = torch.compile(model.to(device), disable=not on_gpu)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    half = on_gpu and config.model.compute_dtype == "bfloat16"
     shape = (config.global_batch_size, config.data.sequence_length)
     random = np.random.default_rng(0)
     batches = [torch.from_numpy(random.integers(0, c.vocab_size, shape)).to(device) for _ in range(4)]
@@ -336,7 +349,7 @@ WORKERS = {
     **{f"batch_{size}": _generate(GENERATE, size) for size in (1, 8, 32, 128)},
     **{f"small_batch_{size}": _generate(CACHE, size) for size in (1, 8)},
     **{dtype: _cache(dtype) for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn")},
-    "synthetic": _synthetic,
+    "synthetic": synthetic,
     "real": _real,
     "huggingface": _huggingface,
     "jsonl": _jsonl,

@@ -14,6 +14,7 @@ from stellarbyte_jax.config.model import (
     MemoryConfig,
     RopeScaling,
 )
+from stellarbyte_jax.config.moe import MoEConfig
 from stellarbyte_jax.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "LoggingConfig",
     "LossConfig",
     "MemoryConfig",
+    "MoEConfig",
     "OptimizerConfig",
     "RopeScaling",
     "ScheduleConfig",

@@ -350,6 +350,15 @@ class ByteConfig(Section):
         """Channels inside an expert."""
         return self.moe.intermediate_size or self.mlp_size
 
+    def active_parameters(self, total: int) -> int:
+        """How many of so many weights one token uses: of each layer's experts no more than its own.
+
+        Experts that layers share are stored once, and count for each layer that uses them.
+        """
+        layers, m = len(self.moe_layers), self.moe
+        stored = m.num_experts * (1 if m.shared_pool else layers)
+        return total + (m.num_experts_per_tok * layers - stored) * 3 * self.hidden_size * self.expert_size
+
     @property
     def is_random(self) -> bool:
         """Whether training draws random numbers inside the network."""

@@ -80,6 +80,12 @@ class MoEConfig(Section):
       bias_update_rate: balance without a loss: a bias of each expert, for the choice alone, rises or falls by this in
         each step; 0: there is none
       state_decay: weight of the past in the running means of load and use
+      rebalance_interval: optimizer steps after which, in each layer, two idle experts become one and an overloaded one
+        becomes two; none: never
+      split_above: load from which an expert is split, as a multiple of its fair share
+      merge_below: load below which experts are merged, as a share of the fair one
+      twin_steps: steps after a split in which tokens at even positions see one of the two and those at odd positions
+        the other, so that nothing changes but their weights
     """
 
     _example = "num_experts"
@@ -121,6 +127,11 @@ class MoEConfig(Section):
     bias_update_rate: NonNegativeFloat = 0.0
     state_decay: Fraction = 0.9
 
+    rebalance_interval: Size | None = None
+    split_above: PositiveFloat = 2.0
+    merge_below: Share = 0.25
+    twin_steps: Size = 100
+
     def _check(self) -> None:
         if self.num_experts == 0:
             require(
@@ -160,6 +171,30 @@ class MoEConfig(Section):
             f"moe.max_capacity {self.max_capacity} is below moe.min_capacity {self.min_capacity} or "
             f"moe.num_experts_per_tok {K}",
         )
+        self._check_rebalance()
+
+    def _check_rebalance(self) -> None:
+        if self.rebalance_interval is None:
+            stray = [name for name in ("split_above", "merge_below", "twin_steps") if name in self.given()]
+            require(not stray, f"moe.{', '.join(stray)} belongs to moe.rebalance_interval: set that, or leave it out")
+            return
+        E, K = self.num_experts, self.num_experts_per_tok
+        require(
+            E >= 3 and K < E,
+            f"moe.rebalance_interval merges two experts and splits a third, of which a token sees one half: it needs 3 "
+            f"experts and more than num_experts_per_tok, there are {E} and {K}",
+        )
+        require(self.split_above > 1, f"moe.split_above {self.split_above} is no overload: give more than 1")
+        require(
+            self.merge_below < 1, f"moe.merge_below {self.merge_below} is the load of a used expert: give less than 1"
+        )
+        obstacles = {
+            "shared_pool": (self.shared_pool, "layers share experts, and each has loads of its own"),
+            "topk_group": (self.topk_group < self.n_group, "a split expert may come into a group that a token lacks"),
+            "adaptive_temperature": (self.adaptive_temperature, "the temperature follows loads, which a split changes"),
+        }
+        for name, (is_set, why) in obstacles.items():
+            require(not is_set, f"moe.rebalance_interval and moe.{name}: {why}; leave one of them out")
 
     def has_experts(self, layer: int) -> bool:
         """Whether this layer, from 0, has experts and not one MLP."""

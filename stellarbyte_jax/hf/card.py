@@ -70,22 +70,28 @@ def model_card(
     Args:
       config: of the model.
       architecture: the class of transformers that loads it.
-      parameters: number of weights in the files.
+      parameters: number of weights in the files; with experts, those that one token uses are told too.
       dtype: of the weights in the files.
       has_tokenizer: whether the export holds a tokenizer.
       own_code: whether transformers needs the modelling file of the directory.
       training: facts of the run; None where there was none.
     """
+    m, active = config.moe, f", {config.active_parameters(parameters):,} active" if config.moe_layers else ""
+    experts = f"{m.num_experts} of size {config.expert_size:,}, {m.num_experts_per_tok} for a token"
+    shared = f", and {m.n_shared_experts} for every token" if m.n_shared_experts else ""
     rows = [
         ("architecture", architecture),
-        ("parameters", f"{parameters:,} ({dtype})"),
+        ("parameters", f"{parameters:,} ({dtype}){active}"),
         ("layers", f"{config.num_hidden_layers}"),
         ("hidden size", f"{config.hidden_size:,}"),
         ("attention heads", f"{config.num_attention_heads}, {config.kv_heads} of keys and values"),
-        ("feed-forward size", f"{config.mlp_size:,}"),
+        *([("experts", experts + shared)] if config.moe_layers else []),
+        *([("feed-forward size", f"{config.mlp_size:,}")] if len(config.moe_layers) < config.num_hidden_layers else []),
         ("context length", f"{config.max_position_embeddings:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} tokens"),
     ]
+    if config.moe.num_experts:
+        rows.append(("experts", _experts(config)))
     sections = [
         "# Model card",
         f"A decoder-only language model, exported by stellarbyte_jax for `{architecture}`.",
@@ -99,6 +105,13 @@ def model_card(
     if training is not None:
         sections += ["## Training", _table(("", ""), _facts(training))]
     return _FRONT.format(_OWN_CODE if own_code else "") + "\n" + "\n\n".join(sections) + "\n"
+
+
+def _experts(config: ByteConfig) -> str:
+    c = config.moe
+    shared = f" and {c.n_shared_experts} shared" if c.n_shared_experts else ""
+    used = f"{c.num_experts_per_tok} of {c.num_experts}{shared} for each token"
+    return f"{used} in {len(config.moe_layers)} layers, {config.expert_size:,} channels each"
 
 
 def _with_transformers(has_tokenizer: bool, own_code: bool) -> str:

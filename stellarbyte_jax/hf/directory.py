@@ -1,28 +1,41 @@
 """Hugging Face directories: :func:`from_pretrained` and :func:`save_pretrained`."""
 
-import itertools
+import contextlib
+import logging
 import math
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-import jax
 import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.config.foreign import clipped
+from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, TrainingFacts, model_card
 from stellarbyte_jax.hf.export import export_family
 from stellarbyte_jax.hf.files import Tensor, WeightFiles, float_dtype, replacing, write_json, write_tensors
 from stellarbyte_jax.hf.hub import ADAPTER, local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
+from stellarbyte_jax.hf.leaves import Leaves, leaf_after_leaf
 from stellarbyte_jax.hf.settings import config_json, generation_json, read_config
+from stellarbyte_jax.hf.spelling import as_spelled
 from stellarbyte_jax.hf.table import Entry, Family, Piece, modelling_file
+from stellarbyte_jax.hf.tensors import (
+    check_params,
+    check_tensors,
+    flatten,
+    lazy_params,
+    on_device,
+    put_leaf,
+    shapes_of,
+    table_entries,
+)
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.lazy import as_numpy
+from stellarbyte_jax.model.state.router import TRACKED, is_tracked
 from stellarbyte_jax.tokenizer.directory import (
     GENERATION_CONFIG,
     TokenizerDirectory,
@@ -31,6 +44,8 @@ from stellarbyte_jax.tokenizer.directory import (
     spell_for_older,
 )
 from stellarbyte_jax.tokenizer.special import special_ids
+
+_log = logging.getLogger(__name__)
 
 # In the metadata of the weights' files, not in config.json: programs that train weights further write these files anew
 # without it, but keep what they do not know of config.json.
@@ -66,6 +81,25 @@ def from_pretrained(
       ValueError: a file is missing, broken or damaged, a setting is not implemented, or tensors are missing, unknown or
         misshapen; the message names them.
     """
+    with open_pretrained(directory, revision=revision, dtype=dtype, verify=verify, **overrides) as (model, leaves):
+        return model, on_device(leaves)
+
+
+@contextlib.contextmanager
+def open_pretrained(
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    verify: bool = True,
+    **overrides: Any,
+) -> Iterator[tuple[ByteTransformer, dict[str, Any]]]:
+    """As :func:`from_pretrained`, but gives weights that are read when they are needed, within the context.
+
+    Yields:
+      The model and its weights, a :class:`~stellarbyte_jax.model.lazy.LazyArray` each. A read raises ValueError where
+      the tensors of a weight are damaged or do not fit the dtype.
+    """
     directory = local_directory(directory, revision)
     _check_no_run(directory)
     _check_no_adapter(directory)
@@ -76,11 +110,11 @@ def from_pretrained(
     with WeightFiles(directory, verify=verify) as files:
         if config.tie_word_embeddings and _EMBEDDING not in files.names():
             files.rename(_HEAD, _EMBEDDING)  # one table, which may be stored under either name
+        family = as_spelled(family, config, files, str(directory))
         entries = table_entries(family, model, str(directory), overrides)
         tied = (_EMBEDDING, _HEAD) if config.tie_word_embeddings else None
         check_tensors(entries, files, str(directory), "config.json", buffers=family.buffers, tied=tied)
-        params = read_params(entries, model, files, to)
-    return model, params
+        yield model, lazy_params(entries, model, files, to)
 
 
 def save_pretrained(
@@ -102,12 +136,13 @@ def save_pretrained(
     modelling file of ours, and readers say ``trust_remote_code=True``.
 
     A ``README.md`` in it says what the model is, as a card of the Hugging Face Hub. The directory appears complete or
-    not at all. Tensors are converted and written one after another.
+    not at all. Tensors are converted and written one after another, those of a leaf after those of another one; a lazy
+    leaf is in memory from its first tensor to its last.
 
     Args:
       directory: to be made.
       model: any without a memory and without pruned attention weights.
-      params: its weights, numpy or jax arrays.
+      params: its weights, arrays of numpy or jax, or lazy ones.
       dtype: of the numbers on disk: ``float32``, ``bfloat16`` or ``float16``.
       max_shard_bytes: size at which another file is begun.
       tokenizer: directory whose tokenizer files are copied and whose special tokens are named in the settings.
@@ -122,16 +157,20 @@ def save_pretrained(
     """
     config = model.config
     read = None if tokenizer is None else TokenizerDirectory(tokenizer)
-    chosen = export_family(config, family, read.library_settings() if read is not None and read.is_complete else None)
-    shapes = _shapes(param_shapes(model))
-    leaves = _flatten(params)
-    _check_params(leaves, shapes)
+    shapes = shapes_of(param_shapes(model))
+    leaves = flatten(params)
+    check_params(leaves, shapes)
+    rule = read.library_settings() if read is not None and read.is_complete else None
+    chosen = export_family(config, family, rule, biased=_has_router_biases(leaves))
     to = float_dtype(dtype)
     named = {**({} if tokenizer is None else special_ids(tokenizer, config.vocab_size)), **ids}
     reordered = config.rope_pairing not in chosen.pairings
+    entries = leaf_after_leaf(chosen.entries(config, shapes))
+    _tell_left_out(chosen, entries, leaves)
+    parts = Leaves(leaves, entries)
     tensors = [
-        Tensor(entry.theirs, entry.hf_shape, entry.dtype(to), _reader(entry, leaves, entry.dtype(to), reordered))
-        for entry in chosen.entries(config, shapes)
+        Tensor(entry.theirs, entry.hf_shape, entry.dtype(to), _reader(entry, parts, entry.dtype(to), reordered))
+        for entry in entries
     ]
     with replacing(Path(expanded(directory)), overwrite) as partial:
         write_json(partial / "config.json", config_json(chosen, config, dtype, named))
@@ -147,7 +186,7 @@ def save_pretrained(
             config,
             architecture=chosen.architecture,
             own_code=chosen.modelling_file is not None,
-            parameters=sum(tensor.size for tensor in tensors),
+            parameters=_weights(chosen.entries(config, shapes)),
             dtype=dtype,
             has_tokenizer=TokenizerDirectory(partial).is_complete,
             training=training,
@@ -167,12 +206,13 @@ def says_plain_text(directory: Path) -> bool:
         return files.metadata(_TRAINED_ON) == _PLAIN_TEXT
 
 
-def round_params(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The weights as a directory saved in ``dtype`` holds them, back in float32."""
+def round_params(params: Mapping[str, Any], dtype: str, family: Family) -> dict[str, Any]:
+    """The weights, lazy ones too, as a directory of a family, saved in ``dtype``, holds them, back in float32."""
     to = float_dtype(dtype)
     rounded: dict[str, Any] = {}
-    for path, leaf in _flatten(params).items():
-        _put(rounded, path, cast(np.asarray(leaf), to, path).astype(np.float32))
+    for path, leaf in flatten(params).items():
+        stored = np.dtype(np.float32) if family.keeps_float32(path) else to
+        put_leaf(rounded, path, cast(as_numpy(leaf), stored, path).astype(np.float32))
     return rounded
 
 
@@ -200,9 +240,30 @@ def _check_no_adapter(directory: Path) -> None:
         )
 
 
-def _reader(entry: Entry, leaves: Mapping[str, Any], dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:
+def _has_router_biases(leaves: Mapping[str, Any]) -> bool:
+    """Whether a router chooses experts by biases that were learned without a loss."""
+    return any(path.endswith(f"/{TRACKED}/bias") and as_numpy(leaf).any() for path, leaf in leaves.items())
+
+
+def _tell_left_out(family: Family, entries: list[Entry], leaves: Mapping[str, Any]) -> None:
+    """Logs which weights the export lacks: those of training alone, or the family would not have been chosen."""
+    covered = {piece.path for entry in entries for piece in entry.pieces}
+    left_out = sorted(path for path in leaves.keys() - covered if not is_tracked(path))
+    if left_out:
+        _log.warning(
+            "a %s directory has no place for weights of training alone: %s", family.model_type, listed(left_out)
+        )
+
+
+def _weights(entries: Iterable[Entry]) -> int:
+    """How many numbers they hold, without what routers keep from step to step."""
+    trained = (entry for entry in entries if not any(is_tracked(piece.path) for piece in entry.pieces))
+    return sum(math.prod(entry.hf_shape) for entry in trained)
+
+
+def _reader(entry: Entry, leaves: Leaves, dtype: np.dtype, reordered: bool) -> Callable[[], np.ndarray]:
     def part(piece: Piece) -> np.ndarray:
-        ours = np.asarray(leaves[piece.path][piece.index])  # cut first: only this part leaves the device
+        ours = leaves.take(piece)
         if piece.row.rotary and reordered:
             ours = interleaved_to_half(ours)
         return piece.row.layout.to_hf(cast(ours, dtype, entry.theirs))
@@ -212,145 +273,3 @@ def _reader(entry: Entry, leaves: Mapping[str, Any], dtype: np.dtype, reordered:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return read
-
-
-class Tensors(Protocol):
-    """Foreign tensors by name."""
-
-    def names(self) -> list[str]:
-        """Every tensor."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        ...
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor as it is stored, whole."""
-        ...
-
-
-def table_entries(family: Family, model: ByteTransformer, where: str, overrides: Mapping[str, Any]) -> list[Entry]:
-    """The tensors from which a model is read; every one of our leaves must be in some of them.
-
-    Raises:
-      ValueError: ``overrides`` ask for weights that the family does not have.
-    """
-    shapes = _shapes(param_shapes(model))
-    entries = list(family.entries(model.config, shapes))
-    foreign = sorted(set(shapes) - {piece.path for entry in entries for piece in entry.pieces})
-    if foreign:
-        raise ValueError(
-            f"{where}: the settings ask for weights that {family.architecture} does not have: "
-            f"{', '.join(foreign)}. Leave out the settings that make them ({', '.join(overrides)})"
-        )
-    return entries
-
-
-def check_tensors(
-    entries: list[Entry],
-    tensors: Tensors,
-    where: str,
-    settings: str,
-    *,
-    buffers: tuple[str, ...] = (),
-    tied: tuple[str, str] | None = None,
-) -> None:
-    """Every tensor of the table exists in its shape, and there is no other one.
-
-    Args:
-      entries: the table.
-      tensors: what there is.
-      where: names them in messages.
-      settings: names what the table follows from.
-      buffers: patterns of others that there may be.
-      tied: names of embedding and head where they are one: the head may be there too, if it is equal.
-
-    Raises:
-      ValueError: it is otherwise.
-    """
-    wanted = {entry.theirs: entry.hf_shape for entry in entries}
-    present = set(tensors.names())
-    unknown = sorted(name for name in present - set(wanted) if not any(re.fullmatch(b, name) for b in buffers))
-    if tied is not None and tied[1] in unknown and tied[0] in present:
-        embedding, head = tied
-        if not np.array_equal(tensors.read(head), tensors.read(embedding)):
-            raise ValueError(
-                f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}. "
-                f"Set tie_word_embeddings to false in {settings} to keep both"
-            )
-        unknown.remove(head)
-    missing = [f"missing {name}" for name in wanted if name not in present]
-    # In turn, so that a prefix of all names shows.
-    pairs = itertools.zip_longest(missing, [f"unknown {name}" for name in unknown])
-    problems = [problem for pair in pairs for problem in pair if problem is not None]
-    problems += [
-        f"{name} has shape {tensors.shape(name)}, the settings ask for {shape}"
-        for name, shape in wanted.items()
-        if name in present and tensors.shape(name) != shape
-    ]
-    _raise(problems, f"{where}: the tensors do not fit {settings}")
-
-
-def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
-    """The parameter tree, jax arrays of ``dtype`` on the default device, from tensors that were checked."""
-    shapes = _shapes(param_shapes(model))
-    places: dict[str, list[tuple[Entry, int]]] = {}
-    for entry in entries:
-        for number, piece in enumerate(entry.pieces):
-            places.setdefault(piece.path, []).append((entry, number))
-    params: dict[str, Any] = {}
-    for path, parts in places.items():
-        leaf = _aligned_zeros(shapes[path], dtype)
-        for entry, number in parts:
-            piece = entry.pieces[number]
-            theirs = cast(tensors.read(entry.theirs)[entry.rows_of(number)], dtype, entry.theirs)
-            leaf[piece.index] = piece.row.layout.from_hf(theirs, piece.shape)
-        _put(params, path, jax.device_put(leaf))
-    return params
-
-
-def _check_params(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"missing {path}" for path in shapes if path not in leaves]
-    problems += [f"unknown {path}" for path in leaves if path not in shapes]
-    problems += [
-        f"{path} has shape {leaves[path].shape}, the settings ask for {shape}"
-        for path, shape in shapes.items()
-        if path in leaves and leaves[path].shape != shape
-    ]
-    _raise(problems, "the weights do not fit the model's settings")
-
-
-def _raise(problems: list[str], summary: str) -> None:
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{summary}: {'; '.join(clipped(problem) for problem in problems[:8])}{more}")
-
-
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """On CPU jax takes over an array that starts at a multiple of 64 bytes, and copies any other one.
-
-    Zeros, because the padding of the vocabulary stays as it is.
-    """
-    nbytes = math.prod(shape) * dtype.itemsize
-    room = np.zeros(nbytes + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
-    return leaves
-
-
-def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(leaf.shape) for path, leaf in _flatten(tree).items()}
-
-
-def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    *parents, last = path.split("/")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[last] = leaf

@@ -17,9 +17,21 @@ _WITHOUT_MEANING = (
     *("initialization", "initializer_range", "compute_dtype", "attention_implementation", "remat", "scan_unroll"),
     "cache",
 )
+# The same of moe. Capacity is of training alone too.
+_OF_TRAINING = (
+    *("noise", "noise_scale", "router_warmup_steps", "bias_update_rate", "state_decay", "dispatch", "capacity_factor"),
+    *("min_capacity", "max_capacity", "dynamic_capacity", "overflow"),
+)
+_BIAS = "layers/moe/router/tracked/bias"
 
 
-def export_family(config: ByteConfig, name: str | None = None, tokenizer: Mapping[str, Any] | None = None) -> Family:
+def export_family(
+    config: ByteConfig,
+    name: str | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    *,
+    biased: bool = False,
+) -> Family:
     """The family that computes exactly what ``config`` says: the most widely read one, or the one called ``name``.
 
     Args:
@@ -27,6 +39,7 @@ def export_family(config: ByteConfig, name: str | None = None, tokenizer: Mappin
       name: the family's ``model_type``; None to have one chosen.
       tokenizer: what ``tokenizer.json`` holds, where it goes with the model. A family by whose name transformers makes
         other ids of texts is not chosen; where it is asked for, a warning is logged.
+      biased: whether routers have biases other than 0, which the family must have a tensor for.
 
     Raises:
       ValueError: there is none, or it cannot; the message names each setting that stands in the way and what to do.
@@ -37,6 +50,8 @@ def export_family(config: ByteConfig, name: str | None = None, tokenizer: Mappin
     lost: list[str] = []
     for family in candidates:
         lost = _lost(family, config)
+        if biased and not any(row.ours == _BIAS for row in family.rows):
+            lost.append("routers choose experts by biases (moe.bias_update_rate), there by scores alone")
         if not lost and (tokenizer is None or family.reads_tokenizer is None or family.reads_tokenizer(tokenizer)):
             return family
         if not lost and name is not None:
@@ -66,7 +81,7 @@ def _lost(family: Family, config: ByteConfig) -> list[str]:
     return [
         f"{name} is {shown(value)}, there {shown(theirs[name])}"
         for name, value in ours.items()
-        if value != theirs[name]
+        if name in theirs and value != theirs[name]
     ]
 
 
@@ -80,9 +95,28 @@ def _meaning(config: ByteConfig) -> Mapping[str, Any]:
         "layer_types": None,
         "sliding_window": list(config.windows),
     }
+    if len(config.moe_layers) == config.num_hidden_layers:  # no layer has an MLP of that size
+        del values["intermediate_size"]
     scaling = values.pop("rope_scaling")
     original = scaling["original_max_position_embeddings"] or config.max_position_embeddings
     values |= {f"rope_scaling.{name}": value for name, value in scaling.items()}
     values["rope_scaling.original_max_position_embeddings"] = original
     values |= {f"memory.{name}": value for name, value in values.pop("memory").items()}
-    return values
+    return values | {f"moe.{name}": value for name, value in _meaning_of_experts(config, values.pop("moe")).items()}
+
+
+def _meaning_of_experts(config: ByteConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of ``config.moe``; their number alone where there are none."""
+    c = config.moe
+    if not c.num_experts:
+        return {"num_experts": 0}
+    values = {name: value for name, value in values.items() if name not in _OF_TRAINING}
+    for name in ("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers"):
+        del values[name]
+    limited = c.topk_group < c.n_group
+    return values | {
+        "layers": list(config.moe_layers),
+        "intermediate_size": config.expert_size,
+        "n_group": c.n_group if limited else 1,
+        "topk_group": c.topk_group if limited else 1,
+    }

@@ -30,6 +30,8 @@ INDEX = "model.safetensors.index.json"
 
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(bfloat16): "BF16"}
 _READABLE = ("F64", "F32", "F16", "BF16")
+# What was read of a mapped file counts as memory of the process until it is mapped anew, after so many bytes.
+_MAPPED = 2**27
 # Into the same directory, whose tokenizer then stays with the weights.
 _PICKLED = (
     "import sys, transformers as t; d = sys.argv[1]; t.AutoModelForCausalLM.from_pretrained(d).save_pretrained(d)"
@@ -63,14 +65,13 @@ def read_json(path: Path) -> dict[str, Any]:
 class _Stored:
     """Where a tensor lies: its file, its name there, and its checksum where the file has them."""
 
-    handle: Any
     path: Path
     name: str
     checksum: str | None
 
 
 class WeightFiles:
-    """The tensors of a checkpoint directory by name; a context manager that maps the files and copies nothing."""
+    """The tensors of a checkpoint directory by name; a context manager that maps the files and keeps no copy."""
 
     def __init__(self, directory: Path, *, verify: bool = True) -> None:
         """Opens the directory's safetensors files; ``verify`` says whether tensors are compared with their checksums.
@@ -80,18 +81,17 @@ class WeightFiles:
         """
         self.directory = directory
         self._verify = verify
-        self._stack = contextlib.ExitStack()
+        self._handles: dict[Path, Any] = {}
+        self._touched: dict[Path, int] = {}  # bytes that were read of a file since it was mapped
         self._stored: dict[str, _Stored] = {}
         self._metadata: list[Mapping[str, str]] = []
         try:
             self._open()
         except BaseException:
-            self._stack.close()
+            self._close()
             raise
 
     def _open(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
         index = self.directory / INDEX
         named = None
         if index.is_file() and not (self.directory / SINGLE).is_file():  # beside one file an index is an older model's
@@ -108,22 +108,42 @@ class WeightFiles:
             path = self.directory / file
             if not path.is_file():
                 raise ValueError(_missing(self.directory, path, named_by=index if named else None))
-            try:
-                handle = self._stack.enter_context(safe_open(path, framework="np"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path} is not a readable safetensors file ({clipped(str(error))}): copy the file again"
-                ) from error
+            handle = self._map(path)
             names = handle.keys()
             self._metadata.append(handle.metadata() or {})
             checksums = stored_checksums(self._metadata[-1], names, path) if self._verify else {}
             for name in names:
                 if name in self._stored:
                     raise ValueError(f"{path}: tensor {clipped(name)} also lies in another file of {self.directory}")
-                self._stored[name] = _Stored(handle, path, name, checksums.get(name))
+                self._stored[name] = _Stored(path, name, checksums.get(name))
         absent = [name for name in named or () if name not in self._stored]
         if absent:
             raise ValueError(f"{index} lists {listed(absent)}, which its files do not hold: copy the files again")
+
+    def _map(self, path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._handles[path] = safe_open(path, framework="np").__enter__()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a readable safetensors file ({clipped(str(error))}): copy the file again"
+            ) from error
+        return self._handles[path]
+
+    def _map_anew(self) -> None:
+        for path in self._touched:
+            self._handles.pop(path).__exit__(None, None, None)
+            self._map(path)
+        self._touched = {}
+
+    def _close(self) -> None:
+        for handle in self._handles.values():
+            handle.__exit__(None, None, None)
+
+    def _slice(self, name: str) -> Any:
+        stored = self._stored[name]
+        return self._handles[stored.path].get_slice(stored.name)
 
     def names(self) -> list[str]:
         """Every tensor."""
@@ -136,13 +156,11 @@ class WeightFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        stored = self._stored[name]
-        return tuple(stored.handle.get_slice(stored.name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """Type of a tensor's numbers as the format calls it, such as ``BF16``, from the header alone."""
-        stored = self._stored[name]
-        return stored.handle.get_slice(stored.name).get_dtype()
+        return self._slice(name).get_dtype()
 
     def rename(self, old: str, new: str) -> None:
         """Gives a tensor another name, if there is such a tensor."""
@@ -161,7 +179,10 @@ class WeightFiles:
                 f"{self.directory}: tensor {clipped(name)} is stored as {dtype}, readable are {', '.join(_READABLE)}. "
                 "Load the model with transformers, dequantize it and save it as float32 or bfloat16"
             )
-        array = stored.handle.get_tensor(stored.name)
+        if sum(self._touched.values()) > _MAPPED:
+            self._map_anew()
+        array = self._handles[stored.path].get_tensor(stored.name)
+        self._touched[stored.path] = self._touched.get(stored.path, 0) + array.nbytes
         if stored.checksum is not None:
             check(array, stored.checksum, stored.name, stored.path)
         return array
@@ -172,7 +193,7 @@ class WeightFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._close()
 
 
 def _missing(directory: Path, path: Path, named_by: Path | None) -> str:
@@ -252,6 +273,7 @@ def _write_file(path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, st
             assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.name
             file.write(array.reshape(-1).view(np.uint8).data)
             checksums[tensor.name] = checksum(array)
+            del array  # it may be all that keeps the leaf that it is a part of, while the next one is read
         file.seek(0)
         file.write(_header(tensors, {**metadata, **metadata_of(checksums)}))  # as long as before
         file.flush()

@@ -54,6 +54,19 @@ SPLIT_INPUT = Layout(
     hf_shape=lambda shape: (shape[-1], _size(shape[:-1])),
 )
 
+# [E, in, out] <-> [E, out, in]
+EXPERTS_DOWN = Layout(
+    from_hf=lambda theirs, shape: theirs.swapaxes(1, 2),
+    to_hf=lambda ours: ours.swapaxes(1, 2),
+    hf_shape=lambda shape: (shape[0], shape[2], shape[1]),
+)
+# [E, in, 2, out] <-> [E, 2 out, in], all of the gate before all of the up projection
+EXPERTS_GATE_UP = Layout(
+    from_hf=lambda theirs, shape: theirs.reshape(shape[0], 2, shape[3], shape[1]).transpose(0, 3, 1, 2),
+    to_hf=lambda ours: ours.transpose(0, 2, 3, 1).reshape(ours.shape[0], -1, ours.shape[1]),
+    hf_shape=lambda shape: (shape[0], 2 * shape[3], shape[1]),
+)
+
 
 def interleaved_to_half(ours: np.ndarray) -> np.ndarray:
     """Reorders the last axis so that rotary pairs (2i, 2i + 1) become (i, i + H/2).

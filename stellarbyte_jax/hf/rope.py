@@ -14,7 +14,6 @@ _log = logging.getLogger(__name__)
 _ORIGINAL = "original_max_position_embeddings"
 ROPE_NAMES = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", _ORIGINAL)
 _TABLES = ROPE_NAMES[:2]
-_DEFAULT_THETA = 10000.0
 # Of every kind; what is said of them is checked apart from the kind's own fields.
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 # For each kind the RopeScaling fields of the same name that it must have, and those that it may have.
@@ -29,13 +28,16 @@ _KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _YARN_SCALES = ("mscale", "mscale_all_dim")
 
 
-def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tuple[float, RopeScaling]:
+def parse_rope(
+    values: Mapping[str, Any], max_positions: Any, where: str, default_theta: float = 10000.0
+) -> tuple[float, RopeScaling]:
     """``rope_theta`` and the scaling that a ``config.json`` with ``values`` asks for.
 
     Args:
       values: the whole content of the file.
       max_positions: its ``max_position_embeddings``, which is the original length where no other one is given.
       where: names the file in messages.
+      default_theta: what an absent ``rope_theta`` means.
 
     Raises:
       ValueError: a kind or a field is not implemented, a field is missing, or two of them contradict each other.
@@ -57,7 +59,7 @@ def parse_rope(values: Mapping[str, Any], max_positions: Any, where: str) -> tup
     # Of two tables transformers reads the older one, and gives it the theta beside it or the default one.
     table = next(reversed(scalings), None)
     place = next((p for p in (f"{table}.rope_theta", "rope_theta") if p in thetas), "the default of rope_theta")
-    if thetas.setdefault(place, _DEFAULT_THETA) is None:
+    if thetas.setdefault(place, default_theta) is None:
         raise ValueError(f"{where}: {place} is null: give a number, or remove the field for the default")
     for name, share in shares.items():
         if share not in (None, 1):

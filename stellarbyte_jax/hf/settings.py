@@ -118,7 +118,7 @@ def parse_family(family: Family, values: Mapping[str, Any], where: str) -> ByteC
             raise ValueError(f"{where}: {name} is {shown(values[name])}; only {allowed[0]!r} is implemented")
     defaults, nullable = family.defaults, family.nullable
     # A field of another family that is null asks for nothing.
-    known = {*defaults, *fixed, *ROPE_NAMES, *_WITHOUT_EFFECT}
+    known = {*defaults, *fixed, *ROPE_NAMES, *_WITHOUT_EFFECT, *family.told}
     known |= {"auto_map"} if family.modelling_file else set()  # it names our own file
     unknown = [name for name, value in values.items() if name not in known and value is not None]
     told = [name for name in unknown if is_told(name)]
@@ -133,13 +133,14 @@ def parse_family(family: Family, values: Mapping[str, Any], where: str) -> ByteC
             f"{where}: {listed(unknown)}{hint}: not implemented for {family.model_type}, nor known to be without "
             f"effect. {remedy}"
         )
+    told += [name for name in family.told if values.get(name)]
     if told:
         _log.warning("%s: without effect on the logits: %s", where, listed(told))
     stated = {name: values.get(name, default) for name, default in defaults.items()}
     nulls = [name for name in stated if name in values and values[name] is None and name not in nullable]
     if nulls:  # ByteConfig would derive some of them, and transformers refuses them
         raise ValueError(f"{where}: {nulls[0]} is null: give a value, or remove the field for the default")
-    theta, scaling = parse_rope(values, stated["max_position_embeddings"], where)
+    theta, scaling = parse_rope(values, stated["max_position_embeddings"], where, family.rope_theta)
     check_rope_type(scaling, family.rope_types, where)
     try:
         return ByteConfig(**family.read(stated), rope_theta=theta, rope_scaling=scaling)

@@ -1,8 +1,9 @@
 """What a table of a family is made of: where each weight lies, and what each setting is called.
 
-The same table is read both ways. ``{i}`` in a name is the layer.
+The same table is read both ways. ``{i}`` in a name is the layer, ``{e}`` the expert.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,8 @@ class Row:
     Rows of the same name are parts of one tensor of theirs, joined along its first axis in the table's order.
 
     Attributes:
-      ours: path in the parameter tree; ``layers/...`` leaves out the number of the layer group.
-      theirs: name in the checkpoint.
+      ours: path in the parameter tree; ``layers/...`` leaves out the number of the stack.
+      theirs: name in the checkpoint; one with ``{e}`` is a tensor for each expert, the first axis of a layer's weight.
       layout: from one to the other.
       slot: index in the last axis but one, "gate", of ``gate_up``, which is two tensors of theirs.
       rotary: the last axis of ours is rotated in pairs, in the pairing of the settings or another one of the family's.
@@ -136,10 +137,13 @@ class Family:
       model_type: the name in config.json.
       architecture: the class with a language-modelling head.
       rows: the weights.
+      fused: rows that files may have in place of those of the same paths, read and never written.
       buffers: patterns of tensors that older checkpoints hold and nobody needs.
       fields: what can be said in config.json, beside the rotary settings, which are the same everywhere.
       constants: settings of ByteConfig that are always so in this family.
       fixed: their fields that may only have the values listed (the first is the default).
+      told: fields of training alone: accepted, and told where they are not 0 or false.
+      rope_theta: what its absence means.
       rope_types: kinds of rotary scaling that it has, under their names; None for all.
       pairings: of rotated channels; weights of another pairing are reordered to the first.
       limit: why transformers refuses a model that the table can express; None where it does not.
@@ -155,6 +159,9 @@ class Family:
     fields: tuple[Field, ...]
     constants: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    fused: tuple[Row, ...] = ()
+    told: tuple[str, ...] = ()
+    rope_theta: float = 10000.0
     rope_types: tuple[str, ...] | None = None
     pairings: tuple[str, ...] = ("half",)
     limit: Callable[[ByteConfig], str | None] = lambda config: None
@@ -178,6 +185,11 @@ class Family:
     def nullable(self) -> frozenset[str]:
         """Fields that may be null."""
         return frozenset(name for f in self.fields for name in f.nullable)
+
+    def keeps_float32(self, path: str) -> bool:
+        """Whether the leaf at a path of the parameter tree is float32 in files of every dtype."""
+        ours = re.sub(r"^layers/\d+/", "layers/", path)
+        return any(row.float32 for row in self.rows if row.ours == ours)
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of ByteConfig, but the rotary ones, that ``values`` with all fields ask for."""
@@ -217,11 +229,18 @@ class Family:
             if not row.ours.startswith("layers/") or path not in shapes:
                 continue
             shape = shapes[path][1:]
-            index: tuple[int | slice, ...] = (place,)
-            if row.slot is not None:
-                index += (slice(None),) * (len(shape) - 2) + (row.slot,)
-                shape = (*shape[:-2], shape[-1])
-            yield row.theirs.format(i=i), Piece(path, index, shape, row)
+            if "{e}" not in row.theirs:
+                yield row.theirs.format(i=i), _piece(row, path, (place,), shape)
+                continue
+            for e in range(shape[0]):
+                yield row.theirs.format(i=i, e=e), _piece(row, path, (place, e), shape[1:])
+
+
+def _piece(row: Row, path: str, index: tuple[int | slice, ...], shape: tuple[int, ...]) -> Piece:
+    if row.slot is not None:
+        index += (slice(None),) * (len(shape) - 2) + (row.slot,)
+        shape = (*shape[:-2], shape[-1])
+    return Piece(path, index, shape, row)
 
 
 def _joined(named: Iterator[tuple[str, Piece]]) -> Iterator[Entry]:

@@ -26,6 +26,9 @@ COLOURS = {
     "embedding": "#56B4E9",
     "attention": "#E69F00",
     "mlp": "#4DBF99",
+    "router": "#E8926B",
+    "experts": "#8FB3E8",
+    "shared_experts": "#A3D977",
     "norms": "#CC79A7",
     "head": "#F0E442",
     "other": "#BBBBBB",
@@ -105,9 +108,10 @@ def parameter_pie(counts: ParameterCounts, language: Language) -> bytes:
             angle = math.radians((wedge.theta1 + wedge.theta2) / 2)
             x, y = 0.69 * math.cos(angle), 0.69 * math.sin(angle)
             canvas.axes.text(x, y, f"{100 * count / total:.0f} %", ha="center", va="center", **canvas.text(10))
-    canvas.axes.text(
-        0, 0, canvas.word("params_of", short(total)).replace(" ", "\n"), ha="center", va="center", **canvas.text(12)
-    )
+    told = [canvas.word("params_of", short(total)).replace(" ", "\n")]
+    if counts.active != total:
+        told.append(canvas.word("active_of", short(counts.active)))
+    canvas.axes.text(0, 0, "\n".join(told), ha="center", va="center", **canvas.text(12 if len(told) == 1 else 9.5))
     names = [f"{canvas.word(part)}: {short(count)} ({percent(count / total)})" for part, count in parts.items()]
     canvas.figure.legend(
         wedges, names, loc="outside right center", frameon=False, prop=canvas.text(10.5)["fontproperties"]
@@ -134,6 +138,8 @@ def structure_diagram(config: ByteConfig, counts: ParameterCounts, language: Lan
     axes, word = canvas.axes, canvas.word
     y = _box(canvas, 0.0, 0.6, "#EEEEEE", word("tokens_in"), word("vocabulary") + f" {config.vocab_size:,}")
     y = _box(canvas, y, 0.6, COLOURS["embedding"], word("embedding"), _with(counts.outside, "embedding"))
+    if counts.outside.get("experts"):
+        y = _box(canvas, y, 0.6, COLOURS["experts"], word("pool"), _with(counts.outside, "experts"))
     for run in shown:
         y = _gap(canvas, y) if run is None else _layers(canvas, y, config, run)
     if counts.outside.get("norms"):
@@ -203,13 +209,19 @@ def _layers(canvas: Canvas, y: float, config: ByteConfig, run: _Run) -> float:
     numbers = f"{run.first}" if count == 1 else f"{run.first}-{run.last}"
     size = short(sum(run.parts.values()))
     size = word("times", count, size) if count > 1 else size
+    m = config.moe
+    if "experts" in run.parts:
+        idle = run.parts["experts"] // m.num_experts * (m.num_experts - m.num_experts_per_tok)
+        size = word("with_active", size, short(sum(run.parts.values()) - idle))
     canvas.axes.text(0.7, y + above + 1.24, f"{word('layer')} {numbers}", ha="left", va="center", **canvas.text(10.5))
     canvas.axes.text(9.3, y + above + 1.24, size, ha="right", va="center", **canvas.text(10.5))
     kind = _attention_kind(canvas, run.spec)
     heads = word("heads_of", config.num_attention_heads, config.kv_heads, config.head_size)
     inner = (
         ("attention", f"{word('attention')}: {kind}", f"{heads}   {short(run.parts.get('attention', 0))}"),
-        ("mlp", word("mlp"), f"{config.hidden_size} × {config.mlp_size}   {short(run.parts.get('mlp', 0))}"),
+        _experts(canvas, config, run.parts)
+        if run.spec.moe
+        else ("mlp", word("mlp"), f"{config.hidden_size} × {config.mlp_size}   {short(run.parts.get('mlp', 0))}"),
     )
     for place, (part, name, size) in enumerate(inner):
         x, width = (0.7 + 4.4 * place, 4.2) if beside else (0.7, 8.6)
@@ -221,6 +233,17 @@ def _layers(canvas: Canvas, y: float, config: ByteConfig, run: _Run) -> float:
         _arrow(canvas, y + 1.0, 0.3)
     _arrow(canvas, y + above + 1.5, 0.3)
     return y + above + 1.8
+
+
+def _experts(canvas: Canvas, config: ByteConfig, parts: Mapping[str, int]) -> tuple[str, str, str]:
+    """Part, name and size of the box of a layer's experts."""
+    m = config.moe
+    key = "experts_and_shared" if m.n_shared_experts else "experts_chosen"
+    name = canvas.word(key, m.num_experts_per_tok, m.num_experts, m.n_shared_experts)
+    size = f"{config.hidden_size} × {config.expert_size}"
+    if not m.shared_pool:
+        size += f"   {short(parts.get('experts', 0) + parts.get('shared_experts', 0))}"
+    return "experts", name, f"{size}   {canvas.word('router_of', short(parts.get('router', 0)))}"
 
 
 def _attention_kind(canvas: Canvas, spec: LayerSpec) -> str:

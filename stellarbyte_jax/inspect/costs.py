@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import jax
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, trained
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses, trained
+from stellarbyte_jax.model.layers import POOL
+from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, partition
 
-PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
+PARTS = ("embedding", "attention", "mlp", "router", "experts", "shared_experts", "norms", "head", "other")
 _OF_MODULE = {"embed": "embedding", "lm_head": "head", "attn": "attention", "mlp": "mlp"}
+_OF_EXPERTS = {"router": "router", "experts": "experts", "shared": "shared_experts"}
 
 
 class Piece(NamedTuple):
@@ -21,7 +24,7 @@ class Piece(NamedTuple):
 
     Attributes:
       part: one of :data:`PARTS`.
-      layer: its number, None for what is outside of the layers.
+      layer: its number, None for what is outside of the layers, experts that all of them share included.
       leaf: the whole array, or its shape.
       at: of this piece in the leaf; None for all of it.
     """
@@ -38,25 +41,30 @@ class Piece(NamedTuple):
 
 
 def pieces(config: ByteConfig, params: Params) -> Iterator[Piece]:
-    """Every weight of a tree of arrays or shapes, stacks layer by layer."""
+    """Every weight of a tree of arrays or shapes, stacks layer by layer; what routers keep is no weight."""
     layers = {(str(stack), row): layer for layer, (stack, row) in enumerate(config.layer_places)}
+    is_weight = trained(ByteTransformer(config))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = [key.key for key in path]
-        if names[0] == "layers":
+        names = tuple(key.key for key in path)
+        if not is_weight(names):
+            continue
+        if names[0] == "layers" and names[1] != POOL:
             for index in range(leaf.shape[0]):
                 yield Piece(part_of(names[2:]), layers[names[1], index], leaf, index)
         else:
-            yield Piece(part_of(names), None, leaf, None)
+            yield Piece("experts" if POOL in names else part_of(names), None, leaf, None)
 
 
 def part_of(names: Sequence[str]) -> str:
     """Which of :data:`PARTS` a weight belongs to, by the names of its path behind the number of the group.
 
-    Norms are those of a layer, of a head, of the MLP and the last one. ``other`` is LayerScale. A tied head has no
-    weights of its own, its table counts as the embedding.
+    Norms are those of a layer, of a head, of the MLP, of a router's gate and the last one. ``other`` is LayerScale. A
+    tied head has no weights of its own, its table counts as the embedding.
     """
     if any(name.endswith("norm") for name in names[:-1]):
         return "norms"
+    if names[0] == "moe":
+        return _OF_EXPERTS[names[1]]
     return _OF_MODULE.get(names[0], "other")
 
 
@@ -65,14 +73,17 @@ class ParameterCounts:
     """Numbers of weights by part.
 
     Attributes:
-      outside: of embedding, last norm and head.
+      outside: of embedding, last norm, head, and experts that all layers share.
       layers: of each layer.
       trainable: of those that are trained, in all.
+      active: of those that one token uses, see ``ByteConfig.active_parameters``; more than there are where layers share
+        few experts.
     """
 
     outside: Mapping[str, int]
     layers: tuple[Mapping[str, int], ...]
     trainable: int
+    active: int
 
     @property
     def parts(self) -> dict[str, int]:
@@ -94,11 +105,12 @@ def parameter_counts(model: ByteTransformer, is_trainable: IsTrainable = all_tra
     for piece in pieces(model.config, shapes):
         (outside if piece.layer is None else layers[piece.layer])[piece.part] += piece.size
     trainable, _ = partition(shapes, trained(model, is_trainable))
-    return ParameterCounts(outside, tuple(layers), count_parameters(trainable))
+    total = count_parameters(partition(shapes, trained(model))[0])
+    return ParameterCounts(outside, tuple(layers), count_parameters(trainable), model.config.active_parameters(total))
 
 
 def count_parameters(params: Any) -> int:
-    """Number of weights in a tree."""
+    """Number of numbers in a tree; those of a model's weights are :func:`parameter_counts`'s."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
@@ -110,8 +122,9 @@ class FlopsPerToken:
     is not counted.
 
     Attributes:
-      causal: ``6 (parameters - embedding) + 6 L T N H``: causal attention counted by the half that is computed, and
-        where there is a memory of M tokens, ``12 L M N H``; reading the memory's keys is not counted.
+      causal: ``6 (parameters - tables) + 6 L T N H``, of the parameters that a token uses and without tables that are
+        looked up, the embedding above all: causal attention counted by the half that is computed, and where there is
+        a memory of M tokens, ``12 L M N H``; reading the memory's keys is not counted.
       full: the same with attention counted as if it were not causal, as in the PaLM paper (2022,
         https://arxiv.org/abs/2204.02311, appendix B).
     """
@@ -126,11 +139,11 @@ class FlopsPerToken:
 
 
 def flops_per_token(config: ByteConfig, parameters: int, sequence_length: int) -> FlopsPerToken:
-    """Counts the operations of a model with so many parameters; a tied table counts once, as the head.
+    """Counts the operations of a model of which a token uses so many parameters; a tied table counts once, as the head.
 
-    The head is computed for the padding of the vocabulary too.
+    The head is computed for the padding of the vocabulary too. Rows that fill up blocks of experts are not counted.
     """
-    matrices = parameters if config.tie_word_embeddings else parameters - config.padded_vocab_size * config.hidden_size
+    matrices = parameters - _looked_up(config)
     width = config.num_attention_heads * config.head_size
     attention = 0.0
     for spec in config.layer_specs:
@@ -139,3 +152,12 @@ def flops_per_token(config: ByteConfig, parameters: int, sequence_length: int) -
             keys = 2 * spec.memory_slots
         attention += 6.0 * keys * width
     return FlopsPerToken(6.0 * matrices + attention, 6.0 * matrices + 2 * attention)
+
+
+def _looked_up(config: ByteConfig) -> int:
+    """Weights of tables that multiply nothing."""
+    model = ByteTransformer(config)
+    uses = jax.tree.leaves(param_uses(model), is_leaf=lambda x: isinstance(x, WeightUse))
+    tables = [leaf.shape for leaf, use in zip(jax.tree.leaves(param_shapes(model)), uses, strict=True) if use.lookup]
+    head = config.padded_vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    return sum(map(math.prod, tables)) - head

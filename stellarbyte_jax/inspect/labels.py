@@ -24,6 +24,9 @@ _LABELS: dict[str, tuple[str, str]] = {
     "embedding": ("embedding", "词嵌入"),
     "attention": ("attention", "注意力"),
     "mlp": ("MLP", "前馈网络"),
+    "router": ("router", "路由器"),
+    "experts": ("experts", "专家"),
+    "shared_experts": ("shared experts", "共享专家"),
     "norms": ("norms", "归一化"),
     "head": ("head", "输出层"),
     "other": ("other", "其他"),
@@ -37,6 +40,7 @@ _LABELS: dict[str, tuple[str, str]] = {
     "in_all": ("in all", "总计"),
     "share": ("share", "占比"),
     "trainable": ("trainable", "可训练"),
+    "active": ("active (of a token)", "激活（每个 token）"),
     "mean": ("mean", "均值"),
     "std": ("standard deviation", "标准差"),
     "largest": ("largest magnitude", "最大绝对值"),
@@ -71,6 +75,12 @@ _LABELS: dict[str, tuple[str, str]] = {
     "kv_heads": ("key/value heads", "KV 头数"),
     "head_size": ("head size", "头维度"),
     "mlp_size": ("MLP size", "前馈维度"),
+    "expert_layers": ("layers with experts", "含专家的层数"),
+    "experts_of_layer": ("experts of a layer", "每层专家数"),
+    "experts_of": ("{} ({} of a token)", "{}（每个 token {} 个）"),
+    "experts_of_pool": ("{} ({} of a token), the same in all", "{}（每个 token {} 个），各层共用"),
+    "expert_size": ("expert size", "专家维度"),
+    "shared_count": ("shared experts", "共享专家数"),
     "vocabulary": ("vocabulary", "词表大小"),
     "padded": ("{} ({} rows)", "{}（{} 行）"),
     "context": ("context length", "上下文长度"),
@@ -88,6 +98,7 @@ _LABELS: dict[str, tuple[str, str]] = {
     "none": ("none", "无"),
     # radar
     "parameters_short": ("parameters", "参数量"),
+    "active_short": ("active", "激活参数"),
     "flops_short": ("FLOPs", "运算量"),
     "cache_short": ("cache", "缓存"),
     "training_short": ("training memory", "训练显存"),
@@ -99,6 +110,12 @@ _LABELS: dict[str, tuple[str, str]] = {
     "heatmap_title": ("Standard deviation of weights", "权重标准差"),
     "radar_title": ("Relative to the reference (log scale)", "相对参考模型（对数刻度）"),
     "params_of": ("{} parameters", "{} 参数"),
+    "with_active": ("{}, {} active", "{}，激活 {}"),
+    "active_of": ("{} active", "{} 激活"),
+    "pool": ("experts of all layers", "各层共用的专家"),
+    "experts_chosen": ("experts: {} of {}", "专家：{} / {}"),
+    "experts_and_shared": ("experts: {} of {}, {} shared", "专家：{} / {}，共享 {}"),
+    "router_of": ("router {}", "路由器 {}"),
     "tokens_in": ("token ids", "token 编号"),
     "logits_out": ("logits", "输出分数"),
     "final_norm": ("last norm", "末层归一化"),
@@ -114,6 +131,10 @@ _LABELS: dict[str, tuple[str, str]] = {
         "Rows that pad the vocabulary are counted. A tied head has no weights of its own.",
         "包含词表填充行；共享的输出层没有自己的权重。",
     ),
+    "note_active": (
+        "Active: of experts no more than one token uses; those that layers share count in each of them.",
+        "激活：专家只计每个 token 使用的部分；各层共用的专家在每层都计入。",
+    ),
     "note_training": (
         "{} rows of {} tokens at once, remat={}, float32 weights, gradients and optimizer; what the libraries and "
         "the compiler take besides is not counted.",
@@ -128,6 +149,10 @@ _LABELS: dict[str, tuple[str, str]] = {
         "the forward pass is a third. A multiply-add is two operations.",
         "训练：6（参数量 - 词嵌入）+ 6 L T N H（因果注意力）或 12 L T N H（完整），T = {}；前向为三分之一。"
         "一次乘加计两次运算。",
+    ),
+    "note_flops_experts": (
+        "The parameters are the active ones.",
+        "其中的参数量为激活参数。",
     ),
     "note_speed": (
         "{} tokens of prompt and {} of output a row, greedy, medians of {} runs after compilation, on {}.",

@@ -2,18 +2,20 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.costs import count_parameters
-from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses, trained
+from stellarbyte_jax.model.moe import most_slots
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.state.storage import Storage
 from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
+from stellarbyte_jax.ops.expert_layout import lay_out
 
 OptimizerName = Literal["adamw", "lion", "muon"]
 CacheDtype = Literal["compute", "float32", "bfloat16", "int8", "float8_e4m3fn"]
@@ -68,12 +70,12 @@ def training_bytes(
       is_trainable: of a weight's path.
     """
     shapes = param_shapes(model)
-    trained = count_parameters(partition(shapes, is_trainable)[0]) * _FLOAT32
+    gradients = count_parameters(partition(shapes, trained(model, is_trainable))[0]) * _FLOAT32
     return TrainingBytes(
-        weights=weight_bytes(count_parameters(shapes), "float32"),
-        gradients=trained,
+        weights=weight_bytes(count_parameters(partition(shapes, trained(model))[0]), "float32"),
+        gradients=gradients,
         optimizer=optimizer_bytes(model, optimizer, is_trainable),
-        average=trained if average else 0,
+        average=gradients if average else 0,
         activations=activation_bytes(model.config, rows, length),
     )
 
@@ -88,12 +90,11 @@ def optimizer_bytes(model: ByteTransformer, name: OptimizerName, is_trainable: I
 
     AdamW has two numbers a weight, Lion one, Muon one for the matrices that it orthogonalises and two for the others.
     """
+    is_trained = trained(model, is_trainable)
+    shapes, _ = partition(param_shapes(model), is_trained)
     if name != "muon":
-        return (
-            count_parameters(partition(param_shapes(model), is_trainable)[0]) * _FLOAT32 * {"adamw": 2, "lion": 1}[name]
-        )
-    shapes, _ = partition(param_shapes(model), is_trainable)
-    uses, _ = partition(param_uses(model), is_trainable)
+        return count_parameters(shapes) * _FLOAT32 * {"adamw": 2, "lion": 1}[name]
+    uses, _ = partition(param_uses(model), is_trained)
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(uses, is_leaf=_is_use), strict=True)
     return sum(shape.size * _FLOAT32 * (1 if use.is_hidden_matrix else 2) for shape, use in leaves)
 
@@ -113,20 +114,89 @@ def activation_bytes(config: ByteConfig, rows: int, length: int) -> int:
       products: ``D`` less where branches are parallel, ``D`` more with deepnorm.
     - ``full``: ``L c D``: each layer's input. The last two make one layer's own activations anew, as of ``none``.
 
+    A layer with E experts has S rows for all tokens, see :func:`expert_rows`. In place of ``3 F`` it keeps
+    ``c S (2 D + 3 F)``, what goes into experts and comes out among it, ``3 F`` of the shared experts, and of the router
+    ``4 (D + 2 E)``; with ``dots``, in place of ``2 F``, that of the shared experts and ``4 E``. A context gate keeps
+    its features and layers besides. One layer at a time has the matrices of each block of rows, and their gradients.
+
     Besides ``2 c D`` for embedding and final norm, and float32 logits and their gradients, ``8 V`` for each of at most
     4096 tokens. Each of a memory's M slots of a row counts as a token's input, keys and values.
     """
-    D, F, V = config.hidden_size, config.mlp_size, config.padded_vocab_size
-    q, kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
+    D, V = config.hidden_size, config.padded_vocab_size
+    kv = config.kv_heads * config.head_size
     c = jnp.dtype(config.compute_dtype).itemsize
-    layers, tokens = config.num_hidden_layers, rows * length
+    tokens = rows * length
+    dense = _dense_layer(config, tokens)
+    with_experts = _layer_with_experts(config, tokens) if config.moe_layers else dense
+    layers = [with_experts if spec.moe else dense for spec in config.layer_specs]
+    kept = sum(getattr(layer, config.remat) for layer in layers)
+    at_once = max(layer.working + (0 if config.remat == "none" else layer.none) for layer in layers)
+    memory = rows * sum(spec.memory_slots for spec in config.layer_specs) * c * (D + 2 * kv)
+    return kept + at_once + tokens * 2 * c * D + memory + min(_LOSS_CHUNK, tokens) * 2 * _FLOAT32 * V
+
+
+@dataclass(frozen=True)
+class _LayerBytes:
+    """Of one layer: what it keeps with each value of ``remat``, and what it needs while it computes."""
+
+    none: int
+    dots: int
+    full: int
+    working: int = 0
+
+
+def _dense_layer(config: ByteConfig, tokens: int) -> _LayerBytes:
+    F, c = config.mlp_size, jnp.dtype(config.compute_dtype).itemsize
+    around = _around_the_mlp(config, tokens)
+    return _LayerBytes(around.none + tokens * c * 3 * F, around.dots + tokens * c * 2 * F, around.full)
+
+
+def _layer_with_experts(config: ByteConfig, tokens: int) -> _LayerBytes:
+    m, c = config.moe, jnp.dtype(config.compute_dtype).itemsize
+    D, F, E = config.hidden_size, config.expert_size, m.num_experts
+    sent, around = expert_rows(config, tokens), _around_the_mlp(config, tokens)
+    shared = m.n_shared_experts * F
+    logits = E * (2 if m.noise == "noisy_topk" else 1)
+    none = c * sent.rows * (2 * D + 3 * F) + tokens * (c * 3 * shared + _FLOAT32 * (D + E + logits))
+    dots = tokens * (c * 2 * shared + _FLOAT32 * logits)
+    if m.gate == "context":
+        C, inside = m.context_size, m.gate_intermediate_size or m.context_size
+        features = D + C + max(1, C // 2) + (D if m.history_decay else 0)
+        none += tokens * _FLOAT32 * (3 * features + 5 * inside + C)
+        dots += tokens * _FLOAT32 * (features + 3 * inside + C)
+    return _LayerBytes(around.none + none, around.dots + dots, around.full, 2 * c * sent.gathered * 2 * D * F)
+
+
+def _around_the_mlp(config: ByteConfig, tokens: int) -> _LayerBytes:
+    D, c = config.hidden_size, jnp.dtype(config.compute_dtype).itemsize
+    q, kv = config.num_attention_heads * config.head_size, config.kv_heads * config.head_size
     branches = 1 if config.parallel_residual else 2
     sums = branches + (config.residual_scaling == "deepnorm")  # of a stream, the layer's input among them
-    layer = c * (2 * branches * D + 2 * q + 2 * kv + 3 * F) + _FLOAT32 * config.num_attention_heads
-    kept = {"none": layer, "dots": c * (sums * D + q + 2 * kv + 2 * F), "full": c * D}[config.remat]
-    again = 0 if config.remat == "none" else layer
-    memory = rows * sum(spec.memory_slots for spec in config.layer_specs) * c * (D + 2 * kv)
-    return tokens * (layers * kept + again + 2 * c * D) + memory + min(_LOSS_CHUNK, tokens) * 2 * _FLOAT32 * V
+    none = c * (2 * branches * D + 2 * q + 2 * kv) + _FLOAT32 * config.num_attention_heads
+    return _LayerBytes(tokens * none, tokens * c * (sums * D + q + 2 * kv), tokens * c * D)
+
+
+class ExpertRows(NamedTuple):
+    """What a layer with experts computes for some tokens.
+
+    Attributes:
+      rows: of all experts, with the empty ones that fill blocks or slots.
+      gathered: blocks that get a copy of their expert's matrices; 0 where each expert has one.
+    """
+
+    rows: int
+    gathered: int
+
+
+def expert_rows(config: ByteConfig, tokens: int) -> ExpertRows:
+    """Rows of the experts in a training step, as they are laid out for so many tokens."""
+    m = config.moe
+    if m.dispatch == "capacity":
+        return ExpertRows(m.num_experts * most_slots(config, tokens), 0)
+    experts_NK = jax.ShapeDtypeStruct((tokens, m.num_experts_per_tok), jnp.int32)
+    layout = jax.eval_shape(lambda experts_NK: lay_out(experts_NK, m.num_experts), experts_NK)
+    blocks = layout.groups.experts_G
+    return ExpertRows(layout.pairs_S.shape[0], 0 if blocks is None else blocks.shape[0])
 
 
 def cache_bytes(config: ByteConfig, batch_size: int, length: int, dtype: CacheDtype = "compute") -> int:

@@ -129,7 +129,7 @@ class ReportWriter:
             ("heads", str(c.num_attention_heads)),
             ("kv_heads", str(c.kv_heads)),
             ("head_size", str(c.head_size)),
-            ("mlp_size", f"{c.mlp_size:,}"),
+            *self._feed_forward(),
             ("vocabulary", vocabulary),
             ("context", f"{c.max_position_embeddings:,}"),
             ("positions", c.position_embedding),
@@ -140,6 +140,19 @@ class ReportWriter:
         ]
         table = Table((word("setting"), word("value")), tuple((word(key), value) for key, value in rows))
         return Section(word("structure"), (table,), charts=("structure",))
+
+    def _feed_forward(self) -> list[tuple[str, str]]:
+        """MLPs and experts, where layers have them."""
+        c, m = self.config, self.config.moe
+        rows = [("mlp_size", f"{c.mlp_size:,}")] if len(c.moe_layers) < c.num_hidden_layers else []
+        if c.moe_layers:
+            key = "experts_of_pool" if m.shared_pool else "experts_of"
+            rows += [
+                ("expert_layers", str(len(c.moe_layers))),
+                ("experts_of_layer", self.word(key, m.num_experts, m.num_experts_per_tok)),
+                ("expert_size", f"{c.expert_size:,}"),
+            ]
+        return [*rows, ("shared_count", str(m.n_shared_experts))] if m.n_shared_experts else rows
 
     def _windows(self) -> str:
         specs = self.config.layer_specs
@@ -156,13 +169,18 @@ class ReportWriter:
             for part, count in self.counts.parts.items()
         ]
         rows.append((word("in_all"), self._of_a_layer(None), f"{total:,}", percent(1.0)))
-        rows.append((word("trainable"), "", f"{self.counts.trainable:,}", percent(self.counts.trainable / total)))
-        return Section(word("parameters"), (Table(columns, tuple(rows)),), (word("note_parameters"),), ("parameters",))
+        notes = [word("note_parameters")]
+        told = {"trainable": self.counts.trainable}
+        if self.config.moe_layers:
+            told["active"] = self.counts.active
+            notes.append(word("note_active"))
+        rows += [(word(key), "", f"{count:,}", percent(count / total)) for key, count in told.items()]
+        return Section(word("parameters"), (Table(columns, tuple(rows)),), tuple(notes), ("parameters",))
 
     def _of_a_layer(self, part: str | None) -> str:
-        """The number, or the range where layers differ; nothing where layers have no such part."""
-        numbers = {sum(layer.values()) if part is None else layer.get(part, 0) for layer in self.counts.layers}
-        if numbers == {0}:
+        """The number, or the range where layers that have the part differ; nothing where none has."""
+        numbers = {sum(layer.values()) if part is None else layer.get(part, 0) for layer in self.counts.layers} - {0}
+        if not numbers:
             return ""
         return f"{min(numbers):,}" if len(numbers) == 1 else f"{min(numbers):,} - {max(numbers):,}"
 
@@ -221,7 +239,7 @@ class ReportWriter:
     def flops(self) -> Section:
         """Operations a token, of the forward pass and of a training step, by both ways to count attention."""
         word = self.word
-        training = flops_per_token(self.config, self.counts.total, self.setup.length)
+        training = flops_per_token(self.config, self.counts.active, self.setup.length)
         table = Table(
             (word("quantity"), word("causal"), word("full")),
             tuple(
@@ -229,7 +247,10 @@ class ReportWriter:
                 for key, flops in (("forward", training.forward), ("training", training))
             ),
         )
-        return Section(word("flops"), (table,), (word("note_flops", f"{self.setup.length:,}"),))
+        notes = [word("note_flops", f"{self.setup.length:,}")]
+        if self.config.moe_layers:
+            notes.append(word("note_flops_experts"))
+        return Section(word("flops"), (table,), tuple(notes))
 
     def speed(self, measured: Measured) -> Section:
         """Tokens a second by batch size."""
@@ -268,6 +289,8 @@ class ReportWriter:
     def comparison(self, reference: ByteConfig, name: str) -> tuple[Section, dict[str, float]]:
         """This model beside a reference, and the ratios for a chart, by label."""
         ours, theirs = self._quantities(self.config, self.counts), self._quantities(reference, None)
+        if not (self.config.moe_layers or reference.moe_layers):
+            del ours["active_short"]  # all of them
         ratios = {key: ours[key] / theirs[key] for key in ours}
         sized = {"cache_short": of_bytes, "training_short": of_bytes}
         rows = tuple(
@@ -280,11 +303,12 @@ class ReportWriter:
 
     def _quantities(self, config: ByteConfig, counts: ParameterCounts | None) -> dict[str, float]:
         model, s = ByteTransformer(config), self.setup
-        total = (counts or parameter_counts(model)).total
+        counts = counts or parameter_counts(model)
         training = training_bytes(model, optimizer=s.optimizer, rows=s.rows, length=s.length, average=s.average)
         return {
-            "parameters_short": total,
-            "flops_short": flops_per_token(config, total, s.length).causal,
+            "parameters_short": counts.total,
+            "active_short": counts.active,
+            "flops_short": flops_per_token(config, counts.active, s.length).causal,
             "cache_short": cache_bytes(config, s.cache_batch, s.cache_length),
             "training_short": training.total,
             "depth": config.num_hidden_layers,

@@ -201,7 +201,12 @@ def overflow_candidates(
         elif step == "random":
             assert key is not None
             found.append(jax.random.randint(key, (N, _OFFERS), 0, E, jnp.int32))
-    return jnp.concatenate(found, axis=1).astype(jnp.int32) if found else None
+    if not found:
+        return None
+    found_NM = jnp.concatenate(found, axis=1).astype(jnp.int32)
+    # What has no score would have no weight: such as an expert that the token does not see.
+    has_score_NM = jnp.take_along_axis(scores_NE, jnp.minimum(found_NM, E - 1), axis=1) > 0
+    return jnp.where(has_score_NM, found_NM, E)
 
 
 def counted(tally: Tally | None, decision: Decision, sent: Dispatched, wanted_E: Array) -> Tally | None:

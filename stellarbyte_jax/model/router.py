@@ -14,7 +14,7 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.gates import GATES, Seen
 from stellarbyte_jax.model.params import linear, materialise, param
-from stellarbyte_jax.model.state.router import TRACKED
+from stellarbyte_jax.model.state.router import TRACKED, TWIN, TWIN_STEPS, first_values, hidden_twins
 from stellarbyte_jax.ops.balance import Routed
 from stellarbyte_jax.ops.routing import Choices, choose_experts, score_experts
 
@@ -48,15 +48,18 @@ class Tracked(nn.Module):
     def __call__(self) -> dict[str, Array]:
         """Running means of loads [E] (shares that add up to one) and of use [E], priorities, biases and coldness [E].
 
-        ``steps`` counts the steps.
+        ``steps`` counts the steps. Where experts are split, ``twin`` [E] is the number of an expert's other half, or
+        its own, and ``twin_steps`` [E] says for how many steps these exclude each other yet.
         """
         E = self.config.moe.num_experts
-        first = {"load": 1 / E, "utilization": 0.5, "priority": 1.0, "bias": 0.0, "coldness": 0.0}
-        by_expert = {name: self._number(name, value, {"routed": E}) for name, value in first.items()}
-        return {**by_expert, "steps": self._number("steps", 0.0, {})}
+        axes: dict[str, dict[str, int]] = {"steps": {}}  # the others are of each expert
+        kept = first_values(E)
+        if self.config.moe.rebalance_interval is None:
+            del kept[TWIN], kept[TWIN_STEPS]
+        return {name: self._number(name, value, axes.get(name, {"routed": E})) for name, value in kept.items()}
 
-    def _number(self, name: str, value: float, axes: dict[str, int]) -> Array:
-        init = nn.initializers.constant(value)
+    def _number(self, name: str, value: float | tuple[float, ...], axes: dict[str, int]) -> Array:
+        init = nn.initializers.constant(jnp.asarray(value, jnp.float32))
         return jax.lax.stop_gradient(materialise(param(self, name, init, axes, float32=True, tracked=True), "float32"))
 
 
@@ -82,6 +85,10 @@ class Router(nn.Module):
             logits_NE = self._with_noise(logits_NE, x_BTD, tracked["steps"])
         elif c.noise == "noisy_topk":
             self._noise_size(x_BTD)
+        hidden_NE = None
+        if TWIN in tracked:
+            hidden_NE = hidden_twins(tracked[TWIN], tracked[TWIN_STEPS], ctx.positions_BT.reshape(-1))
+            clean_NE, logits_NE = (jnp.where(hidden_NE, -jnp.inf, x) for x in (clean_NE, logits_NE))
         scores_NE = score_experts(logits_NE, c.scoring_func)
         mask_N = ctx.tokens.reshape(-1)
         choices = choose_experts(
@@ -89,6 +96,7 @@ class Router(nn.Module):
             c.num_experts_per_tok,
             bias_E=tracked["bias"],
             mask_N=mask_N,
+            hidden_NE=hidden_NE,
             groups=c.n_group,
             kept_groups=c.topk_group,
             threshold=c.dynamic_k,

@@ -78,10 +78,10 @@ def _backward(kept: tuple[Array, Array, Array | None], dy_GMF: Array) -> tuple[A
     dw_GDF = jnp.einsum("gmd,gmf->gdf", x_GMD, dy_GMF)
     if experts_G is None:
         return dx_GMD, dw_GDF, None
-    sums_EDF = jax.ops.segment_sum(
-        dw_GDF.astype(jnp.float32), experts_G, w_EDF.shape[0], indices_are_sorted=True, mode="promise_in_bounds"
-    )
-    return dx_GMD, sums_EDF.astype(w_EDF.dtype), None
+    # Sums of blocks as a product: on a GPU faster than a scatter, which takes minutes to compile for many blocks.
+    of_expert_GE = jax.nn.one_hot(experts_G, w_EDF.shape[0], dtype=dw_GDF.dtype)
+    dw_EDF = jnp.einsum("ge,gdf->edf", of_expert_GE, dw_GDF, precision=jax.lax.Precision.HIGHEST)
+    return dx_GMD, dw_EDF.astype(w_EDF.dtype), None
 
 
 _blocked.defvjp(_forward, _backward)

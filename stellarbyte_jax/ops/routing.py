@@ -69,6 +69,7 @@ def choose_experts(
     *,
     bias_E: Float[Array, " E"] | None = None,
     mask_N: Bool[Array, " N"] | None = None,
+    hidden_NE: Bool[Array, "N E"] | None = None,
     groups: int = 1,
     kept_groups: int = 1,
     threshold: float | None = None,
@@ -83,6 +84,7 @@ def choose_experts(
       bias_E: added for the choice alone; weights are the scores without it, and no gradient comes here (the balance
         without a loss: Wang et al. 2024, https://arxiv.org/abs/2408.15664).
       mask_N: False for padding, which goes nowhere.
+      hidden_NE: experts that a token does not see, and so never chooses; there are k others.
       groups: equal groups of neighbouring experts, of which a token uses ``kept_groups``: those with the largest sums
         of their two best scores (DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437).
       kept_groups: see ``groups``.
@@ -100,6 +102,8 @@ def choose_experts(
     if not 1 <= k <= E // groups * kept_groups:
         raise ValueError(f"a token cannot have {k} of {E // groups * kept_groups} experts")
     ranked_NE = scores_NE if bias_E is None else scores_NE + bias_E.astype(jnp.float32)[None, :]
+    if hidden_NE is not None:
+        ranked_NE = jnp.where(hidden_NE, -jnp.inf, ranked_NE)
     if kept_groups < groups:
         ranked_NGE = ranked_NE.reshape(N, groups, E // groups)
         best_NG = jnp.sum(jax.lax.top_k(ranked_NGE, min(2, E // groups))[0], axis=-1)
@@ -110,7 +114,7 @@ def choose_experts(
     needed_NK = jnp.ones(experts_NK.shape, bool) if mask_N is None else jnp.broadcast_to(mask_N[:, None], (N, k))
     if threshold is not None:
         shares_NK = scores_NK / (jnp.sum(scores_NE, axis=1, keepdims=True) + _TINY)
-        needed_NK &= jnp.cumsum(shares_NK, axis=1) - shares_NK < threshold
+        needed_NK &= jnp.cumsum(shares_NK, axis=1) - shares_NK < max(threshold, _TINY)
     scores_NK = jnp.where(needed_NK, scores_NK, 0.0)
     factors_N = jnp.full(N, scale, jnp.float32)
     if normalize:

@@ -21,11 +21,12 @@ from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
+from stellarbyte_jax.inspect.costs import ParameterCounts
 from stellarbyte_jax.launch import LOCK, write_failure
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.training import finish
+from stellarbyte_jax.training import finish, rebalance
 from stellarbyte_jax.training.directory import holds_run
 from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Resumed, begin_with
@@ -174,6 +175,7 @@ def check(config: TrainConfig) -> None:
         _check_same_model(config, find_source(config.init_from).model_config(), lambda _: None)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
     finish.check(config)
+    rebalance.check(config)
     if not run_dir.exists():
         expand_all(config.data.train, "data.train")
         if config.data.validation:
@@ -229,8 +231,12 @@ def from_weights(
         raise CheckpointError(f"{config.init_from} cannot begin a run: {error}. Name another checkpoint") from None
 
 
-def keep(found: Found, parameters: int) -> None:
+def keep(found: Found, parameters: ParameterCounts) -> None:
     """Writes settings, environment, and a copy of the tokenizer: checkpoints stay readable when the original moves.
+
+    Args:
+      found: the settings.
+      parameters: of the model.
 
     Raises:
       OSError: a file cannot be written or read; the message names it.
@@ -240,7 +246,7 @@ def keep(found: Found, parameters: int) -> None:
     try:
         write_json(target, found.named.to_dict())
         target = run_dir / ABOUT
-        write_json(target, about(parameters))
+        write_json(target, about(parameters.total, parameters.active))
         target = run_dir / TOKENIZER
         copy_tokenizer(tokenizer, target, kept_ids(target, tokenizer, found.used.model.vocab_size))
     except OSError as error:

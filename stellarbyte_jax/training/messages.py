@@ -1,13 +1,22 @@
-"""Longer lines that a run prints: where the time before its first step went, and how its data ended."""
+"""Longer texts that a run prints: its size, where the time before its first step went, and how it ended."""
 
 import math
 import signal
+from pathlib import Path
 
 import numpy as np
 
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.inspect.costs import ParameterCounts
 from stellarbyte_jax.launch import CompileCache
+from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_schedule
+
+
+def parameters(counts: ParameterCounts, noun: str = " parameters") -> str:
+    """Their number, and that of those that one token uses where it is another."""
+    told = f"{counts.total:,}{noun}"
+    return told if counts.active == counts.total else f"{told}, {counts.active:,} active"
 
 
 def first_step(seconds: float, cache: CompileCache) -> str:
@@ -55,3 +64,29 @@ def over(config: TrainConfig, step: int, stale: int) -> str:
     if step > config.steps:
         where = f"it stands at step {step}, beyond steps={config.steps}"
     return f"the run in {config.output_dir} is complete: {where}"
+
+
+def summary(
+    config: TrainConfig,
+    step: int,
+    counts: ParameterCounts,
+    seconds: float,
+    meter: Meter,
+    best_loss: float | None,
+    exported: Path | None,
+) -> dict[str, str]:
+    """What a run that ended at this step was, by name: the rows of a table."""
+    rows = {"steps": f"{step:,}", "parameters": parameters(counts, ""), "time": f"{seconds:.0f} s"}
+    last = meter.last
+    if "loss" in last:
+        rows["training loss"] = f"{last['loss']:.4f}"
+    if best_loss is not None:
+        rows["best validation loss"] = f"{best_loss:.4f}"
+    if meter.rates:
+        rows["speed"] = f"{np.median(meter.rates):,.0f} tokens/s (median)"
+    if "peak_memory_gib" in last:
+        rows["peak device memory"] = f"{last['peak_memory_gib']:.1f} GiB"
+    rows["checkpoint"] = str(Path(config.output_dir) / "checkpoints" / str(step))
+    if exported is not None:
+        rows["Hugging Face directory"] = str(exported)
+    return rows

@@ -41,7 +41,7 @@ class Meter:
     def __init__(
         self,
         config: TrainConfig,
-        parameters: int,
+        active_parameters: int,
         show: Callable[[int, dict[str, float], bool], None],
         skipped: Callable[[], int],
         seconds: float | None = 0.0,
@@ -51,14 +51,14 @@ class Meter:
 
         Args:
           config: of the run.
-          parameters: number of weights.
+          active_parameters: number of weights that one token uses.
           show: takes each step's number, its metrics, and whether they are due for lines and trackers.
           skipped: number of unusable lines that were left out so far.
           seconds: of training, of earlier starts; None where they did not count.
           tokens: that earlier starts trained on; None likewise.
         """
         self._steps_in_all, self._interval = config.steps, config.logging.interval
-        self._flops = flops_per_token(config.model, parameters, config.data.sequence_length)
+        self._flops = flops_per_token(config.model, active_parameters, config.data.sequence_length)
         self._step_tokens = config.global_batch_size * config.data.sequence_length
         self._show, self._skipped = show, skipped
         self._pending: tuple[int, Metrics] | None = None

@@ -23,9 +23,15 @@ _LARGEST = 1e100  # no metric comes near it, and sums of such numbers stay float
 _MOST_NAMES = 2000  # of metrics; a run has a few dozen, and some more for each layer with experts
 
 
-def about(parameters: int) -> dict[str, Any]:
-    """What :data:`ABOUT` holds: facts that neither settings nor metrics tell."""
-    return {"parameters": parameters, "environment": {"stellarbyte_jax": __version__, **environment_facts()}}
+def about(parameters: int, active: int) -> dict[str, Any]:
+    """What :data:`ABOUT` holds: facts that neither settings nor metrics tell.
+
+    Args:
+      parameters: of the model.
+      active: those of them that one token uses.
+    """
+    environment = {"stellarbyte_jax": __version__, **environment_facts()}
+    return {"parameters": parameters, "active_parameters": active, "environment": environment}
 
 
 @dataclass(frozen=True, eq=False)

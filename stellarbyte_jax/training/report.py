@@ -187,6 +187,7 @@ def _numbers(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
         ("tokens (without padding)", lambda r: _end(r, "tokens", lambda v: f"{v:,.0f}")),
         ("time of training", lambda r: _end(r, "time", _duration)),
         ("parameters", lambda r: _whole(r.about.get("parameters"))),
+        ("active parameters", _active),
         ("training loss", lambda r: _last(r, "loss", "{:.4f}")),
         ("best validation loss", _best),
         ("last validation loss", lambda r: _last(r, "validation/loss", "{:.4f}")),
@@ -198,6 +199,12 @@ def _numbers(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
     ]
     made = [(name, [spell(record) for record in records]) for name, spell in rows]
     return [(name, ["–" if x is None else x for x in cells]) for name, cells in made if any(cells)]
+
+
+def _active(record: Record) -> str | None:
+    """Those that one token uses, where they are not all."""
+    active = record.about.get("active_parameters")
+    return None if active == record.about.get("parameters") else _whole(active)
 
 
 def _steps(record: Record) -> str:

@@ -10,12 +10,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader, make_loader
-from stellarbyte_jax.inspect.costs import count_parameters
+from stellarbyte_jax.inspect.costs import ParameterCounts, parameter_counts
 from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
@@ -26,6 +25,7 @@ from stellarbyte_jax.training.directory import RunDirectory
 from stellarbyte_jax.training.loads import LoadFile
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.training.rebalance import Moves, compiled_rebalance, rebalances, tell
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sampler
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
@@ -67,7 +67,7 @@ class _Run:
     directory: RunDirectory
     checkpointer: Checkpointer
     model: ByteTransformer
-    parameters: int
+    parameters: ParameterCounts
     state: TrainState
     progress: Progress
     loader: Loader
@@ -77,6 +77,7 @@ class _Run:
     rounds: TaskRounds
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., tuple[dict[str, jax.Array], State]]
+    rebalance: Callable[[TrainState], tuple[TrainState, Moves]] | None
     meter: Meter
 
 
@@ -133,7 +134,8 @@ def _prepare(
     optimizer = make_optimizer(config, model)
     checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
     shapes = state_shapes(config, model, optimizer)
-    parameters = count_parameters(shapes.weights)
+    rebalance = compiled_rebalance(config, model, shapes)
+    parameters = parameter_counts(model)
     found = resume.restore(checkpointer, named, shapes, optimizer, report.line, config.data.tokenizer)
     if found is not None:
         named = found.settings
@@ -163,7 +165,9 @@ def _prepare(
     elif found is not None:
         report.line(f"starting from the weights in {run_dir}")
     begin.keep(begin.Found(named, config), parameters)
-    report.line(f"{parameters:,} parameters; {config.global_batch_size * config.data.sequence_length:,} tokens a step")
+    report.line(
+        f"{messages.parameters(parameters)}; {config.global_batch_size * config.data.sequence_length:,} tokens a step"
+    )
     trackers = Together(make_trackers(config, start, validated=not validates))
     stack.callback(trackers.close)
     loads = stack.enter_context(contextlib.closing(LoadFile(config, start)))
@@ -177,7 +181,9 @@ def _prepare(
     def publish_tasks(step: int, metrics: dict[str, float]) -> None:
         trackers.log(step, {**metrics, **meter.totals()})
 
-    meter = Meter(config, parameters, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens)
+    meter = Meter(
+        config, parameters.active, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens
+    )
     byte_lengths = token_byte_lengths(config.data.tokenizer)
     byte_lengths_V = None if byte_lengths is None else jnp.asarray(byte_lengths)
     return _Run(
@@ -201,6 +207,7 @@ def _prepare(
         rounds=TaskRounds(config, model, start, interrupt.came, publish_tasks),
         train_step=jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0),
         eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V)),
+        rebalance=rebalance,
         meter=meter,
     )
 
@@ -235,6 +242,8 @@ def _loop(run: _Run, start: int) -> Finished:
             run.meter.flush()
             run.report.line(messages.first_step(time.perf_counter() - run.began, run.cache))
             run.meter.reset()
+        if run.rebalance is not None and rebalances(config, step):
+            _rebalance(run, step, run.rebalance)
 
         last = step == config.steps
         loss = None
@@ -254,6 +263,15 @@ def _loop(run: _Run, start: int) -> Finished:
         if exhausted:
             return Finished(0, step, "patience")
     return Finished(0, run.total, "steps")
+
+
+def _rebalance(run: _Run, step: int, rebalance: Callable[[TrainState], tuple[TrainState, Moves]]) -> None:
+    """Splits overloaded experts, and tells of it."""
+    run.meter.flush()
+    with run.meter.paused():
+        run.state, moves = rebalance(run.state)
+        for line in tell(run.config.model, step, moves):
+            run.report.line(line)
 
 
 def _make_up(run: _Run, step: int) -> Finished | None:
@@ -297,7 +315,9 @@ def _finish(run: _Run, ended: Finished) -> Finished:
     exported = finish.finish(
         config, run.model, run.state.averaged, ended.step, report.line, run.sampler, run.rounds, loss
     )
-    report.table("summary", _summary(run, ended.step, exported))
+    seconds, best = time.perf_counter() - run.began, run.progress.best_loss
+    rows = messages.summary(config, ended.step, run.parameters, seconds, run.meter, best, exported)
+    report.table("summary", rows)
     if run.interrupt.signal is None or finish.is_done(config, ended.step, run.sampler, run.rounds):
         return ended
     return _stopped(run, ended.step)
@@ -377,21 +397,3 @@ def _open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> 
         vocab_size=config.model.vocab_size,
         transform=jax.device_put,
     )
-
-
-def _summary(run: _Run, step: int, exported: Path | None) -> dict[str, str]:
-    seconds = time.perf_counter() - run.began
-    rows = {"steps": f"{step:,}", "parameters": f"{run.parameters:,}", "time": f"{seconds:.0f} s"}
-    last = run.meter.last
-    if "loss" in last:
-        rows["training loss"] = f"{last['loss']:.4f}"
-    if run.progress.best_loss is not None:
-        rows["best validation loss"] = f"{run.progress.best_loss:.4f}"
-    if run.meter.rates:
-        rows["speed"] = f"{np.median(run.meter.rates):,.0f} tokens/s (median)"
-    if "peak_memory_gib" in last:
-        rows["peak device memory"] = f"{last['peak_memory_gib']:.1f} GiB"
-    rows["checkpoint"] = str(Path(run.config.output_dir) / "checkpoints" / str(step))
-    if exported is not None:
-        rows["Hugging Face directory"] = str(exported)
-    return rows

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,17 @@ def test_arrays_of_numpy_are_summed_in_parts(size, monkeypatch):
         assert array_checksums({"a": shaped}) == array_checksums({"a": jnp.asarray(shaped)})
     flags = array > 0
     assert array_checksums([flags]) == array_checksums([jnp.asarray(flags)])
+
+
+def test_an_array_that_was_summed_is_let_go():
+    """Also where JAX would take over its memory: at a multiple of 64 bytes, in parts that are whole."""
+    room = np.zeros((1 << 12) * 4 + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    array = room[start : start + (1 << 12) * 4].view(np.float32)
+    alive = weakref.ref(room)
+    array_checksums({"x": array})
+    del room, array
+    assert alive() is None
 
 
 def test_the_number_of_an_array_is_what_its_docstring_says():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers.hf_models import assert_same_tree, random_model, small_config
+from helpers.live_arrays import LiveArrays
 
-from stellarbyte_jax.checkpoint import store
+from stellarbyte_jax.checkpoint import leafwise, store
+from stellarbyte_jax.checkpoint.checksum import array_checksums
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
-from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights, run_and_step, save_initial
+from stellarbyte_jax.checkpoint.weights import (
+    load_lazy_weights,
+    load_training_facts,
+    load_weights,
+    run_and_step,
+    save_initial,
+)
 from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, TrainConfig
 from stellarbyte_jax.hf.card import TrainingFacts
+from stellarbyte_jax.model.lazy import LazyArray, as_numpy
 from stellarbyte_jax.model.trees import merge, partition
 
 CONFIG = small_config(num_hidden_layers=1)
@@ -193,21 +204,84 @@ def test_nothing_is_printed_about_a_directory_that_is_read(tmp_path, caplog):
     assert caplog.records == [] and absl.level == before
 
 
-def test_weights_are_written_a_few_at_a_time(tmp_path, monkeypatch):
-    """At most as many bytes as the largest array has, and a margin; what was written is what is read."""
-    limits, wrote = [], []
+def test_weights_that_are_read_later_are_the_same(tmp_path: Path) -> None:
+    trained, frozen = partition(times(2), lambda path: path[0] != "embed")
+    arrays = {"params": times(3, trained), "frozen": frozen, "ema": times(5, trained)}
+    write(tmp_path, {4: {"params": WEIGHTS}}, frozen=[])
+    write(tmp_path, {7: arrays}, frozen=["embed/embedding"])
+    config, later = load_lazy_weights(tmp_path)
+    assert config.model == CONFIG and all(isinstance(leaf, LazyArray) for leaf in jax.tree.leaves(later))
+    expected = merge(times(5, trained), frozen)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), later) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), expected
+    )
+    assert_same_tree(jax.tree.map(as_numpy, later), expected)
+    assert_same_tree(jax.tree.map(as_numpy, load_lazy_weights(tmp_path, 4)[1]), WEIGHTS)
 
-    class Noted(ocp.StandardCheckpointHandler):
-        def __init__(self, *, save_concurrent_gb):
-            limits.append(save_concurrent_gb)
-            super().__init__(save_concurrent_gb=save_concurrent_gb)
 
-        async def async_save(self, *positional, **named):
-            wrote.append(self)
-            return await super().async_save(*positional, **named)
+def test_what_is_read_later_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the settings before, and against its checksum when it is read; the checkpoint is named then too."""
+    other = dataclasses.replace(CONFIG, qk_norm=True).to_dict()
+    write(tmp_path / "other", {1: {"params": WEIGHTS}}, model=other)
+    message = r"checkpoints/1 is unreadable: ValueError: the arrays of params and those of the settings differ in \S+"
+    with pytest.raises(CheckpointError, match=rf"{message}_norm/scale.*\. Name another step$"):
+        load_lazy_weights(tmp_path / "other")
+    write(tmp_path / "run", {2: {"params": WEIGHTS}})
+    _, later = load_lazy_weights(tmp_path / "run")
+    read = store.read_leaf
+    monkeypatch.setattr(store, "read_leaf", lambda *what: read(*what) + np.float32(1))
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is unreadable: OSError: params/final_norm/scale differs"):
+        later["final_norm"]["scale"].read()
+    monkeypatch.setattr(store, "read_leaf", read)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2" / "params" / "d")
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is unreadable: \w+: .*\. Name another step$") as caught:
+        later["embed"]["embedding"].read()
+    assert "\n" not in str(caught.value)
 
-    monkeypatch.setattr(store.ocp, "StandardCheckpointHandler", Noted)
-    save_initial(tmp_path / "run", CONFIG, WEIGHTS, "words")
-    largest = max(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(WEIGHTS))
-    assert limits == [(largest + 2**20) / 1e9] and len(wrote) == 1
+
+def test_weights_are_written_one_after_another(tmp_path: Path) -> None:
+    """When one is read, the one before it is on disk and gone; what was written is what is read."""
+    memory = LiveArrays()
+    save_initial(tmp_path / "run", CONFIG, jax.tree.map(memory.lazy, WEIGHTS), "words")
+    leaves = jax.tree.leaves(WEIGHTS)
+    assert memory.made == 2 * len(leaves)  # for the checksum, and for the file
+    assert memory.peak == max(leaf.nbytes for leaf in leaves)
     assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)
+
+
+class Uncopied(np.ndarray):
+    """An array that must not be copied, as orbax does with those that others may change meanwhile."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("copied")
+
+
+def test_weights_are_written_without_a_copy(tmp_path: Path) -> None:
+    lazies = jax.tree.map(lambda x: LazyArray(x.shape, x.dtype, lambda: x.view(Uncopied)), WEIGHTS)
+    save_initial(tmp_path / "run", CONFIG, lazies)
+    assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)
+
+
+def test_known_checksums_are_taken(tmp_path: Path) -> None:
+    save_initial(tmp_path / "run", CONFIG, WEIGHTS, checksums=array_checksums(WEIGHTS))
+    assert_same_tree(load_weights(tmp_path / "run")[1], WEIGHTS)
+    save_initial(tmp_path / "wrong", CONFIG, WEIGHTS, checksums=array_checksums(times(2)))
+    with pytest.raises(CheckpointError, match="differs from its checksum"):
+        load_weights(tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_arrays_lie_in_parts_on_the_disk(training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that who reads one holds little besides; in a file each where nothing may wait in memory to be written."""
+    monkeypatch.setattr(leafwise, "_PART", 2**10)
+    if training:
+        write(tmp_path, {0: {"params": WEIGHTS}})
+    else:
+        save_initial(tmp_path, CONFIG, WEIGHTS)
+    with ocp.PyTreeCheckpointer() as reader:
+        found: Any = reader.metadata(tmp_path / "checkpoints" / "0" / "params").item_metadata
+    parts = [4 * math.prod(leaf.storage.chunk_shape) for leaf in jax.tree.leaves(found.tree)]
+    assert (tmp_path / "checkpoints" / "0" / "params" / "manifest.ocdbt").exists() == training
+    assert max(parts) == 2**10 < max(leaf.nbytes for leaf in jax.tree.leaves(WEIGHTS))
+    assert_same_tree(load_weights(tmp_path)[1], WEIGHTS)
+    assert_same_tree(jax.tree.map(as_numpy, load_lazy_weights(tmp_path)[1]), WEIGHTS)

@@ -26,6 +26,7 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.files import shipped
 from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.lazy import as_numpy
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 SMALL = ByteConfig(
@@ -317,13 +318,13 @@ def test_verify_reads_the_run_that_was_written(
     convert: Callable[..., int], run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch", reason=NEEDS_TORCH)
-    hf, saved = run_dir.parent / "hf", script.save_initial
+    hf, write = run_dir.parent / "hf", script.write_run
     assert convert("to-hf", run_dir, hf) == 0
     monkeypatch.setattr(
         script,
-        "save_initial",
-        lambda run, config, params, *rest, **more: saved(
-            run, config, params | {"embed": jax.tree.map(lambda x: x * 2, params["embed"])}, *rest, **more
+        "write_run",
+        lambda run, config, params, *rest: write(
+            run, config, params | {"embed": jax.tree.map(lambda x: as_numpy(x) * 2, params["embed"])}, *rest
         ),
     )
     assert convert("from-hf", hf, run_dir.parent / "again", "--verify") == 1

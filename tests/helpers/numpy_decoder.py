@@ -131,8 +131,11 @@ def experts(c, w, x, pool):
     for t, token in enumerate(x):
         logits = gate(c, w["router"], token, t, history)
         history = m.history_decay * history + (1 - m.history_decay) * token
+        hidden = hidden_twins(w["router"]["tracked"], t)
+        logits[hidden] = -np.inf
         score = scores(c, w["router"], logits)
         choice = score + w["router"]["tracked"]["bias"]
+        choice[hidden] = -np.inf
         size = E // m.n_group
         best = [np.sort(choice[g * size : (g + 1) * size])[-2:].sum() for g in range(m.n_group)]
         groups = np.argsort(best)[::-1][: m.topk_group]
@@ -147,6 +150,16 @@ def experts(c, w, x, pool):
             both = np.einsum("d,dgf->gf", token, gated["gate_up"][e])
             out[t] += m.routed_scaling_factor * score[e] / total * (silu(both[0]) * both[1]) @ gated["down"][e]
     return out + (mlp(c, w["shared"], x) if m.n_shared_experts else 0)
+
+
+def hidden_twins(kept, position):
+    """Experts that a token does not see: of two twins that exclude each other, even positions see the lower number."""
+    hidden = []
+    for e, steps in enumerate(kept.get("twin_steps", ())):
+        other = round(kept["twin"][e])
+        if steps > 0.5 and other != e and position % 2 != (0 if e < other else 1):
+            hidden.append(e)
+    return hidden
 
 
 def gate(c, w, token, position, history):

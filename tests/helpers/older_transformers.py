@@ -26,6 +26,10 @@ def main(folder: Path) -> None:
             with torch.no_grad():
                 difference = np.abs(model(tokens).logits.numpy() - ours["logits"]).max()
             assert difference < 1e-4, (directory, attention, difference)
+        half = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, torch_dtype=torch.bfloat16)
+        for name, tensor in (*half.named_parameters(), *half.named_buffers()):
+            is_exact = ".router." in name or name.endswith("xpos_rate")
+            assert tensor.dtype == (torch.float32 if is_exact else torch.bfloat16), (directory, name)
         prompts = torch.from_numpy(ours["prompts"].astype(np.int64))  # 0 is padding
         mask = (prompts > 0).long()
         for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}):

@@ -102,6 +102,7 @@ VARIANTS = {
             "adaptive_temperature": True,
         },
     },
+    "experts of which some are twins": {"moe": {"num_experts": 6, "intermediate_size": 24, "rebalance_interval": 10}},
     "a pool of experts, parallel, xpos": {
         "moe": {"num_experts": 4, "shared_pool": True, "temperature": 0.5, "mlp_only_layers": (2,)},
         "parallel_residual": True,
@@ -134,7 +135,8 @@ step = jax.jit(forward_step, static_argnums=0)
 
 
 def make(variant, **more):
-    return make_model(dataclasses.replace(BASE, **{**VARIANTS[variant], **more}))
+    model, params = make_model(dataclasses.replace(BASE, **{**VARIANTS[variant], **more}))
+    return model, params if model.config.moe.rebalance_interval is None else with_twins(params, ((1, 4), (2, 5)))
 
 
 def make_model(config):
@@ -144,6 +146,21 @@ def make_model(config):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return model, jax.tree.unflatten(tree, leaves)
+
+
+def with_twins(params, pairs, steps=3.0):
+    """The weights with these experts as twins that exclude each other yet, in every second layer of each stack."""
+
+    def changed(path, x):
+        name = path[-1].key
+        if name not in ("twin", "twin_steps"):
+            return x
+        for one, other in pairs:
+            numbers = (other, one) if name == "twin" else (steps, steps)
+            x = x.at[::2, jnp.asarray([one, other])].set(jnp.asarray(numbers, jnp.float32))
+        return x
+
+    return jax.tree_util.tree_map_with_path(changed, params)
 
 
 def weights_alone(model, params):

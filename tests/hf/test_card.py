@@ -44,6 +44,17 @@ def test_what_the_model_is():
     assert found["vocabulary"] == f"{CONFIG.vocab_size} tokens"
 
 
+def test_experts_are_told_where_there_are_any():
+    assert "experts" not in rows(card())
+    moe = {"num_experts": 8, "intermediate_size": 1024, "mlp_only_layers": (0,)}
+    config = dataclasses.replace(CONFIG, num_hidden_layers=4, moe=moe)
+    settings = {"architecture": "X", "parameters": 1, "dtype": "float32", "has_tokenizer": True}
+    told = "2 of 8 for each token in 3 layers, 1,024 channels each"
+    assert rows(model_card(config, **settings))["experts"] == told
+    shared = dataclasses.replace(config, moe=moe | {"n_shared_experts": 1})
+    assert rows(model_card(shared, **settings))["experts"] == told.replace(" for", " and 1 shared for")
+
+
 def test_training_is_told_where_it_is_known():
     found = rows(card(training=FACTS))
     assert (found["optimizer"], found["steps"]) == ("muon", "1,500")

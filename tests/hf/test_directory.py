@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from stellarbyte_jax.config import CacheConfig, RopeScaling
 from stellarbyte_jax.hf.directory import from_pretrained, round_params, save_pretrained
+from stellarbyte_jax.hf.families import LLAMA
 from stellarbyte_jax.model.decoder import ByteTransformer
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -125,11 +126,11 @@ def test_dtypes_in_memory_and_on_disk(dtype: str, tmp_path: Path, model: Model) 
 def test_weights_are_rounded_as_a_directory_rounds_them() -> None:
     params = {"a": {"b": np.float32([1 + 2**-8, 3.0])}, "c": jax.numpy.asarray([1 + 2**-11], "f4")}
     for dtype, b, c in (("float32", 1 + 2**-8, 1 + 2**-11), ("bfloat16", 1.0, 1.0), ("float16", 1 + 2**-8, 1.0)):
-        rounded = round_params(params, dtype)
+        rounded = round_params(params, dtype, LLAMA)
         assert {str(x.dtype) for x in jax.tree.leaves(rounded)} == {"float32"}
         assert_same_tree(rounded, {"a": {"b": np.float32([b, 3.0])}, "c": np.float32([c])})
     with pytest.raises(ValueError, match=r"^a/b holds 70000, which float16 cannot represent"):
-        round_params({"a": {"b": np.float32([7e4])}}, "float16")
+        round_params({"a": {"b": np.float32([7e4])}}, "float16", LLAMA)
 
 
 def test_runtime_settings_are_given_when_reading(tmp_path: Path) -> None:

@@ -13,12 +13,17 @@ from helpers.training import flat
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.hf import export
 from stellarbyte_jax.hf.export import export_family
-from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, STELLARBYTE
+from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL, MIXTRAL, PHI3, QWEN2, QWEN3, QWEN3_MOE, STELLARBYTE
 from stellarbyte_jax.hf.settings import parse_config
 from stellarbyte_jax.hf.table import Entry, Family
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.state.router import is_tracked
 
 Shapes = dict[str, tuple[int, ...]]
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 5},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+}
 
 
 def shapes_of(config: ByteConfig) -> Shapes:
@@ -27,6 +32,11 @@ def shapes_of(config: ByteConfig) -> Shapes:
 
 def entries_of(family: Family, config: ByteConfig) -> list[Entry]:
     return list(family.entries(config, shapes_of(config)))
+
+
+def with_fused_rows(family: Family) -> Family:
+    paths = {row.ours for row in family.fused}
+    return dataclasses.replace(family, rows=(*(row for row in family.rows if row.ours not in paths), *family.fused))
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.modelling_file is None])
@@ -52,6 +62,9 @@ def test_a_family_is_a_class_of_transformers(name: str) -> None:
         ("qwen3", {"head_dim": 16}),
         ("qwen3", {"head_dim": 16, "attention_bias": True}),
         ("phi3", {"pad_token_id": 0}),
+        ("mixtral", EXPERTS["mixtral"]),
+        ("qwen3_moe", EXPERTS["qwen3_moe"]),
+        ("qwen3_moe", EXPERTS["qwen3_moe"] | {"mlp_only_layers": [1], "head_dim": 16, "attention_bias": True}),
     ],
     ids=str,
 )
@@ -65,6 +78,7 @@ def test_tensors_are_those_of_transformers(name: str, settings: dict[str, Any]) 
         peer = architecture(architecture.config_class(**(SMALL | settings)))
     theirs = {name: tuple(weight.shape) for name, weight in peer.named_parameters()}  # a tied head is no second one
     values = {"model_type": name} | SMALL | settings
+    family = with_fused_rows(family)  # the peer in memory
     entries = entries_of(family, parse_config(values, "here")[1])
     assert len({entry.theirs for entry in entries}) == len(entries)
     assert {entry.theirs: entry.hf_shape for entry in entries} == theirs
@@ -81,6 +95,9 @@ def test_tensors_are_those_of_transformers(name: str, settings: dict[str, Any]) 
         (PHI3, {}, (1, 0)),
         (QWEN2, {"attention_bias": True}, (0,)),
         (QWEN3, {"qk_norm": True, "attention_bias": True, "attention_output_bias": True}, (0,)),
+        (MIXTRAL, {"moe": {"num_experts": 5}}, (0,)),
+        (MIXTRAL, {"moe": {"num_experts": 5}}, (1, 0)),
+        (QWEN3_MOE, {"qk_norm": True, "moe": {"num_experts": 5, "intermediate_size": 24}}, (0,)),
         (STELLARBYTE, {"position_embedding": "xpos", "xpos_learnable": True, "layer_scale_init": 0.1}, (0,)),
         (STELLARBYTE, {"mlp_style": "stellarbyte", "parallel_residual": True, "qk_norm": True}, (1, 0)),
         (STELLARBYTE, {"residual_scaling": "deepnorm", "attention_bias": True, "mlp_bias": True}, (0,)),
@@ -104,7 +121,34 @@ def test_every_weight_is_part_of_one_tensor(family: Family, settings: dict[str, 
             assert not times["lm_head/kernel"][:, 96:].any()
             times["lm_head/kernel"][:, 96:] += 1
     for path, counted in times.items():
-        assert (counted == 1).all(), path
+        assert (counted == (not is_tracked(path))).all(), path
+
+
+@pytest.mark.parametrize("family", [MIXTRAL, QWEN3_MOE], ids=lambda family: family.model_type)
+@pytest.mark.parametrize("fused", [False, True], ids=["listed", "fused"])
+def test_every_weight_of_irregular_layers_is_part_of_one_tensor(family: Family, fused: bool) -> None:
+    dense = () if family is MIXTRAL else (0, 3)
+    config = small_config(
+        num_hidden_layers=5, qk_norm=family is QWEN3_MOE, moe={"num_experts": 3, "mlp_only_layers": dense}
+    )
+    shapes = shapes_of(config)
+    times = {path: np.zeros(shape, int) for path, shape in shapes.items()}
+    for entry in (with_fused_rows(family) if fused else family).entries(config, shapes):
+        for piece in entry.pieces:
+            times[piece.path][piece.index] += 1
+    assert all((counted == (not is_tracked(path))).all() for path, counted in times.items())
+
+
+def test_an_expert_is_an_entry_of_its_own() -> None:
+    """So that no more of a large layer is in memory at once."""
+    entries = entries_of(QWEN3_MOE, small_config(qk_norm=True, moe={"num_experts": 5, "intermediate_size": 24}))
+    found = {e.theirs: (e.hf_shape, e.pieces[0].index) for e in entries if "layers.1.mlp.experts.3" in e.theirs}
+    whole = slice(None)
+    assert found == {
+        "model.layers.1.mlp.experts.3.gate_proj.weight": ((24, 32), (1, 3, whole, 0)),
+        "model.layers.1.mlp.experts.3.up_proj.weight": ((24, 32), (1, 3, whole, 1)),
+        "model.layers.1.mlp.experts.3.down_proj.weight": ((32, 24), (1, 3)),
+    }
 
 
 def test_gate_and_up_are_slots_of_one_weight() -> None:
@@ -147,7 +191,9 @@ def test_queries_and_keys_alone_are_rotated() -> None:
     assert rotated == {"q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias"}
 
 
-@pytest.mark.parametrize("family", [LLAMA, MISTRAL, QWEN2, QWEN3, PHI3], ids=lambda family: family.model_type)
+@pytest.mark.parametrize(
+    "family", [LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, MIXTRAL, QWEN3_MOE], ids=lambda family: family.model_type
+)
 def test_buffers_of_old_checkpoints_are_known(family: Family) -> None:
     def known(name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in family.buffers)
@@ -156,7 +202,7 @@ def test_buffers_of_old_checkpoints_are_known(family: Family) -> None:
     assert known("model.layers.31.self_attn.rotary_emb.inv_freq")
     assert known("model.rotary_emb.inv_freq")
     assert not known("model.layers.x.self_attn.rotary_emb.inv_freq")
-    assert not any(known(row.theirs.format(i=0)) for row in family.rows)
+    assert not any(known(row.theirs.format(i=0, e=0)) for row in family.rows)
 
 
 def test_a_model_is_exported_as_the_simplest_family() -> None:
@@ -267,7 +313,12 @@ def test_every_setting_of_the_network_is_known_to_export() -> None:
     assert not silent, "a setting that no longer exists"
     assert set(SILENT) == set(export._WITHOUT_MEANING)
     told = {name for name in export._meaning(ByteConfig())}
-    sections = {"rope_scaling", "memory"}
+    sections = {"rope_scaling", "memory", "moe"}
     assert {f.name for f in dataclasses.fields(ByteConfig)} - sections == (
         {name for name in told if "." not in name} | set(export._WITHOUT_MEANING)
     )
+    experts = ByteConfig(moe={"num_experts": 4})
+    told = {name.removeprefix("moe.") for name in export._meaning(experts) if name.startswith("moe.")}
+    of_layers = {"first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers"}
+    assert not told & {*of_layers, *export._OF_TRAINING} and "layers" in told
+    assert told - {"layers"} | of_layers | set(export._OF_TRAINING) == set(experts.moe.to_dict())

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 from ml_dtypes import bfloat16
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from stellarbyte_jax.hf import files
 from stellarbyte_jax.hf.files import (
     INDEX,
     SINGLE,
@@ -100,6 +102,24 @@ def test_tensors_are_read_as_they_are_stored(kind: str, request: pytest.FixtureR
             found = files.read(name)
             assert found.dtype == array.dtype
             np.testing.assert_array_equal(found, array)
+
+
+def test_what_was_read_does_not_stay_in_memory(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that much was read of is mapped anew, and no other one."""
+    opened: list[str] = []
+
+    def noted(path: Path, **options: Any) -> Any:
+        opened.append(path.name)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", noted)
+    monkeypatch.setattr(files, "_MAPPED", 0)
+    with WeightFiles(sharded) as weights:
+        for name in ("a", "c", "b", "d", "a", "c"):
+            np.testing.assert_array_equal(weights.read(name), HELD[name])
+            assert weights.shape(name) == HELD[name].shape
+    one, two = SHARDS
+    assert opened == [one, two, one, one, two, two, one]  # each the file of the read before
 
 
 def test_files_that_the_index_does_not_name_are_left_alone(sharded: Path) -> None:

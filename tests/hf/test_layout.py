@@ -5,7 +5,18 @@ import pytest
 from helpers.hf_models import NEEDS_TORCH
 from ml_dtypes import bfloat16
 
-from stellarbyte_jax.hf.layout import FLAT, NEGATED, SAME, SPLIT_INPUT, SPLIT_OUTPUT, Layout, cast, interleaved_to_half
+from stellarbyte_jax.hf.layout import (
+    EXPERTS_DOWN,
+    EXPERTS_GATE_UP,
+    FLAT,
+    NEGATED,
+    SAME,
+    SPLIT_INPUT,
+    SPLIT_OUTPUT,
+    Layout,
+    cast,
+    interleaved_to_half,
+)
 
 F16, F32, BF16 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(bfloat16)
 
@@ -43,6 +54,8 @@ def test_a_flat_bias_is_one_for_each_head_and_channel() -> None:
         (SPLIT_OUTPUT, (6, 5), (5, 6)),
         (SPLIT_INPUT, (3, 4, 6), (6, 12)),
         (SPLIT_INPUT, (5, 6), (6, 5)),
+        (EXPERTS_GATE_UP, (3, 6, 2, 4), (3, 8, 6)),
+        (EXPERTS_DOWN, (3, 4, 6), (3, 6, 4)),
     ],
 )
 def test_each_layout_is_undone_and_knows_their_shape(

@@ -49,9 +49,9 @@ print(peak)
 
 def write_random(directory: Path, megabytes: int) -> ByteConfig:
     """A directory of about so many megabytes in one file, made without any tensor in memory."""
-    from stellarbyte_jax.hf.directory import _shapes
     from stellarbyte_jax.hf.export import export_family
     from stellarbyte_jax.hf.settings import config_json
+    from stellarbyte_jax.hf.tensors import shapes_of as _shapes
     from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 
     width = 1024 if megabytes > 1000 else 512

@@ -30,6 +30,21 @@ MODELS = {
     "deepnorm": {"residual_scaling": "deepnorm", "attention_logit_softcap": 2.0},
     "sinks": {"sliding_window": 4, "sink_tokens": 2},
     "windows": {"sliding_window": 5, "layer_types": MIXED, "rope_pairing": "interleaved"},
+    "experts": {
+        "moe": {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "scoring_func": "sigmoid",
+            "n_group": 3,
+            "topk_group": 2,
+            "dynamic_k": 0.7,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "noise": "noisy_topk",
+        },
+        "parallel_residual": True,
+    },
+    "pool": {"moe": {"num_experts": 4, "shared_pool": True, "gate": "context", "context_size": 6, "temperature": 0.5}},
     "tied": {"tie_word_embeddings": True, "parallel_residual": True, "vocab_size_multiple": 64},
 }
 

@@ -152,6 +152,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "mistral": {"pretraining_tp": 1, "rope_interleaved": False, "attention_bias": False, "mlp_bias": False},
     "qwen2": {"pretraining_tp": 1, "rope_interleaved": False, "mlp_bias": False},
     "qwen3": {"pretraining_tp": 1, "rope_interleaved": False, "mlp_bias": False},
+    "mixtral": {"pretraining_tp": 1, "rope_interleaved": False, "attention_bias": False, "mlp_bias": False},
+    "qwen3_moe": {"pretraining_tp": 1, "rope_interleaved": False, "mlp_bias": False},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "partial_rotary_factor": 1.0}
     | {"attention_bias": False, "mlp_bias": False},
 }
@@ -198,12 +200,13 @@ def test_absent_settings_are_the_familys_defaults() -> None:
 
 def test_the_defaults_are_those_of_transformers() -> None:
     pytest.importorskip("torch", reason="transformers' model configs are compared where the peer exists")
-    from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+    import transformers
 
     derived = {"num_key_value_heads": None, "head_dim": None}
-    plain = [(made(), {}) for made in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Phi3Config)]
+    names = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Mixtral", "Qwen3Moe")
+    plain = [(getattr(transformers, f"{name}Config")(), {}) for name in names]
     assert {theirs.model_type for theirs, _ in plain} == {family.model_type for family in THEIRS}
-    for theirs, stated in (*plain, (LlamaConfig(**derived), derived)):
+    for theirs, stated in (*plain, (transformers.LlamaConfig(**derived), derived)):
         spelt = parse_config(theirs.to_dict(), "here")[1]
         short = parse_config({"model_type": theirs.model_type} | stated, "here")[1]
         sizes = {"num_key_value_heads": short.kv_heads, "head_dim": spelt.head_dim and short.head_size}

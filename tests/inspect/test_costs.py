@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.training import MODEL
-from helpers.variants import BASE, VARIANTS, init
+from helpers.training import MODEL, flat, nested
+from helpers.variants import BASE, VARIANTS, call, init, make
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.costs import count_parameters, flops_per_token, parameter_counts
@@ -20,11 +20,90 @@ from stellarbyte_jax.model.io import Inputs
 def test_every_weight_is_counted_once(variant):
     model = ByteTransformer(dataclasses.replace(BASE, **VARIANTS[variant]))
     counts = parameter_counts(model)
-    params = init(model)
+    params = nested({path: x for path, x in flat(init(model)).items() if "/tracked/" not in path})
     assert counts.total == counts.trainable == sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-    layer = sum(np.size(leaf[0]) for leaf in jax.tree.leaves(params["layers"]["0"]))
-    assert [sum(parts.values()) for parts in counts.layers] == [layer] * BASE.num_hidden_layers
-    assert counts.total == layer * BASE.num_hidden_layers + sum(counts.outside.values())
+    stacks = params["layers"]
+    layers = [
+        sum(np.size(leaf[0]) for leaf in jax.tree.leaves(stacks[str(stack)])) for stack, _ in model.config.layer_places
+    ]
+    assert [sum(parts.values()) for parts in counts.layers] == layers
+    assert counts.total == sum(layers) + sum(counts.outside.values())
+    pool = sum(np.size(leaf) for leaf in jax.tree.leaves(stacks.get("pool", {})))
+    assert counts.outside.get("experts", 0) == pool
+    if not model.config.moe.num_experts:
+        assert counts.active == counts.total
+
+
+@pytest.mark.parametrize("variant", ["experts", "a dense layer, experts by sigmoid in groups, one shared, windows"])
+def test_active_weights_are_those_that_one_token_feels(variant):
+    """By the gradient of one token's logits: which experts of which layers have any."""
+    model, params = make(variant)
+    tokens_BT = jnp.asarray([[5]], jnp.int32)
+    felt = jax.grad(lambda params: jnp.sum(call(model, params, Inputs(tokens_BT))[0] ** 2))(params)
+    active = 0
+    for path, x in flat(felt).items():
+        if "/experts/" in path:
+            active += int(np.any(np.asarray(x) != 0, axis=tuple(range(2, x.ndim))).sum()) * math.prod(x.shape[2:])
+        elif "/tracked/" not in path:
+            active += x.size
+    counts = parameter_counts(model)
+    assert counts.active == active < counts.total
+
+
+def test_parts_of_layers_with_experts_by_hand():
+    """One dense layer, two with six experts, of which a token has two, and one of theirs for all."""
+    D, F, E = 32, 24, 6
+    moe = {"num_experts": E, "intermediate_size": F, "n_shared_experts": 2, "first_k_dense_replace": 2}
+    counts = parameter_counts(ByteTransformer(dataclasses.replace(BASE, moe=moe)))
+    attention, norms = 2 * D * 32 + 2 * D * 16, 2 * D
+    dense = {"attention": attention, "mlp": 3 * D * 48, "norms": norms}
+    sparse = {"router": D * E, "experts": E * 3 * D * F, "shared_experts": 2 * 3 * D * F}
+    sparse |= {"attention": attention, "norms": norms}
+    assert [dict(parts) for parts in counts.layers] == [dense, dense, sparse, sparse]
+    assert counts.total - counts.active == 2 * (E - 2) * 3 * D * F
+    parts = ("embedding", "attention", "mlp", "router", "experts", "shared_experts", "norms", "head")
+    assert tuple(counts.parts) == parts
+
+
+def test_a_pool_is_stored_once_and_used_by_each_layer():
+    moe = {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 24, "shared_pool": True}
+    found = {}
+    for layers in (1, 4):
+        model = ByteTransformer(dataclasses.replace(BASE, num_hidden_layers=layers, moe=moe))
+        found[layers] = parameter_counts(model)
+        assert found[layers].outside["experts"] == 8 * 3 * 32 * 24
+        assert not any("experts" in layer for layer in found[layers].layers)
+    one, four, expert = found[1], found[4], 3 * 32 * 24
+    assert one.active == one.total - 5 * expert and four.active == four.total - 8 * expert + 4 * 3 * expert
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_the_forward_pass_of_experts_is_what_xla_counts(pool):
+    """With slots for exactly the fair share, so that experts compute as many rows as there are choices."""
+    moe = {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512, "shared_pool": pool}
+    moe |= {"dispatch": "capacity", "capacity_factor": 1.0, "overflow": (), "min_capacity": 1}
+    config = ByteConfig(
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=384,
+        vocab_size=1024,
+        compute_dtype="float32",
+        attention_implementation="reference",
+        scan_unroll=None,
+        moe={**moe, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    )
+    model = ByteTransformer(config)
+
+    def run(params, tokens_BT):
+        return logits(model, params, forward(model, params, Inputs(tokens_BT), train=True).hidden_BTD)
+
+    tokens_BT = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    cost = jax.jit(run).lower(param_shapes(model), tokens_BT).compile().cost_analysis()
+    if cost is None or "flops" not in cost:
+        pytest.skip("this jax reports no cost")
+    ours = flops_per_token(config, parameter_counts(model).active, 64).forward.full * 2 * 64
+    assert ours == pytest.approx(cost["flops"], rel=0.04)
 
 
 def test_parts_by_hand():
@@ -116,6 +195,9 @@ def test_weights_are_counted_without_the_look_up():
     assert flops_per_token(MODEL, 10**6, 16).full - attention == 6 * (10**6 - 67 * 32)
     tied = dataclasses.replace(MODEL, tie_word_embeddings=True)
     assert flops_per_token(tied, 10**6, 16).full - attention == 6 * 10**6
+    by_context = {"num_experts": 4, "gate": "context", "context_size": 6, "mlp_only_layers": (0,)}
+    gated = dataclasses.replace(MODEL, moe=by_context)  # its gate looks positions up
+    assert flops_per_token(gated, 10**6, 16).full - attention == 6 * (10**6 - 67 * 32 - 32 * 3)
     padded = dataclasses.replace(MODEL, vocab_size_multiple=64)  # the head is computed for the padding too
     assert flops_per_token(padded, 10**6, 16).full - attention == 6 * (10**6 - 128 * 32)
 

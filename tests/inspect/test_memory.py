@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.training import settings
-from helpers.variants import BASE, VARIANTS, init
+from helpers.variants import BASE, VARIANTS, init, weights_alone
 
 from stellarbyte_jax.config import ByteConfig, LossConfig, OptimizerConfig, load
 from stellarbyte_jax.inspect.memory import (
@@ -19,6 +19,7 @@ from stellarbyte_jax.inspect.memory import (
     activation_bytes,
     cache_bytes,
     cache_growth,
+    expert_rows,
     optimizer_bytes,
     training_bytes,
     weight_bytes,
@@ -34,13 +35,21 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(
-    "variant", ["llama", "tied", "mixed windows, qk norm, bias", "deepnorm, learned xpos, padded vocabulary"]
+    "variant",
+    [
+        "llama",
+        "tied",
+        "mixed windows, qk norm, bias",
+        "deepnorm, learned xpos, padded vocabulary",
+        "experts in every second layer, by context, priority and temperature",
+        "a pool of experts, parallel, xpos",
+    ],
 )
 def test_optimizers_hold_what_optax_makes(name, variant):
     model = ByteTransformer(dataclasses.replace(BASE, **VARIANTS[variant]))
     config = settings(optimizer=OptimizerConfig(name=name))
     for is_trainable in (lambda path: True, lambda path: "attn" in path):
-        params, _ = partition(init(model), is_trainable)
+        params, _ = partition(init(model), lambda path, chosen=is_trainable: "tracked" not in path and chosen(path))
         state = make_optimizer(config, model, is_trainable).init(params)
         arrays = [x for x in jax.tree.leaves(state) if x.ndim > 0 and x.shape != (3,)]  # three coefficients of Muon's
         assert optimizer_bytes(model, name, is_trainable) == sum(x.nbytes for x in arrays)
@@ -93,6 +102,85 @@ def test_rematerialised_layers_keep_what_jax_keeps(remat, residual):
 
     theirs, ours = kept(16, 32) - kept(16, 16) - kept(8, 32) + kept(8, 16)
     assert ours == theirs
+
+
+MOE = {"num_experts": 8, "intermediate_size": 48}
+CONTEXT = {"gate": "context", "context_size": 6, "gate_intermediate_size": 10, "history_decay": 0.5}
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"n_shared_experts": 2, "dispatch": "capacity", "first_k_dense_replace": 3},
+        {"noise": "noisy_topk", **CONTEXT},
+    ],
+    ids=str,
+)
+def test_rematerialised_layers_with_experts_keep_what_jax_keeps(remat, more):
+    def kept(layers, length):
+        config = ByteConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            attention_implementation="reference",
+            remat=remat,
+            moe={**MOE, **more},
+        )
+        model = ByteTransformer(config)
+        batch = {"tokens": jax.ShapeDtypeStruct((4, length), jnp.int32)}
+
+        def loss(params, batch):
+            return batch_loss(model, params, batch, LossConfig(), dropout_key=jax.random.key(0), train=True)[0]
+
+        backward = jax.eval_shape(lambda p, b: jax.vjp(lambda p: loss(p, b), p)[1], param_shapes(model), batch)
+        theirs = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+        return np.array([theirs, activation_bytes(config, 4, length)])
+
+    theirs, ours = kept(16, 32) - kept(16, 16) - kept(8, 32) + kept(8, 16)
+    assert ours == theirs
+
+
+def test_rows_of_experts():
+    """Pairs of tokens and experts, with what fills the last block of each expert, or with all slots."""
+    config = dataclasses.replace(BASE, moe=MOE)
+    assert expert_rows(config, 1024) == (2048 + 8 * 128, 16 + 8)
+    assert expert_rows(config, 64) == (8 * 64, 0)  # every expert has room for all of so few
+    slots = dataclasses.replace(config, moe={**MOE, "dispatch": "capacity", "capacity_factor": 1.5})
+    assert expert_rows(slots, 1024) == (8 * 384, 0)
+
+
+def test_layers_with_experts_by_hand():
+    """Two of four layers have them, in float32: rows through the experts, router, and copies of matrices."""
+    D, F, E, N = 32, 48, 8, 1024
+    dense = dataclasses.replace(BASE, vocab_size=8, remat="none")
+    config = dataclasses.replace(dense, moe={**MOE, "n_shared_experts": 1, "decoder_sparse_step": 2})
+    rows, blocks = expert_rows(config, N)
+    of_layer = 4 * (rows * (2 * D + 3 * F) + N * (3 * F + D + 2 * E) - N * 3 * BASE.mlp_size)
+    copies = 2 * 4 * blocks * 2 * D * F
+    assert activation_bytes(config, 4, 256) - activation_bytes(dense, 4, 256) == 2 * of_layer + copies
+    again, plain = (activation_bytes(dataclasses.replace(c, remat="full"), 4, 256) for c in (config, dense))
+    assert again - plain == of_layer + copies
+    by_context = dataclasses.replace(config, moe={**dataclasses.asdict(config.moe), **CONTEXT})
+    features = D + 6 + 3 + D
+    assert activation_bytes(by_context, 4, 256) - activation_bytes(config, 4, 256) == 2 * N * 4 * (
+        3 * features + 5 * 10 + 6
+    )
+
+
+def test_what_routers_keep_takes_no_memory_of_training():
+    """No weights, so neither gradients nor states of an optimizer."""
+    model = ByteTransformer(dataclasses.replace(BASE, **VARIANTS["experts"]))
+    weights = 4 * sum(x.size for x in jax.tree.leaves(weights_alone(model, init(model))))
+    found = training_bytes(model, optimizer="adamw", rows=1, length=8, average=True)
+    assert (found.weights, found.gradients, found.optimizer, found.average) == (
+        weights,
+        weights,
+        2 * weights,
+        weights,
+    )
 
 
 def test_a_training_step_takes_what_a_gpu_reported():

@@ -129,7 +129,7 @@ def test_kernel_is_the_matrix_of_linear():
 
 
 L = "layers"
-TRACKED = ("load", "utilization", "priority", "bias", "coldness")
+TRACKED = ("load", "utilization", "priority", "bias", "coldness", "twin", "twin_steps")
 # Every weight of every variant: axes, contracted, batch, lookup, float32, tracked.
 TABLE = {
     "embed/embedding": (("vocab", "embed"), (), (), True, False),

@@ -9,9 +9,12 @@ import optax
 import pytest
 from helpers.training import assert_close, flat, nested, packed_batch, settings, start
 from helpers.update_rules import AdamW, Lion, Muon, clipped, each_matrix
+from helpers.variants import VARIANTS, make, some_tokens, weights_alone
 
-from stellarbyte_jax.config import ByteConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from stellarbyte_jax.config import ByteConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.trees import merge, partition, paths
+from stellarbyte_jax.training.loss import batch_loss
 from stellarbyte_jax.training.optimizer import make_optimizer
 
 EVERY_KIND = ByteConfig(
@@ -65,8 +68,10 @@ def run_config(**optimizer) -> TrainConfig:
 
 
 def random_weights(model, seed):
+    """Of all that gradients reach."""
     random = np.random.default_rng(seed)
-    return {path: random.normal(size=x.shape).astype(np.float32) for path, x in flat(param_shapes(model)).items()}
+    shapes = {path: x.shape for path, x in flat(param_shapes(model)).items() if "/tracked/" not in path}
+    return {path: random.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
 
 
 def two_steps(config, rule=None, **network):
@@ -124,6 +129,93 @@ def test_muon(tied, decay_embeddings):
     rule = Muon(HIDDEN, AdamW(0.8, 0.6, 1e-3, 0.25, decayed_of(tied, decay_embeddings), nesterov=True))
     config = run_config(name="muon", decay_embeddings=decay_embeddings)
     check(*two_steps(config, rule, tie_word_embeddings=tied), rtol=1e-4, atol=2e-5)
+
+
+# Layers whose MLPs are experts, in a network with everything that a router may have.
+ROUTED = {
+    "mlp_bias": False,
+    "moe": {
+        "num_experts": 3,
+        "intermediate_size": 6,
+        "n_shared_experts": 1,
+        "gate": "context",
+        "context_size": 4,
+        "gate_intermediate_size": 5,
+        "history_decay": 0.5,
+        "noise": "noisy_topk",
+        "adaptive_temperature": True,
+    },
+}
+_ROUTER = "layers/0/moe/router"
+OF_EXPERTS = {
+    **{path: dims for path, dims in HIDDEN.items() if "/mlp/" not in path},
+    "layers/0/moe/experts/gate_up": ((0, 1, 3), (2,), (4,)),
+    "layers/0/moe/experts/down": ((0, 1), (2,), (3,)),
+    "layers/0/moe/shared/gate_up": ((0, 2), (1,), (3,)),
+    "layers/0/moe/shared/down": ((0,), (1,), (2,)),
+}
+OF_ROUTERS = {
+    f"{_ROUTER}/{name}" for name in ("kernel", "noise", "context_in", "context_out", "mlp_gate", "mlp_up", "mlp_down")
+}
+
+
+def decayed_with_experts(decay_embeddings):
+    """Matrices, and tables where they are asked for: no norm, no temperature."""
+    tables = {"embed/embedding", f"{_ROUTER}/position"} if decay_embeddings else set()
+    return {*OF_EXPERTS, *OF_ROUTERS, "lm_head/kernel", *tables}
+
+
+def test_the_kinds_of_weights_of_a_router_are_all_there():
+    model = ByteTransformer(dataclasses.replace(EVERY_KIND, **ROUTED))
+    others = {path for path in OTHERS if "/mlp/" not in path}
+    beside = {f"{_ROUTER}/{name}" for name in ("position", "temperature", "norm/scale")}
+    assert set(random_weights(model, 0)) == set(OF_EXPERTS) | OF_ROUTERS | others | beside
+
+
+@pytest.mark.parametrize("decay_embeddings", [False, True])
+def test_adamw_of_experts_and_routers(decay_embeddings):
+    """Matrices of experts, routers and gates decay; norms and the temperature do not, nor what gates look up."""
+    rule = AdamW(0.8, 0.6, 1e-3, 0.25, decayed_with_experts(decay_embeddings))
+    config = run_config(name="adamw", decay_embeddings=decay_embeddings)
+    check(*two_steps(config, rule, **ROUTED), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_orthogonalises_each_expert_on_its_own():
+    """Gate and up of each expert apart, and shared ones; everything of routers and gates takes AdamW."""
+    rule = Muon(OF_EXPERTS, AdamW(0.8, 0.6, 1e-3, 0.25, decayed_with_experts(True), nesterov=True))
+    check(*two_steps(run_config(name="muon"), rule, **ROUTED), rtol=1e-4, atol=2e-5)
+
+
+def test_muon_orthogonalises_each_expert_of_a_pool_on_its_own():
+    experts = {"layers/pool/gate_up": ((0, 2), (1,), (3,)), "layers/pool/down": ((0,), (1,), (2,))}
+    matrices = {**experts, **{path: dims for path, dims in HIDDEN.items() if "/mlp/" not in path}}
+    decayed = {*matrices, f"{_ROUTER}/kernel", "lm_head/kernel", "embed/embedding"}
+    network = {"mlp_bias": False, "moe": {"num_experts": 3, "intermediate_size": 6, "shared_pool": True}}
+    rule = Muon(matrices, AdamW(0.8, 0.6, 1e-3, 0.25, decayed, nesterov=True))
+    check(*two_steps(run_config(name="muon"), rule, **network), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", [name for name, changes in VARIANTS.items() if "moe" in changes])
+def test_every_optimizer_takes_a_step_of_layers_with_experts(variant):
+    """With finite numbers and other weights; what routers keep is none of the optimizer's."""
+    model, params = make(variant)
+    weights = weights_alone(model, params)
+    tokens_BT = some_tokens(2, 8)
+    batch = {"tokens": tokens_BT}
+
+    def loss(weights):
+        return batch_loss(model, merge(weights, rest), batch, LossConfig())[0]
+
+    rest = partition(params, lambda path: "tracked" in path)[0]
+    grads = jax.jit(jax.grad(loss))(weights)
+    for name in ("adamw", "lion", "muon"):
+        config = dataclasses.replace(run_config(name=name, eps=1e-8), model=model.config)
+        optimizer = make_optimizer(config, model)
+        state = optimizer.init(weights)
+        assert not any("tracked" in path for path in paths(state)), name
+        updates, _ = jax.jit(optimizer.update)(grads, state, weights)
+        for path, update in flat(updates).items():
+            assert np.isfinite(update).all() and np.any(np.asarray(update) != 0), (name, path)
 
 
 def test_muon_steps_are_nearly_orthogonal():

@@ -25,10 +25,8 @@ NORM_ROWS = (
     Row("layers/attn_norm/scale", _LAYER + "input_layernorm.weight", SAME),
     Row("layers/mlp_norm/scale", _LAYER + "post_attention_layernorm.weight", SAME),
 )
-OUTPUT_ROWS = (
-    Row("layers/attn/o", _LAYER + "self_attn.o_proj.weight", SPLIT_INPUT),
-    Row("layers/mlp/down", _LAYER + "mlp.down_proj.weight", SPLIT_INPUT),
-)
+O_ROWS = (Row("layers/attn/o", _LAYER + "self_attn.o_proj.weight", SPLIT_INPUT),)
+DOWN_ROWS = (Row("layers/mlp/down", _LAYER + "mlp.down_proj.weight", SPLIT_INPUT),)
 QKV_ROWS = (
     Row("layers/attn/q", _LAYER + "self_attn.q_proj.weight", SPLIT_OUTPUT, rotary=True),
     Row("layers/attn/k", _LAYER + "self_attn.k_proj.weight", SPLIT_OUTPUT, rotary=True),
@@ -53,7 +51,8 @@ QK_NORM_ROWS = (
     Row("layers/attn/q_norm/scale", _LAYER + "self_attn.q_norm.weight", SAME, rotary=True),
     Row("layers/attn/k_norm/scale", _LAYER + "self_attn.k_norm.weight", SAME, rotary=True),
 )
-DECODER_ROWS = (*OUTSIDE_ROWS, *NORM_ROWS, *QKV_ROWS, *OUTPUT_ROWS, *GATE_UP_ROWS)
+ATTENTION_ROWS = (*OUTSIDE_ROWS, *NORM_ROWS, *QKV_ROWS, *O_ROWS)
+DECODER_ROWS = (*ATTENTION_ROWS, *DOWN_ROWS, *GATE_UP_ROWS)
 ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 
 FIXED: Mapping[str, tuple[Any, ...]] = {"pretraining_tp": (1, None), "rope_interleaved": (False, None)}

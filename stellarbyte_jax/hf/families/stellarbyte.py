@@ -6,7 +6,7 @@ from typing import Any
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.config.foreign import shown
 from stellarbyte_jax.hf.families import llama_like
-from stellarbyte_jax.hf.layout import SAME
+from stellarbyte_jax.hf.layout import EXPERTS_DOWN, EXPERTS_GATE_UP, FLAT, SAME, SPLIT_INPUT, SPLIT_OUTPUT
 from stellarbyte_jax.hf.table import Family, Field, Row, same
 
 _DEFAULTS = ByteConfig()
@@ -61,6 +61,50 @@ _WINDOWS = Field(
     ("attention_windows", "layer_types", "sliding_window"),
 )
 
+
+def _read_experts(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    moe = values["moe"]
+    if not isinstance(moe, dict | None):
+        raise ValueError(f"moe must be an object with the settings of experts, got {shown(moe)}")
+    return {} if moe is None else {"moe": moe}
+
+
+# All of their settings, those of training too, which transformers keeps and does not read.
+_EXPERT_SETTINGS = Field(
+    {"moe": None},
+    _read_experts,
+    lambda config: {"moe": config.moe.to_dict() if config.moe.num_experts else None},
+    ("moe",),
+)
+_ROUTER, _CONTEXT = "layers/moe/router/", _LAYER + "mlp.router.context."
+_CONTEXT_MATRICES = ("context_in", "context_out", "mlp_gate", "mlp_up", "mlp_down")
+_TRACKED = ("load", "utilization", "priority", "bias", "coldness", "steps")
+_ROUTER_ROWS = (
+    Row(_ROUTER + "kernel", _LAYER + "mlp.router.weight", SPLIT_OUTPUT, float32=True),
+    Row(_ROUTER + "temperature", _LAYER + "mlp.router.temperature", FLAT, float32=True),
+    Row(_ROUTER + "noise", _LAYER + "mlp.router.noise", SPLIT_OUTPUT, float32=True),
+    *(Row(_ROUTER + name, _CONTEXT + name, SPLIT_OUTPUT, float32=True) for name in _CONTEXT_MATRICES),
+    Row(_ROUTER + "position", _CONTEXT + "position", SAME, float32=True),
+    Row(_ROUTER + "norm/scale", _CONTEXT + "norm.weight", SAME, float32=True),
+    *(Row(f"{_ROUTER}tracked/{name}", f"{_LAYER}mlp.router.{name}", FLAT, float32=True) for name in _TRACKED),
+)
+_EXPERT_ROWS = (
+    Row("layers/moe/experts/gate_up", _LAYER + "mlp.experts.gate_up_proj", EXPERTS_GATE_UP),
+    Row("layers/moe/experts/down", _LAYER + "mlp.experts.down_proj", EXPERTS_DOWN),
+    Row("layers/pool/gate_up", "model.experts.gate_up_proj", EXPERTS_GATE_UP),
+    Row("layers/pool/down", "model.experts.down_proj", EXPERTS_DOWN),
+    Row("layers/moe/shared/gate_up", _LAYER + "mlp.shared_experts.gate_proj.weight", SPLIT_OUTPUT, slot=0),
+    Row("layers/moe/shared/gate_up", _LAYER + "mlp.shared_experts.up_proj.weight", SPLIT_OUTPUT, slot=1),
+    Row("layers/moe/shared/down", _LAYER + "mlp.shared_experts.down_proj.weight", SPLIT_INPUT),
+)
+
+
+def _limit(config: ByteConfig) -> str | None:
+    if config.moe.history_decay:
+        return "moe.history_decay is not 0, and no cache of transformers keeps the mean of earlier tokens that it reads"
+    return None
+
+
 STELLARBYTE = Family(
     model_type="stellarbyte",
     architecture="StellarByteForCausalLM",
@@ -74,6 +118,8 @@ STELLARBYTE = Family(
         Row("layers/mlp/norm/scale", _LAYER + "mlp.norm.weight", SAME),
         Row("layers/attn_scale", _LAYER + "attn_scale", SAME),
         Row("layers/mlp_scale", _LAYER + "mlp_scale", SAME),
+        *_ROUTER_ROWS,
+        *_EXPERT_ROWS,
     ),
     buffers=(),
     fields=(
@@ -84,7 +130,9 @@ STELLARBYTE = Family(
         llama_like.head_size(None, nullable=True),
         llama_like.ACTIVATION,
         _WINDOWS,
+        _EXPERT_SETTINGS,
     ),
+    limit=_limit,
     pairings=("half", "interleaved"),
     modelling_file="modeling_stellarbyte.py",
 )

@@ -11,12 +11,12 @@ import numpy as np
 
 from stellarbyte_jax.config.foreign import clipped, listed, shown
 from stellarbyte_jax.config.paths import expanded
-from stellarbyte_jax.hf.directory import check_tensors, read_params, table_entries
 from stellarbyte_jax.hf.files import float_dtype
 from stellarbyte_jax.hf.original.checkpoint import OriginalFile, open_checkpoint
 from stellarbyte_jax.hf.original.config_file import read_settings
 from stellarbyte_jax.hf.original.layouts import LAYOUTS, OTHER_EMBEDDINGS, Original
 from stellarbyte_jax.hf.original.settings import byte_config, settings_of_file, settings_of_tensors
+from stellarbyte_jax.hf.tensors import check_tensors, read_params, table_entries
 from stellarbyte_jax.model.decoder import ByteTransformer
 
 _log = logging.getLogger(__name__)

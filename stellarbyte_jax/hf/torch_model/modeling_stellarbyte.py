@@ -4,7 +4,8 @@ Loaded by ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=Tr
 alone. The fields of :class:`StellarByteConfig` are those of stellarbyte_jax, which wrote this directory.
 
 B batch, T new tokens, S keys (T of them new, others from the cache), N query heads, K key/value heads, H head size,
-P = H/2 rotated pairs, D model, F feed-forward, L length of the attention mask.
+P = H/2 rotated pairs, D model, F feed-forward, L length of the attention mask, R = B T tokens of the call, E experts,
+C choices of a token, Q features that a router reads.
 """
 
 import inspect
@@ -68,7 +69,35 @@ _DEFAULTS: dict[str, Any] = {
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
     "use_cache": True,
+    "moe": None,
 }
+_EXPERTS: dict[str, Any] = {  # settings in "moe" that are read here; what they mean says config/moe.py
+    "num_experts": 0,
+    "num_experts_per_tok": 2,
+    "intermediate_size": None,
+    "n_shared_experts": 0,
+    "first_k_dense_replace": 0,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": (),
+    "shared_pool": False,
+    "gate": "linear",
+    "context_size": 64,
+    "gate_intermediate_size": None,
+    "history_decay": 0.0,
+    "scoring_func": "softmax",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "dynamic_k": None,
+    "noise": "none",
+    "temperature": 1.0,
+    "adaptive_temperature": False,
+    "expert_priority": False,
+    "cooling_steps": 0,
+}
+_EXPERT_CHOICES = {"gate": ("linear", "context"), "scoring_func": ("softmax", "sigmoid")}
+_FEW_TOKENS = 64  # that many in every expert are hardly more work than reading its weights
 _GROUPED = "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")  # torch 2.5
 _LARGEST_EXPONENT = 80.0  # of a factor that float32 and bfloat16 can hold
 _XPOS_GAMMA = 0.4  # of the XPos paper
@@ -80,7 +109,8 @@ class StellarByteConfig(PretrainedConfig):
 
     ``attention_windows`` has the window of each layer, null where it sees every earlier token. ``layer_types`` and
     ``sliding_window`` say the same to the caches of transformers, which drop what is out of a window; with
-    ``sink_tokens`` nothing may be dropped, and they name no window.
+    ``sink_tokens`` nothing may be dropped, and they name no window. ``moe`` has the settings of layers with experts,
+    null where there are none.
     """
 
     model_type = "stellarbyte"
@@ -103,9 +133,25 @@ class StellarByteConfig(PretrainedConfig):
         droppable = [None if values["sink_tokens"] else window for window in values["attention_windows"]]
         values["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in droppable]
         values["sliding_window"] = next((w for w in droppable if w is not None), None)
+        if values["moe"]:
+            values["moe"] = moe = {**_EXPERTS, **values["moe"]}
+            for name, choices in _EXPERT_CHOICES.items():
+                if moe[name] not in choices:
+                    raise ValueError(f"moe.{name} must be one of {', '.join(choices)}, got {moe[name]!r}")
+            if moe["history_decay"]:
+                raise ValueError("moe.history_decay must be 0: no cache here keeps the mean of earlier tokens")
         for name, value in values.items():
             setattr(self, name, value)
         super().__init__(**{**settings, **values})
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer, from 0, has experts and not one MLP."""
+        return bool(
+            self.moe
+            and layer >= self.moe["first_k_dense_replace"]
+            and (layer + 1) % self.moe["decoder_sparse_step"] == 0
+            and layer not in self.moe["mlp_only_layers"]
+        )
 
 
 class StellarByteNorm(nn.Module):
@@ -137,6 +183,7 @@ class Call:
         segments_BT: torch.Tensor | None,
         cache: Any,
         weights: bool,
+        pool: "StellarByteExperts | None",
     ):
         self.config = config
         self.positions_BT = positions_BT  # of each new token in its text
@@ -145,6 +192,7 @@ class Call:
         self.segments_BT = segments_BT  # text of each token, where rows hold several; None where they do not
         self.cache = cache
         self.weights = weights  # whether attention weights are asked for
+        self.pool = pool  # experts that all layers share; None where each has its own
         self._made: dict[Any, Any] = {}  # on each device: layers may lie on several
 
     def keys(self, S: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -375,23 +423,182 @@ class StellarByteAttention(nn.Module):
 class StellarByteMLP(nn.Module):
     """The feed-forward layer: gated (Shazeer 2020), or the original StellarByte's."""
 
-    def __init__(self, config: StellarByteConfig):
+    def __init__(self, config: StellarByteConfig, size: int | None = None):
         super().__init__()
         self.config = config
-        D, F_ = config.hidden_size, config.intermediate_size
+        D, F_ = config.hidden_size, size or config.intermediate_size
+        self.dropout = 0.0 if size else config.hidden_dropout  # of shared experts it is that of the layer
         self.gate_proj = nn.Linear(D, F_, bias=config.mlp_bias)
         self.up_proj = nn.Linear(D, F_, bias=config.mlp_bias)
         self.down_proj = nn.Linear(F_, D, bias=config.mlp_bias)
         if config.mlp_style == "stellarbyte":
             self.norm = StellarByteNorm(D, config, eps=1e-6)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] to the same."""
+    def forward(self, x_BTD: torch.Tensor, call: Call | None = None) -> torch.Tensor:
+        """[B, T, D] to the same, whatever the call."""
         if self.config.mlp_style == "stellarbyte":
             n_BTD = self.norm(x_BTD)
             out_BTD = self.down_proj(F.silu(self.up_proj(n_BTD)) * torch.sigmoid(self.gate_proj(n_BTD))) + x_BTD
         else:
             out_BTD = self.down_proj(ACT2FN[self.config.hidden_act](self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return F.dropout(out_BTD, self.dropout, self.training)
+
+
+class StellarByteContext(nn.Module):
+    """Features of a token for the original's gate, float32: itself, a small network's view of it, and its position."""
+
+    def __init__(self, config: StellarByteConfig):
+        super().__init__()
+        D, C_, last = config.hidden_size, config.moe["context_size"], max(1, config.moe["context_size"] // 2)
+        inside, self.size = config.moe["gate_intermediate_size"] or C_, D + C_ + last
+        self.context_in = nn.Parameter(torch.zeros(inside, D))
+        self.context_out = nn.Parameter(torch.zeros(C_, inside))
+        self.position = nn.Parameter(torch.zeros(config.max_position_embeddings, last))
+        self.mlp_gate = nn.Parameter(torch.zeros(inside, self.size))
+        self.mlp_up = nn.Parameter(torch.zeros(inside, self.size))
+        self.mlp_down = nn.Parameter(torch.zeros(self.size, inside))
+        self.norm = StellarByteNorm(self.size, config)
+
+    def forward(self, x_BTD: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to [B, T, Q]."""
+        context_BTC = F.linear(F.gelu(F.linear(x_BTD, self.context_in.float())), self.context_out.float())
+        place_BTC = self.position.float()[positions_BT.clamp(max=self.position.shape[0] - 1)]
+        z_BTQ = self.norm(torch.cat([x_BTD, context_BTC, place_BTC], -1))
+        h_BTI = F.silu(F.linear(z_BTQ, self.mlp_gate.float())) * F.linear(z_BTQ, self.mlp_up.float())
+        return z_BTQ + F.linear(h_BTI, self.mlp_down.float())
+
+
+class StellarByteRouter(nn.Module):
+    """Which experts tokens go to, in float32 whatever the dtype of the model.
+
+    What stellarbyte_jax renews in each step of its training are buffers. They count here, and nothing here renews them;
+    noise of the scores, its warm-up and capacities of experts are of that training alone, too.
+    """
+
+    def __init__(self, config: StellarByteConfig):
+        super().__init__()
+        self.config, D, E = config, config.hidden_size, config.moe["num_experts"]
+        self.context = StellarByteContext(config) if config.moe["gate"] == "context" else None
+        self.weight = nn.Parameter(torch.zeros(E, D if self.context is None else self.context.size))
+        if config.moe["adaptive_temperature"]:
+            self.temperature = nn.Parameter(torch.ones(1))
+        if config.moe["noise"] == "noisy_topk":
+            self.register_buffer("noise", torch.zeros(E, D))
+        for name in ("load", "utilization", "priority", "bias", "coldness"):
+            self.register_buffer(name, torch.zeros(E))
+        self.register_buffer("steps", torch.zeros(1))
+        self.float()  # also in a model that is made in 16 bits
+
+    def reset(self) -> None:
+        """First values of what is no matrix."""
+        first = {"load": 1 / self.weight.shape[0], "utilization": 0.5, "priority": 1.0}
+        first |= {"temperature": self.config.moe["temperature"]} if self.config.moe["adaptive_temperature"] else {}
+        for name in (*self._buffers, *first):
+            nn.init.constant_(getattr(self, name), first.get(name, 0.0))
+
+    def forward(self, x_BTD: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts [R, C] of tokens [B, T, D], E for none, and what their outputs are multiplied with, float32."""
+        kind = x_BTD.device.type
+        with torch.autocast("cpu" if kind in ("meta", "mps") else kind, enabled=False):
+            scores_RE = self._scores(x_BTD.float(), call.positions_BT.to(x_BTD.device)).flatten(0, 1)
+        m, E = self.config.moe, scores_RE.shape[1]
+        ranked_RE = scores_RE + self.bias.float()  # for the choice alone
+        if m["topk_group"] < m["n_group"]:
+            ranked_RGE = ranked_RE.unflatten(1, (m["n_group"], -1))
+            best_RG = ranked_RGE.topk(min(2, ranked_RGE.shape[2]), -1).values.sum(-1)
+            lost_RG = torch.ones_like(best_RG, dtype=torch.bool).scatter(1, _best(best_RG, m["topk_group"]), False)
+            ranked_RE = ranked_RGE.masked_fill(lost_RG[..., None], -torch.inf).flatten(1)
+        experts_RC = _best(ranked_RE, m["num_experts_per_tok"])
+        weights_RC = scores_RE.gather(1, experts_RC)
+        if m["dynamic_k"] is not None:
+            shares_RC = weights_RC / (scores_RE.sum(1, keepdim=True) + 1e-20)
+            needed_RC = shares_RC.cumsum(1) - shares_RC < m["dynamic_k"]
+            experts_RC, weights_RC = experts_RC.where(needed_RC, E), weights_RC.where(needed_RC, 0.0)
+        if m["norm_topk_prob"]:
+            weights_RC = weights_RC / (weights_RC.sum(1, keepdim=True) + 1e-20)
+        return experts_RC, weights_RC * m["routed_scaling_factor"]
+
+    def _scores(self, x_BTD: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
+        m = self.config.moe
+        x_BTQ = x_BTD if self.context is None else self.context(x_BTD, positions_BT)
+        logits_BTE = F.linear(x_BTQ, self.weight.float())
+        if m["expert_priority"]:
+            logits_BTE = logits_BTE + self.priority.float().log()
+        if m["cooling_steps"]:
+            logits_BTE = logits_BTE + self.coldness.float().log1p()
+        temperature = m["temperature"]
+        if m["adaptive_temperature"]:
+            load_E = self.load.float()
+            uneven = load_E.std(correction=0) / (load_E.mean() + 1e-6)
+            temperature = (self.temperature.float().abs() * (1 + uneven)).clamp(min=0.3)
+        logits_BTE = logits_BTE / temperature
+        return logits_BTE.softmax(-1) if m["scoring_func"] == "softmax" else logits_BTE.sigmoid()
+
+
+def _best(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of the k largest of the last axis, of equals the first ones, which ``topk`` does not promise."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+class StellarByteExperts(nn.Module):
+    """Gated MLPs, each for its tokens, under the names of transformers 5."""
+
+    def __init__(self, config: StellarByteConfig):
+        super().__init__()
+        D, E = config.hidden_size, config.moe["num_experts"]
+        F_ = config.moe["intermediate_size"] or config.intermediate_size
+        self.act = ACT2FN[config.hidden_act]
+        self.gate_up_proj = nn.Parameter(torch.zeros(E, 2 * F_, D))
+        self.down_proj = nn.Parameter(torch.zeros(E, D, F_))
+
+    def forward(self, x_RD: torch.Tensor, experts_RC: torch.Tensor, weights_RC: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of what the experts of each token give, float32 [R, D]."""
+        if torch.compiler.is_compiling() and x_RD.shape[0] <= _FEW_TOKENS:
+            return self._all(x_RD, experts_RC, weights_RC)
+        return self._chosen(x_RD, experts_RC, weights_RC)
+
+    def _all(self, x_RD: torch.Tensor, experts_RC: torch.Tensor, weights_RC: torch.Tensor) -> torch.Tensor:
+        """By every expert for every token, a program whose shapes do not depend on the choices."""
+        E = self.down_proj.shape[0]
+        weights_RE = weights_RC.new_zeros(len(x_RD), E + 1).scatter(1, experts_RC, weights_RC)[:, :E]
+        gate_ERF, up_ERF = (x_RD @ self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
+        y_ERD = (self.act(gate_ERF) * up_ERF) @ self.down_proj.transpose(1, 2)
+        return (weights_RE.T[..., None] * y_ERD.float()).sum(0)
+
+    @torch.compiler.disable
+    def _chosen(self, x_RD: torch.Tensor, experts_RC: torch.Tensor, weights_RC: torch.Tensor) -> torch.Tensor:
+        """By the experts that have tokens, one after another."""
+        E, chosen = self.down_proj.shape[0], experts_RC.flatten()
+        pairs = chosen.argsort(stable=True).split(chosen.bincount(minlength=E + 1).tolist())
+        out_RD = torch.zeros_like(x_RD, dtype=torch.float32)
+        # Apart by unbind, whose gradient is one stack; that of an index would be as large as all experts for each.
+        for own, gate_up, down in zip(pairs[:E], self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
+            if len(own):
+                tokens = own // experts_RC.shape[1]
+                gate, up = F.linear(x_RD[tokens], gate_up).chunk(2, -1)
+                y = F.linear(self.act(gate) * up, down).float() * weights_RC.flatten()[own, None]
+                out_RD = out_RD.index_add(0, tokens, y)
+        return out_RD
+
+
+class StellarByteMoE(nn.Module):
+    """Mixture of experts (Shazeer et al. 2017), and shared experts, which every token passes."""
+
+    def __init__(self, config: StellarByteConfig):
+        super().__init__()
+        self.config, m = config, config.moe
+        self.router = StellarByteRouter(config)
+        self.experts = None if m["shared_pool"] else StellarByteExperts(config)
+        shared = m["n_shared_experts"] * (m["intermediate_size"] or config.intermediate_size)
+        self.shared_experts = StellarByteMLP(config, shared) if shared else None
+
+    def forward(self, x_BTD: torch.Tensor, call: Call) -> torch.Tensor:
+        """[B, T, D] to the same."""
+        experts = call.pool if self.experts is None else self.experts
+        out_RD = experts(x_BTD.flatten(0, 1), *self.router(x_BTD, call))
+        out_BTD = out_RD.to(x_BTD).view_as(x_BTD)  # a pool may lie on another device
+        if self.shared_experts is not None:
+            out_BTD = out_BTD + self.shared_experts(x_BTD)
         return F.dropout(out_BTD, self.config.hidden_dropout, self.training)
 
 
@@ -401,7 +608,8 @@ class StellarByteLayer(nn.Module):
     def __init__(self, config: StellarByteConfig, layer_idx: int):
         super().__init__()
         self.config = config
-        self.self_attn, self.mlp = StellarByteAttention(config, layer_idx), StellarByteMLP(config)
+        self.self_attn = StellarByteAttention(config, layer_idx)
+        self.mlp = StellarByteMoE(config) if config.has_experts(layer_idx) else StellarByteMLP(config)
         self.input_layernorm = StellarByteNorm(config.hidden_size, config)
         if not config.parallel_residual:
             self.post_attention_layernorm = StellarByteNorm(config.hidden_size, config)
@@ -428,7 +636,7 @@ class StellarByteLayer(nn.Module):
             alpha = (2 * self.config.num_hidden_layers) ** 0.25
             h_BTD, weights = self.self_attn(x_BTD, call)
             x_BTD = self.input_layernorm(alpha * x_BTD + self._drop(self._scale(h_BTD, self.attn_scale)))
-            h_BTD = self.mlp(x_BTD)
+            h_BTD = self.mlp(x_BTD, call)
             return self.post_attention_layernorm(
                 alpha * x_BTD + self._drop(self._scale(h_BTD, self.mlp_scale))
             ), weights
@@ -436,9 +644,9 @@ class StellarByteLayer(nn.Module):
         h_BTD, weights = self.self_attn(n_BTD, call)
         h_BTD = self._scale(h_BTD, self.attn_scale)
         if self.config.parallel_residual:
-            return x_BTD + self._drop(h_BTD + self._scale(self.mlp(n_BTD), self.mlp_scale)), weights
+            return x_BTD + self._drop(h_BTD + self._scale(self.mlp(n_BTD, call), self.mlp_scale)), weights
         x_BTD = x_BTD + self._drop(h_BTD)
-        h_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
+        h_BTD = self.mlp(self.post_attention_layernorm(x_BTD), call)
         return x_BTD + self._drop(self._scale(h_BTD, self.mlp_scale)), weights
 
 
@@ -448,7 +656,7 @@ class StellarBytePreTrainedModel(PreTrainedModel):
     config_class = StellarByteConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["StellarByteLayer"]
+    _no_split_modules = ["StellarByteLayer", "StellarByteExperts"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_cache_class = True
@@ -457,8 +665,10 @@ class StellarBytePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: StellarByteConfig):
         super().__init__(config)
-        if config.xpos_learnable:  # 16 bits would change what a distant key counts; names that are absent are refused
-            self._keep_in_fp32_modules_strict = {"xpos_rate"}
+        # 16 bits would change what a distant key counts, and which experts a token has.
+        exact = {"xpos_rate": config.xpos_learnable, "router": config.moe}
+        if any(exact.values()):  # names that are absent are refused
+            self._keep_in_fp32_modules_strict = {name for name, present in exact.items() if present}
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
@@ -481,6 +691,11 @@ class StellarBytePreTrainedModel(PreTrainedModel):
         elif isinstance(module, StellarByteAttention) and self.config.xpos_learnable:
             with torch.no_grad():
                 module.xpos_rate.copy_(module._first_rates(module.xpos_rate.device))
+        elif isinstance(module, StellarByteExperts | StellarByteContext | StellarByteRouter):
+            for weight in module.parameters(recurse=False):
+                nn.init.normal_(weight, std=self.config.initializer_range)
+            if isinstance(module, StellarByteRouter):
+                module.reset()
 
 
 class StellarByteModel(StellarBytePreTrainedModel):
@@ -490,6 +705,7 @@ class StellarByteModel(StellarBytePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(StellarByteLayer(config, i) for i in range(config.num_hidden_layers))
+        self.experts = StellarByteExperts(config) if config.moe and config.moe["shared_pool"] else None
         # After a post-norm the stream is normalised already.
         deepnorm = config.residual_scaling == "deepnorm"
         self.norm = nn.Identity() if deepnorm else StellarByteNorm(config.hidden_size, config)
@@ -580,7 +796,7 @@ class StellarByteModel(StellarBytePreTrainedModel):
         longest = int(longest / 2 if self.config.xpos_learnable else longest)
         if self.config.position_embedding == "xpos" and T > longest:
             raise ValueError(f"{T} tokens are more than the {longest} that XPos can rotate at once: use a cache")
-        return Call(self.config, positions_BT, slots_T, mask_BL, segments_BT, cache, weights_too)
+        return Call(self.config, positions_BT, slots_T, mask_BL, segments_BT, cache, weights_too, self.experts)
 
 
 class StellarByteForCausalLM(StellarBytePreTrainedModel, GenerationMixin):

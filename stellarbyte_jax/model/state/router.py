@@ -3,18 +3,32 @@
 B batch, L layers with experts, E experts, D model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.trees import Params
 
 TRACKED = "tracked"  # the name under which a router has what it keeps from step to step
+TWIN, TWIN_STEPS = "twin", "twin_steps"  # which expert is the other half of a split one, and for how many steps yet
+Tree = TypeVar("Tree")
 _IDLE = 0.1  # of its fair share of the tokens: an expert that gets less is cold
+
+
+def first_values(experts: int) -> dict[str, float | tuple[float, ...]]:
+    """What a router keeps from step to step before the first one, by name: of every expert, or of each."""
+    by_expert = {"load": 1 / experts, "utilization": 0.5, "priority": 1.0, "bias": 0.0, "coldness": 0.0}
+    return {**by_expert, TWIN: tuple(map(float, range(experts))), TWIN_STEPS: 0.0, "steps": 0.0}
+
+
+def is_tracked(path: str) -> bool:
+    """Whether the leaf at a path such as ``layers/0/moe/router/tracked/load`` is no weight but kept by a router."""
+    return path.split("/")[-2:-1] == [TRACKED]
 
 
 @struct.dataclass
@@ -92,20 +106,46 @@ def advance(config: ByteConfig, weights: Params, tally: Tally) -> Params:
       weights: a tree that holds what routers keep: of all weights, or of those that gradients do not reach.
       tally: of the step.
     """
+    return with_tracked(config, weights, tally, lambda tracked, tally: _advanced(config, tracked, tally))
+
+
+def tracked_of(config: ByteConfig, weights: Params) -> Params:
+    """What the routers of all layers with experts keep, [L, ...], from a tree that holds it."""
+    parts = [weights["layers"][stack]["moe"]["router"][TRACKED] for stack in moe_stacks(config)]
+    return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *parts)
+
+
+def with_tracked(
+    config: ByteConfig, weights: Params, of_layers: Tree, change: Callable[[Params, Tree], Params]
+) -> Params:
+    """The tree of weights in which ``change`` made other numbers of what each stack of routers keeps.
+
+    Args:
+      config: of the network.
+      weights: a tree that holds what routers keep.
+      of_layers: arrays [L, ...] of all layers with experts.
+      change: from what a stack of routers keeps, and the rows of ``of_layers`` that are its layers', to what it keeps.
+    """
     layers = dict(weights["layers"])
+    for name, rows in moe_stacks(config).items():
+        stack = layers[name]
+        router = stack["moe"]["router"]
+        after = change(router[TRACKED], jax.tree.map(lambda x, rows=rows: x[rows], of_layers))
+        layers[name] = {**stack, "moe": {**stack["moe"], "router": {**router, TRACKED: after}}}
+    return {**weights, "layers": layers}
+
+
+def moe_stacks(config: ByteConfig) -> dict[str, slice]:
+    """By name of each stack of layers with experts, where these layers stand among all with experts."""
+    found: dict[str, slice] = {}
     first = 0
     for group in config.layer_groups:
         for stack in group.stacks:
-            size = len(group.of_stack(stack))
-            if not group.of_stack(stack)[0].moe:
-                continue
-            of_stack = jax.tree.map(lambda x, at=first, n=size: x[at : at + n], tally)
-            stacked = layers[str(stack)]
-            router = stacked["moe"]["router"]
-            after = _advanced(config, router[TRACKED], of_stack)
-            layers[str(stack)] = {**stacked, "moe": {**stacked["moe"], "router": {**router, TRACKED: after}}}
-            first += size
-    return {**weights, "layers": layers}
+            layers = group.of_stack(stack)
+            if layers[0].moe:
+                found[str(stack)] = slice(first, first + len(layers))
+                first += len(layers)
+    return found
 
 
 def _advanced(config: ByteConfig, tracked: Params, tally: Tally) -> Params:
@@ -122,7 +162,8 @@ def _advanced(config: ByteConfig, tracked: Params, tally: Tally) -> Params:
     taken = tally.counts / jnp.maximum(tally.wanted, 1.0)
     spread = jnp.std(shares, axis=1, keepdims=True) / fair
     wish = 0.5 * jnp.minimum(taken, 1.0) + 0.3 * (1 - used) + 0.2 * (1 - spread)
-    wanted = tally.wanted / jnp.maximum(jnp.sum(tally.wanted, axis=1, keepdims=True), 1.0)
+    # Of whole numbers: shares are rounded, and an expert with its fair share would move.
+    below = jnp.sum(tally.wanted, axis=1, keepdims=True) - E * tally.wanted
 
     def mean(name: str, new: Array) -> Array:
         return decay * tracked[name] + (1 - decay) * new
@@ -131,11 +172,33 @@ def _advanced(config: ByteConfig, tracked: Params, tally: Tally) -> Params:
         "load": mean("load", shares),
         "utilization": mean("utilization", used),
         "priority": mean("priority", jnp.clip(wish, 0.1, 2.0)),
-        "bias": tracked["bias"] + c.bias_update_rate * jnp.sign(fair - wanted),
+        "bias": tracked["bias"] + c.bias_update_rate * jnp.sign(below),
         "coldness": _coldness(tracked["coldness"], shares < _IDLE * fair, c.cooling_steps),
         "steps": tracked["steps"] + 1,
     }
+    if TWIN in tracked:
+        left = jnp.maximum(tracked[TWIN_STEPS] - 1, 0.0)
+        own = jnp.broadcast_to(jnp.arange(E, dtype=jnp.float32), left.shape)
+        after |= {TWIN: jnp.where(left > 0, tracked[TWIN], own), TWIN_STEPS: left}
     return {name: after[name] for name in tracked}
+
+
+def hidden_twins(
+    twin_E: Float[Array, " E"], steps_E: Float[Array, " E"], positions_N: Int[Array, " N"]
+) -> Bool[Array, "N E"]:
+    """Which experts tokens do not see: of two twins that at odd positions with the lower number, else the other.
+
+    So each token has the scores that it had before the split.
+
+    Args:
+      twin_E: number of the expert's twin, or its own.
+      steps_E: steps for which twins exclude each other yet.
+      positions_N: of the tokens, in their documents.
+    """
+    own_E = jnp.arange(twin_E.shape[0], dtype=jnp.float32)
+    twin_E = jnp.where(steps_E > 0.5, jnp.round(twin_E), own_E)
+    odd_N1 = (positions_N % 2 == 1)[:, None]
+    return jnp.where(odd_N1, (own_E < twin_E)[None], (own_E > twin_E)[None])
 
 
 def _coldness(before: Array, idle: Array, cooling_steps: int) -> Array:

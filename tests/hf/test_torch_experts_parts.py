@@ -1,0 +1,135 @@
+"""Parts of layers with experts in the modelling file, one by one."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.hf_models import NEEDS_TORCH
+
+from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.config.moe import MoEConfig
+
+torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+pytest.importorskip("transformers")
+
+import stellarbyte_jax.hf.torch_model.modeling_stellarbyte as modelling  # noqa: E402 (it imports torch)
+
+TOKENS = torch.from_numpy(np.random.default_rng(0).integers(1, 61, (2, 24)))
+
+
+def fresh(**moe: Any) -> Any:
+    torch.manual_seed(0)
+    config = modelling.StellarByteConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, moe=moe
+    )
+    return modelling.StellarByteForCausalLM._from_config(config).eval()
+
+
+@pytest.mark.parametrize("gate", ["linear", "context"])
+def test_routers_compute_in_float32_whatever_is_asked_for(gate: str) -> None:
+    peer = fresh(num_experts=6, gate=gate, adaptive_temperature=True, expert_priority=True, cooling_steps=2)
+    router, x_BTD = peer.model.layers[0].mlp.router, torch.randn(2, 5, 32)
+    call = modelling.Call(peer.config, torch.arange(5).expand(2, 5), torch.arange(5), None, None, None, False, None)
+    _, expected = router(x_BTD, call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router(x_BTD, call)[1], expected)
+        assert np.isfinite(peer(TOKENS).logits.float().detach().numpy()).all()
+    exact = router.half().float()(x_BTD.half().float(), call)[1]
+    found = router.half()(x_BTD.half(), call)[1]
+    assert found.dtype == torch.float32 and torch.equal(found, exact)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert peer.to(dtype)(TOKENS).logits.dtype == dtype
+
+
+def test_of_equal_scores_the_first_experts_are_chosen() -> None:
+    router = fresh(num_experts=40, num_experts_per_tok=5, n_group=10, topk_group=3).model.layers[0].mlp.router
+    call = modelling.Call(router.config, torch.zeros(1, 9).long(), torch.arange(9), None, None, None, False, None)
+    experts_RC, weights_RC = router(torch.zeros(1, 9, 32), call)
+    assert experts_RC.tolist() == [[0, 1, 2, 3, 4]] * 9
+    torch.testing.assert_close(weights_RC, torch.full((9, 5), 0.2))
+
+
+def test_experts_without_tokens_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = fresh(num_experts=6, dynamic_k=0.0)
+    experts, rows, linear = peer.model.layers[0].mlp.experts, [], torch.nn.functional.linear
+
+    def note(x: Any, weight: Any) -> Any:
+        rows.append(len(x))
+        return linear(x, weight)
+
+    chosen, weights = torch.tensor([[1, 4], [4, 6], [6, 6]]), torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]])
+    x_RD = torch.randn(3, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(modelling.F, "linear", note)
+        found = experts(x_RD, chosen, weights)
+    assert rows == [1, 1, 2, 2] and not found[2].any()  # two products for each of two experts
+    torch.testing.assert_close(experts._all(x_RD, chosen, weights), found)
+    assert np.isfinite(peer(TOKENS).logits.detach().numpy()).all()  # tokens that need no share of their scores
+
+
+def test_experts_are_not_split_between_devices() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="device_map needs it")
+    peer = fresh(num_experts=4, shared_pool=True)
+    sizes = accelerate.utils.compute_module_sizes(peer)
+    pool = sizes["model.experts"]
+    room = {0: sizes["model.embed_tokens"] + sizes["model.layers"] + 9 * pool // 10, 1: 10 * pool}
+    places = accelerate.infer_auto_device_map(peer, max_memory=room, no_split_module_classes=peer._no_split_modules)
+    assert places["model.embed_tokens"] == 0 and places["model.experts"] == 1
+
+
+def test_fresh_weights_are_those_of_the_settings() -> None:
+    peer = fresh(num_experts=8, gate="context", noise="noisy_topk", adaptive_temperature=True, temperature=0.7)
+    router, experts = peer.model.layers[1].mlp.router, peer.model.layers[1].mlp.experts
+    for weight in (experts.gate_up_proj, experts.down_proj, router.weight, router.context.mlp_up):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    expected = {"load": 1 / 8, "utilization": 0.5, "priority": 1, "bias": 0, "coldness": 0, "noise": 0, "steps": 0}
+    assert {name: buffer.unique().item() for name, buffer in router.named_buffers()} == expected
+    assert router.temperature.item() == pytest.approx(0.7) and (router.context.norm.weight == 1).all()
+    half = modelling.StellarByteForCausalLM._from_config(peer.config, dtype=torch.bfloat16)
+    dtypes = {tensor.dtype for router in half.model.layers for tensor in router.mlp.router.state_dict().values()}
+    assert half.dtype == torch.bfloat16 and dtypes == {torch.float32}
+
+
+def test_dropout_of_the_layer_is_of_its_sum() -> None:
+    peer = fresh(num_experts=4, n_shared_experts=1)
+    layer = peer.model.layers[0].mlp
+    layer.config.hidden_dropout = 0.5
+    assert layer.shared_experts.dropout == 0
+    call = modelling.Call(peer.config, torch.arange(24).expand(2, 24), torch.arange(24), None, None, None, False, None)
+    x_BTD = torch.randn(2, 24, 32)
+    quiet, noisy = layer(x_BTD, call), layer.train()(x_BTD, call)
+    kept = noisy != 0
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(noisy[kept], 2 * quiet[kept])
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"gate": "hash"}, r"moe\.gate must be one of linear, context, got 'hash'"),
+        ({"scoring_func": "relu"}, r"moe\.scoring_func must be one of softmax, sigmoid, got 'relu'"),
+        ({"history_decay": 0.5}, r"moe\.history_decay must be 0: no cache here keeps the mean of earlier tokens"),
+    ],
+)
+def test_a_setting_of_another_value_is_refused(moe: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        modelling.StellarByteConfig(moe={"num_experts": 4} | moe)
+
+
+def test_defaults_here_and_there_are_equal() -> None:
+    ours = json.loads(json.dumps(MoEConfig().to_dict()))
+    assert {name: ours[name] for name in modelling._EXPERTS} == json.loads(json.dumps(modelling._EXPERTS))
+    of_training = {"noise_scale", "router_warmup_steps", "bias_update_rate", "state_decay", "dispatch", "overflow"}
+    of_training |= {"capacity_factor", "min_capacity", "max_capacity", "dynamic_capacity"}
+    assert set(ours) - set(modelling._EXPERTS) == of_training
+
+
+@pytest.mark.parametrize(
+    "moe", [{}, {"first_k_dense_replace": 2}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0, 3]}], ids=str
+)
+def test_the_same_layers_have_experts(moe: dict[str, Any]) -> None:
+    ours = ByteConfig(num_hidden_layers=5, moe={"num_experts": 4} | moe)
+    theirs = modelling.StellarByteConfig(num_hidden_layers=5, moe={"num_experts": 4} | moe)
+    assert [i for i in range(5) if theirs.has_experts(i)] == list(ours.moe_layers)
+    assert not any(modelling.StellarByteConfig(num_hidden_layers=5).has_experts(i) for i in range(5))
