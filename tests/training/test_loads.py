@@ -91,5 +91,6 @@ def test_damaged_lines_are_skipped_and_counted(config, tmp_path):
 
 
 def test_a_file_with_nothing_in_it_has_no_loads(tmp_path):
-    (tmp_path / LOADS).write_text("")
-    assert read_loads(tmp_path / LOADS, []) is None
+    for text in ("", '{"step": 1, "load": {"0": []}}\n'):
+        (tmp_path / LOADS).write_text(text)
+        assert read_loads(tmp_path / LOADS, []) is None

@@ -35,6 +35,7 @@ def drawn(config, seed=0):
         "lost": (wanted - counts).sum(1),
         "room": random.integers(20, 60, (L, E)).astype(np.float64),
         "temperature": np.ones(L),
+        "moved": np.zeros(L),
     }
     kept = {name: random.random((L, E)) for name in ("load", "utilization", "priority", "bias", "coldness")}
     kept["steps"] = np.full(L, 7.0)
