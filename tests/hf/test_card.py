@@ -44,6 +44,19 @@ def test_what_the_model_is():
     assert found["vocabulary"] == f"{CONFIG.vocab_size} tokens"
 
 
+def test_what_a_model_with_experts_is():
+    moe = {"num_experts": 8, "intermediate_size": 24}
+    settings = {"architecture": "X", "parameters": 100_000, "dtype": "bfloat16", "has_tokenizer": False}
+    found = rows(model_card(dataclasses.replace(CONFIG, moe={**moe, "n_shared_experts": 1}), **settings))
+    active = 100_000 - CONFIG.num_hidden_layers * 6 * 3 * CONFIG.hidden_size * 24
+    assert found["parameters"] == f"100,000 (bfloat16), {active:,} active"
+    assert found["experts"] == "8 of size 24, 2 for a token, and 1 for every token"
+    assert "feed-forward size" not in found and "experts" not in rows(card())
+    some = rows(model_card(dataclasses.replace(CONFIG, moe={**moe, "decoder_sparse_step": 2}), **settings))
+    assert some["experts"] == "8 of size 24, 2 for a token"
+    assert some["feed-forward size"] == f"{CONFIG.mlp_size}" == rows(card())["feed-forward size"]
+
+
 def test_training_is_told_where_it_is_known():
     found = rows(card(training=FACTS))
     assert (found["optimizer"], found["steps"]) == ("muon", "1,500")

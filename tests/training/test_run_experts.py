@@ -6,13 +6,14 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
 from helpers.runs import cli, log_of, same_weights, write_config
 from helpers.training import flat
 
 from stellarbyte_jax.checkpoint.weights import load_config, load_weights
-from stellarbyte_jax.inspect.costs import parameter_counts
+from stellarbyte_jax.inspect.costs import flops_per_token, parameter_counts
 from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.training import begin
+from stellarbyte_jax.training import begin, metrics
 from stellarbyte_jax.training.optimizer import make_optimizer
 from stellarbyte_jax.training.state import state_shapes
 
@@ -31,10 +32,11 @@ def kept_of(weights):
     return {path: x for path, x in flat(weights).items() if "/tracked/" in path}
 
 
-def test_resume_with_experts_is_exact_and_nothing_but_steps_changes_what_routers_keep(tmp_path, capsys):
+def test_resume_with_experts_is_exact_and_nothing_but_steps_changes_what_routers_keep(tmp_path, capsys, monkeypatch):
     """Five steps with validations and samples among them, against two, a lost run, and three more without any."""
     straight, run = write_config(tmp_path), tmp_path / "run"
     between = ("evaluation.interval=1", "sample_prompts=ab", "sample_interval=1")
+    monkeypatch.setattr(metrics, "peak_flops", lambda: 1e12)
     assert cli(straight, *SETTINGS, *between) == 0
     config, weights = load_weights(run)
     counts = parameter_counts(ByteTransformer(config.model))
@@ -43,6 +45,9 @@ def test_resume_with_experts_is_exact_and_nothing_but_steps_changes_what_routers
     assert sizes in said and f"{counts.total:,}, {counts.active:,} active" in said.partition("summary")[2]
     assert (about["parameters"], about["active_parameters"]) == (counts.total, counts.active)
     assert counts.total - counts.active == 2 * 3 * 16 * 8
+    last = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "mfu" in line][-1]
+    flops = flops_per_token(config.model, counts.active, 32).causal
+    assert last["mfu"] == pytest.approx(last["tokens_per_second"] * flops / 1e12, rel=1e-6)
     kept = kept_of(weights)
     assert len(kept) == 6 and (kept["layers/1/moe/router/tracked/steps"] == 5).all()
     for name, first in (("bias", 0), ("load", 0.25), ("utilization", 0.5), ("priority", 1)):
