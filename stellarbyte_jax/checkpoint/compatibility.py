@@ -39,6 +39,29 @@ _POSITION_FIELDS = (
     "layer_types",
     "sink_tokens",
 )
+# What experts and routers do in training alone, and what follows from it: as dropout, a run may change it.
+_TRAINED_MOE_FIELDS = (
+    "noise_scale",
+    "router_warmup_steps",
+    "dispatch",
+    "capacity_factor",
+    "min_capacity",
+    "max_capacity",
+    "dynamic_capacity",
+    "overflow",
+    "bias_update_rate",
+    "state_decay",
+)
+# Which experts tokens go to, with the weights as they are: a run that begins with them may choose otherwise.
+_ROUTING_FIELDS = (
+    "moe.num_experts_per_tok",
+    "moe.dynamic_k",
+    "moe.n_group",
+    "moe.topk_group",
+    "moe.temperature",
+    "moe.expert_priority",
+    "moe.cooling_steps",
+)
 # With another value the position in the data would point elsewhere.
 _ORDER_FIELDS = (
     "train",
@@ -58,7 +81,7 @@ _ORDER_FIELDS = (
 
 def _architecture(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
     """What a checkpoint depends on: by setting what it means, and how it is shown, with derived sizes spelt out."""
-    spelt = {name: value for name, value in config.to_dict().items() if name not in _RUNTIME_FIELDS}
+    spelt = {name: value for name, value in config.to_dict().items() if name not in (*_RUNTIME_FIELDS, "moe")}
     windows = _windows(config)
     sizes = {
         "num_key_value_heads": config.kv_heads,
@@ -75,7 +98,30 @@ def _architecture(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
         "memory": (config.layer_specs, config.memory.compression_weight),
         "layer_scale_init": config.layer_scale_init is not None,  # how much it is matters to new weights alone
     }
-    return {name: (meanings.get(name, value), sizes.get(name, value)) for name, value in spelt.items()}
+    found = {name: (meanings.get(name, value), sizes.get(name, value)) for name, value in spelt.items()}
+    return found | _experts(config)
+
+
+def _experts(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
+    """The same of layers with experts."""
+    m = config.moe
+    spelt = {name: value for name, value in m.to_dict().items() if name not in _TRAINED_MOE_FIELDS}
+    sizes = {
+        "intermediate_size": config.expert_size,
+        "gate_intermediate_size": m.gate_intermediate_size or m.context_size,
+    }
+    groups = (m.n_group, m.topk_group) if m.topk_group < m.n_group else None  # a token may use all of them
+    meanings = {
+        **sizes,
+        **dict.fromkeys(("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers"), config.moe_layers),
+        **dict.fromkeys(("n_group", "topk_group"), groups),
+        "noise": m.noise == "noisy_topk",  # which has weights
+        "temperature": None if m.adaptive_temperature else m.temperature,  # else it is where a weight begins
+        "cooling_steps": m.cooling_steps > 0,
+    }
+    if not m.num_experts:
+        return {"moe.num_experts": (0, 0)}
+    return {f"moe.{name}": (meanings.get(name, value), sizes.get(name, value)) for name, value in spelt.items()}
 
 
 def _windows(config: ByteConfig) -> tuple[int | None, ...]:
@@ -143,7 +189,7 @@ def check_same_model(
       before: settings that the weights were made with.
       config: those of now.
       where: the weights lie, for messages.
-      initial: whether a run begins with them; such a run may have other positions.
+      initial: whether a run begins with them; such a run may have other positions, and send tokens to other experts.
       say: told what changes.
       advice: the end of a refusal.
 
@@ -155,12 +201,13 @@ def check_same_model(
     differ = {
         name: f"model.{name} is {shown(there[name][1])} there and {shown(value)} here"
         for name, (meaning, value) in _architecture(config).items()
-        if there[name][0] != meaning and there[name][1] != value
+        if name in there and there[name][0] != meaning and there[name][1] != value
     }
     if initial:
-        for name in _POSITION_FIELDS:
-            if name in differ:
-                say(f"the weights in {where} get other positions: {differ.pop(name)}")
+        for what, fields in (("positions", _POSITION_FIELDS), ("routing of tokens to experts", _ROUTING_FIELDS)):
+            for name in fields:
+                if name in differ:
+                    say(f"the weights in {where} get other {what}: {differ.pop(name)}")
     if differ:
         raise CheckpointError(f"{where} holds another model: {'; '.join(differ.values())}. {advice}")
 
@@ -291,6 +338,8 @@ def _refused(before: TrainConfig, config: TrainConfig) -> list[str]:
     return differ
 
 
+# The same weights and the same network, which is trained in another way.
+_OTHERWISE_TRAINED = {"model.moe.noise", "model.moe.cooling_steps"}
 _REMARKS = {
     "init_from": " (without effect: the run goes on with its own weights)",
     "data.train": ": the run goes on where the files there have the same names and contents",
@@ -300,7 +349,8 @@ _REMARKS = {
 def _changes(before: TrainConfig, config: TrainConfig) -> list[str]:
     """A line for each setting that means something else than before, of two runs that may be one."""
     there, here = _architecture(before.model), _architecture(config.model)
-    same = {f"model.{name}" for name, (meaning, _) in here.items() if there[name][0] == meaning}
+    same = {f"model.{name}" for name, (meaning, _) in here.items() if name in there and there[name][0] == meaning}
+    same -= _OTHERWISE_TRAINED
     same |= {f"data.{name}" for name in _ORDER_FIELDS if _order(name, before.data) == _order(name, config.data)}
     if _same_place(before.output_dir, config.output_dir):
         same.add("output_dir")

@@ -38,11 +38,13 @@ with imports():
     from stellarbyte_jax.hf.original import from_original as read_original
     from stellarbyte_jax.hf.settings import read_config
     from stellarbyte_jax.hf.verify import Agreement, compare_with_transformers, require_torch
+    from stellarbyte_jax.inspect.costs import parameter_counts
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.model.decoder import ByteTransformer
     from stellarbyte_jax.tokenizer.codec import Tokenizer, check_vocabulary, load_tokenizer
     from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer
     from stellarbyte_jax.tokenizer.special import adds_bos, as_list, kept_ids, stop_ids
+    from stellarbyte_jax.training.messages import parameters
     from stellarbyte_jax.upcycling import upcycle as upcycle_weights
     from stellarbyte_jax.upcycling import upcycled_config
     from stellarbyte_jax.vocabulary import fit_tokenizer, resize_vocabulary
@@ -169,7 +171,7 @@ def to_hf(arguments: argparse.Namespace) -> Any:
         training=facts_of(run, step),
         family=arguments.family,
     )
-    report(arguments.target, params)
+    report(arguments.target, model)
     family, written = read_config(arguments.target)
     for setting in dropped_by_llama_cpp(family.model_type, written):
         print(f"a GGUF file of it would lack {setting}: see docs/gguf.md")
@@ -346,15 +348,15 @@ def write_run(
     # Its own place even where that stays empty: whatever lies in the folder where this is typed is not its tokenizer.
     own = str(run / TOKENIZER)
     save_initial(run, config, params, own, add_bos=add_bos, init_from=source, checksums=checksums)
-    report(run, params)
+    report(run, ByteTransformer(config))
 
 
-def report(target: Path, params: dict[str, Any]) -> None:
+def report(target: Path, model: ByteTransformer) -> None:
     """Prints what was written, and the number of parameters."""
     for part in sorted(target.iterdir()):
         files = [part] if part.is_file() else [p for p in part.rglob("*") if p.is_file()]
         print(f"{sum(p.stat().st_size for p in files):>16,} bytes  {part}{'' if part.is_file() else '/'}")
-    print(f"wrote {target}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+    print(f"wrote {target}: {parameters(parameter_counts(model))}")
 
 
 @command

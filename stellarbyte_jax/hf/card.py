@@ -76,22 +76,18 @@ def model_card(
       own_code: whether transformers needs the modelling file of the directory.
       training: facts of the run; None where there was none.
     """
-    m, active = config.moe, f", {config.active_parameters(parameters):,} active" if config.moe_layers else ""
-    experts = f"{m.num_experts} of size {config.expert_size:,}, {m.num_experts_per_tok} for a token"
-    shared = f", and {m.n_shared_experts} for every token" if m.n_shared_experts else ""
+    active = f", {config.active_parameters(parameters):,} active" if config.moe_layers else ""
     rows = [
         ("architecture", architecture),
         ("parameters", f"{parameters:,} ({dtype}){active}"),
         ("layers", f"{config.num_hidden_layers}"),
         ("hidden size", f"{config.hidden_size:,}"),
         ("attention heads", f"{config.num_attention_heads}, {config.kv_heads} of keys and values"),
-        *([("experts", experts + shared)] if config.moe_layers else []),
+        *([("experts", _experts(config))] if config.moe_layers else []),
         *([("feed-forward size", f"{config.mlp_size:,}")] if len(config.moe_layers) < config.num_hidden_layers else []),
         ("context length", f"{config.max_position_embeddings:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} tokens"),
     ]
-    if config.moe.num_experts:
-        rows.append(("experts", _experts(config)))
     sections = [
         "# Model card",
         f"A decoder-only language model, exported by stellarbyte_jax for `{architecture}`.",

@@ -19,6 +19,11 @@ def parameters(counts: ParameterCounts, noun: str = " parameters") -> str:
     return told if counts.active == counts.total else f"{told}, {counts.active:,} active"
 
 
+def sizes(config: TrainConfig, counts: ParameterCounts) -> str:
+    """Parameters of the model, and tokens of a step."""
+    return f"{parameters(counts)}; {config.global_batch_size * config.data.sequence_length:,} tokens a step"
+
+
 def first_step(seconds: float, cache: CompileCache) -> str:
     """How long a run took to its first step, and how much of that XLA."""
     programs = "program" if cache.misses == 1 else "programs"

@@ -165,9 +165,7 @@ def _prepare(
     elif found is not None:
         report.line(f"starting from the weights in {run_dir}")
     begin.keep(begin.Found(named, config), parameters)
-    report.line(
-        f"{messages.parameters(parameters)}; {config.global_batch_size * config.data.sequence_length:,} tokens a step"
-    )
+    report.line(messages.sizes(config, parameters))
     trackers = Together(make_trackers(config, start, validated=not validates))
     stack.callback(trackers.close)
     loads = stack.enter_context(contextlib.closing(LoadFile(config, start)))

@@ -75,6 +75,94 @@ def test_what_neither_weights_nor_order_depend_on_may_change(changes: dict[str, 
     assert len(check(now, before, initial)) == len(told)
 
 
+EXPERTS: dict[str, Any] = {"num_experts": 4, "intermediate_size": 16}
+
+
+def with_experts(**moe: Any) -> TrainConfig:
+    return settings(model={"moe": {**EXPERTS, **moe}})
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"dispatch": "capacity", "capacity_factor": 2.0, "min_capacity": 2, "max_capacity": 9, "overflow": ["cold"]},
+        {"dispatch": "capacity", "dynamic_capacity": True},
+        {"noise": "gumbel", "noise_scale": 2.0, "router_warmup_steps": 9},
+        {"bias_update_rate": 0.1, "state_decay": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("initial", [False, True])
+def test_how_experts_are_trained_may_change(moe: dict[str, Any], initial: bool) -> None:
+    before, now = with_experts(), with_experts(**moe)
+    told = check(before, now, initial)
+    assert check(now, before, initial) is not None
+    if initial:
+        assert told == []
+    else:
+        assert [line.partition(" ")[2].split(" ")[1] for line in told] == [
+            f"model.moe.{name}" for name in now.model.moe.to_dict() if name in moe
+        ]
+    both = [with_experts(cooling_steps=steps, temperature=1.0) for steps in (10, 20)]
+    assert check(*both, initial) == ([] if initial else ["setting changed: model.moe.cooling_steps 10 -> 20"])
+    learned = [with_experts(adaptive_temperature=True, temperature=x) for x in (1.0, 2.0)]
+    assert check(*learned, initial) == []
+
+
+@pytest.mark.parametrize(
+    ("moe", "name"),
+    [
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok is 2 there and 1 here"),
+        ({"dynamic_k": 0.5}, "dynamic_k is None there and 0.5 here"),
+        ({"n_group": 4, "topk_group": 2}, "n_group is 1 there and 4 here"),
+        ({"temperature": 2.0}, "temperature is 1.0 there and 2.0 here"),
+        ({"expert_priority": True}, "expert_priority is False there and True here"),
+        ({"cooling_steps": 5}, "cooling_steps is 0 there and 5 here"),
+    ],
+    ids=str,
+)
+def test_tokens_go_to_other_experts_in_a_run_that_begins_with_the_weights_alone(moe: dict[str, Any], name: str) -> None:
+    said = check(with_experts(), with_experts(**moe), initial=True)
+    assert said[0].startswith(f"the weights in {PATH} get other routing of tokens to experts: model.moe.{name}")
+    assert len(said) == len(moe)
+    assert f"holds another model: model.moe.{name}" in refusal(with_experts(), with_experts(**moe))
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize(
+    ("moe", "name"),
+    [
+        ({"num_experts": 5}, "num_experts is 4 there and 5 here"),
+        ({"intermediate_size": 8}, "intermediate_size is 16 there and 8 here"),
+        ({"n_shared_experts": 1}, "n_shared_experts is 0 there and 1 here"),
+        ({"first_k_dense_replace": 1}, "first_k_dense_replace is 0 there and 1 here"),
+        ({"mlp_only_layers": [1]}, "mlp_only_layers is () there and (1,) here"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 1 there and 2 here"),
+        ({"shared_pool": True}, "shared_pool is False there and True here"),
+        ({"gate": "context"}, "gate is 'linear' there and 'context' here"),
+        ({"noise": "noisy_topk"}, "noise is 'none' there and 'noisy_topk' here"),
+        ({"adaptive_temperature": True}, "adaptive_temperature is False there and True here"),
+        ({"scoring_func": "sigmoid"}, "scoring_func is 'softmax' there and 'sigmoid' here"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is True there and False here"),
+        ({"routed_scaling_factor": 2.0}, "routed_scaling_factor is 1.0 there and 2.0 here"),
+    ],
+    ids=str,
+)
+def test_other_experts_are_another_model(moe: dict[str, Any], name: str, initial: bool) -> None:
+    for message in (
+        refusal(with_experts(), with_experts(**moe), initial),
+        refusal(with_experts(**moe), with_experts(), initial),
+    ):
+        assert message.count("model.") == 1 and "\n" not in message
+    assert f"model.moe.{name}" in refusal(with_experts(), with_experts(**moe), initial)
+
+
+def test_a_model_without_experts_is_another_one() -> None:
+    message = refusal(settings(), with_experts())
+    assert message.count("model.") == 1 and "model.moe.num_experts is 0 there and 4 here" in message
+    assert "model.moe.num_experts is 4 there and 0 here" in refusal(with_experts(), settings(), initial=True)
+
+
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
@@ -182,6 +270,14 @@ ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"sliding_window": 9999, "layer_types": ["sliding_attention", "full_attention"]}),
     ({"vocab_size_multiple": 1}, {"vocab_size_multiple": 8}),
     ({"layer_scale_init": 0.1}, {"layer_scale_init": 0.2}),
+    ({"moe": {"num_experts": 2, "first_k_dense_replace": 1}}, {"moe": {"num_experts": 2, "mlp_only_layers": [0]}}),
+    ({"moe": {"num_experts": 2, "decoder_sparse_step": 2}}, {"moe": {"num_experts": 2, "mlp_only_layers": [0]}}),
+    ({"moe": {"num_experts": 2}}, {"moe": {"num_experts": 2, "intermediate_size": 64}}),
+    (
+        {"moe": {"num_experts": 4, "gate": "context"}},
+        {"moe": {"num_experts": 4, "gate": "context", "gate_intermediate_size": 64}},
+    ),
+    ({"moe": {"num_experts": 4}}, {"moe": {"num_experts": 4, "n_group": 2, "topk_group": 2}}),
     (
         {"rope_scaling": {"name": "llama3", "factor": 2.0}},
         {"rope_scaling": {"name": "llama3", "factor": 2.0, "original_max_position_embeddings": 2048}},

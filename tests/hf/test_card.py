@@ -55,6 +55,17 @@ def test_experts_are_told_where_there_are_any():
     assert rows(model_card(shared, **settings))["experts"] == told.replace(" for", " and 1 shared for")
 
 
+def test_what_a_model_with_experts_is():
+    moe = {"num_experts": 8, "intermediate_size": 24}
+    settings = {"architecture": "X", "parameters": 100_000, "dtype": "bfloat16", "has_tokenizer": False}
+    found = rows(model_card(dataclasses.replace(CONFIG, moe={**moe, "n_shared_experts": 1}), **settings))
+    active = 100_000 - CONFIG.num_hidden_layers * 6 * 3 * CONFIG.hidden_size * 24
+    assert found["parameters"] == f"100,000 (bfloat16), {active:,} active"
+    assert "feed-forward size" not in found
+    some = rows(model_card(dataclasses.replace(CONFIG, moe={**moe, "decoder_sparse_step": 2}), **settings))
+    assert some["feed-forward size"] == f"{CONFIG.mlp_size}" == rows(card())["feed-forward size"]
+
+
 def test_training_is_told_where_it_is_known():
     found = rows(card(training=FACTS))
     assert (found["optimizer"], found["steps"]) == ("muon", "1,500")

@@ -1,5 +1,6 @@
 """The programs against the decoder in numpy: prompts in parts, ends of rows, scores; and how many they are."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,11 +10,14 @@ import pytest
 from helpers.full_pass import full_pass
 from helpers.numpy_decoder import decoder
 from helpers.tiny_generation import make as make_of
+from helpers.training import flat
+from helpers.variants import BASE
 
 from stellarbyte_jax import generate
 from stellarbyte_jax.config import MemoryConfig
 from stellarbyte_jax.inference import programs
 from stellarbyte_jax.inference.request import Request
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.model.state.memory import Memory
 
 make = functools.partial(make_of, max_position_embeddings=64)
@@ -191,6 +195,20 @@ def test_casting_weights_changes_no_logit():
     assert cast["final_norm"]["scale"].dtype == cast["layers"]["0"]["attn"]["q_norm"]["scale"].dtype == jnp.float32
     tokens = jnp.asarray([[1, 2, 3, 4]], jnp.int32)
     np.testing.assert_array_equal(*(full_pass(model, p, tokens) for p in (params, cast)))
+
+
+def test_routers_stay_float32_where_the_compute_dtype_is_bfloat16():
+    """Their matrices, gates and what they keep; experts are cast."""
+    moe = {"num_experts": 4, "gate": "context", "context_size": 4, "noise": "noisy_topk", "adaptive_temperature": True}
+    shapes = jax.tree.map(jnp.zeros_like, param_shapes(ByteTransformer(dataclasses.replace(BASE, moe=moe))))
+    cast = flat(
+        programs.cast_for_inference(
+            ByteTransformer(dataclasses.replace(BASE, moe=moe, compute_dtype="bfloat16")), shapes
+        )
+    )
+    routers = {path: x.dtype for path, x in cast.items() if "/router/" in path}
+    assert len(routers) == 16 and set(routers.values()) == {jnp.dtype("float32")}
+    assert {cast[f"layers/0/moe/experts/{name}"].dtype for name in ("gate_up", "down")} == {jnp.dtype("bfloat16")}
 
 
 PROGRAMS = (programs.prefill, programs.prefill_more, programs.decode_block)

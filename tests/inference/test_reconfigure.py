@@ -102,6 +102,45 @@ def test_other_weights_are_refused_by_the_setting_that_asks_for_them(overrides, 
     assert "such settings are chosen before training" in str(caught.value) and "\n" not in str(caught.value)
 
 
+WITH_EXPERTS = ByteTransformer(
+    ByteConfig.from_dict(BASE.to_dict() | {"moe": {"num_experts": 4, "num_experts_per_tok": 2}})
+)
+
+
+def test_tokens_may_go_to_other_experts():
+    found = changed(
+        "moe.num_experts_per_tok=1",
+        "moe.dynamic_k=0.5",
+        "moe.scoring_func=sigmoid",
+        "moe.temperature=0.5",
+        "moe.dispatch=capacity",
+        "moe.noise=gumbel",
+        "sliding_window=9",
+        model=WITH_EXPERTS,
+    )
+    m = found.moe
+    assert (m.num_experts, m.num_experts_per_tok, m.dynamic_k, m.scoring_func) == (4, 1, 0.5, "sigmoid")
+    assert (m.temperature, m.dispatch, m.noise, found.sliding_window) == (0.5, "capacity", "gumbel", 9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["moe.dynamic_k=0.5", "moe.num_experts=8"], r"^moe.num_experts=8 asks .*: \[2, 4, 64, 16\] becomes"),
+        (["moe.noise=noisy_topk"], r"^moe.noise=noisy_topk asks .*router/noise: nothing becomes \[2, 16, 4\]"),
+        (["moe.adaptive_temperature=true"], r"^moe.adaptive_temperature=true asks .*router/temperature: nothing"),
+        (["moe.mlp_only_layers=[0]"], r"^moe.mlp_only_layers=\[0\] asks for other weights"),
+        (["moe.shared_pool=true"], "^moe.shared_pool=true asks for other weights"),
+    ],
+)
+def test_other_experts_are_refused_by_the_setting_that_asks_for_them(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        reconfigure(WITH_EXPERTS, overrides)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^moe.num_experts=4 asks for other weights"):
+        reconfigure(TINY, ["moe.num_experts=4"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

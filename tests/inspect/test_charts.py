@@ -13,6 +13,7 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect import charts, fonts
 from stellarbyte_jax.inspect.costs import parameter_counts
 from stellarbyte_jax.inspect.labels import LANGUAGES, all_characters, label
+from stellarbyte_jax.inspect.numbers import short
 from stellarbyte_jax.inspect.sparsity import weight_statistics
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 
@@ -39,6 +40,15 @@ SHAPES = {
     ),
     "deepnorm, no last norm": dataclasses.replace(BASE, residual_scaling="deepnorm"),
     "memory": dataclasses.replace(BASE, memory={"length": (0, 1000, 1000, 1000)}),
+    "experts": dataclasses.replace(
+        BASE,
+        moe={"num_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 2, "decoder_sparse_step": 2},
+        hidden_size=4096,
+        parallel_residual=True,
+    ),
+    "a pool of experts": dataclasses.replace(
+        BASE, moe={"num_experts": 6, "shared_pool": True, "mlp_only_layers": (2,)}
+    ),
 }
 RATIOS = {"parameters_short": 0.07, "flops_short": 900.0, "cache_short": 1.0, "depth": 0.3, "width": 0.2}
 
@@ -99,6 +109,24 @@ def test_of_many_runs_of_layers_the_first_and_the_last_are_shown(drawn):
     assert [text for text in texts if text.startswith("layer ")] == ["layer 0-3"] and label("shared", "en") not in texts
 
 
+def test_experts_are_drawn_with_what_a_token_uses(drawn):
+    moe = {"num_experts": 6, "intermediate_size": 24, "n_shared_experts": 1, "first_k_dense_replace": 3}
+    config = dataclasses.replace(BASE, moe=moe)
+    counts = parameter_counts(ByteTransformer(config))
+    charts.structure_diagram(config, counts, "en")
+    texts = [text.get_text() for text in drawn.pop().findobj(matplotlib.text.Text)]
+    layer = sum(counts.layers[3].values())
+    assert f"{short(layer)}, {short(layer - 4 * 3 * 32 * 24)} active" in texts
+    assert "experts: 2 of 6, 1 shared" in texts and f"32 × 24   {short(7 * 3 * 32 * 24)}   router 192" in texts
+    charts.parameter_pie(counts, "en")
+    texts = [text.get_text() for text in drawn.pop().findobj(matplotlib.text.Text)]
+    assert f"{short(counts.total)}\nparameters\n{short(counts.active)} active" in texts
+    pool = SHAPES["a pool of experts"]
+    charts.structure_diagram(pool, parameter_counts(ByteTransformer(pool)), "en")
+    texts = [text.get_text() for text in drawn.pop().findobj(matplotlib.text.Text)]
+    assert label("pool", "en") in texts and short(6 * 3 * 32 * 48) in texts
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_radar(language, drawn):
     check(charts.comparison_radar(RATIOS, language), drawn)
@@ -106,8 +134,11 @@ def test_the_radar(language, drawn):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_heat_map(language, drawn):
-    model, params = make("parallel, branch scale, layer scale, biases, yarn")
+@pytest.mark.parametrize(
+    "variant", ["parallel, branch scale, layer scale, biases, yarn", "a pool of experts, parallel, xpos"]
+)
+def test_the_heat_map(variant, language, drawn):
+    model, params = make(variant)
     check(charts.deviation_heatmap(weight_statistics(model.config, params), language), drawn)
 
 

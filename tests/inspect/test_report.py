@@ -90,6 +90,44 @@ def test_operations_and_comparison():
     assert rows(section)["depth"] == ("4", "2", "2×") and section.notes == ("The reference is half.",)
 
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}
+
+
+def test_experts():
+    w = writer(moe={**EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1})
+    found, expert = rows(w.structure()), 3 * 32 * 24
+    assert (found["layers with experts"], found["experts of a layer"]) == (("3",), ("6 (2 of a token)",))
+    assert (found["expert size"], found["shared experts"], found["MLP size"]) == (("24",), ("1",), ("48",))
+    section, total = w.parameters(), w.counts.total
+    found = rows(section)
+    assert found["experts"] == (f"{6 * expert:,}", f"{18 * expert:,}", percent(18 * expert / total))
+    assert found["shared experts"][0] == f"{expert:,}" and found["router"][0] == f"{32 * 6}"
+    assert found["MLP"][0] == f"{3 * 32 * 48:,}", "of the layer that has one"
+    active = total - 3 * 4 * expert
+    assert found["active (of a token)"] == ("", f"{active:,}", percent(active / total))
+    assert label("note_active", "en") in section.notes
+    section = w.flops()
+    assert rows(section)["training step"][0] == short(flops_per_token(w.config, active, 16).causal)
+    assert label("note_flops_experts", "en") in section.notes
+    _, ratios = w.comparison(BASE, "dense")
+    dense = writer()
+    assert ratios["active_short"] == active / dense.counts.total != ratios["parameters_short"]
+    assert (
+        ratios["flops_short"]
+        == flops_per_token(w.config, active, 16).causal / flops_per_token(BASE, dense.counts.total, 16).causal
+    )
+    assert dense.comparison(w.config, "experts")[1]["active_short"] == 1 / ratios["active_short"]
+    assert "active_short" not in dense.comparison(BASE, "dense")[1]
+
+
+def test_a_pool_of_experts():
+    w = writer(moe={**EXPERTS, "shared_pool": True})
+    found = rows(w.structure())
+    assert found["experts of a layer"] == ("6 (2 of a token), the same in all",) and "MLP size" not in found
+    assert "shared experts" not in found
+    assert rows(w.parameters())["experts"][:2] == ("", f"{6 * 3 * 32 * 24:,}")
+
+
 def test_speed():
     measured = Measured([Speed(8, 1234.5, 99.4)], 5, 6, 7, "a CPU", fresh_weights=True)
     section = writer().speed(measured)

@@ -52,6 +52,20 @@ def test_layers_and_parts(at_once, monkeypatch):
     check(found.parts["mlp"], mlp, thresholds)
 
 
+def test_experts_and_routers():
+    """Of the layers that have them, whose stack they share with no dense one; what routers keep is left out."""
+    model, params = make("a dense layer, experts by sigmoid in groups, one shared, windows")
+    params["layers"]["1"]["moe"]["router"]["tracked"]["bias"] += 100.0
+    found = weight_statistics(model.config, params)
+    assert set(found.layers[0]) == {"attention", "mlp", "norms"} and found.whole.largest < 10
+    stack = params["layers"]["1"]["moe"]
+    for row, layer in enumerate(found.layers[1:]):
+        for part, name in (("experts", "experts"), ("shared_experts", "shared")):
+            expected = np.concatenate([np.ravel(stack[name][leaf][row]) for leaf in ("down", "gate_up")])
+            check(layer[part], np.float64(expected), (1e-3,))
+        check(layer["router"], np.float64(stack["router"]["kernel"][row]).ravel(), (1e-3,))
+
+
 def test_rows_that_pad_the_vocabulary_are_left_out():
     model, params = make("deepnorm, learned xpos, padded vocabulary")
     params["embed"]["embedding"] = params["embed"]["embedding"].at[61:].set(100.0)

@@ -19,7 +19,7 @@ def write_lines(directory, *lines, name="metrics.jsonl"):
 def write_run(directory, *lines):
     write_lines(directory, *lines)
     (directory / "train_config.json").write_text(settings().to_json())
-    (directory / "about.json").write_text(json.dumps(about(123)))
+    (directory / "about.json").write_text(json.dumps(about(123, 45)))
 
 
 def test_a_series_is_a_metric_in_order_of_steps(tmp_path):
@@ -38,7 +38,11 @@ def test_a_series_is_a_metric_in_order_of_steps(tmp_path):
     np.testing.assert_array_equal(loss.at["time"], [np.nan, 4.5, np.nan])
     assert record.series.keys() == {"loss", "validation/loss"}
     assert (record.name, record.notes, record.samples, record.config) == ("it", [], [], settings())
-    assert record.about["parameters"] == 123 and record.about["environment"]["jax"]
+    assert (
+        record.about["parameters"] == 123
+        and record.about["active_parameters"] == 45
+        and record.about["environment"]["jax"]
+    )
     assert record.last("loss") == 2.0 and record.last("nothing") is None
 
 

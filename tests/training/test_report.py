@@ -68,7 +68,7 @@ class Page(html.parser.HTMLParser):
         return {row[0]: row[1:] for row in self.rows}
 
 
-def write_run(directory, count=30, loss=3.0, config=None, **extra):
+def write_run(directory, count=30, loss=3.0, config=None, active=123_456, **extra):
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for step in range(1, count + 1):
@@ -79,7 +79,7 @@ def write_run(directory, count=30, loss=3.0, config=None, **extra):
             lines.append({"step": step, "validation/loss": loss + abs(step - 20) / 100, "wall_seconds": 2.0 * step})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (directory / "train_config.json").write_text((config or settings()).to_json())
-    (directory / "about.json").write_text(json.dumps(about(123_456)))
+    (directory / "about.json").write_text(json.dumps(about(123_456, active)))
     return directory
 
 
@@ -117,6 +117,13 @@ def test_a_page_has_numbers_plots_settings_and_environment(tmp_path, matplotlib)
     assert {name: page.table.get(name) for name in expected} == {name: [value] for name, value in expected.items()}
     assert "seed" not in page.table and page.table["cpu_cores"] and page.table["jax"]
     assert "peak device memory" not in page.table, "nothing was measured"
+
+
+def test_a_model_with_experts_has_active_parameters_too(tmp_path, drawn):
+    page, _ = page_of(write_run(tmp_path / "experts", active=1_234))
+    assert (page.table["parameters"], page.table["active parameters"]) == (["123,456"], ["1,234"])
+    page, _ = page_of(write_run(tmp_path / "dense"))
+    assert "active parameters" not in page.table
 
 
 def test_runs_lie_over_each_other(tmp_path, drawn):

@@ -11,6 +11,7 @@ from helpers.training import MODEL, flat, packed_batch, settings, start
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
 from stellarbyte_jax.model.io import State
+from stellarbyte_jax.model.trees import paths
 from stellarbyte_jax.training.optimizer import make_optimizer
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
 
@@ -78,6 +79,23 @@ def test_the_average_of_the_weights():
     for path, average in averaged.items():
         np.testing.assert_allclose(average, expected[path], atol=1e-6, err_msg=path)
     assert np.abs(averaged["lm_head/kernel"] - state.params["lm_head"]["kernel"]).max() > 1e-3
+
+
+def test_what_routers_keep_is_beside_the_weights():
+    """In neither the optimizer's state nor the average; the averaged view has what the last step made of it."""
+    moe = {"num_experts": 4, "intermediate_size": 8, "bias_update_rate": 0.1}
+    config = settings(ema_decay=0.9, model=dataclasses.replace(MODEL, num_hidden_layers=1, moe=moe))
+    state, step = start(config)
+    kept = {path for path in flat(state.frozen) if "/tracked/" in path}
+    assert len(kept) == 6 and kept == flat(state.frozen).keys()
+    before = flat(state.frozen)
+    state, _ = step(state, packed_batch())
+    for tree in (state.params, state.opt_state, state.ema):
+        assert not any("tracked" in path for path in paths(tree))
+    assert flat(state.averaged).keys() == flat(state.params).keys() | kept
+    for path in kept:
+        np.testing.assert_array_equal(flat(state.averaged)[path], flat(state.frozen)[path], err_msg=path)
+    assert np.any(before["layers/0/moe/router/tracked/bias"] != flat(state.frozen)["layers/0/moe/router/tracked/bias"])
 
 
 @pytest.mark.parametrize("is_trainable", [lambda path: True, not_embedding])
