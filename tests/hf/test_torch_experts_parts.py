@@ -119,10 +119,12 @@ def test_a_setting_of_another_value_is_refused(moe: dict[str, Any], message: str
 
 def test_defaults_here_and_there_are_equal() -> None:
     ours = json.loads(json.dumps(MoEConfig().to_dict()))
-    assert {name: ours[name] for name in modelling._EXPERTS} == json.loads(json.dumps(modelling._EXPERTS))
+    assert {name: ours[name] for name in modelling._EXPERT_DEFAULTS} == json.loads(
+        json.dumps(modelling._EXPERT_DEFAULTS)
+    )
     of_training = {"noise_scale", "router_warmup_steps", "bias_update_rate", "state_decay", "dispatch", "overflow"}
     of_training |= {"capacity_factor", "min_capacity", "max_capacity", "dynamic_capacity"}
-    assert set(ours) - set(modelling._EXPERTS) == of_training
+    assert set(ours) - set(modelling._EXPERT_DEFAULTS) == of_training
 
 
 @pytest.mark.parametrize(
