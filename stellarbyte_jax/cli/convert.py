@@ -33,6 +33,8 @@ with imports():
     from stellarbyte_jax.hf.verify import Agreement, compare_with_transformers, require_torch
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.model.decoder import ByteTransformer
+    from stellarbyte_jax.model.state.router import TRACKED
+    from stellarbyte_jax.model.trees import partition
     from stellarbyte_jax.tokenizer.codec import Tokenizer, check_vocabulary, load_tokenizer
     from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer
     from stellarbyte_jax.tokenizer.special import adds_bos, as_list, kept_ids, stop_ids
@@ -292,7 +294,8 @@ def report(target: Path, params: dict[str, Any]) -> None:
     for part in sorted(target.iterdir()):
         files = [part] if part.is_file() else [p for p in part.rglob("*") if p.is_file()]
         print(f"{sum(p.stat().st_size for p in files):>16,} bytes  {part}{'' if part.is_file() else '/'}")
-    print(f"wrote {target}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+    weights, _ = partition(params, lambda path: TRACKED not in path)
+    print(f"wrote {target}: {sum(leaf.size for leaf in jax.tree.leaves(weights)):,} parameters")
 
 
 @command
