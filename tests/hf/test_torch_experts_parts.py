@@ -93,9 +93,9 @@ def test_fresh_weights_are_those_of_the_settings() -> None:
 
 def test_dropout_of_the_layer_is_of_its_sum() -> None:
     peer = fresh(num_experts=4, n_shared_experts=1)
-    layer = peer.model.layers[0].mlp
-    layer.config.hidden_dropout = 0.5
-    assert layer.shared_experts.dropout == 0
+    peer.config.hidden_dropout = 0.5
+    layer = modelling.StellarByteMoE(peer.config).eval()
+    layer.load_state_dict(peer.model.layers[0].mlp.state_dict())
     call = modelling.Call(peer.config, torch.arange(24).expand(2, 24), torch.arange(24), None, None, None, False, None)
     x_BTD = torch.randn(2, 24, 32)
     quiet, noisy = layer(x_BTD, call), layer.train()(x_BTD, call)
