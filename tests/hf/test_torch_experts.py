@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.hf_models import NEEDS_TORCH, assert_same_tree, edit_config, tensors
+from helpers.hf_models import NEEDS_TORCH, assert_same_tree, edit_config, edit_tensors, tensors
 from helpers.variants import BASE, VARIANTS, make_model, run
 
 from stellarbyte_jax import generate
@@ -268,6 +268,22 @@ def test_it_is_saved_again_by_transformers(tmp_path: Path) -> None:
         back, back_params = from_pretrained(tmp_path / "again" / name, compute_dtype="float32")
         assert back.config.moe == model.config.moe
         assert_same_tree(back_params, params)
+
+
+def test_what_a_checkpoint_lacks_begins_as_fresh(tmp_path: Path) -> None:
+    """Of every kind, beside others that are read."""
+    _, params = export(CONTEXT, tmp_path)
+    lacking = {"load", "priority", "steps", "weight", "temperature", "context.mlp_up", "context.norm.weight"}
+    edit_tensors(tmp_path, lambda held: [held.pop(f"model.layers.1.mlp.router.{name}") for name in lacking])
+    second, fourth = routers(load(tmp_path))
+    assert (second.load == 1 / 5).all() and (second.priority == 1).all() and second.steps.item() == 0
+    assert second.temperature.item() == 1 and (second.context.norm.weight == 1).all()
+    assert second.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert second.context.mlp_up.std().item() == pytest.approx(0.02, rel=0.2)
+    held = params["layers"]["1"]["moe"]["router"]
+    for tensor, row in ((second.bias, 0), (fourth.bias, 1)):
+        np.testing.assert_array_equal(tensor.numpy(), held["tracked"]["bias"][row])
+    np.testing.assert_array_equal(second.context.mlp_down.detach().numpy(), held["mlp_down"][0].T)
 
 
 def test_the_model_card_counts_weights_as_transformers_does(tmp_path: Path) -> None:

@@ -93,9 +93,9 @@ def test_fresh_weights_are_those_of_the_settings() -> None:
 
 def test_dropout_of_the_layer_is_of_its_sum() -> None:
     peer = fresh(num_experts=4, n_shared_experts=1)
-    layer = peer.model.layers[0].mlp
-    layer.config.hidden_dropout = 0.5
-    assert layer.shared_experts.dropout == 0
+    peer.config.hidden_dropout = 0.5
+    layer = modelling.StellarByteMoE(peer.config).eval()
+    layer.load_state_dict(peer.model.layers[0].mlp.state_dict())
     call = modelling.Call(peer.config, torch.arange(24).expand(2, 24), torch.arange(24), None, None, None, False, None)
     x_BTD = torch.randn(2, 24, 32)
     quiet, noisy = layer(x_BTD, call), layer.train()(x_BTD, call)
@@ -119,10 +119,12 @@ def test_a_setting_of_another_value_is_refused(moe: dict[str, Any], message: str
 
 def test_defaults_here_and_there_are_equal() -> None:
     ours = json.loads(json.dumps(MoEConfig().to_dict()))
-    assert {name: ours[name] for name in modelling._EXPERTS} == json.loads(json.dumps(modelling._EXPERTS))
+    assert {name: ours[name] for name in modelling._EXPERT_DEFAULTS} == json.loads(
+        json.dumps(modelling._EXPERT_DEFAULTS)
+    )
     of_training = {"noise_scale", "router_warmup_steps", "bias_update_rate", "state_decay", "dispatch", "overflow"}
     of_training |= {"capacity_factor", "min_capacity", "max_capacity", "dynamic_capacity"}
-    assert set(ours) - set(modelling._EXPERTS) == of_training
+    assert set(ours) - set(modelling._EXPERT_DEFAULTS) == of_training
 
 
 @pytest.mark.parametrize(

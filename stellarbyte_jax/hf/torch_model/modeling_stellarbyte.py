@@ -71,7 +71,7 @@ _DEFAULTS: dict[str, Any] = {
     "use_cache": True,
     "moe": None,
 }
-_EXPERTS: dict[str, Any] = {  # settings in "moe" that are read here; what they mean says config/moe.py
+_EXPERT_DEFAULTS: dict[str, Any] = {  # settings in "moe" that are read here; what they mean says config/moe.py
     "num_experts": 0,
     "num_experts_per_tok": 2,
     "intermediate_size": None,
@@ -134,7 +134,7 @@ class StellarByteConfig(PretrainedConfig):
         values["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in droppable]
         values["sliding_window"] = next((w for w in droppable if w is not None), None)
         if values["moe"]:
-            values["moe"] = moe = {**_EXPERTS, **values["moe"]}
+            values["moe"] = moe = {**_EXPERT_DEFAULTS, **values["moe"]}
             for name, choices in _EXPERT_CHOICES.items():
                 if moe[name] not in choices:
                     raise ValueError(f"moe.{name} must be one of {', '.join(choices)}, got {moe[name]!r}")
@@ -449,10 +449,10 @@ class StellarByteContext(nn.Module):
 
     def __init__(self, config: StellarByteConfig):
         super().__init__()
-        D, C_, last = config.hidden_size, config.moe["context_size"], max(1, config.moe["context_size"] // 2)
-        inside, self.size = config.moe["gate_intermediate_size"] or C_, D + C_ + last
+        D, size, last = config.hidden_size, config.moe["context_size"], max(1, config.moe["context_size"] // 2)
+        inside, self.size = config.moe["gate_intermediate_size"] or size, D + size + last
         self.context_in = nn.Parameter(torch.zeros(inside, D))
-        self.context_out = nn.Parameter(torch.zeros(C_, inside))
+        self.context_out = nn.Parameter(torch.zeros(size, inside))
         self.position = nn.Parameter(torch.zeros(config.max_position_embeddings, last))
         self.mlp_gate = nn.Parameter(torch.zeros(inside, self.size))
         self.mlp_up = nn.Parameter(torch.zeros(inside, self.size))
@@ -461,9 +461,9 @@ class StellarByteContext(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
         """[B, T, D] to [B, T, Q]."""
-        context_BTC = F.linear(F.gelu(F.linear(x_BTD, self.context_in.float())), self.context_out.float())
-        place_BTC = self.position.float()[positions_BT.clamp(max=self.position.shape[0] - 1)]
-        z_BTQ = self.norm(torch.cat([x_BTD, context_BTC, place_BTC], -1))
+        view = F.linear(F.gelu(F.linear(x_BTD, self.context_in.float())), self.context_out.float())
+        place = self.position.float()[positions_BT.clamp(max=self.position.shape[0] - 1)]
+        z_BTQ = self.norm(torch.cat([x_BTD, view, place], -1))
         h_BTI = F.silu(F.linear(z_BTQ, self.mlp_gate.float())) * F.linear(z_BTQ, self.mlp_up.float())
         return z_BTQ + F.linear(h_BTI, self.mlp_down.float())
 
@@ -565,7 +565,7 @@ class StellarByteExperts(nn.Module):
         y_ERD = (self.act(gate_ERF) * up_ERF) @ self.down_proj.transpose(1, 2)
         return (weights_RE.T[..., None] * y_ERD.float()).sum(0)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # which would make a program for each distribution of tokens
     def _chosen(self, x_RD: torch.Tensor, experts_RC: torch.Tensor, weights_RC: torch.Tensor) -> torch.Tensor:
         """By the experts that have tokens, one after another."""
         E, chosen = self.down_proj.shape[0], experts_RC.flatten()
@@ -577,7 +577,7 @@ class StellarByteExperts(nn.Module):
                 tokens = own // experts_RC.shape[1]
                 gate, up = F.linear(x_RD[tokens], gate_up).chunk(2, -1)
                 y = F.linear(self.act(gate) * up, down).float() * weights_RC.flatten()[own, None]
-                out_RD = out_RD.index_add(0, tokens, y)
+                out_RD.index_add_(0, tokens, y)
         return out_RD
 
 
