@@ -208,5 +208,4 @@ class MoEConfig(Section):
     @property
     def is_random(self) -> bool:
         """Whether training draws random numbers for it."""
-        draws = self.dispatch == "capacity" and "random" in self.overflow
-        return self.num_experts > 0 and (self.noise != "none" or self.router_warmup_steps > 0 or draws)
+        return self.noise != "none" or self.router_warmup_steps > 0 or "random" in self.overflow

@@ -210,6 +210,7 @@ def run_group(
     keys = None if dropout_key is None else jax.random.split(dropout_key, len(group.specs))
     memories = given.memories
     states = None if memories is None else tuple(memory.states for memory in memories)
+    routed = sum(spec.moe for spec in group.period)
     counts = {stack: sum(group.stack_of(spec) == stack for spec in group.period) for stack in group.stacks}
 
     def body_of(specs: tuple[LayerSpec, ...]) -> Body:
@@ -219,15 +220,17 @@ def run_group(
             x_BTD, caches = carry
             caches = None if caches is None else list(caches)
             inputs, after, aux = [], [], Aux()
-            weights = {stack: iter(unstack(tree)) for stack, tree in zip(group.stacks, xs.weights, strict=True)}
-            routers = iter(() if xs.routers is None else unstack(xs.routers))
+            stacks = zip(group.stacks, xs.weights, strict=True)
+            weights = {stack: iter(layers_of(tree, counts[stack])) for stack, tree in stacks}
+            routers = iter(() if xs.routers is None else layers_of(xs.routers, routed))
+            keys = None if xs.keys is None else layers_of(xs.keys, P)
             for place, spec in enumerate(specs):
                 cache = None if caches is None else caches[place].at(xs.number)
                 memory = None
                 if memories is not None and xs.states is not None and spec.memory_slots:
                     memory = LayerMemory(xs.states[place], memories[place].valid_BM)
                 inputs.append(x_BTD if memory is not None and cache is None else None)
-                rngs = None if xs.keys is None else {"dropout": xs.keys[place]}
+                rngs = None if keys is None else {"dropout": keys[place]}
                 at = depth + xs.number * P + place
                 block = Block(config, spec, parent=None)
                 state = LayerState(cache, memory, next(routers, None) if spec.moe else None)
@@ -247,13 +250,19 @@ def run_group(
         return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
     def turns(tree: Tree, layers: int) -> Tree:
-        """Stacks of all layers as stacks [R, layers, ...]; the last layers are left out where they are cut short."""
-        return jax.tree.map(lambda x: x[: R * layers].reshape(R, layers, *x.shape[1:]), tree)
+        """Stacks of all layers as stacks [R, layers, ...]; the last layers are left out where they are cut short.
+
+        One layer a turn has no axis: XLA on a CPU would copy all weights for the sake of an axis of size one.
+        """
+        each = () if layers == 1 else (layers,)
+        return jax.tree.map(lambda x: x[: R * layers].reshape(R, *each, *x.shape[1:]), tree)
 
     def rest(tree: Tree, layers: int) -> Tree:
-        return jax.tree.map(lambda x: x[R * layers :], tree)
+        return jax.tree.map(lambda x: x[-1] if layers == 1 else x[R * layers :], tree)
 
-    routed = sum(spec.moe for spec in group.period)
+    def layers_of(tree: Tree, layers: int) -> list[Tree]:
+        return [tree] if layers == 1 else unstack(tree)
+
     xs = Repeat(
         jnp.arange(R, dtype=jnp.int32),
         tuple(turns(params[stack], counts[stack]) for stack in group.stacks),

@@ -111,7 +111,7 @@ class MoE(nn.Module):
         c = self.config
         router = state.router
         decision = Router(c, name="router")(x_BTD, ctx, None if router is None else router.history_LBD)
-        key = self.make_rng("dropout") if ctx.train and c.moe.is_random and "random" in c.moe.overflow else None
+        key = self.make_rng("dropout") if ctx.train and "random" in c.moe.overflow else None
         sent = dispatch_choices(c, decision, ctx, key)
         x_ND = x_BTD.reshape(-1, c.hidden_size)
         y_SD = self._experts(to_experts(x_ND, sent.layout), sent.layout.groups, ctx)

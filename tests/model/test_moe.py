@@ -164,7 +164,8 @@ def decision_of(config, scores, valid, use=None):
     [
         ([0.5] * 5, {}, 14),  # 20 tokens x 2 / 5 = 8, times 1 / 0.6 = 13.33
         ([0.9, 0.9, 0.9, 0.9, 0.9], {}, 8),
-        ([1.0] * 5, {}, 8),  # as 0.9
+        ([1.0] * 5, {"num_experts_per_tok": 3}, 12),  # as 0.9
+        ([0.0] * 5, {"num_experts_per_tok": 1, "capacity_factor": 9.0}, 20),  # as 0.1: 4 times 5
         ([0.0] * 5, {}, 24),  # as 0.1: 8 times 5 = 40, and there are 24 slots
         ([0.0] * 5, {"capacity_factor": 9.0}, 30),  # no more than there are tokens, with padding
         ([0.1, 0.3, 0.5, 0.7, 0.9], {}, 20),  # 8 times the mean of 5, 2.5, 1.667, 1.25, 1: 18.27, and 19
@@ -245,6 +246,18 @@ def test_what_has_no_room_goes_where_the_settings_say(overflow, seed):
     np.testing.assert_allclose(sent.weights_NK[:, 0], padded[np.arange(24), expected], rtol=1e-6)
     if "next_best" not in overflow:
         assert (expected[valid.reshape(-1)] == E).any() or "cold" in overflow
+
+
+def test_the_token_before_is_one_of_the_same_document():
+    """None for the first token of a row or of a document, nor behind padding."""
+    config = config_of(**CAPACITY, num_experts_per_tok=1, overflow=("sticky",))
+    wanted = [0, 0, 2, 0, 2, 0, 0, 2, 0, 3, 3, 3, 3, 3, 3, 3]
+    starts, valid = np.zeros((2, 8), bool), np.ones((2, 8), bool)
+    starts[0, 5] = True
+    valid[1, 2] = False
+    decision = decision_of(config, np.eye(E)[wanted], valid)
+    found = overflow_candidates(config, decision, context(valid, starts), None)
+    assert found[:, 0].tolist() == [E, 0, 0, 2, 0, E, 0, 0, E, 0, 3, E, *[3] * 4]
 
 
 def with_rows(decision):

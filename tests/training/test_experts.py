@@ -40,6 +40,15 @@ EXPERTS = dataclasses.replace(
     sliding_window=3,
     moe={"num_experts": E, "intermediate_size": 8, "first_k_dense_replace": 1, "n_shared_experts": 1},
 )
+SMALL = dataclasses.replace(
+    MODEL,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=8,
+    moe={"num_experts": E},
+)
 NAMES = [name for name in LossConfig.__dataclass_fields__ if name.startswith("router_")]
 
 
@@ -83,9 +92,15 @@ def dense(parts):
     return value, told, counts, slopes
 
 
-@pytest.mark.parametrize(("remat", "parts"), [("none", 1), ("none", 2), ("dots", 2), ("full", 2)])
-def test_balance_losses_and_their_gradients_are_those_of_a_dense_loop(remat, parts):
-    config = with_experts(parts=parts, model=dataclasses.replace(EXPERTS, remat=remat))
+ROOM = {"dispatch": "capacity", "capacity_factor": float(E)}  # for all
+
+
+@pytest.mark.parametrize(
+    ("remat", "parts", "dispatch"),
+    [("none", 1, {}), ("none", 2, {}), ("dots", 2, {}), ("full", 2, {}), ("full", 2, ROOM)],
+)
+def test_balance_losses_and_their_gradients_are_those_of_a_dense_loop(remat, parts, dispatch):
+    config = with_experts(parts=parts, model=dataclasses.replace(EXPERTS, remat=remat), **dispatch)
     after, metrics = compiled_step(config, RECORDER)(first(config, bias=0.05), packed_batch())
     value, told, _, slopes = dense(parts)
     for name in NAMES:
@@ -93,6 +108,21 @@ def test_balance_losses_and_their_gradients_are_those_of_a_dense_loop(remat, par
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     assert float(metrics["loss"]) > float(metrics["cross_entropy"]) + 1
     assert_close(after.opt_state, slopes, atol=2e-5, rtol=1e-4)
+
+
+def test_a_pool_gets_the_gradients_of_all_its_layers():
+    config = with_experts(model=dataclasses.replace(SMALL, num_hidden_layers=2), shared_pool=True)
+    state, batch = first(config), packed_batch()
+    after, metrics = compiled_step(config, RECORDER)(state, batch)
+    batch = {name: jnp.asarray(x) for name, x in batch.items()}
+
+    def loss(params):
+        return total_loss(config, nested({**flat(params), **flat(state.frozen)}), batch, 1)[0]
+
+    value, slopes = jax.jit(jax.value_and_grad(loss))(state.params)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert_close(after.opt_state, slopes, atol=2e-5, rtol=1e-4)
+    assert "layers/pool/down" in flat(slopes)
 
 
 def test_loads_of_earlier_parts_are_in_the_global_loss_and_forgotten_after_the_step():
@@ -144,17 +174,6 @@ def test_the_bias_goes_up_for_experts_with_few_tokens_and_down_for_those_with_ma
 @functools.partial(jax.jit, static_argnums=0)
 def total_of(config, weights, batch):
     return total_loss(config, weights, batch, config.gradient_accumulation_steps)
-
-
-SMALL = dataclasses.replace(
-    MODEL,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    intermediate_size=8,
-    moe={"num_experts": E},
-)
 
 
 def uneven(config):

@@ -171,7 +171,7 @@ def _advanced(config: ByteConfig, tracked: Params, tally: Tally) -> Params:
     after = {
         "load": mean("load", shares),
         "utilization": mean("utilization", used),
-        "priority": mean("priority", jnp.clip(wish, 0.1, 2.0)),
+        "priority": mean("priority", jnp.maximum(wish, 0.1)),
         "bias": tracked["bias"] + c.bias_update_rate * jnp.sign(below),
         "coldness": _coldness(tracked["coldness"], shares < _IDLE * fair, c.cooling_steps),
         "steps": tracked["steps"] + 1,

@@ -21,6 +21,10 @@ KINDS = {
     "rope": {},
     "xpos, grouped, parallel": {"position_embedding": "xpos", "xpos_scale_base": 8.0, "parallel_residual": True},
     "deepnorm": {"residual_scaling": "deepnorm"},
+    "experts": {"moe": {"num_experts": 4, "intermediate_size": 16}},
+    "experts behind a dense layer, one shared": {
+        "moe": {"num_experts": 4, "intermediate_size": 16, "first_k_dense_replace": 1, "n_shared_experts": 1}
+    },
 }
 
 

@@ -27,13 +27,14 @@ def drawn(config, seed=0):
     wanted = random.integers(0, 40, (L, E)).astype(np.float64)
     wanted[0, 1], wanted[1] = 0, 8  # one without any, and a layer where all is even
     counts = np.floor(wanted * random.random((L, E)))
+    wanted[0, 3], counts[0] = 40, [0, 0, 0, 10, 0]  # as uneven as can be, and most choices are lost
     counts[2, 0] = wanted[2, 0] + 5  # what others had no room for
     tally = {
         "counts": counts,
         "wanted": wanted,
         "tokens": wanted.sum(1) / 2,
         "lost": (wanted - counts).sum(1),
-        "room": random.integers(20, 60, (L, E)).astype(np.float64),
+        "room": np.where(counts == 10, 10.0, random.integers(20, 60, (L, E))),
         "temperature": np.ones(L),
         "moved": np.zeros(L),
     }
@@ -60,7 +61,7 @@ def by_hand(config, before, counts, wanted, room):
         used = min(counts[e] / room[e], 1)
         taken = min(counts[e] / wanted[e], 1) if wanted[e] else 0
         wish = 0.5 * taken + 0.3 * (1 - used) + 0.2 * (1 - np.std(shares) * E)
-        for name, new in (("load", shares[e]), ("utilization", used), ("priority", min(max(wish, 0.1), 2.0))):
+        for name, new in (("load", shares[e]), ("utilization", used), ("priority", max(wish, 0.1))):
             after[name][e] = c.state_decay * before[name][e] + (1 - c.state_decay) * new
         mean = wanted.sum() / E
         after["bias"][e] += c.bias_update_rate * (-1 if wanted[e] > mean else 1 if wanted[e] < mean else 0)
