@@ -129,8 +129,8 @@ def tell(config: ByteConfig, step: int, moves: Moves) -> list[str]:
     """A line for each layer in which an expert was split."""
     due, merged, freed, split, _, loads = (np.asarray(x) for x in moves)
     return [
-        f"step {step}: layer {layer}: expert {split[i]} split into {split[i]} and {freed[i]} ({loads[i, 2]:.2f} of its "
-        f"fair load), {freed[i]} merged into {merged[i]} ({loads[i, 1]:.2f} and {loads[i, 0]:.2f})"
+        f"step {step}: layer {layer}: expert {split[i]} split into {split[i]} and {freed[i]} ({loads[i, 2]:.2f} times "
+        f"its fair load), {freed[i]} merged into {merged[i]} ({loads[i, 1]:.2f} and {loads[i, 0]:.2f})"
         for i, layer in enumerate(config.moe_layers)
         if due[i]
     ]

@@ -80,7 +80,7 @@ def test_which_experts_of_which_layers():
     assert (int(moves.split[0]), int(moves.merged[0]), int(moves.freed[0])) == (BUSY, IDLER, IDLEST)
     np.testing.assert_allclose(moves.share[0], SHARE, rtol=1e-6)
     np.testing.assert_allclose(moves.loads[0], [6 * 0.03, 6 * 0.01, 6 * 0.4], rtol=1e-6)
-    line = "step 8: layer 0: expert 2 split into 2 and 4 (2.40 of its fair load), 4 merged into 1 (0.06 and 0.18)"
+    line = "step 8: layer 0: expert 2 split into 2 and 4 (2.40 times its fair load), 4 merged into 1 (0.06 and 0.18)"
     assert tell(config.model, 8, moves) == [line]
 
 
