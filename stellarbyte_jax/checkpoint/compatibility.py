@@ -11,6 +11,7 @@ from typing import Any
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import clipped, shown
+from stellarbyte_jax.config.moe import REBALANCING, MoEConfig
 from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.data.patterns import expand
 from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError
@@ -73,6 +74,7 @@ def _architecture(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
         "sink_tokens": config.sink_tokens if any(windows) else 0,  # what no window hides needs no exception
         "rope_scaling": _scaling(config),
         "memory": (config.layer_specs, config.memory.compression_weight),
+        "moe": _experts(config),
         "layer_scale_init": config.layer_scale_init is not None,  # how much it is matters to new weights alone
     }
     return {name: (meanings.get(name, value), sizes.get(name, value)) for name, value in spelt.items()}
@@ -82,6 +84,13 @@ def _windows(config: ByteConfig) -> tuple[int | None, ...]:
     """The windows that hide something of the longest text; memories, whose own they may be, are compared too."""
     longest = config.max_position_embeddings
     return tuple(None if w is not None and w >= longest else w for w in config.windows)
+
+
+def _experts(config: ByteConfig) -> tuple[MoEConfig, bool]:
+    """The experts without when they are split, and whether they ever are, which their routers keep a record of."""
+    defaults = MoEConfig()
+    plain = {name: getattr(defaults, name) for name in REBALANCING}
+    return replace(config.moe, **plain), config.moe.rebalance_interval is not None
 
 
 def _scaling(config: ByteConfig) -> RopeScaling:
@@ -300,7 +309,8 @@ _REMARKS = {
 def _changes(before: TrainConfig, config: TrainConfig) -> list[str]:
     """A line for each setting that means something else than before, of two runs that may be one."""
     there, here = _architecture(before.model), _architecture(config.model)
-    same = {f"model.{name}" for name, (meaning, _) in here.items() if there[name][0] == meaning}
+    # Of settings of experts some may change, and those are told.
+    same = {f"model.{name}" for name, (meaning, _) in here.items() if there[name][0] == meaning and name != "moe"}
     same |= {f"data.{name}" for name in _ORDER_FIELDS if _order(name, before.data) == _order(name, config.data)}
     if _same_place(before.output_dir, config.output_dir):
         same.add("output_dir")
