@@ -11,6 +11,7 @@ from typing import Any
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.config import ByteConfig, DataConfig, RopeScaling, TrainConfig
 from stellarbyte_jax.config.foreign import clipped, shown
+from stellarbyte_jax.config.moe import REBALANCING
 from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.data.patterns import expand
 from stellarbyte_jax.data.sources import TEXT_SUFFIX, DataError
@@ -51,6 +52,7 @@ _TRAINED_MOE_FIELDS = (
     "overflow",
     "bias_update_rate",
     "state_decay",
+    *(name for name in REBALANCING if name != "rebalance_interval"),
 )
 # Which experts tokens go to, with the weights as they are: a run that begins with them may choose otherwise.
 _ROUTING_FIELDS = (
@@ -118,6 +120,7 @@ def _experts(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
         "noise": m.noise == "noisy_topk",  # which has weights
         "temperature": None if m.adaptive_temperature else m.temperature,  # else it is where a weight begins
         "cooling_steps": m.cooling_steps > 0,
+        "rebalance_interval": m.rebalance_interval is not None,  # of which routers keep a record
     }
     if not m.num_experts:
         return {"moe.num_experts": (0, 0)}
@@ -339,7 +342,7 @@ def _refused(before: TrainConfig, config: TrainConfig) -> list[str]:
 
 
 # The same weights and the same network, which is trained in another way.
-_OTHERWISE_TRAINED = {"model.moe.noise", "model.moe.cooling_steps"}
+_OTHERWISE_TRAINED = {"model.moe.noise", "model.moe.cooling_steps", "model.moe.rebalance_interval"}
 _REMARKS = {
     "init_from": " (without effect: the run goes on with its own weights)",
     "data.train": ": the run goes on where the files there have the same names and contents",

@@ -19,6 +19,9 @@ from stellarbyte_jax.config.section import (
 # Where a choice goes that its expert had no room for, one after another.
 OVERFLOW_STEPS = ("next_best", "cold", "sticky", "random")
 
+# When experts are split and merged: a run may change that.
+REBALANCING = ("rebalance_interval", "split_above", "merge_below", "twin_steps")
+
 # Settings that are read where another one has a value, in words.
 _BELONG: Mapping[str, tuple[str, ...]] = {
     "dispatch=capacity": (
@@ -175,7 +178,7 @@ class MoEConfig(Section):
 
     def _check_rebalance(self) -> None:
         if self.rebalance_interval is None:
-            stray = [name for name in ("split_above", "merge_below", "twin_steps") if name in self.given()]
+            stray = [name for name in REBALANCING if name in self.given()]
             require(not stray, f"moe.{', '.join(stray)} belongs to moe.rebalance_interval: set that, or leave it out")
             return
         E, K = self.num_experts, self.num_experts_per_tok

@@ -17,16 +17,18 @@ from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
 from stellarbyte_jax.config.foreign import absent, shown
+from stellarbyte_jax.config.moe import REBALANCING
 from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.inspect.costs import ParameterCounts
 from stellarbyte_jax.launch import LOCK, write_failure
+from stellarbyte_jax.model.state.router import with_twins_of
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.training import finish, rebalance
+from stellarbyte_jax.training import finish
 from stellarbyte_jax.training.directory import holds_run
 from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Resumed, begin_with
@@ -175,7 +177,6 @@ def check(config: TrainConfig) -> None:
         _check_same_model(config, find_source(config.init_from).model_config(), lambda _: None)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
     finish.check(config)
-    rebalance.check(config)
     if not run_dir.exists():
         expand_all(config.data.train, "data.train")
         if config.data.validation:
@@ -183,6 +184,9 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_same_model(config: TrainConfig, there: ByteConfig, say: Callable[[str], None]) -> None:
+    if there.moe.num_experts and config.model.moe.num_experts:  # with_twins_of makes the one of the other
+        now = {name: getattr(config.model.moe, name) for name in REBALANCING}
+        there = replace(there, moe=replace(there.moe, **now))
     advice = "Leave these settings out: a run keeps the weights, and so the shape, of the model in init_from"
     check_same_model(there, config.model, str(config.init_from), initial=True, say=say, advice=advice)
 
@@ -223,6 +227,8 @@ def from_weights(
     source = find_source(config.init_from)
     there, params = source.weights()
     _check_same_model(config, there, say)
+    if config.model.moe.num_experts:
+        params = with_twins_of(config.model, params)
     say(f"starting from the weights in {config.init_from}")
     # Copied, since the step writes into its state: arrays in the memory of a file that was read are no such place.
     try:

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array
 
 from stellarbyte_jax.config import ByteConfig, TrainConfig
-from stellarbyte_jax.config.section import require
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.state.router import TWIN, TWIN_STEPS, moe_stacks, tracked_of, with_tracked
@@ -58,26 +57,24 @@ def rebalances(config: TrainConfig, step: int) -> bool:
     return step % c.rebalance_interval == 0 and step + c.twin_steps <= config.steps
 
 
-def check(config: TrainConfig) -> None:
-    """Raises ConfigError where the settings ask for splits and leave no step for any."""
-    c = config.model.moe
-    require(
-        c.rebalance_interval is None or c.rebalance_interval + c.twin_steps <= config.steps,
-        f"model.moe.rebalance_interval={c.rebalance_interval} and twin_steps={c.twin_steps} do not fit into steps="
-        f"{config.steps}: lower them, or set more steps",
-    )
-
-
 def compiled_rebalance(
-    config: TrainConfig, model: ByteTransformer, shapes: TrainState
+    config: TrainConfig, model: ByteTransformer, shapes: TrainState, say: Callable[[str], None]
 ) -> Callable[[TrainState], tuple[TrainState, Moves]] | None:
     """:func:`make_rebalance` as a program that overwrites its argument; None where no experts are ever split.
+
+    ``say`` is told where the settings ask for splits, and leave no step for any.
 
     Raises:
       ValueError: as there.
     """
-    if config.model.moe.rebalance_interval is None:
+    c = config.model.moe
+    if c.rebalance_interval is None:
         return None
+    if c.rebalance_interval + c.twin_steps > config.steps:
+        say(
+            f"warning: model.moe.rebalance_interval={c.rebalance_interval} and twin_steps={c.twin_steps} do not fit "
+            f"into steps={config.steps}: no expert is split"
+        )
     rebalance = make_rebalance(model)
     jax.eval_shape(rebalance, shapes)
     return jax.jit(rebalance, donate_argnums=0)
@@ -129,8 +126,8 @@ def tell(config: ByteConfig, step: int, moves: Moves) -> list[str]:
     """A line for each layer in which an expert was split."""
     due, merged, freed, split, _, loads = (np.asarray(x) for x in moves)
     return [
-        f"step {step}: layer {layer}: expert {split[i]} split into {split[i]} and {freed[i]} ({loads[i, 2]:.2f} of its "
-        f"fair load), {freed[i]} merged into {merged[i]} ({loads[i, 1]:.2f} and {loads[i, 0]:.2f})"
+        f"step {step}: layer {layer}: expert {split[i]} split into {split[i]} and {freed[i]} ({loads[i, 2]:.2f} times "
+        f"its fair load), {freed[i]} merged into {merged[i]} ({loads[i, 1]:.2f} and {loads[i, 0]:.2f})"
         for i, layer in enumerate(config.moe_layers)
         if due[i]
     ]

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.runs import child, cli, log_of, one_error, same_weights, write_config
+from helpers.runs import child, cli, log_of, same_weights, write_config
 from helpers.training import MODEL, flat, packed_batch, settings, start
 from helpers.variants import run, some_tokens
 
 from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import ByteConfig, ConfigError, OptimizerConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.state.router import with_twins_of
 from stellarbyte_jax.training import rebalance
 from stellarbyte_jax.training.rebalance import make_rebalance, plan, rebalances, tell
 
@@ -80,7 +81,7 @@ def test_which_experts_of_which_layers():
     assert (int(moves.split[0]), int(moves.merged[0]), int(moves.freed[0])) == (BUSY, IDLER, IDLEST)
     np.testing.assert_allclose(moves.share[0], SHARE, rtol=1e-6)
     np.testing.assert_allclose(moves.loads[0], [6 * 0.03, 6 * 0.01, 6 * 0.4], rtol=1e-6)
-    line = "step 8: layer 0: expert 2 split into 2 and 4 (2.40 of its fair load), 4 merged into 1 (0.06 and 0.18)"
+    line = "step 8: layer 0: expert 2 split into 2 and 4 (2.40 times its fair load), 4 merged into 1 (0.06 and 0.18)"
     assert tell(config.model, 8, moves) == [line]
 
 
@@ -197,15 +198,18 @@ def test_a_rule_that_keeps_another_shape_is_refused_before_the_run():
     with pytest.raises(ValueError, match=r"moe.rebalance_interval: the optimizer keeps float32 \[2, 6, 16\] of layers"):
         jax.eval_shape(make_rebalance(ByteTransformer(config.model)), state.replace(opt_state=kept))
     plain = config_of(rebalance_interval=None, split_above=2.0, merge_below=0.25, twin_steps=100)
-    assert rebalance.compiled_rebalance(plain, ByteTransformer(plain.model), state) is None
+    assert rebalance.compiled_rebalance(plain, ByteTransformer(plain.model), state, print) is None
 
 
 def test_after_which_steps():
     config = dataclasses.replace(config_of(), steps=10)
     assert [step for step in range(1, 11) if rebalances(config, step)] == [2, 4, 6]
-    rebalance.check(config)
-    with pytest.raises(ConfigError, match=r"twin_steps=4 do not fit into steps=5"):
-        rebalance.check(dataclasses.replace(config, steps=5, schedule=type(config.schedule)(warmup_steps=0)))
+    for steps, lines in ((6, 0), (5, 1)):
+        told = []
+        each = dataclasses.replace(config, steps=steps, schedule=type(config.schedule)(warmup_steps=0))
+        shapes = jax.eval_shape(lambda: start(config)[0])
+        rebalance.compiled_rebalance(each, ByteTransformer(each.model), shapes, told.append)
+        assert len(told) == lines and all("twin_steps=4 do not fit into steps=5: no expert is split" in x for x in told)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +266,29 @@ def test_a_run_with_splits_resumes_bit_by_bit(tmp_path, capsys):
     assert np.all(tracked == 0)  # the run ends without twins
 
 
-def test_a_run_without_a_step_for_it_is_refused_at_the_start(tmp_path, capsys):
-    assert cli(write_config(tmp_path), *RUN, "model.moe.twin_steps=8") == 2
-    assert one_error(capsys, "model.moe.rebalance_interval=3 and twin_steps=8 do not fit into steps=10")
-    assert not (tmp_path / "run").exists()
+def test_a_run_may_begin_or_end_to_split_experts_and_change_when(tmp_path, capsys):
+    """With the weights of another run, whose routers keep no twins, or have some."""
+    plain = [setting for setting in RUN if not re.search("rebalance|split|merge|twin", setting)]
+    (tmp_path / "a").mkdir()
+    file = write_config(tmp_path / "a")
+    assert cli(file, *plain, "steps=3", f"output_dir={tmp_path / 'plain'}") == 0
+    begun = (f"init_from={tmp_path / 'plain'}", f"output_dir={tmp_path / 'splits'}", "steps=6")
+    assert cli(file, *RUN, *begun) == 0
+    assert "step 3: layer 0: expert" in capsys.readouterr().out
+    assert cli(file, *RUN, *begun, "steps=7", "model.moe.split_above=3") == 0  # the same run goes on
+    assert "setting changed: model.moe.split_above 1.01 -> 3" in capsys.readouterr().out
+    ended = (f"init_from={tmp_path / 'splits'}", f"output_dir={tmp_path / 'plain again'}", "steps=3")
+    defaults = ("rebalance_interval=none", "split_above=2", "merge_below=0.25", "twin_steps=100")
+    assert cli(file, *plain, *ended, *(f"model.moe.{setting}" for setting in defaults)) == 0
+    tracked = load_weights(tmp_path / "plain again")[1]["layers"]["0"]["moe"]["router"]["tracked"]
+    assert "twin" not in tracked and "load" in tracked
+    capsys.readouterr()
+    assert cli(file, *plain, "model.moe.rebalance_interval=500", f"output_dir={tmp_path / 'few'}", "steps=3") == 0
+    assert "rebalance_interval=500 and twin_steps=100 do not fit into steps=3" in capsys.readouterr().out
+
+
+def test_weights_with_twins_do_not_become_those_of_a_model_without():
+    state = rebalanced(config_of(), state_of(config_of()))[0]
+    plain = dataclasses.replace(MODEL, moe={"num_experts": 6, "intermediate_size": 16})
+    with pytest.raises(ValueError, match="still exclude each other in these weights: set model"):
+        with_twins_of(plain, state.frozen)

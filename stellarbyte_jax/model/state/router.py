@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -133,6 +134,28 @@ def with_tracked(
         after = change(router[TRACKED], jax.tree.map(lambda x, rows=rows: x[rows], of_layers))
         layers[name] = {**stack, "moe": {**stack["moe"], "router": {**router, TRACKED: after}}}
     return {**weights, "layers": layers}
+
+
+def with_twins_of(config: ByteConfig, weights: Params) -> Params:
+    """Weights of a model whose experts are split or not, as those of ``config`` in which the other is the case.
+
+    Raises:
+      ValueError: twins still exclude each other, which ``config`` has no place for.
+    """
+    E = config.moe.num_experts
+
+    def change(tracked: Params, layers: Array) -> Params:
+        if config.moe.rebalance_interval is None:
+            if TWIN_STEPS in tracked and np.any(np.asarray(tracked[TWIN_STEPS]) > 0):
+                raise ValueError(
+                    "halves of split experts still exclude each other in these weights: set "
+                    "model.moe.rebalance_interval"
+                )
+            return {name: x for name, x in tracked.items() if name not in (TWIN, TWIN_STEPS)}
+        own = jnp.broadcast_to(jnp.arange(E, dtype=jnp.float32), (layers.shape[0], E))
+        return {TWIN: own, TWIN_STEPS: jnp.zeros_like(own), **tracked}
+
+    return with_tracked(config, weights, jnp.arange(len(config.moe_layers)), change)
 
 
 def moe_stacks(config: ByteConfig) -> dict[str, slice]:

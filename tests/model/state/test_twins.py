@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from helpers.variants import BASE, make_model, run, some_tokens, with_twins
 
-from stellarbyte_jax.model.io import Inputs
+from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.moe import overflow_candidates
+from stellarbyte_jax.model.router import Decision
 from stellarbyte_jax.model.state.router import Tally, advance, hidden_twins
 from stellarbyte_jax.model.trees import Params
-from stellarbyte_jax.ops.routing import choose_experts
+from stellarbyte_jax.ops.balance import Routed
+from stellarbyte_jax.ops.routing import Choices, choose_experts
 
 SETTINGS = {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24, "rebalance_interval": 10}
 
@@ -118,4 +121,20 @@ def test_positions_are_those_of_documents():
     shifted = run(model, params, tokens, positions_BT=jnp.arange(1, 9, dtype=jnp.int32)[None])
     np.testing.assert_allclose(again, plain, atol=1e-5)  # rotations know distances alone
     assert np.abs(shifted - plain).max() > 1e-4
-    assert Inputs(tokens).positions_BT is None
+
+
+def test_what_had_no_room_is_not_offered_to_an_expert_that_the_token_does_not_see():
+    moe = {"num_experts": 4, "num_experts_per_tok": 1, "dispatch": "capacity", "overflow": ("next_best", "cold")}
+    config = dataclasses.replace(BASE, moe=moe)
+    scores = jnp.asarray([[0.6, 0.4, 0.0, 0.0], [0.0, 0.2, 0.3, 0.5]])
+    choices = Choices(jnp.asarray([[0], [3]], jnp.int32), jnp.ones((2, 1)), jnp.ones(2))
+    routed = Routed(scores, scores, choices.experts_NK, jnp.ones(2, bool), 1)
+    decision = Decision(choices, routed, jnp.ones(()), jnp.asarray([0.1, 0.9, 0.9, 0.2]), None)
+    found = overflow_candidates(config, decision, context(), None)
+    assert found is not None and found.tolist() == [[1, 4, 0, 4], [2, 1, 4, 3]]
+
+
+def context():
+    """Two tokens of one row."""
+    positions = jnp.arange(2, dtype=jnp.int32)[None]
+    return LayerContext(positions, positions, None, None)  # type: ignore[arg-type]
