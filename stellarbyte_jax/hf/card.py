@@ -82,7 +82,7 @@ def model_card(
         ("layers", f"{config.num_hidden_layers}"),
         ("hidden size", f"{config.hidden_size:,}"),
         ("attention heads", f"{config.num_attention_heads}, {config.kv_heads} of keys and values"),
-        ("feed-forward size", f"{config.mlp_size:,}"),
+        *_feed_forward(config),
         ("context length", f"{config.max_position_embeddings:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,} tokens"),
     ]
@@ -99,6 +99,13 @@ def model_card(
     if training is not None:
         sections += ["## Training", _table(("", ""), _facts(training))]
     return _FRONT.format(_OWN_CODE if own_code else "") + "\n" + "\n\n".join(sections) + "\n"
+
+
+def _feed_forward(config: ByteConfig) -> list[tuple[str, str]]:
+    c, layers = config.moe, len(config.moe_layers)
+    dense = [("feed-forward size", f"{config.mlp_size:,}")] if layers < config.num_hidden_layers else []
+    chosen = f"{c.num_experts:,} of size {config.expert_size:,}, {c.num_experts_per_tok} of a token"
+    return [*dense, *([(f"experts of {layers} layers", chosen)] if layers else [])]
 
 
 def _with_transformers(has_tokenizer: bool, own_code: bool) -> str:
