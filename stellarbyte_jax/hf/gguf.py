@@ -24,10 +24,12 @@ def dropped_by_llama_cpp(model_type: str, config: ByteConfig) -> list[str]:
     if config.hidden_act != "silu":
         dropped.append(f"hidden_act {config.hidden_act} (silu)")
     scaling = config.rope_scaling
-    if scaling.name == "llama3" and model_type in ("qwen2", "qwen3"):
+    if scaling.name == "llama3" and model_type in ("qwen2", "qwen3", "qwen3_moe"):
         dropped.append("rope_scaling llama3 (none)")
     if scaling.name == "dynamic":
         dropped.append(f"rope_scaling dynamic (none: the same up to {config.max_position_embeddings} tokens)")
+    if model_type == "qwen3_moe" and not config.moe.norm_topk_prob:
+        dropped.append("moe.norm_topk_prob False (the weights of a token's experts add up to one)")
     usual = 0.1 * math.log(scaling.factor) + 1
     if scaling.attention_factor is not None and not math.isclose(scaling.attention_factor, usual, rel_tol=1e-6):
         dropped.append(f"rope_scaling.attention_factor {scaling.attention_factor:g} ({usual:g})")

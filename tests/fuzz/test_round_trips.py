@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers.hf_experts import routers_anew
 from helpers.hf_models import assert_same_tree, tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -82,7 +83,25 @@ OF_FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen2": ("num_key_value_heads", "sliding_window", "layer_types", "tie_word_embeddings", "rope_scaling"),
     "qwen3": ("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "tie_word_embeddings"),
     "phi3": ("num_key_value_heads", "intermediate_size", "sliding_window", "rms_norm_eps", "tie_word_embeddings"),
+    "mixtral": ("num_key_value_heads", "head_dim", "sliding_window", "rope_theta", "tie_word_embeddings"),
+    "qwen3_moe": ("num_key_value_heads", "intermediate_size", "sliding_window", "vocab_size", "rope_scaling"),
     "stellarbyte": tuple(CHOICES),
+}
+ANY_LAYERS = st.fixed_dictionaries(
+    {"num_experts": st.integers(2, 4)},
+    optional={
+        "num_experts_per_tok": st.integers(1, 2),
+        "intermediate_size": st.integers(1, 5),
+        "first_k_dense_replace": st.integers(0, LAYERS - 1),
+        "decoder_sparse_step": st.integers(1, 2),
+        "mlp_only_layers": st.lists(st.integers(0, LAYERS - 1), max_size=2).map(tuple),
+        "norm_topk_prob": st.booleans(),
+        "bias_update_rate": st.just(0.5),
+    },
+)
+EXPERTS = {
+    "mixtral": st.fixed_dictionaries({"num_experts": st.integers(2, 4)}, optional={"intermediate_size": st.just(5)}),
+    "qwen3_moe": ANY_LAYERS,
 }
 FEWER = settings(max_examples=settings().max_examples // 8)  # each writes and reads two directories
 
@@ -102,7 +121,10 @@ def models(draw: st.DrawFn, names: tuple[str, ...], **fixed: Any) -> ByteConfig:
 
 def weights(config: ByteConfig, seed: int) -> dict[str, Any]:
     numbers = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: numbers.standard_normal(leaf.shape, "f4"), param_shapes(ByteTransformer(config)))
+    model = ByteTransformer(config)
+    return routers_anew(
+        model, jax.tree.map(lambda leaf: numbers.standard_normal(leaf.shape, "f4"), param_shapes(model))
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -113,7 +135,8 @@ def test_every_family_reads_and_writes_the_same(name: str) -> None:
     @given(st.data())
     def round_trip(data: st.DataObject) -> None:
         family = FAMILIES[name]
-        config = data.draw(models(OF_FAMILIES[name], **family.constants))
+        experts = {"moe": data.draw(EXPERTS[name])} if name in EXPERTS else {}
+        config = data.draw(models(OF_FAMILIES[name], **family.constants, **experts))
         try:
             assert export_family(config, name) is family
         except ValueError:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import numpy as np
 import pytest
 
 from helpers.hf_models import NEEDS_TORCH, SMALL, random_model
+from helpers.training import flat, nested
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.state.router import first_values, is_tracked
 
@@ -72,11 +72,15 @@ def our_model(name: str, **more: Any) -> tuple[ByteTransformer, dict[str, Any]]:
     if "moe" in more:
         more |= {"moe": settings["moe"] | more["moe"]}
     model, params = random_model(**(settings | more))
-    leaves = flax.traverse_util.flatten_dict(params, sep="/")
-    first = first_values(model.config.moe.num_experts)
+    leaves = flat(params)
+    around_0 = {path: leaf if "norm" in path else leaf - np.float32(0.1) for path, leaf in leaves.items()}
+    return model, routers_anew(model, nested(around_0))
+
+
+def routers_anew(model: ByteTransformer, params: dict[str, Any]) -> dict[str, Any]:
+    """The weights with what routers keep from step to step as it is before the first one."""
+    leaves = flat(params)
     for path, leaf in leaves.items():
         if is_tracked(path):
-            leaves[path] = np.full_like(leaf, first[path.rpartition("/")[2]])
-        elif "norm" not in path:
-            leaves[path] = leaf - np.float32(0.1)  # around 0, or all tokens go to the same experts
-    return model, flax.traverse_util.unflatten_dict(leaves, sep="/")
+            leaves[path] = np.full_like(leaf, first_values(model.config.moe.num_experts)[path.rpartition("/")[2]])
+    return nested(leaves)

@@ -16,7 +16,8 @@ from stellarbyte_jax import generate
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.export import _meaning, export_family
-from stellarbyte_jax.hf.settings import parse_config
+from stellarbyte_jax.hf.families import FAMILIES
+from stellarbyte_jax.hf.settings import parse_config, settings_json
 from stellarbyte_jax.hf.verify import compare_with_transformers
 
 TOKENS = np.random.default_rng(0).integers(1, 96, (2, 24), dtype=np.int32)
@@ -316,3 +317,12 @@ def test_the_window_of_qwen3_moe_is_of_all_layers() -> None:
     assert read("qwen3_moe", sliding_window=5, use_sliding_window=True).windows == (5,) * 3
     assert read("qwen3_moe", max_window_layers=48).windows == (None,) * 3
     assert read("qwen3_moe", sliding_window=5, use_sliding_window=True, max_window_layers=0).windows == (5,) * 3
+
+
+def test_both_names_are_written() -> None:
+    """Release 4 of transformers takes an absent num_experts of Qwen3 for 128, and Mixtral has one name in both."""
+    config = ByteConfig(**SMALL, qk_norm=True, moe={"num_experts": 4})
+    written = settings_json(FAMILIES["qwen3_moe"], config)
+    assert (written["num_experts"], written["num_local_experts"], written["max_window_layers"]) == (4, 4, 0)
+    written = settings_json(FAMILIES["mixtral"], config)
+    assert written["num_local_experts"] == 4 and "num_experts" not in written

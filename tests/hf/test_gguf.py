@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import gguf_files
+from helpers.hf_experts import routers_anew
 from helpers.hf_models import NEEDS_TORCH, random_model, save_words, small_config, tensors
 from helpers.smollm2 import smollm2
 from helpers.variants import run
@@ -57,6 +58,7 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, yarn": ("qwen2", {"attention_bias": True, "rope_scaling": YARN}),
     "qwen3, wide heads": ("qwen3", {"qk_norm": True, "head_dim": 32}),
     "qwen3, linear": ("qwen3", {"qk_norm": True, "rope_scaling": RopeScaling(name="linear", factor=4.0)}),
+    "mixtral": ("mixtral", {"moe": {"num_experts": 5}, "rope_scaling": LLAMA3}),
     "phi3": ("phi3", {}),
     "phi3, tied": ("phi3", {"tie_word_embeddings": True}),
 }
@@ -72,6 +74,7 @@ DROPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("llama", {"hidden_act": "gelu"}),
     "llama3 of qwen2": ("qwen2", {"attention_bias": True, "rope_scaling": LLAMA3}),
     "llama3 of qwen3": ("qwen3", {"qk_norm": True, "rope_scaling": LLAMA3}),
+    "window, mixtral": ("mixtral", {"sliding_window": 8, "moe": {"num_experts": 5}}),
 }
 # Of a GGUF file, and of transformers.
 NAMES = {
@@ -90,6 +93,10 @@ NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
 TOKENS = np.random.default_rng(3).integers(3, 2500, (1, 100), dtype=np.int32)
 TEXTS = [json.loads(line)["text"] for line in gguf_files.CORPUS.read_text(encoding="utf-8").splitlines()]
@@ -98,7 +105,7 @@ TEXTS = [json.loads(line)["text"] for line in gguf_files.CORPUS.read_text(encodi
 def _model(**settings: Any) -> tuple[ByteTransformer, dict[str, Any]]:
     """Weights around 0: with a common part, as other tests have them, every text is followed by the same token."""
     model, params = random_model(**(SIZES | settings))
-    return model, jax.tree.map(lambda leaf: leaf - np.float32(0.1), params)
+    return model, routers_anew(model, jax.tree.map(lambda leaf: leaf - np.float32(0.1), params))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +124,7 @@ def test_config_json_has_what_the_converter_reads(family: str, settings: dict[st
     model, params = _model(**settings)
     save_pretrained(tmp_path / "hf", model, params, family=family)
     config, written = model.config, json.loads((tmp_path / "hf" / "config.json").read_text())
-    architecture = {"qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}.get(family, family.capitalize())
+    architecture = family.title().replace("_", "")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
     assert written["architectures"] == [f"{architecture}ForCausalLM"]
     assert [written[name] for name in sizes] == [SIZES[name] for name in sizes]
@@ -183,6 +190,23 @@ def _as_we_store(name: str, tensor: np.ndarray, heads: dict[str, int]) -> np.nda
     return pairs.swapaxes(1, 2).reshape(tensor.shape)
 
 
+def _stacked(ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a layer's experts as one, under the names of Qwen3."""
+    found: dict[str, Any] = {}
+    for name, tensor in ours.items():
+        name = name.replace("block_sparse_moe", "mlp")
+        for theirs, kind in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            name = name.replace(f".{theirs}.", f".{kind}.")
+        together = re.sub(r"\.experts\.\d+", ".experts", name)
+        found.setdefault(together, {})[int(name.split(".experts.")[1].split(".")[0]) if together != name else 0] = (
+            tensor
+        )
+    return {
+        name: np.stack([parts[e] for e in sorted(parts)]) if ".experts." in name else parts[0]
+        for name, parts in found.items()
+    }
+
+
 def _theirs(name: str, family: str) -> str:
     *layer, kind, parameter = name.split(".")
     theirs = "mlp.gate_up_proj" if (family, kind) == ("phi3", "ffn_up") else NAMES[kind]
@@ -214,7 +238,7 @@ def test_the_converter_reads_every_family(name: str, converted: Any, pieces: Pat
     model, _, directory, file = converted(name)
     config = model.config
     held, found = gguf_files.read(file)
-    architecture = "llama" if family == "mistral" else family
+    architecture = {"mistral": "llama", "mixtral": "llama"}.get(family, family)
     assert held["general.architecture"] == architecture
     stated = {key.removeprefix(f"{architecture}."): value for key, value in held.items()}
     expected = {
@@ -240,7 +264,9 @@ def test_the_converter_reads_every_family(name: str, converted: Any, pieces: Pat
         rotations = plain * 64 / (2 * math.pi)
         unscaled = np.clip((rotations - 1) / 3, 0, 1)
         np.testing.assert_allclose(found.pop("rope_freqs.weight"), 1 / ((1 - unscaled) / 8 + unscaled), rtol=1e-5)
-    ours = tensors(directory)
+    if config.moe.num_experts:
+        expected |= {"expert_count": config.moe.num_experts, "expert_used_count": config.moe.num_experts_per_tok}
+    ours = _stacked(tensors(directory))
     heads = {"attn_q": 4, "attn_k": 2} if architecture == "llama" else {}
     assert {_theirs(tensor, family) for tensor in found} == set(ours)
     for tensor, values in found.items():

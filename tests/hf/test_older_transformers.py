@@ -1,4 +1,4 @@
-"""The modelling file in earlier releases of transformers, which pip fetches."""
+"""The modelling file, and experts as files spell them, in earlier releases of transformers, which pip fetches."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import older_transformers
+from helpers.hf_experts import routers_anew
 from helpers.hf_models import NEEDS_TORCH, random_model
 from helpers.variants import run
 
@@ -45,6 +46,12 @@ MODELS = {
         "parallel_residual": True,
     },
     "pool": {"moe": {"num_experts": 4, "shared_pool": True, "gate": "context", "context_size": 6, "temperature": 0.5}},
+    "mixtral": {"moe": {"num_experts": 4}},
+    "qwen3_moe": {
+        "qk_norm": True,
+        "sliding_window": 5,
+        "moe": {"num_experts": 4, "intermediate_size": 24, "mlp_only_layers": (1,), "norm_topk_prob": False},
+    },
     "tied": {"tie_word_embeddings": True, "parallel_residual": True, "vocab_size_multiple": 64},
 }
 
@@ -53,7 +60,7 @@ MODELS = {
 @pytest.mark.parametrize(
     ("release", "tokenizers"), [("4.52.4", "tokenizers==0.21.4"), ("4.57.6", "tokenizers==0.22.2")]
 )
-def test_the_modelling_file_is_read_by(release: str, tokenizers: str, tmp_path: Path) -> None:
+def test_exports_are_read_by(release: str, tokenizers: str, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason=NEEDS_TORCH)
     packages = tmp_path / "packages"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
@@ -63,6 +70,7 @@ def test_the_modelling_file_is_read_by(release: str, tokenizers: str, tmp_path: 
     tokens = np.random.default_rng(0).integers(1, 96, (2, 24), dtype=np.int32)
     for name, settings in MODELS.items():
         model, params = random_model(**settings)
+        params = routers_anew(model, params)
         save_pretrained(tmp_path / "models" / name, model, params, ids={"pad_token_id": 0})
         prompts = [tokens[0, :5].tolist(), tokens[1, :9].tolist()]
         texts = generate(model, params, prompts, max_new_tokens=20).sequences

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.hf_experts import routers_anew
 from helpers.hf_models import random_model
 from packaging.version import Version
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -33,6 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
     "qwen3": {"qk_norm": True},
     "phi3": {},
+    "mixtral": {"moe": {"num_experts": 4}},
+    "qwen3_moe": {"moe": {"num_experts": 4}, "qk_norm": True},
     "stellarbyte": {"parallel_residual": True},
 }
 CHANGES: dict[str, Any] = {
@@ -72,7 +75,7 @@ def exported(place: Path, tokenizer: str | Path, settings: dict[str, Any], famil
     model, params = random_model(
         **{"num_hidden_layers": 1, "vocab_size": load_tokenizer(tokenizer).vocab_size, **settings}
     )
-    save_pretrained(place, model, params, tokenizer=tokenizer, family=family)
+    save_pretrained(place, model, routers_anew(model, params), tokenizer=tokenizer, family=family)
     return place
 
 
