@@ -144,14 +144,3 @@ def test_a_card_is_replaced_as_the_other_files_are(saved):
         and ("StellarByte" if model.config.parallel_residual else "Llama") + "ForCausalLM"
         in (target / "README.md").read_text()
     )
-
-
-def test_experts_are_told():
-    config = dataclasses.replace(CONFIG, num_hidden_layers=3, moe={"num_experts": 1000, "intermediate_size": 24})
-    found = rows(model_card(config, architecture="", parameters=1, dtype="float32", has_tokenizer=False))
-    assert found["experts of 3 layers"] == "1,000 of size 24, 2 of a token" and "feed-forward size" not in found
-    mixed = dataclasses.replace(config, moe={"num_experts": 4, "mlp_only_layers": (1,)})
-    found = rows(model_card(mixed, architecture="", parameters=1, dtype="float32", has_tokenizer=False))
-    assert found["experts of 2 layers"].startswith("4 of size ")
-    assert found["feed-forward size"] == f"{CONFIG.mlp_size:,}"
-    assert "feed-forward size" in rows(card()) and not any("experts" in name for name in rows(card()))
