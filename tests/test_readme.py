@@ -31,6 +31,7 @@ SHORT: dict[str, str | tuple[str, str]] = {
     "python scripts/model_info.py": "",
     "python scripts/train.py --config configs/quickstart.py --init-from": "steps=2 schedule.warmup_steps=1",
     "python scripts/train.py --config configs/pretrain.py": TINY.format(steps=2),
+    "python scripts/train.py --config configs/quickstart_moe.py": TINY.format(steps=2),
     "python scripts/train.py --config configs/quickstart.py": TINY.format(steps=5),
     "python scripts/generate.py": "--max-new-tokens 4",
     "python scripts/evaluate.py": "--help",  # its tasks are not here, see tests/evaluation
@@ -38,6 +39,7 @@ SHORT: dict[str, str | tuple[str, str]] = {
     "python scripts/convert.py from-hf": "",
     "python scripts/convert.py inspect": "",
     "python scripts/convert.py resize": "",
+    "python scripts/convert.py upcycle": "",
     "python scripts/prepare_data.py": "",
     "python scripts/train_tokenizer.py": ("--stage 8000:", "--stage 400:"),
 }
