@@ -3,6 +3,7 @@
 B batch, T positions, N = B T tokens, D model, F inside an expert, E experts, K choices a token, S rows.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -161,7 +162,7 @@ def most_slots(config: ByteConfig, tokens: int) -> int:
     """The slots that are laid out for each expert."""
     c = config.moe
     fair = tokens * c.num_experts_per_tok / c.num_experts
-    slots = max(c.min_capacity, -(-int(fair * c.capacity_factor * 2**10) // 2**10))
+    slots = max(c.min_capacity, math.ceil(fair * c.capacity_factor - 1e-9))  # not one more for a rounding
     return max(1, min(slots, c.max_capacity or slots, tokens))
 
 
