@@ -177,6 +177,7 @@ def test_no_program_shows_where_its_imports_were(path):
         "cli.tensors",
         "cli.evaluation_speed",
         "cli.measurements",
+        "cli.moe_speed",
     )
     quick = {*sys.stdlib_module_names, *(f"stellarbyte_jax.{name}" for name in ours)}
 

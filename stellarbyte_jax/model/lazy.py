@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,16 @@ class LazyArray:
         return self.size * self.dtype.itemsize
 
 
-def lazy(leaf: Any) -> LazyArray:
+Leaf = LazyArray | np.ndarray | Array
+
+
+def lazy(leaf: Leaf) -> LazyArray:
     """A leaf as a lazy array: itself if it is one, else one that holds the array of numpy or JAX."""
     if isinstance(leaf, LazyArray):
         return leaf
     return LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
 
-def as_numpy(leaf: Any) -> np.ndarray:
+def as_numpy(leaf: Leaf) -> np.ndarray:
     """The numbers of a leaf, which is a lazy array, or one of numpy or JAX."""
     return leaf.read() if isinstance(leaf, LazyArray) else np.asarray(leaf)

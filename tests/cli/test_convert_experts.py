@@ -26,8 +26,8 @@ def test_there_and_back_with_what_routers_keep(
     assert_same_tree(load_weights(tmp_path / "again")[1], params)
     tracked = 3 * (5 * 4 + 1)
     size = sum(np.size(leaf) for leaf in leaves(params)) - tracked
-    assert capsys.readouterr().out.count(f": {size:,} parameters\n") == 2
-    assert f"| parameters | {size:,} (float32) |" in (tmp_path / "hf" / "README.md").read_text()
+    assert capsys.readouterr().out.count(f": {size:,} parameters, ") == 2
+    assert f"| parameters | {size:,} (float32), " in (tmp_path / "hf" / "README.md").read_text()
 
 
 def leaves(tree):

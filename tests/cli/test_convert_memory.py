@@ -16,7 +16,7 @@ from helpers.live_arrays import LiveArrays
 from stellarbyte_jax.checkpoint import store
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.cli.convert import main
-from stellarbyte_jax.hf import directory
+from stellarbyte_jax.hf import tensors
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 
 
@@ -32,7 +32,7 @@ def test_one_array_at_a_time_whatever_the_number_of_files(tmp_path: Path, monkey
     save_initial(tmp_path / "run", model.config, params, str(tmp_path / "no-tokenizer"))
     out, back = LiveArrays(), LiveArrays()
     monkeypatch.setattr(store, "read_leaf", counted(out, store.read_leaf))
-    monkeypatch.setattr(directory, "_read_leaf", counted(back, directory._read_leaf))
+    monkeypatch.setattr(tensors, "_read_leaf", counted(back, tensors._read_leaf))
     assert main(["to-hf", str(tmp_path / "run"), str(tmp_path / "hf"), "--max-shard-size", "40KB"]) == 0
     assert len([*(tmp_path / "hf").glob("*.safetensors")]) > 4
     assert (out.made, out.peak) == (len(leaves), largest)

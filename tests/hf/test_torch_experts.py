@@ -288,7 +288,7 @@ def test_what_a_checkpoint_lacks_begins_as_fresh(tmp_path: Path) -> None:
 
 def test_the_model_card_counts_weights_as_transformers_does(tmp_path: Path) -> None:
     export(CONTEXT, tmp_path)
-    assert f"| parameters | {load(tmp_path).num_parameters():,} (float32) |" in (tmp_path / "README.md").read_text()
+    assert f"| parameters | {load(tmp_path).num_parameters():,} (float32), " in (tmp_path / "README.md").read_text()
 
 
 @THEIR_WARNINGS

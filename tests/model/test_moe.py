@@ -255,7 +255,7 @@ def test_the_token_before_is_one_of_the_same_document():
     starts, valid = np.zeros((2, 8), bool), np.ones((2, 8), bool)
     starts[0, 5] = True
     valid[1, 2] = False
-    decision = decision_of(config, np.eye(E)[wanted], valid)
+    decision = decision_of(config, np.eye(E)[wanted] + 0.1, valid)
     found = overflow_candidates(config, decision, context(valid, starts), None)
     assert found[:, 0].tolist() == [E, 0, 0, 2, 0, E, 0, 0, E, 0, 3, E, *[3] * 4]
 

@@ -78,7 +78,7 @@ _EXPERT_SETTINGS = Field(
 )
 _ROUTER, _CONTEXT = "layers/moe/router/", _LAYER + "mlp.router.context."
 _CONTEXT_MATRICES = ("context_in", "context_out", "mlp_gate", "mlp_up", "mlp_down")
-_TRACKED = ("load", "utilization", "priority", "bias", "coldness", "steps")
+_TRACKED = ("load", "utilization", "priority", "bias", "coldness", "steps", "twin", "twin_steps")
 _ROUTER_ROWS = (
     Row(_ROUTER + "kernel", _LAYER + "mlp.router.weight", SPLIT_OUTPUT, float32=True),
     Row(_ROUTER + "temperature", _LAYER + "mlp.router.temperature", FLAT, float32=True),

@@ -95,6 +95,7 @@ _EXPERT_DEFAULTS: dict[str, Any] = {  # settings in "moe" that are read here; wh
     "adaptive_temperature": False,
     "expert_priority": False,
     "cooling_steps": 0,
+    "rebalance_interval": None,
 }
 _EXPERT_CHOICES = {"gate": ("linear", "context"), "scoring_func": ("softmax", "sigmoid")}
 _FEW_TOKENS = 64  # that many in every expert are hardly more work than reading its weights
@@ -487,6 +488,9 @@ class StellarByteRouter(nn.Module):
         for name in ("load", "utilization", "priority", "bias", "coldness"):
             self.register_buffer(name, torch.zeros(E))
         self.register_buffer("steps", torch.zeros(1))
+        if config.moe["rebalance_interval"] is not None:
+            self.register_buffer("twin", torch.zeros(E))
+            self.register_buffer("twin_steps", torch.zeros(E))
         self.float()  # also in a model that is made in 16 bits
 
     def reset(self) -> None:
@@ -495,6 +499,8 @@ class StellarByteRouter(nn.Module):
         first |= {"temperature": self.config.moe["temperature"]} if self.config.moe["adaptive_temperature"] else {}
         for name in (*self._buffers, *first):
             nn.init.constant_(getattr(self, name), first.get(name, 0.0))
+        if "twin" in self._buffers:
+            self.twin.copy_(torch.arange(self.twin.shape[0]))
 
     def forward(self, x_BTD: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts [R, C] of tokens [B, T, D], E for none, and what their outputs are multiplied with, float32."""
@@ -503,6 +509,10 @@ class StellarByteRouter(nn.Module):
             scores_RE = self._scores(x_BTD.float(), call.positions_BT.to(x_BTD.device)).flatten(0, 1)
         m, E = self.config.moe, scores_RE.shape[1]
         ranked_RE = scores_RE + self.bias.float()  # for the choice alone
+        if m["rebalance_interval"] is not None:
+            ranked_RE = ranked_RE.masked_fill(
+                self._hidden(call.positions_BT.to(x_BTD.device)).flatten(0, 1), -torch.inf
+            )
         if m["topk_group"] < m["n_group"]:
             ranked_RGE = ranked_RE.unflatten(1, (m["n_group"], -1))
             best_RG = ranked_RGE.topk(min(2, ranked_RGE.shape[2]), -1).values.sum(-1)
@@ -532,7 +542,15 @@ class StellarByteRouter(nn.Module):
             uneven = load_E.std(correction=0) / (load_E.mean() + 1e-6)
             temperature = (self.temperature.float().abs() * (1 + uneven)).clamp(min=0.3)
         logits_BTE = logits_BTE / temperature
+        if m["rebalance_interval"] is not None:
+            logits_BTE = logits_BTE.masked_fill(self._hidden(positions_BT), -torch.inf)
         return logits_BTE.softmax(-1) if m["scoring_func"] == "softmax" else logits_BTE.sigmoid()
+
+    def _hidden(self, positions_BT: torch.Tensor) -> torch.Tensor:
+        """Experts [B, T, E] that a token does not see: of one that was split lately, the half of other positions."""
+        own_E = torch.arange(self.twin.shape[0], device=positions_BT.device)
+        twin_E = torch.where(self.twin_steps > 0.5, self.twin.round(), own_E.float())
+        return torch.where(positions_BT[..., None] % 2 == 1, own_E < twin_E, own_E > twin_E)
 
 
 def _best(values: torch.Tensor, k: int) -> torch.Tensor:
