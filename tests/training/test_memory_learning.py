@@ -42,6 +42,7 @@ def last_loss(length, steps):
     return np.mean(metrics["loss"][-2 * SEGMENTS :]), state
 
 
+@pytest.mark.slow
 def test_loss_with_memory_is_clearly_under_loss_without():
     without, _ = last_loss(0, steps=200)
     with_memory, state = last_loss(16, steps=800)

@@ -266,6 +266,7 @@ def test_a_run_with_splits_resumes_bit_by_bit(tmp_path, capsys):
     assert np.all(tracked == 0)  # the run ends without twins
 
 
+@pytest.mark.slow
 def test_a_run_may_begin_or_end_to_split_experts_and_change_when(tmp_path, capsys):
     """With the weights of another run, whose routers keep no twins, or have some."""
     plain = [setting for setting in RUN if not re.search("rebalance|split|merge|twin", setting)]

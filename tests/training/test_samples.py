@@ -197,6 +197,7 @@ samples.generate_text = interrupted
 """
 
 
+@pytest.mark.slow
 def test_samples_change_nothing_in_a_run_and_are_of_its_averaged_weights(config_file, straight, tmp_path, capsys):
     """One run is stopped by a signal in its first round, and goes on; both train as a run without samples."""
     assert cli(config_file, *SAMPLED) == 0
