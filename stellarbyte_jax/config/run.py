@@ -90,6 +90,7 @@ class OptimizerConfig(Section):
       weight_decay: decay rate of matrices; norms, biases and scales are left alone
       decay_embeddings: weight decay is of embeddings too
       gradient_clip_norm: gradients of a larger norm are scaled down to it; none: never
+      router_learning_rate_ratio: learning rate of the routers of experts by that of the other weights
     """
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
@@ -100,6 +101,7 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.1
     decay_embeddings: bool = True
     gradient_clip_norm: PositiveFloat | None = 1.0
+    router_learning_rate_ratio: PositiveFloat = 1.0
 
     def _check(self) -> None:
         require(
@@ -365,11 +367,12 @@ class TrainConfig(Section):
             self.loss.xpos_regularization == 0 or self.model.xpos_learnable,
             "loss.xpos_regularization pulls learned rates: it needs model.xpos_learnable",
         )
-        stray = [name for name in self.loss.given() if name.startswith("router_")]
-        require(
-            not stray or self.model.moe.num_experts > 0,
-            f"loss.{', '.join(stray)} belongs to routers: set model.moe.num_experts, or leave it out",
-        )
+        for section, name in ((self.loss, "loss"), (self.optimizer, "optimizer")):
+            stray = [setting for setting in section.given() if setting.startswith("router_")]
+            require(
+                not stray or self.model.moe.num_experts > 0,
+                f"{name}.{', '.join(stray)} belongs to routers: set model.moe.num_experts, or leave it out",
+            )
 
     def to_json(self) -> str:
         """The resolved config, as stored beside every checkpoint."""

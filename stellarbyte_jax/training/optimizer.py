@@ -64,6 +64,8 @@ def make_optimizer(
     to AdamW's usual update size (Liu et al. 2025, https://arxiv.org/abs/2502.16982), everything else takes AdamW with
     Nesterov momentum (Dozat 2016), as optax has it.
 
+    Updates of routers are multiplied by ``router_learning_rate_ratio``, weight decay included.
+
     What is a matrix, and between which axes, each weight states itself (``model.params.WeightUse``). The optimizer is
     for the trainable weights alone.
     """
@@ -86,6 +88,9 @@ def make_optimizer(
         )
         # Its own decay of the AdamW part takes no mask. Updates are negative here, hence the sign.
         rule = optax.chain(muon, optax.add_decayed_weights(-o.weight_decay, decayed), optax.scale_by_schedule(schedule))
+    if model.config.moe.num_experts:  # always, so that a run may change the ratio
+        routers = jax.tree_util.tree_map_with_path(lambda path, _: _is_of_router(path), uses)
+        rule = optax.chain(rule, optax.masked(optax.scale(o.router_learning_rate_ratio), routers))
     if o.gradient_clip_norm is not None:
         rule = optax.chain(optax.clip_by_global_norm(o.gradient_clip_norm), rule)
     return optax.GradientTransformation(rule.init, _mixing_types(rule.update))
@@ -100,6 +105,10 @@ def _mixing_types(update: Callable[..., Any]) -> Callable[..., Any]:
             return update(*args, **kwargs)
 
     return mixed
+
+
+def _is_of_router(path: tuple[Any, ...]) -> bool:
+    return any(key.key == "router" for key in path)
 
 
 def _muon_dimensions(use: WeightUse) -> optax.contrib.MuonDimensionNumbers | None:

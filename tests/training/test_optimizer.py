@@ -218,6 +218,29 @@ def test_every_optimizer_takes_a_step_of_layers_with_experts(variant):
             assert np.isfinite(update).all() and np.any(np.asarray(update) != 0), (name, path)
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_routers_may_learn_at_a_rate_of_their_own(name):
+    """Their updates alone are smaller, with what the optimizer keeps as it was."""
+    variant = "experts in every second layer, by context, priority and temperature"
+    model, params = make(variant)
+    weights = weights_alone(model, params)
+    grads = jax.tree.map(lambda x: 0.1 * jax.numpy.cos(7 * x), weights)
+    found = []
+    for ratio in (1.0, 0.25):
+        config = dataclasses.replace(run_config(name=name), model=model.config)
+        rule = dataclasses.replace(config.optimizer, router_learning_rate_ratio=ratio)
+        optimizer = make_optimizer(dataclasses.replace(config, optimizer=rule), model)
+        found.append(jax.jit(optimizer.update)(grads, optimizer.init(weights), weights))
+    (plain, kept), (slow, still_kept) = found
+    assert_close(still_kept, kept)
+    routers = 0
+    for path, update in flat(plain).items():
+        of_router = "/router/" in path
+        routers += of_router
+        np.testing.assert_allclose(flat(slow)[path], (0.25 if of_router else 1) * update, rtol=1e-5, err_msg=path)
+    assert routers >= 8 and routers < len(flat(plain))
+
+
 def test_muon_steps_are_nearly_orthogonal():
     """Singular values close to each other, and the root mean square that AdamW's steps usually have, 0.2."""
     (first, _), _ = two_steps(run_config(name="muon", weight_decay=0.0))
