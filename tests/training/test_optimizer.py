@@ -228,7 +228,7 @@ def test_routers_may_learn_at_a_rate_of_their_own(name):
     found = []
     for ratio in (1.0, 0.25):
         config = dataclasses.replace(run_config(name=name), model=model.config)
-        rule = dataclasses.replace(config.optimizer, router_learning_rate_ratio=ratio)
+        rule = OptimizerConfig(name=name, router_learning_rate_ratio=ratio)
         optimizer = make_optimizer(dataclasses.replace(config, optimizer=rule), model)
         found.append(jax.jit(optimizer.update)(grads, optimizer.init(weights), weights))
     (plain, kept), (slow, still_kept) = found
