@@ -227,9 +227,8 @@ def test_routers_may_learn_at_a_rate_of_their_own(name):
     grads = jax.tree.map(lambda x: 0.1 * jax.numpy.cos(7 * x), weights)
     found = []
     for ratio in (1.0, 0.25):
-        config = dataclasses.replace(run_config(name=name), model=model.config)
         rule = OptimizerConfig(name=name, router_learning_rate_ratio=ratio)
-        optimizer = make_optimizer(dataclasses.replace(config, optimizer=rule), model)
+        optimizer = make_optimizer(dataclasses.replace(run_config(), model=model.config, optimizer=rule), model)
         found.append(jax.jit(optimizer.update)(grads, optimizer.init(weights), weights))
     (plain, kept), (slow, still_kept) = found
     jax.tree.map(np.testing.assert_array_equal, still_kept, kept)
