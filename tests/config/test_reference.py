@@ -90,7 +90,7 @@ def test_a_row_of_the_page_is_not_broken_by_its_content():
         ("hidden_size", ["model.hidden_size", "model.head_dim", "model.intermediate_size"]),
         ("schedule.c*", ["schedule.cycles", "schedule.cycle_decay"]),
         ("SwiGLU", ["model.hidden_act"]),
-        ("LR", ["optimizer.learning_rate"]),
+        ("LR", ["optimizer.learning_rate", "optimizer.router_learning_rate_ratio"]),
         ("nothing like it", []),
     ],
 )
