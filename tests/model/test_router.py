@@ -218,7 +218,6 @@ def test_noise_differs_by_layer_step_and_part_and_repeats_with_seed_and_step(noi
         return choose(scores_NE, *args, **kwargs)
 
     choose = router_module.choose_experts
-    monkeypatch.setattr(router_module, "choose_experts", recorded)
     model_config = dataclasses.replace(BASE, moe={"num_experts": E, **NOISES[noise]}, num_hidden_layers=3)
     config = settings(model=model_config, gradient_accumulation_steps=2, loss=LossConfig(router_load=0.0))
     model = ByteTransformer(model_config)
@@ -227,6 +226,7 @@ def test_noise_differs_by_layer_step_and_part_and_repeats_with_seed_and_step(noi
     state = jax.jit(lambda: create_state(config, model, RECORDER))()
     kernel = state.params["layers"]["0"]["moe"]["router"]
     kernel["kernel"] = jnp.zeros_like(kernel["kernel"])
+    monkeypatch.setattr(router_module, "choose_experts", recorded)
     seeds = [dataclasses.replace(config, seed=seed) for seed in (0, 1)]
     steps = [jax.jit(make_train_step(c, model, RECORDER, lambda _: 0.0)) for c in seeds]
 

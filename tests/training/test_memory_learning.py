@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from helpers.training import MODEL, settings, start
 
 from stellarbyte_jax.config import DataConfig, MemoryConfig, OptimizerConfig, ScheduleConfig
