@@ -91,10 +91,10 @@ def environment_facts() -> dict[str, str | int]:
 def environment() -> str:
     """One line on what the run stands on."""
     devices = jax.devices()
-    more = f" (the first of {len(devices)}; a run uses one)" if len(devices) > 1 else ""
+    count = f"{len(devices)} x " if len(devices) > 1 else ""
     return (
         f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, "
-        f"device {devices[0].device_kind}{more}"
+        f"device {count}{devices[0].device_kind}"
     )
 
 

@@ -23,8 +23,7 @@ if ON_GPU:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
 else:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -32,6 +31,8 @@ import helpers.array_types  # noqa: E402, F401 (the hook finds it by name)
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+if not ON_GPU:
+    jax.config.update("jax_num_cpu_devices", 8)  # of this process: those that tests start have one
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # They are the same programs every time.
@@ -46,6 +47,15 @@ def forget_programs() -> Iterator[None]:
     """Each compiled program maps memory, and a process may map only so many pieces."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def devices_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in the tests' process use one device, unless a test gives them more."""
+    from stellarbyte_jax.training import placement
+
+    if not ON_GPU:
+        monkeypatch.setattr(placement, "devices", lambda: jax.devices()[:1])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stellarbyte_jax.config.foreign import listed
+from stellarbyte_jax.config.mesh import MeshConfig
 from stellarbyte_jax.config.model import ByteConfig
 from stellarbyte_jax.config.section import (
     Fraction,
@@ -281,6 +282,7 @@ class TrainConfig(Section):
       evaluation: validation during training, and tasks
       checkpoint: what is kept on disk
       logging: where metrics go
+      mesh: the devices of the run
     """
 
     output_dir: str
@@ -302,6 +304,7 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     _paths = ("output_dir", "init_from")
 

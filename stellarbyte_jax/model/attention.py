@@ -16,7 +16,8 @@ from stellarbyte_jax.model.norm import RMSNorm
 from stellarbyte_jax.model.params import linear, param
 from stellarbyte_jax.model.positions import position_scheme
 from stellarbyte_jax.model.state.memory import with_memory_prefix
-from stellarbyte_jax.ops.attention import Dropout, attention
+from stellarbyte_jax.ops.attention import Dropout
+from stellarbyte_jax.sharding.attention import attention
 
 
 class Attention(nn.Module):
@@ -78,6 +79,7 @@ class Attention(nn.Module):
                 return_weights=cache is not None and cache.needs_weights,
                 implementation=c.attention_implementation,
                 required=mask.aligned,
+                dealt=ctx.dealt,
             )
             if cache is not None:
                 cache = cache.accumulate(found.weights_BKGTS)

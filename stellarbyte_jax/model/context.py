@@ -24,6 +24,7 @@ class LayerContext:
       segment_ids_BT: int32 [B, T], document of each new token, or None where a row is one document.
       rope: rotary frequencies of the new tokens.
       valid_BT: bool [B, T], False for padding; None where there is none.
+      dealt: static; whether the tokens are dealt out to the devices of a mesh by position.
       pool: weights of the experts that all layers share; None where each has its own.
       max_segments: static; upper bound on the documents of a row.
       train: static; whether dropout is on.
@@ -37,6 +38,7 @@ class LayerContext:
     train: bool = struct.field(pytree_node=False, default=False)
     valid_BT: Array | None = None
     pool: Params | None = None
+    dealt: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def tokens(self) -> Bool[Array, "B T"]:
@@ -80,5 +82,5 @@ class LayerContext:
             always_visible_BSK=visible_BSK,
             window=spec.window,
             max_segments=self.max_segments if ids_BS is not None else None,
-            aligned=True,
+            aligned=not self.dealt,
         )

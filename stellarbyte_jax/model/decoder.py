@@ -4,6 +4,7 @@ B batch, T tokens, D model, V vocabulary.
 """
 
 import dataclasses
+import functools
 from typing import cast
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from stellarbyte_jax.model.embedding import Embed, Head
 from stellarbyte_jax.model.io import Inputs, Output, State
 from stellarbyte_jax.model.layers import Given, Layers
 from stellarbyte_jax.model.norm import RMSNorm
-from stellarbyte_jax.model.params import WeightUse, weight_uses
+from stellarbyte_jax.model.params import Weight, WeightUse, weight_uses
 from stellarbyte_jax.model.positions import position_scheme
 from stellarbyte_jax.model.trees import Axes, IsTrainable, Params, Shapes, Uses, all_trainable
 
@@ -57,7 +58,7 @@ class ByteTransformer(nn.Module):
         state = State() if state is None else state
         check_call(c, inputs, state, train)
         B, T = inputs.tokens_BT.shape
-        offsets_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+        offsets_1T = jnp.arange(T, dtype=jnp.int32)[None, :] if inputs.rows_1T is None else inputs.rows_1T
         valid_mask_BT = jnp.ones((B, T), bool)
         if inputs.lengths_B is not None:
             valid_mask_BT = offsets_1T < inputs.lengths_B[:, None]
@@ -77,7 +78,14 @@ class ByteTransformer(nn.Module):
         if inputs.segment_ids_BT is not None:
             valid_mask_BT = inputs.segment_ids_BT > 0
         ctx = LayerContext(
-            positions_BT, offsets_1T, inputs.segment_ids_BT, rope, inputs.max_segments, train, valid_mask_BT
+            positions_BT,
+            offsets_1T,
+            inputs.segment_ids_BT,
+            rope,
+            inputs.max_segments,
+            train,
+            valid_mask_BT,
+            dealt=inputs.rows_1T is not None,
         )
 
         x_BTD = self.embed_dropout(self.embed.look_up(inputs.tokens_BT), deterministic=not train)
@@ -122,6 +130,8 @@ def check_call(config: ByteConfig, inputs: Inputs, state: State, train: bool) ->
         raise ValueError("the cache already holds tokens, which a memory cannot come before: give a new cache")
     if inputs.positions_BT is not None and cache is not None:
         raise ValueError("with a cache, positions follow from it: leave positions_BT out")
+    if inputs.rows_1T is not None and (cache is not None or memory is not None):
+        raise ValueError("tokens that are dealt out by position have no cache and no memory: leave rows_1T out")
     if config.moe.history_decay and cache is not None and (state.router is None or state.router.history_LBD is None):
         raise ValueError("the gates read the history of a text, which the state lacks: begin with State.empty")
 
@@ -158,7 +168,7 @@ def init_params(model: ByteTransformer, key: Array) -> Params:
 
 def param_uses(model: ByteTransformer) -> Uses:
     """The :class:`WeightUse` of each weight, in a tree like :func:`init_params`'s. Computes nothing."""
-    return weight_uses(jax.eval_shape(lambda: _init(model, jax.random.key(0))))
+    return weight_uses(_abstract(model.config))
 
 
 def trained(model: ByteTransformer, is_trainable: IsTrainable = all_trainable) -> IsTrainable:
@@ -175,7 +185,13 @@ def logical_axes(model: ByteTransformer) -> Axes:
 
 def param_shapes(model: ByteTransformer) -> Shapes:
     """``jax.ShapeDtypeStruct`` of each weight, in a tree like :func:`init_params`'s. Computes nothing."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.value, _abstract(model.config), is_leaf=lambda x: isinstance(x, Weight))
+
+
+@functools.lru_cache(maxsize=128)
+def _abstract(config: ByteConfig) -> Params:
+    """Shapes of the weights with their uses: a run asks for them a dozen times, and tracing the network takes time."""
+    return jax.eval_shape(lambda: _init(ByteTransformer(config), jax.random.key(0)))
 
 
 def _init(model: ByteTransformer, key: Array) -> Params:

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.initializers import matrix_init
 from stellarbyte_jax.model.params import kernel, linear, materialise, param, product
+from stellarbyte_jax.sharding import current_mesh, gather
+from stellarbyte_jax.sharding.lookup import look_up
 
 _LOGITS = "...D,DV->...V"
 
@@ -28,11 +30,13 @@ class Embed(nn.Module):
 
     def look_up(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embedded tokens in the compute dtype."""
-        return materialise(jnp.take(self(), tokens_BT, axis=0), self.config.compute_dtype)
+        if current_mesh() is None:  # fewer numbers are cast
+            return materialise(jnp.take(self(), tokens_BT, axis=0), self.config.compute_dtype)
+        return look_up(materialise(self(), self.config.compute_dtype), tokens_BT)
 
     def kernel(self) -> Float[Array, "D V"]:
         """The matrix of the tied head, in the compute dtype."""
-        return materialise(self(), self.config.compute_dtype).T
+        return gather(materialise(self(), self.config.compute_dtype), ("vocab", "embed")).T
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits of the tied head."""

@@ -3,9 +3,9 @@
 B batch, T tokens, D model.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ class Inputs:
       positions_BT: int32 [B, T], where they do not simply count from 0 (or go on from the cache or the memory). With a
         memory a row goes on with its document where its first position is not 0.
       segment_ids_BT: int32 [B, T], where several documents share a row; no token sees another document. 0 is padding.
+      rows_1T: int32 [1, T], index of each token in its row, where tokens are dealt out to the devices of a mesh by
+        position (``sharding.ring.dealt_order``); None where they are in order.
       lengths_B: int32 [B], with a cache: how many of the T tokens of each row count, the rest is padding on the right.
         All of them where it is not given.
       max_segments: static; upper bound on the documents of a row, which lets packed rows use the cuDNN kernel.
@@ -37,6 +39,7 @@ class Inputs:
     positions_BT: Array | None = None
     segment_ids_BT: Array | None = None
     lengths_B: Array | None = None
+    rows_1T: Array | None = None
     max_segments: int | None = struct.field(pytree_node=False, default=None)
 
 
@@ -79,9 +82,14 @@ class State:
         return {field.name: part for field in fields(self) if (part := getattr(self, field.name)) is not None}
 
     def split(self, parts: int) -> "State":
-        """The rows of a state between batches cut into equal parts, on a new first axis."""
+        """The rows of a state between batches dealt out to equal parts, on a new first axis."""
         assert self.cache is None and self.router is None
         return State(memory=None if self.memory is None else self.memory.split(parts))
+
+    def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Any]) -> "State":
+        """Of a state between batches: what ``of`` makes of the logical axes of each array, and the array."""
+        assert self.cache is None and self.router is None
+        return State(memory=None if self.memory is None else self.memory.by_axes(of))
 
     def joined(self) -> "State":
         """Undoes :meth:`split`."""

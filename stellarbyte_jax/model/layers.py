@@ -20,7 +20,6 @@ from stellarbyte_jax.model.state.layer_cache import LayerCache
 from stellarbyte_jax.model.state.memory import LayerMemory
 from stellarbyte_jax.model.state.router import RouterState
 from stellarbyte_jax.model.trees import Params
-from stellarbyte_jax.ops.grouped_matmul import Groups
 
 POOL = "pool"
 Tree = TypeVar("Tree")
@@ -144,7 +143,7 @@ class Layers(nn.Module):
         """Maps [B, T, D] to [B, T, D], and updates what layers have."""
         c = self.config
         if c.moe.shared_pool:
-            ctx = ctx.replace(pool=self._pool(x_BTD))  # type: ignore[attr-defined]
+            ctx = ctx.replace(pool=self._pool())  # type: ignore[attr-defined]
         if self.is_initializing():
             for group in c.layer_groups:
                 for stack in group.stacks:
@@ -187,11 +186,10 @@ class Layers(nn.Module):
         )
         return make_layer(Block(self.config, specs[0], name=str(stack)), x_BTD, None)[0]
 
-    def _pool(self, x_BTD: Array) -> Params:
+    def _pool(self) -> Params:
         experts = Experts(self.config, name=POOL)
         if self.is_initializing():
-            E = self.config.moe.num_experts
-            experts(jnp.zeros((E, x_BTD.shape[-1]), x_BTD.dtype), Groups(jnp.ones(E, jnp.int32), None))
+            experts()
         return self.get_variable("params", POOL)
 
 

@@ -4,7 +4,9 @@ B batch, T positions, N = B T tokens, D model, F inside an expert, E experts, K 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -19,11 +21,15 @@ from stellarbyte_jax.model.mlp import ACTIVATIONS, gate_and_up, project_down
 from stellarbyte_jax.model.params import kernel
 from stellarbyte_jax.model.router import Decision, Router
 from stellarbyte_jax.model.state.router import RouterState, Tally
-from stellarbyte_jax.ops.balance import counts_by_expert, losses
+from stellarbyte_jax.model.trees import Params
+from stellarbyte_jax.ops.balance import Routed, counts_by_expert, losses
 from stellarbyte_jax.ops.expert_layout import Layout, from_experts, lay_out, lay_out_slots, to_experts
 from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul
-from stellarbyte_jax.ops.routing import place, place_overflow
+from stellarbyte_jax.ops.routing import Choices, place, place_overflow
+from stellarbyte_jax.sharding.experts import Exchange, Made, on_devices
+from stellarbyte_jax.sharding.rules import of_device
 
+Tree = TypeVar("Tree")
 _OFFERS = 2  # candidates of each step for what had no room
 
 
@@ -44,22 +50,24 @@ class Dispatched(NamedTuple):
 
 
 class Experts(nn.Module):
-    """Gated MLPs, each for its rows."""
+    """The weights of gated MLPs: :func:`run_experts` uses them."""
 
     config: ByteConfig
 
     @nn.compact
-    def __call__(self, x_SD: Float[Array, "S D"], groups: Groups) -> Float[Array, "S D"]:
-        """Maps rows in the order of experts."""
+    def __call__(self) -> list[Array]:
+        """Gate and up [E, D, 2, F] and down [E, F, D] in the compute dtype, as they are kept on a mesh."""
         c = self.config
         E, D, F = c.moe.num_experts, c.hidden_size, c.expert_size
+        dtype = jnp.dtype(c.compute_dtype)
         w_EDGF = kernel(
             self,
             "gate_up",
             "ESD,EDGF->ESGF",
-            x_SD.dtype,
+            dtype,
             matrix_init(c, "mlp_in", D, F),
             batch=("experts", "gate"),
+            whole=False,
             experts=E,
             embed=D,
             gate=2,
@@ -69,16 +77,29 @@ class Experts(nn.Module):
             self,
             "down",
             "ESF,EFD->ESD",
-            x_SD.dtype,
+            dtype,
             matrix_init(c, "mlp_out", F, D),
             batch=("experts",),
+            whole=False,
             experts=E,
             mlp=F,
             embed=D,
         )
-        both_SH = grouped_matmul(x_SD, w_EDGF.reshape(E, D, 2 * F), groups)
-        h_SF = ACTIVATIONS[c.hidden_act](both_SH[:, :F]) * both_SH[:, F:]
-        return grouped_matmul(h_SF, w_EFD, groups)
+        return [w_EDGF, w_EFD]
+
+
+_EXPERT_AXES = (("experts", "embed", "gate", "mlp"), ("experts", "mlp", "embed"))  # of these weights
+
+
+def run_experts(
+    config: ByteConfig, x_SD: Float[Array, "S D"], weights: Sequence[Array], groups: Groups
+) -> Float[Array, "S D"]:
+    """Maps rows in the order of experts, each by the MLP of its expert."""
+    w_EDGF, w_EFD = weights
+    E, D, _, F = w_EDGF.shape
+    both_SH = grouped_matmul(x_SD, w_EDGF.reshape(E, D, 2 * F), groups)
+    h_SF = ACTIVATIONS[config.hidden_act](both_SH[:, :F]) * both_SH[:, F:]
+    return grouped_matmul(h_SF, w_EFD, groups)
 
 
 class SharedExperts(nn.Module):
@@ -109,15 +130,11 @@ class MoE(nn.Module):
         self, x_BTD: Float[Array, "B T D"], ctx: LayerContext, state: LayerState
     ) -> tuple[Float[Array, "B T D"], LayerState, Aux]:
         """Maps [B, T, D] to [B, T, D], the state after the tokens, and the router's losses."""
-        c = self.config
-        router = state.router
+        c, router = self.config, state.router
         decision = Router(c, name="router")(x_BTD, ctx, None if router is None else router.history_LBD)
         key = self.make_rng("dropout") if ctx.train and "random" in c.moe.overflow else None
-        sent = dispatch_choices(c, decision, ctx, key)
-        x_ND = x_BTD.reshape(-1, c.hidden_size)
-        y_SD = self._experts(to_experts(x_ND, sent.layout), sent.layout.groups, ctx)
-        out_ND = from_experts(y_SD, sent.layout, sent.weights_NK)
-        out_BTD = out_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
+        weights = Experts(c, name="experts")() if ctx.pool is None else _pooled(c, ctx.pool)
+        out_BTD, sent = _sent_to_experts(c, x_BTD, decision, ctx, key, weights)
         if c.moe.n_shared_experts:
             out_BTD += SharedExperts(c, name="shared")(x_BTD)
         out_BTD = nn.Dropout(c.hidden_dropout, deterministic=not ctx.train)(out_BTD)
@@ -128,25 +145,104 @@ class MoE(nn.Module):
             state = state._replace(router=RouterState(decision.history_BD, counted(tally, decision, sent, wanted_E)))
         return out_BTD, state, aux
 
-    def _experts(self, x_SD: Array, groups: Groups, ctx: LayerContext) -> Array:
-        if ctx.pool is None:
-            return Experts(self.config, name="experts")(x_SD, groups)
-        pool = Experts(self.config, parent=None)
-        return jnp.asarray(pool.apply({"params": ctx.pool}, x_SD, groups))
+
+def _pooled(config: ByteConfig, pool: Params) -> list[Array]:
+    return cast(list[Array], Experts(config, parent=None).apply({"params": pool}))
+
+
+class Sent(NamedTuple):
+    """What became of the choices.
+
+    Attributes:
+      experts_NK: int32, the expert that took each choice; E where none did.
+      room: float32 scalar, choices that an expert had room for.
+    """
+
+    experts_NK: Array
+    room: Array
+
+
+def _sent_to_experts(
+    config: ByteConfig, x_BTD: Array, decision: Decision, ctx: LayerContext, key: Array | None, weights: list[Array]
+) -> tuple[Array, Sent]:
+    """What experts make of the tokens, in the dtype of ``x``.
+
+    Experts have a capacity in training alone, where the config asks for one, so that in generation what a token gets
+    does not depend on the others. On a mesh it is one of each device's tokens.
+    """
+    choices, E = decision.choices, config.moe.num_experts
+    if config.moe.dispatch == "dropless" or not ctx.train:
+        tokens = _in_rows(choices, x_BTD)
+        made = on_devices(partial(_dropless, config), x_BTD, tokens, None, weights, _EXPERT_AXES)
+        return made.y_BTD, Sent(choices.experts_NK, jnp.max(counts_by_expert(choices.experts_NK, E)))
+    told = (choices, decision.routed.scores_NE, decision.routed.mask_N)
+    tokens = (_in_rows(told, x_BTD), ctx.positions_BT, ctx.segment_ids_BT)
+    shared = (decision.utilization_E, decision.temperature, key)
+    made = on_devices(partial(_with_capacity, config, ctx), x_BTD, tokens, shared, weights, _EXPERT_AXES)
+    return made.y_BTD, Sent(made.tokens.reshape(choices.experts_NK.shape), made.total)
+
+
+def _in_rows(tree: Tree, x_BTD: Array) -> Tree:
+    return jax.tree.map(lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:]), tree)
+
+
+def _flat(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _dropless(
+    config: ByteConfig,
+    x_BTD: Array,
+    tokens: Choices,
+    _: None,
+    weights: list[Array],
+    exchange: Exchange,
+    differ: tuple[str, ...],
+) -> Made:
+    """Each device computes its experts for the tokens of all devices that share them."""
+    del differ
+    E = config.moe.num_experts
+    x_ND, choices = exchange.tokens(_flat((x_BTD, tokens)))
+    layout = lay_out(exchange.own(choices.experts_NK, E), E // exchange.devices)
+    y_SD = run_experts(config, to_experts(x_ND, layout), weights, layout.groups)
+    y_ND = exchange.sums(from_experts(y_SD, layout, choices.weights_NK).astype(x_BTD.dtype))
+    return Made(y_ND.reshape(x_BTD.shape), None, None)
+
+
+def _with_capacity(
+    config: ByteConfig,
+    ctx: LayerContext,
+    x_BTD: Array,
+    tokens: tuple[tuple[Choices, Array, Array], Array, Array | None],
+    shared: tuple[Array, Array, Array | None],
+    weights: list[Array],
+    exchange: Exchange,
+    differ: tuple[str, ...],
+) -> Made:
+    """Slots of all experts go to the devices that have the experts, and come back."""
+    told, positions_BT, segments_BT = tokens
+    utilization_E, temperature, key = shared
+    B, _, D = x_BTD.shape
+    E = config.moe.num_experts
+    choices, scores_NE, mask_N = _flat(told)
+    decision = Decision(
+        choices, Routed(scores_NE, scores_NE, choices.experts_NK, mask_N, B), temperature, utilization_E, None
+    )
+    here = ctx.replace(positions_BT=positions_BT, segment_ids_BT=segments_BT)  # type: ignore[attr-defined]
+    sent = dispatch_choices(config, decision, here, None if key is None else of_device(key, differ))
+    x_ECD = exchange.to_owners(to_experts(_flat(x_BTD), sent.layout).reshape(E, -1, D))
+    slots_E = jnp.full(x_ECD.shape[0], x_ECD.shape[1], jnp.int32)
+    y_SD = run_experts(config, x_ECD.reshape(-1, D), weights, Groups(slots_E, None))
+    y_ECD = exchange.from_owners(y_SD.reshape(x_ECD.shape))
+    y_ND = from_experts(y_ECD.reshape(-1, D), sent.layout, sent.weights_NK).astype(x_BTD.dtype)
+    return Made(y_ND.reshape(x_BTD.shape), sent.experts_NK.reshape(*x_BTD.shape[:2], -1), sent.room)
 
 
 def dispatch_choices(config: ByteConfig, decision: Decision, ctx: LayerContext, key: Array | None) -> Dispatched:
-    """Gives choices their rows. Experts have a capacity in training alone, where the config asks for one.
-
-    So what a token gets in generation does not depend on the others.
-    """
+    """Gives choices slots of experts with a capacity."""
     c = config.moe
     choices, scores_NE = decision.choices, decision.routed.scores_NE
     E = c.num_experts
-    if c.dispatch == "dropless" or not ctx.train:
-        layout = lay_out(choices.experts_NK, E)
-        busiest = jnp.max(counts_by_expert(choices.experts_NK, E))
-        return Dispatched(choices.experts_NK, choices.weights_NK, layout, busiest)
     slots = most_slots(config, scores_NE.shape[0])
     room = room_of(config, decision, slots)
     placed = place(choices.experts_NK, choices.weights_NK, jnp.zeros(E, jnp.int32), room)
@@ -210,7 +306,7 @@ def overflow_candidates(
     return jnp.where(has_score_NM, found_NM, E)
 
 
-def counted(tally: Tally | None, decision: Decision, sent: Dispatched, wanted_E: Array) -> Tally | None:
+def counted(tally: Tally | None, decision: Decision, sent: Sent, wanted_E: Array) -> Tally | None:
     """The tally with a call's choices."""
     if tally is None:
         return None

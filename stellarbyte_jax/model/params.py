@@ -3,7 +3,7 @@
 What a weight is used for is stated where it is made and travels with it: see :class:`WeightUse`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.trees import Params, Uses
-from stellarbyte_jax.sharding import WEIGHT_AXES, constrain
+from stellarbyte_jax.sharding import WEIGHT_AXES, constrain, enter, gather, spec_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class WeightUse:
         """The use of several such weights stacked on a new first axis."""
         contracted, batch = (tuple(i + 1 for i in dims) for dims in (self.contracted, self.batch))
         return replace(self, axes=(axis, *self.axes), contracted=contracted, batch=(0, *batch))
+
+
+def kept_spec(use: WeightUse, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How a weight is kept on a mesh. Vectors, which are few numbers, are not cut by the model's width."""
+    axes = use.axes if use.is_matrix or use.lookup else [None if axis == "embed" else axis for axis in use.axes]
+    return spec_of(axes, shape, mesh)
 
 
 @struct.dataclass
@@ -151,12 +158,18 @@ def kernel(
     *,
     batch: tuple[str, ...] = (),
     float32: bool = False,
+    whole: bool = True,
     **axes: int,
 ) -> Array:
-    """The matrix that :func:`linear` would use, in ``dtype``: for operations that do the product themselves."""
+    """The matrix that :func:`linear` would use, in ``dtype``: for operations that do the product themselves.
+
+    On a mesh it is gathered along the axes that weights are only kept in parts along, unless ``whole`` is False.
+    """
     letters, output = _letters(name, spec, axes)
     contracted = tuple(axis for axis, letter in zip(axes, letters, strict=True) if letter not in output)
-    return materialise(param(module, name, init, axes, contracted=contracted, batch=batch, float32=float32), dtype)
+    stored = param(module, name, init, axes, contracted=contracted, batch=batch, float32=float32)
+    matrix = materialise(stored, dtype)
+    return gather(matrix, tuple(axes)) if whole else matrix
 
 
 def linear(
@@ -193,7 +206,7 @@ def linear(
     """
     letters, output = _letters(name, spec, axes)
     x = x.astype(jnp.float32) if float32 else x
-    matrix = kernel(module, name, spec, x.dtype, init, batch=batch, float32=float32, **axes)
+    matrix = kernel(module, name, spec, x.dtype, init, batch=batch, float32=float32, whole=True, **axes)
     names = dict(zip(letters, axes, strict=True))
     result = product(spec, x, matrix, names, out_dtype, jax.lax.Precision.HIGHEST if float32 else None)
     if bias:
@@ -222,11 +235,26 @@ def product(
       out_dtype: of the result, where it is not that of ``x``.
       precision: of a float32 product; None: what jax is set to.
     """
-    result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype, precision=precision)
     output = spec.partition("->")[2].replace(".", "")
-    named = {"B": "batch", "T": "sequence", "S": "sequence"}
+    # What is computed with weights that are not split has its positions where the stream has them.
+    positions = "stream" if "routed" in names.values() else "sequence"
+    named = {"B": "batch", "T": positions, "S": positions}
     named |= {letter: "act_embed" if name == "embed" else name for letter, name in names.items()}
-    return constrain(result, (None,) * (result.ndim - len(output)) + tuple(named.get(letter) for letter in output))
+    inputs = spec.partition(",")[0].replace(".", "")
+    x = enter(x, _axes(x, inputs, named), _axes(x, inputs, _between(inputs, named)))
+    result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype, precision=precision)
+    return constrain(result, _axes(result, output, _between(output, named)))
+
+
+def _axes(x: Array, letters: str, named: Mapping[str, str]) -> tuple[str | None, ...]:
+    return (None,) * (x.ndim - len(letters)) + tuple(named.get(letter) for letter in letters)
+
+
+def _between(letters: str, named: Mapping[str, str]) -> Mapping[str, str]:
+    """Names of axes, where positions of what has the model's width are those of the stream between layers."""
+    if "act_embed" not in (named.get(letter) for letter in letters):
+        return named
+    return {letter: "stream" if name == "sequence" else name for letter, name in named.items()}
 
 
 def _letters(name: str, spec: str, axes: dict[str, int]) -> tuple[str, str]:

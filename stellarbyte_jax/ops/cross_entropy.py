@@ -4,13 +4,29 @@ X tokens, D model, V vocabulary, C tokens of a chunk.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _IMPOSSIBLE = -1e30
+
+
+class Terms(NamedTuple):
+    """What is minimised, and how: static.
+
+    Attributes:
+      label_smoothing: share of the target that is spread over all tokens.
+      z_loss: weight of log(Z)^2.
+      vocab_size: columns of the kernel that are tokens.
+      chunk_size: most tokens whose logits exist at a time.
+    """
+
+    label_smoothing: float
+    z_loss: float
+    vocab_size: int
+    chunk_size: int
 
 
 def linear_cross_entropy(
@@ -35,83 +51,118 @@ def linear_cross_entropy(
       The sum to be minimised, and sums for reporting that carry no gradient: ``cross_entropy`` (without smoothing and
       z-loss), ``correct`` (tokens whose most probable token is the target) and ``tokens`` (targets that count).
     """
-    sums: Any = _linear_cross_entropy(
-        x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size
-    )
-    return sums[0], {"cross_entropy": sums[1], "correct": sums[2], "tokens": sums[3]}
+    terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size)
+    return named_sums(_linear_cross_entropy(x_XD, kernel_DV, targets_X, terms))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _linear_cross_entropy(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size):
-    sums, _, _ = _scan_chunks(
-        x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size, gradients=False
-    )
-    return sums
+def named_sums(sums_4: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The results of :func:`linear_cross_entropy` from the sums of :func:`cross_entropy_in_chunks`."""
+    return sums_4[0], {"cross_entropy": sums_4[1], "correct": sums_4[2], "tokens": sums_4[3]}
 
 
-def _forward(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size):
-    sums, dx_XD, dkernel_DV = _scan_chunks(
-        x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size, gradients=True
-    )
-    return sums, (dx_XD, dkernel_DV)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear_cross_entropy(x_XD, kernel_DV, targets_X, terms):
+    return cross_entropy_in_chunks(x_XD, kernel_DV, targets_X, terms, gradients=False)[0]
 
 
-def _backward(label_smoothing, z_loss, vocab_size, chunk_size, residuals, cotangents):
-    dx_XD, dkernel_DV = residuals
-    g = cotangents[0]
-    return (dx_XD * g.astype(dx_XD.dtype)), (dkernel_DV * g.astype(dkernel_DV.dtype)), None
+def _forward(x_XD, kernel_DV, targets_X, terms):
+    sums_4, dx_XD, dkernel_DV = cross_entropy_in_chunks(x_XD, kernel_DV, targets_X, terms, gradients=True)
+    assert dx_XD is not None and dkernel_DV is not None
+    return sums_4, (dx_XD, dkernel_DV.astype(kernel_DV.dtype))
 
 
-_linear_cross_entropy.defvjp(_forward, _backward)
+def scaled_gradients(terms: Terms, residuals: tuple[Array, Array], slope_4: Array) -> tuple[Array, Array, None]:
+    """The backward pass of a loss whose forward pass kept its gradients for tokens and kernel."""
+    del terms
+    dx, dkernel_DV = residuals
+    return dx * slope_4[0].astype(dx.dtype), dkernel_DV * slope_4[0].astype(dkernel_DV.dtype), None
 
 
-def _scan_chunks(x_XD, kernel_DV, targets_X, label_smoothing, z_loss, vocab_size, chunk_size, *, gradients: bool):
+_linear_cross_entropy.defvjp(_forward, scaled_gradients)
+
+
+def cross_entropy_in_chunks(
+    x_XD: Float[Array, "X D"],
+    kernel_DV: Float[Array, "D V"],
+    targets_X: Int[Array, " X"],
+    terms: Terms,
+    *,
+    gradients: bool,
+    vocab_axis: str | None = None,
+) -> tuple[Float[Array, "4"], Float[Array, "X D"] | None, Float[Array, "D V"] | None]:
+    """The sums of :func:`linear_cross_entropy` (loss, cross-entropy, hits, targets), and gradients of the first.
+
+    Args:
+      x_XD: tokens.
+      kernel_DV: the head, or its columns on this device.
+      targets_X: of the whole vocabulary.
+      terms: what is minimised.
+      gradients: whether to make them.
+      vocab_axis: mesh axis that the columns are split over. Sums are those of all columns; the gradient of the tokens
+        is that of the columns here, to be summed over the axis.
+
+    Returns:
+      The sums, and where asked for the gradients of tokens, in their dtype, and of the kernel, float32.
+    """
     X, D = x_XD.shape
     V = kernel_DV.shape[1]
-    real_V = jnp.arange(V, dtype=jnp.int32) < vocab_size
-    chunks = -(-X // chunk_size)
+    first = jnp.zeros((), jnp.int32) if vocab_axis is None else V * jax.lax.axis_index(vocab_axis)
+    columns_V = first + jnp.arange(V, dtype=jnp.int32)
+    real_V = columns_V < terms.vocab_size
+    padded = vocab_axis is not None or terms.vocab_size < V
+    chunks = -(-X // terms.chunk_size)
     C = -(-X // chunks)
     padding = chunks * C - X
     x_SCD = jnp.pad(x_XD, ((0, padding), (0, 0))).reshape(chunks, C, D)
     targets_SC = jnp.pad(targets_X, (0, padding), constant_values=-1).reshape(chunks, C)
 
+    def total(x: Array) -> Array:
+        return x if vocab_axis is None else jax.lax.psum(x, vocab_axis)
+
+    def most(x: Array) -> Array:
+        return x if vocab_axis is None else jax.lax.pmax(x, vocab_axis)
+
     def step(carry, chunk):
-        sums, dkernel_DV = carry
+        sums_4, dkernel_DV = carry
         x_CD, targets_C = chunk
         logits_CV = jnp.einsum("CD,DV->CV", x_CD, kernel_DV, preferred_element_type=jnp.float32)
         counts_C = (targets_C >= 0).astype(jnp.float32)
-        target_CV = jnp.arange(V, dtype=targets_C.dtype)[None, :] == targets_C[:, None]
-        if vocab_size < V:
+        target_CV = columns_V[None, :] == targets_C[:, None]
+        if padded:
             logits_CV = jnp.where(real_V[None, :], logits_CV, _IMPOSSIBLE)
-        log_z_C = jax.nn.logsumexp(logits_CV, axis=-1)
-        of_target_C = jnp.sum(jnp.where(target_CV, logits_CV, 0.0), axis=-1)
+        if vocab_axis is None:
+            log_z_C = jax.nn.logsumexp(logits_CV, axis=-1)
+        else:
+            largest_C = most(jnp.max(logits_CV, axis=-1))
+            log_z_C = largest_C + jnp.log(total(jnp.sum(jnp.exp(logits_CV - largest_C[:, None]), axis=-1)))
+        of_target_C = total(jnp.sum(jnp.where(target_CV, logits_CV, 0.0), axis=-1))
         nll_C = log_z_C - of_target_C
         loss_C = nll_C
-        if label_smoothing:
-            mean_C = jnp.sum(jnp.where(real_V[None, :], logits_CV, 0.0), axis=-1) / vocab_size
-            loss_C = (1 - label_smoothing) * nll_C + label_smoothing * (log_z_C - mean_C)
-        if z_loss:
-            loss_C = loss_C + z_loss * jnp.square(log_z_C)
-        others_C = jnp.max(jnp.where(target_CV, _IMPOSSIBLE, logits_CV), axis=-1)
+        if terms.label_smoothing:
+            mean_C = total(jnp.sum(jnp.where(real_V[None, :], logits_CV, 0.0), axis=-1)) / terms.vocab_size
+            loss_C = (1 - terms.label_smoothing) * nll_C + terms.label_smoothing * (log_z_C - mean_C)
+        if terms.z_loss:
+            loss_C = loss_C + terms.z_loss * jnp.square(log_z_C)
+        others_C = most(jnp.max(jnp.where(target_CV, _IMPOSSIBLE, logits_CV), axis=-1))
         correct_C = (of_target_C > others_C).astype(jnp.float32)  # a tie is no hit
         new = jnp.stack(
             [jnp.sum(loss_C * counts_C), jnp.sum(nll_C * counts_C), jnp.sum(correct_C * counts_C), jnp.sum(counts_C)]
         )
         if not gradients:
-            return (sums + new, dkernel_DV), None
+            return (sums_4 + new, dkernel_DV), None
         p_CV = jnp.exp(logits_CV - log_z_C[:, None])
-        dlogits_CV = p_CV * (1 + 2 * z_loss * log_z_C[:, None]) - (1 - label_smoothing) * target_CV.astype(jnp.float32)
-        if label_smoothing:
-            dlogits_CV = dlogits_CV - jnp.where(real_V[None, :], label_smoothing / vocab_size, 0.0)
+        one_hot_CV = target_CV.astype(jnp.float32)
+        dlogits_CV = p_CV * (1 + 2 * terms.z_loss * log_z_C[:, None]) - (1 - terms.label_smoothing) * one_hot_CV
+        if terms.label_smoothing:
+            dlogits_CV = dlogits_CV - jnp.where(real_V[None, :], terms.label_smoothing / terms.vocab_size, 0.0)
         dlogits_CV = (dlogits_CV * counts_C[:, None]).astype(x_CD.dtype)
         dx_CD = jnp.einsum("CV,DV->CD", dlogits_CV, kernel_DV)
         dkernel_DV = dkernel_DV + jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
-        return (sums + new, dkernel_DV), dx_CD
+        return (sums_4 + new, dkernel_DV), dx_CD
 
     zero = jnp.zeros((D, V) if gradients else (), jnp.float32)
     with jax.named_scope("linear_cross_entropy"):
-        (sums, dkernel_DV), dx_SCD = jax.lax.scan(step, (jnp.zeros(4, jnp.float32), zero), (x_SCD, targets_SC))
+        (sums_4, dkernel_DV), dx_SCD = jax.lax.scan(step, (jnp.zeros(4, jnp.float32), zero), (x_SCD, targets_SC))
     if dx_SCD is None:
-        return tuple(sums), None, None
-    dx_XD = dx_SCD.reshape(chunks * C, D)[:X].astype(x_XD.dtype)
-    return tuple(sums), dx_XD, dkernel_DV.astype(kernel_DV.dtype)
+        return sums_4, None, None
+    return sums_4, dx_SCD.reshape(chunks * C, D)[:X].astype(x_XD.dtype), dkernel_DV

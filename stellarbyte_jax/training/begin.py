@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from stellarbyte_jax.config.foreign import absent, shown
 from stellarbyte_jax.config.moe import REBALANCING
 from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.config.section import require
+from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.inspect.costs import ParameterCounts
@@ -30,6 +31,7 @@ from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokeniz
 from stellarbyte_jax.tokenizer.special import kept_ids
 from stellarbyte_jax.training import finish
 from stellarbyte_jax.training.directory import holds_run
+from stellarbyte_jax.training.placement import place_batches
 from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Resumed, begin_with
 from stellarbyte_jax.training.state import TrainState
@@ -260,6 +262,18 @@ def keep(found: Found, parameters: ParameterCounts) -> None:
         if source is not None and Path(source).parent == Path(tokenizer):
             raise OSError(f"{source} could not be read: {error.strerror}; make it readable, start again") from error
         raise write_failure(target, error) from error
+
+
+def open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> Loader:
+    """The batches of a run, on its devices."""
+    return make_loader(
+        config.data,
+        split=split,
+        batch_size=config.global_batch_size,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+        transform=place_batches(),
+    )
 
 
 def tell_unused_rows(config: TrainConfig, say: Callable[[str], None]) -> None:

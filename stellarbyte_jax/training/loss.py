@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from stellarbyte_jax.config import LossConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, head_kernel
 from stellarbyte_jax.model.io import Aux, Inputs, Output, State
-from stellarbyte_jax.ops.cross_entropy import linear_cross_entropy
+from stellarbyte_jax.sharding import axis_size
+from stellarbyte_jax.sharding.cross_entropy import linear_cross_entropy
+from stellarbyte_jax.sharding.ring import AXIS, dealt_order
 
 IGNORED = -100  # the label of a token that is not to be predicted, as in Hugging Face
 
@@ -62,12 +64,24 @@ def batch_loss(
       The sum of the loss over the batch's targets, sums for reporting as ``linear_cross_entropy`` gives them, and the
       model's output, with the state after the batch and the losses of its layers.
     """
-    inputs = Inputs(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), max_segments=max_segments)
+    targets_BT = next_token_targets(batch)
+    rows_1T = None
+    if (devices := axis_size((AXIS,))) > 1:
+        order = dealt_order(targets_BT.shape[1], devices)
+        batch = {name: x[:, order] for name, x in batch.items()}
+        targets_BT, rows_1T = targets_BT[:, order], jnp.asarray(order)[None]
+    inputs = Inputs(
+        batch["tokens"],
+        batch.get("positions"),
+        batch.get("segment_ids"),
+        rows_1T=rows_1T,
+        max_segments=max_segments,
+    )
     out = forward(model, params, inputs, state, dropout_key=dropout_key, train=train)
     total, sums = linear_cross_entropy(
-        out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]),
+        out.hidden_BTD,
         head_kernel(model, params),
-        next_token_targets(batch).reshape(-1),
+        targets_BT,
         label_smoothing=loss.label_smoothing,
         z_loss=loss.z_loss,
         vocab_size=model.config.vocab_size,

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.inspect.costs import ParameterCounts
@@ -22,6 +23,14 @@ def parameters(counts: ParameterCounts, noun: str = " parameters") -> str:
 def sizes(config: TrainConfig, counts: ParameterCounts) -> str:
     """Parameters of the model, and tokens of a step."""
     return f"{parameters(counts)}; {config.global_batch_size * config.data.sequence_length:,} tokens a step"
+
+
+def mesh(mesh: Mesh, devices: int) -> str | None:
+    """How a run is spread over these devices; None where there is one."""
+    if devices == 1:
+        return None
+    axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "data=1"
+    return f"mesh {axes}: uses {mesh.size} of {devices} devices"
 
 
 def first_step(seconds: float, cache: CompileCache) -> str:

@@ -46,6 +46,7 @@ class Meter:
         skipped: Callable[[], int],
         seconds: float | None = 0.0,
         tokens: int | None = 0,
+        devices: int = 1,
     ) -> None:
         """Begins to count.
 
@@ -56,11 +57,12 @@ class Meter:
           skipped: number of unusable lines that were left out so far.
           seconds: of training, of earlier starts; None where they did not count.
           tokens: that earlier starts trained on; None likewise.
+          devices: that the run uses.
         """
         self._steps_in_all, self._interval = config.steps, config.logging.interval
         self._flops = flops_per_token(config.model, active_parameters, config.data.sequence_length)
         self._step_tokens = config.global_batch_size * config.data.sequence_length
-        self._show, self._skipped = show, skipped
+        self._show, self._skipped, self._devices = show, skipped, devices
         self._pending: tuple[int, Metrics] | None = None
         self.rates: list[float] = []
         self.last: dict[str, float] = {}
@@ -123,7 +125,8 @@ class Meter:
             raise diverged(found, step)
         speed = {}
         if self._steps > 1 or self.rates:
-            speed = speed_metrics(self._read_tokens, time.perf_counter() - self._since, self._flops)
+            seconds = time.perf_counter() - self._since
+            speed = speed_metrics(self._read_tokens, seconds, self._flops, self._devices)
         self.last = {**values, **speed, **memory_metrics(), **self.totals()}
         if self._skipped():
             self.last["skipped_lines"] = float(self._skipped())

@@ -44,18 +44,19 @@ def peak_flops() -> float | None:
     return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in kind), None)
 
 
-def speed_metrics(tokens: float, seconds: float, flops: FlopsPerToken) -> dict[str, float]:
-    """Tokens a second and, where the device's peak is known, model FLOP utilisation by both conventions."""
+def speed_metrics(tokens: float, seconds: float, flops: FlopsPerToken, devices: int = 1) -> dict[str, float]:
+    """Tokens a second of all devices and, where their peak is known, model FLOP utilisation by both conventions."""
     rate = tokens / seconds
     result = {"tokens_per_second": rate}
     peak = peak_flops()
     if peak is not None:
-        result["mfu"] = rate * flops.causal / peak
-        result["mfu_full_attention"] = rate * flops.full / peak
+        result["mfu"] = rate * flops.causal / (peak * devices)
+        result["mfu_full_attention"] = rate * flops.full / (peak * devices)
     return result
 
 
 def memory_metrics() -> dict[str, float]:
-    """Peak device memory in GiB, where the device tells."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {"peak_memory_gib": stats["peak_bytes_in_use"] / 2**30} if "peak_bytes_in_use" in stats else {}
+    """Peak memory in GiB of the device of this process that used most, where devices tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [of_device["peak_bytes_in_use"] for of_device in stats if "peak_bytes_in_use" in of_device]
+    return {"peak_memory_gib": max(peaks) / 2**30} if peaks else {}

@@ -16,6 +16,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_u
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.state.router import TWIN, TWIN_STEPS, moe_stacks, tracked_of, with_tracked
 from stellarbyte_jax.model.trees import Params
+from stellarbyte_jax.training.placement import shardings
 from stellarbyte_jax.training.state import TrainState
 
 _TINY = 1e-20
@@ -77,7 +78,7 @@ def compiled_rebalance(
         )
     rebalance = make_rebalance(model)
     jax.eval_shape(rebalance, shapes)
-    return jax.jit(rebalance, donate_argnums=0)
+    return jax.jit(rebalance, donate_argnums=0, out_shardings=(shardings(shapes), None))
 
 
 def make_rebalance(model: ByteTransformer) -> Callable[[TrainState], tuple[TrainState, Moves]]:

@@ -17,6 +17,7 @@ from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import Params, partition, paths
 from stellarbyte_jax.training.meter import diverged
+from stellarbyte_jax.training.placement import shardings
 from stellarbyte_jax.training.state import TrainState
 from stellarbyte_jax.training.step import all_finite
 
@@ -154,10 +155,12 @@ def begin_with(
     found = _finite({"params": weights})
     trained = set(paths(shapes.params))
     params, frozen = partition(found["params"], lambda path: "/".join(path) in trained)
+    if (places := shardings(shapes)) is not None:
+        params, frozen = jax.device_put((params, frozen), (places.params, places.frozen))
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=jax.jit(optimizer.init)(params),
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings(shapes.opt_state))(params),
         ema=None if shapes.ema is None else jax.tree.map(jnp.copy, params),
         frozen=frozen,
         carried=State.initial(config.model, config.global_batch_size),

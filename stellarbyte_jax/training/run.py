@@ -10,10 +10,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.data.loader import Loader, make_loader
+from stellarbyte_jax.data.loader import Loader
 from stellarbyte_jax.inspect.costs import ParameterCounts, parameter_counts
 from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -25,6 +26,7 @@ from stellarbyte_jax.training.directory import RunDirectory
 from stellarbyte_jax.training.loads import LoadFile
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
+from stellarbyte_jax.training.placement import devices, mesh_of, on_mesh, placed, shardings
 from stellarbyte_jax.training.rebalance import Moves, compiled_rebalance, rebalances, tell
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sampler
@@ -94,11 +96,12 @@ def train(config: TrainConfig) -> Finished:
     found = begin.find_tokenizer(begin.complete(config))
     config = found.used
     begin.check(config)
+    mesh = mesh_of(config)
     run_dir = Path(config.output_dir)
     directory = RunDirectory(run_dir)
-    with directory.locked(), Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
+    with on_mesh(mesh), directory.locked(), Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
-        prepared = _prepare(found, began, interrupt, directory, report, stack)
+        prepared = _prepare(found, began, interrupt, directory, report, stack, mesh)
         if isinstance(prepared, Finished):
             return prepared
         stack.callback(report.end_bar)
@@ -116,6 +119,7 @@ def _prepare(
     directory: RunDirectory,
     report: Reporter,
     stack: contextlib.ExitStack,
+    mesh: Mesh,
 ) -> _Run | Finished:
     """Checks all that can be checked before the first step, and opens what the run needs.
 
@@ -126,14 +130,14 @@ def _prepare(
     cache = CompileCache()
     may_be_over = resume.may_be_over(config)
     if not may_be_over:
-        _introduce(settings, report)
+        _introduce(settings, mesh, report)
     finish.recover(config)
 
     model = ByteTransformer(config.model)
     schedule = make_schedule(config)
     optimizer = make_optimizer(config, model)
     checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
-    shapes = state_shapes(config, model, optimizer)
+    shapes = placed(state_shapes(config, model, optimizer), model, optimizer)
     rebalance = compiled_rebalance(config, model, shapes, report.line)
     parameters = parameter_counts(model)
     found = resume.restore(checkpointer, named, shapes, optimizer, report.line, config.data.tokenizer)
@@ -143,7 +147,8 @@ def _prepare(
     resumed = found or begin.from_weights(config, shapes, optimizer, report.line)
     if resumed is None:
         begin.tell_unused_rows(config, report.line)
-        resumed = Resumed(jax.jit(lambda: create_state(config, model, optimizer))(), Progress(), None, named)
+        create = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings(shapes))
+        resumed = Resumed(create(), Progress(), None, named)
     start = int(resumed.state.step)
     total = max(start, config.steps)
     if start == total and resumed.progress.validated != start:
@@ -152,12 +157,12 @@ def _prepare(
     if (start == total and not validates) or resumed.progress.exhausted(config.evaluation.patience):
         return _over(config, model, resumed, report, interrupt)
     if may_be_over:
-        _introduce(settings, report)
+        _introduce(settings, mesh, report)
     script.check_guarded(config.data)
-    loader = stack.enter_context(contextlib.closing(_open_loader(config, "train")))
+    loader = stack.enter_context(contextlib.closing(begin.open_loader(config, "train")))
     validation = None
     if config.data.validation:
-        validation = stack.enter_context(contextlib.closing(_open_loader(config, "validation")))
+        validation = stack.enter_context(contextlib.closing(begin.open_loader(config, "validation")))
         check_comparable(resumed.progress.validation, validation, config.evaluation.batches)
     if resumed.data is not None:
         loader.restore(resumed.data)
@@ -179,9 +184,8 @@ def _prepare(
     def publish_tasks(step: int, metrics: dict[str, float]) -> None:
         trackers.log(step, {**metrics, **meter.totals()})
 
-    meter = Meter(
-        config, parameters.active, show, lambda: loader.skipped, resumed.progress.seconds, resumed.progress.tokens
-    )
+    seconds, tokens = resumed.progress.seconds, resumed.progress.tokens
+    meter = Meter(config, parameters.active, show, lambda: loader.skipped, seconds, tokens, mesh.size)
     byte_lengths = token_byte_lengths(config.data.tokenizer)
     byte_lengths_V = None if byte_lengths is None else jnp.asarray(byte_lengths)
     return _Run(
@@ -203,15 +207,21 @@ def _prepare(
         publish=trackers.log,
         sampler=Sampler(config, model, start, interrupt.came, trackers.samples),
         rounds=TaskRounds(config, model, start, interrupt.came, publish_tasks),
-        train_step=jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0),
+        train_step=jax.jit(
+            make_train_step(config, model, optimizer, schedule),
+            donate_argnums=0,
+            out_shardings=(shardings(shapes), None),
+        ),
         eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V)),
         rebalance=rebalance,
         meter=meter,
     )
 
 
-def _introduce(settings: begin.Found, report: Reporter) -> None:
+def _introduce(settings: begin.Found, mesh: Mesh, report: Reporter) -> None:
     report.line(environment())
+    if (spread := messages.mesh(mesh, len(devices()))) is not None:
+        report.line(spread)
     report.config(settings.named)
     if settings.note is not None:
         report.line(settings.note)
@@ -384,14 +394,3 @@ def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
         place = run.loader.state()
         run.progress.seconds, run.progress.tokens = run.meter.seconds, run.meter.tokens
         resume.save(run.checkpointer, run.named, run.state, step, place, run.progress, validation_loss)
-
-
-def _open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> Loader:
-    return make_loader(
-        config.data,
-        split=split,
-        batch_size=config.global_batch_size,
-        seed=config.seed,
-        vocab_size=config.model.vocab_size,
-        transform=jax.device_put,
-    )

@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array
 
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, init_params, trained
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params, param_shapes, trained
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, merge, partition
 
@@ -52,15 +52,7 @@ def create_state(
     is_trainable: IsTrainable = all_trainable,
 ) -> TrainState:
     """The state before the first step."""
-    params, frozen = partition(init_params(model, jax.random.key(config.seed)), trained(model, is_trainable))
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, params),
-        frozen=frozen,
-        carried=State.initial(config.model, config.global_batch_size),
-    )
+    return _with_weights(init_params(model, jax.random.key(config.seed)), config, model, optimizer, is_trainable)
 
 
 def state_shapes(
@@ -70,4 +62,24 @@ def state_shapes(
     is_trainable: IsTrainable = all_trainable,
 ) -> TrainState:
     """The state as ``jax.ShapeDtypeStruct`` leaves. Computes nothing."""
-    return jax.eval_shape(lambda: create_state(config, model, optimizer, is_trainable))
+    return jax.eval_shape(
+        lambda weights: _with_weights(weights, config, model, optimizer, is_trainable), param_shapes(model)
+    )
+
+
+def _with_weights(
+    weights: Params,
+    config: TrainConfig,
+    model: ByteTransformer,
+    optimizer: optax.GradientTransformation,
+    is_trainable: IsTrainable,
+) -> TrainState:
+    params, frozen = partition(weights, trained(model, is_trainable))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, params),
+        frozen=frozen,
+        carried=State.initial(config.model, config.global_batch_size),
+    )

@@ -118,8 +118,11 @@ def make_train_step(
 
 
 def cut_rows(batch: Batch, parts: int) -> dict[str, jax.Array]:
-    """The rows of a batch cut into equal parts, on a new first axis."""
-    return {name: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]) for name, x in batch.items()}
+    """The rows of a batch dealt out to equal parts, on a new first axis: part p has the rows p, p + parts, and so on.
+
+    Of neighbouring rows, which one device has, each part has as many.
+    """
+    return {name: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
 
 def text_tokens(batch: Batch) -> jax.Array | int:

@@ -1,13 +1,22 @@
 """A network whose layers lie in several groups, though all are alike."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from stellarbyte_jax.config import ByteConfig, LayerGroup
+from stellarbyte_jax.model import decoder
+
+
+@contextlib.contextmanager
+def _grouped_by(groups: Callable[[ByteConfig], tuple[LayerGroup, ...]]) -> Iterator[None]:
+    with mock.patch.object(ByteConfig, "layer_groups", property(groups)):
+        decoder._abstract.cache_clear()
+        yield
+    decoder._abstract.cache_clear()
 
 
 @contextlib.contextmanager
@@ -23,7 +32,7 @@ def grouped(*sizes: int) -> Iterator[None]:
         assert not specs
         return tuple(found)
 
-    with mock.patch.object(ByteConfig, "layer_groups", property(groups)):
+    with _grouped_by(groups):
         yield
 
 
@@ -34,7 +43,7 @@ def one_group_each() -> Iterator[None]:
     def groups(config: ByteConfig) -> tuple[LayerGroup, ...]:
         return tuple(LayerGroup((spec,), number) for number, spec in enumerate(config.layer_specs))
 
-    with mock.patch.object(ByteConfig, "layer_groups", property(groups)):
+    with _grouped_by(groups):
         yield
 
 

@@ -4,7 +4,7 @@ R layers of a stack, B batch, T tokens of a segment, C compressed slots, M all s
 """
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -125,25 +125,34 @@ class Memory:
         )
 
     def split(self, parts: int) -> Self:
-        """The rows cut into equal parts, on a new first axis."""
+        """The rows dealt out to equal parts, on a new first axis: part p has the rows p, p + parts, and so on."""
         rows = self.batch_size // parts
 
         def cut(place: LayerMemory) -> LayerMemory:
             states, valid = place.states, place.valid_BM
-            states = states.reshape(states.shape[0], parts, rows, *states.shape[2:])
-            return LayerMemory(jnp.moveaxis(states, 1, 0), valid.reshape(parts, rows, valid.shape[1]))
+            states = states.reshape(states.shape[0], rows, parts, *states.shape[2:])
+            return LayerMemory(jnp.moveaxis(states, 2, 0), jnp.swapaxes(valid.reshape(rows, parts, -1), 0, 1))
 
-        return self._each(cut, self.lengths_B.reshape(parts, rows))
+        return self._each(cut, self.lengths_B.reshape(rows, parts).T)
 
     def joined(self) -> Self:
         """Undoes :meth:`split`."""
 
         def join(place: LayerMemory) -> LayerMemory:
-            states, valid = jnp.moveaxis(place.states, 0, 1), place.valid_BM
+            states, valid = jnp.moveaxis(place.states, 0, 2), jnp.swapaxes(place.valid_BM, 0, 1)
             states = states.reshape(states.shape[0], states.shape[1] * states.shape[2], *states.shape[3:])
             return LayerMemory(states, valid.reshape(valid.shape[0] * valid.shape[1], valid.shape[2]))
 
-        return self._each(join, self.lengths_B.reshape(-1))
+        return self._each(join, self.lengths_B.T.reshape(-1))
+
+    def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Any]) -> Self:
+        """A memory of what ``of`` makes of the logical axes of each array, and the array."""
+        return self._each(
+            lambda place: LayerMemory(
+                of(("layers", "batch", None, None), place.states), of(("batch", None), place.valid_BM)
+            ),
+            of(("batch",), self.lengths_B),
+        )
 
     def match_batch(self, batch_size: int, policy: str) -> Self:
         """The memory for a batch of another size.

@@ -226,7 +226,7 @@ def test_batches_of_another_size():
 def test_split_and_joined_rows():
     model, params = make(length=(3, 0, 7, 0))
     _, memory = in_segments(model, params, some_tokens(4, 8), 8)
-    for part, index in zip(range(2), (slice(0, 2), slice(2, 4)), strict=True):
+    for part, index in zip(range(2), (slice(0, None, 2), slice(1, None, 2)), strict=True):
         cut = jax.tree.map(lambda x, part=part: x[part], memory.split(2))
         np.testing.assert_array_equal(cut.groups[0][2].states, memory.groups[0][2].states[:, index])
         np.testing.assert_array_equal(cut.groups[0][2].valid_BM, memory.groups[0][2].valid_BM[index])

@@ -1,6 +1,7 @@
 """Activations are split over the mesh that is set, and nothing happens without one. On eight CPU devices."""
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax
@@ -10,10 +11,18 @@ import pytest
 from helpers.variants import BASE, make_model, run, some_tokens
 from jax.sharding import AxisType, PartitionSpec
 
-from stellarbyte_jax import sharding
-from stellarbyte_jax.model.decoder import logits
-from stellarbyte_jax.model.params import linear, param
-from stellarbyte_jax.sharding import ACTIVATION_AXES, RULES, WEIGHT_AXES, constrain
+from stellarbyte_jax.model.decoder import logits, param_shapes, param_uses
+from stellarbyte_jax.model.params import kept_spec, linear, param
+from stellarbyte_jax.sharding import (
+    ACTIVATION_AXES,
+    RULES,
+    WEIGHT_AXES,
+    axis_size,
+    constrain,
+    gather,
+    make_mesh,
+    spec_of,
+)
 
 
 def mesh(**axes):
@@ -55,7 +64,9 @@ def test_without_a_mesh_nothing_happens():
 def test_an_axis_without_a_rule_is_an_error():
     with jax.set_mesh(mesh(tensor=8)), pytest.raises(AttributeError, match="headz"):
         constrain(jnp.ones((2, 8)), (None, "headz"))
-    assert "heads" in WEIGHT_AXES and RULES.heads == "tensor" and RULES.embed is None
+    with pytest.raises(AttributeError, match="headz"):
+        constrain(jnp.ones((2, 8)), (None, "headz"))
+    assert "heads" in WEIGHT_AXES and RULES.heads == ("tensor",)
 
 
 def test_activations_have_axes_that_no_weight_has():
@@ -81,20 +92,61 @@ def test_rows_of_activations_are_split_over_the_data_axis():
     assert {shard.data.shape for shard in found.addressable_shards} == {(2, 4, 4, 4)}
 
 
-def test_the_width_of_activations_is_not_split_as_that_of_weights(monkeypatch):
-    """Under rules that split weights by their width, the residual stream stays whole."""
-    monkeypatch.setattr(sharding, "RULES", dataclasses.replace(RULES, embed="tensor"))
-
+def test_weights_are_whole_in_a_product_and_their_gradients_are_split_as_they_are():
     class Out(nn.Module):
         @nn.compact
         def __call__(self, x_BTF):
             return linear(self, "down", "BTF,FD->BTD", x_BTF, nn.initializers.ones, mlp=8, embed=8)
 
-    program = jax.make_jaxpr(lambda p, x: Out().apply({"params": p}, x))
-    with jax.set_mesh(mesh(tensor=8)):
-        eqns = program({"down": np.ones((8, 8), np.float32)}, jnp.ones((2, 4, 8))).jaxpr.eqns
-    (spec,) = (eqn.params["sharding"].spec for eqn in eqns if eqn.primitive.name == "sharding_constraint")
-    assert "tensor" not in spec
+    weights = {"down": jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)}
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((8, 4, 8)), jnp.float32)
+    grad = jax.grad(lambda p, x: jnp.sum(jnp.sin(Out().apply({"params": p}, x))))
+    expected = grad(weights, x)["down"]
+    set_mesh = mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(set_mesh):
+        kept = jax.NamedSharding(set_mesh, spec_of(("mlp", "embed"), (8, 8), set_mesh))
+        assert kept.spec == PartitionSpec("tensor", "fsdp")
+        rows = jax.device_put(x, jax.NamedSharding(set_mesh, PartitionSpec("fsdp", None, "tensor")))
+        compiled = jax.jit(grad).lower(jax.device_put(weights, kept), rows).compile()
+        found = compiled(jax.device_put(weights, kept), rows)["down"]
+    assert found.sharding.spec == kept.spec
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", compiled.as_text())
+    assert "4,8" in gathered and "8,8" not in gathered, "channels stay split"
+
+
+def test_vectors_are_kept_whole_and_matrices_in_parts():
+    model, _ = make_model(BASE)
+    uses, shapes = param_uses(model), param_shapes(model)
+    layers = uses["layers"]["0"]
+    split = make_mesh({"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2})
+    norm = kept_spec(layers["attn_norm"]["scale"], shapes["layers"]["0"]["attn_norm"]["scale"].shape, split)
+    query = kept_spec(layers["attn"]["q"], shapes["layers"]["0"]["attn"]["q"].shape, split)
+    table = kept_spec(uses["embed"]["embedding"], (64, 32), split)
+    assert norm == PartitionSpec(None, None)
+    assert query == PartitionSpec(None, ("fsdp", "expert"), "tensor", None)
+    assert table == PartitionSpec("tensor", ("fsdp", "expert"))
+
+
+def test_an_axis_of_the_mesh_splits_one_dimension_and_what_it_divides():
+    small = mesh(fsdp=2, expert=2, tensor=2)
+    assert spec_of(("experts", "embed"), (4, 8), small) == PartitionSpec("expert", "fsdp")
+    assert spec_of(("embed",), (6,), small) == PartitionSpec("fsdp")
+    assert spec_of(("heads", "mlp"), (3, 8), small) == PartitionSpec(None, "tensor")
+    assert spec_of((None, "sequence"), (3, 8), small, unnamed="any") == PartitionSpec("any", "any")
+    with jax.set_mesh(small):
+        assert axis_size(("fsdp", "tensor", "context")) == 4
+    assert axis_size(("fsdp",)) == 1
+
+
+def test_inside_of_a_shard_map_arrays_are_those_of_one_device():
+    def local(x):
+        assert constrain(x, ("batch", "heads")) is x and gather(x, ("embed", "mlp")) is x
+        return x
+
+    spec = PartitionSpec("data", "tensor")
+    with jax.set_mesh(mesh(data=4, tensor=2)):
+        jax.shard_map(local, in_specs=spec, out_specs=spec)(jnp.ones((4, 2)))
 
 
 def test_a_mesh_does_not_change_the_logits():
@@ -109,8 +161,8 @@ def test_a_mesh_does_not_change_the_logits():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_split_over_the_vocabulary(tied):
-    model, params = make_model(dataclasses.replace(BASE, tie_word_embeddings=tied))
+    model, params = make_model(dataclasses.replace(BASE, tie_word_embeddings=tied, vocab_size_multiple=8))
     with jax.set_mesh(mesh(tensor=8)):
         eqns = jax.make_jaxpr(lambda p, x: logits(model, p, x))(params, jnp.ones((2, 3, 32))).jaxpr.eqns
-    (spec,) = (eqn.params["sharding"].spec for eqn in eqns if eqn.primitive.name == "sharding_constraint")
+    *_, spec = (eqn.params["sharding"].spec for eqn in eqns if eqn.primitive.name == "sharding_constraint")
     assert spec[2] == "tensor" and "tensor" not in spec[:2]

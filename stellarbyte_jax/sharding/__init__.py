@@ -1,0 +1,35 @@
+"""Meshes of devices: what is split over which axes, and the operations that need to know it.
+
+Model code is that of one device. ``jax.set_mesh`` says which mesh there is; :func:`constrain` and the operations here
+read it, and do nothing of their own without one.
+"""
+
+from stellarbyte_jax.sharding.rules import (
+    ACTIVATION_AXES,
+    AXES,
+    RULES,
+    WEIGHT_AXES,
+    Rules,
+    axis_size,
+    constrain,
+    current_mesh,
+    enter,
+    gather,
+    make_mesh,
+    spec_of,
+)
+
+__all__ = [
+    "ACTIVATION_AXES",
+    "AXES",
+    "RULES",
+    "WEIGHT_AXES",
+    "Rules",
+    "axis_size",
+    "constrain",
+    "current_mesh",
+    "enter",
+    "gather",
+    "make_mesh",
+    "spec_of",
+]

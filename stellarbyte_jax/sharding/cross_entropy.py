@@ -1,0 +1,91 @@
+"""The loss of the head on a mesh: each device computes its tokens, for its part of the vocabulary.
+
+B batch, T positions, D model, V vocabulary.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from stellarbyte_jax.ops import cross_entropy as op
+from stellarbyte_jax.ops.cross_entropy import Terms
+from stellarbyte_jax.sharding.rules import current_mesh, entry_axes, spec_of
+
+
+def linear_cross_entropy(
+    x_BTD: Float[Array, "B T D"],
+    kernel_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+    chunk_size: int = 4096,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """:func:`ops.cross_entropy.linear_cross_entropy` of tokens in rows, on the mesh that is set.
+
+    With the vocabulary split over ``tensor``, devices exchange maxima and sums of each token (Shoeybi et al. 2019,
+    https://arxiv.org/abs/1909.08053). Gradients of the kernel are summed once, and cut as it is kept.
+    """
+    terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size)
+    if current_mesh() is not None:
+        return op.named_sums(_on_mesh(x_BTD, kernel_DV, targets_BT, terms))
+    return op.linear_cross_entropy(
+        x_BTD.reshape(-1, x_BTD.shape[-1]), kernel_DV, targets_BT.reshape(-1), **terms._asdict()
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _on_mesh(x_BTD: Array, kernel_DV: Array, targets_BT: Array, terms: Terms) -> Array:
+    return _each_device(x_BTD, kernel_DV, targets_BT, terms, gradients=False)[0]
+
+
+def _forward(x_BTD: Array, kernel_DV: Array, targets_BT: Array, terms: Terms):
+    sums_4, dx_BTD, dkernel_DV = _each_device(x_BTD, kernel_DV, targets_BT, terms, gradients=True)
+    return sums_4, (dx_BTD, dkernel_DV)
+
+
+_on_mesh.defvjp(_forward, op.scaled_gradients)
+
+
+def _each_device(x_BTD: Array, kernel_DV: Array, targets_BT: Array, terms: Terms, *, gradients: bool) -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens = spec_of(("batch", "sequence"), targets_BT.shape, mesh)
+    columns = spec_of((None, "vocab"), kernel_DV.shape, mesh)
+    given = PartitionSpec(*tokens, None)
+    kept = spec_of(("embed", "vocab"), kernel_DV.shape, mesh)
+    (vocab_axis,) = entry_axes(columns[1]) or (None,)
+    between = spec_of(("batch", "stream", None), x_BTD.shape, mesh)
+    cuts_positions = vocab_axis in entry_axes(between[1])
+    token_axes = entry_axes(tokens[0]) + entry_axes(tokens[1])
+
+    def local(x_BTD: Array, kernel_DV: Array, targets_BT: Array):
+        shape = x_BTD.shape
+        flat = (x_BTD.reshape(-1, shape[-1]), kernel_DV, targets_BT.reshape(-1), terms)
+        sums_4, dx_XD, dkernel_DV = op.cross_entropy_in_chunks(*flat, gradients=gradients, vocab_axis=vocab_axis)
+        sums_4 = jax.lax.psum(sums_4, token_axes)
+        if dx_XD is None or dkernel_DV is None:
+            return (sums_4,)
+        dx_BTD = dx_XD.reshape(shape)
+        if cuts_positions:
+            dx_BTD = jax.lax.psum_scatter(dx_BTD, vocab_axis, scatter_dimension=1, tiled=True)
+        elif vocab_axis is not None:
+            dx_BTD = jax.lax.psum(dx_BTD, vocab_axis)
+        dkernel_DV = _summed(dkernel_DV, token_axes, entry_axes(kept[0]))
+        return sums_4, dx_BTD, dkernel_DV.astype(kernel_DV.dtype)
+
+    made = (PartitionSpec(), between if cuts_positions else given, kept) if gradients else (PartitionSpec(),)
+    # Nothing is differentiated through it, so nothing has to be known of which results are equal on which devices.
+    return jax.shard_map(local, mesh=mesh, in_specs=(given, columns, tokens), out_specs=made, check_vma=False)(
+        x_BTD, kernel_DV, targets_BT
+    )
+
+
+def _summed(dkernel_DV: Array, over: tuple[str, ...], cut: tuple[str, ...]) -> Array:
+    """The sum over devices, of which each keeps the rows that it keeps of the kernel."""
+    if cut:
+        dkernel_DV = jax.lax.psum_scatter(dkernel_DV, cut, scatter_dimension=0, tiled=True)
+    return jax.lax.psum(dkernel_DV, tuple(axis for axis in over if axis not in cut))

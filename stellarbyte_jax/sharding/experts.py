@@ -1,0 +1,136 @@
+"""A layer of experts on a mesh: each device has some of the experts, and the tokens of its own rows.
+
+B batch, T positions, D model, E experts, C slots of an expert.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from stellarbyte_jax.sharding.rules import MeshAxes, current_mesh, entry_axes, spec_of
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What devices that share the experts of a layer do with each other's tokens; without others, nothing.
+
+    Attributes:
+      devices: that experts are split over.
+      axis: of the mesh.
+      differ: whether each of them has tokens of its own.
+    """
+
+    devices: int = 1
+    axis: str = "expert"
+    differ: bool = False
+
+    def own(self, experts: Array, count: int) -> Array:
+        """Numbers of ``count`` experts as this device counts its own; how many these are for others and for none."""
+        if self.devices == 1:
+            return experts
+        here = count // self.devices
+        numbers = experts - here * jax.lax.axis_index(self.axis)
+        return jnp.where((numbers >= 0) & (numbers < here) & (experts < count), numbers, here)
+
+    def tokens(self, tree: Any) -> Any:
+        """What all devices have of their tokens, on the first axis."""
+        if not self.differ:
+            return tree
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis, tiled=True), tree)
+
+    def sums(self, parts: Array) -> Array:
+        """For the tokens that this device has, the sum of what devices made of all that :meth:`tokens` gave them."""
+        if self.differ:
+            return jax.lax.psum_scatter(parts, self.axis, scatter_dimension=0, tiled=True)
+        return parts if self.devices == 1 else jax.lax.psum(parts, self.axis)
+
+    def to_owners(self, x_ECD: Float[Array, "E C D"]) -> Float[Array, "e c D"]:
+        """Slots of all experts to the devices that have the experts: each gets as many from every device."""
+        if self.devices == 1:
+            return x_ECD
+        return jax.lax.all_to_all(x_ECD, self.axis, split_axis=0, concat_axis=1, tiled=True)
+
+    def from_owners(self, y_ECD: Float[Array, "e c D"]) -> Float[Array, "E C D"]:
+        """The way back."""
+        if self.devices == 1:
+            return y_ECD
+        return jax.lax.all_to_all(y_ECD, self.axis, split_axis=1, concat_axis=0, tiled=True)
+
+
+class Made(NamedTuple):
+    """What a device makes of its tokens.
+
+    Attributes:
+      y_BTD: of its part of the experts' channels: devices add theirs up.
+      tokens: a tree of arrays [B, T, ...].
+      total: a tree of numbers, summed over the devices with different tokens.
+    """
+
+    y_BTD: Array
+    tokens: Any
+    total: Any
+
+
+Local = Callable[[Array, Any, Any, list[Array], Exchange, MeshAxes], Made]
+
+
+def on_devices(
+    local: Local,
+    x_BTD: Float[Array, "B T D"],
+    tokens: Any,
+    shared: Any,
+    weights: Sequence[Array],
+    axes: Sequence[tuple[str, ...]],
+) -> Made:
+    """Calls ``local`` on each device of the mesh that is set, or once without one.
+
+    Args:
+      local: gets the arguments that follow as this device has them, how devices exchange tokens, and the mesh axes over
+        which tokens differ.
+      x_BTD: activations.
+      tokens: tree of arrays [B, T, ...].
+      shared: tree of arrays that all devices have whole.
+      weights: as they are kept; ``local`` gets them with the model's width whole.
+      axes: logical axes of each weight.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return local(x_BTD, tokens, shared, list(weights), Exchange(), ())
+    inside = spec_of(("batch", "sequence"), x_BTD.shape[:2], mesh)
+    between = spec_of(("batch", "stream", None), x_BTD.shape, mesh)
+    kept = [spec_of(names, w.shape, mesh) for names, w in zip(axes, weights, strict=True)]
+    differ = entry_axes(inside[0]) + entry_axes(inside[1])
+    split = tuple(axis for axis in entry_axes(between[1]) if axis not in entry_axes(inside[1]))
+    (owners,) = entry_axes(kept[0][axes[0].index("experts")]) or (None,)
+    exchange = Exchange() if owners is None else Exchange(mesh.shape[owners], owners, owners in differ)
+    channels = entry_axes(kept[0][axes[0].index("mlp")])
+
+    def each(x_BTD: Array, tokens: Any, shared: Any, weights: list[Array]) -> tuple[Array, Any, Any]:
+        for axis in split:
+            x_BTD = jax.lax.all_gather(x_BTD, axis, axis=1, tiled=True)
+        whole = [_with_width(w, spec, names) for w, spec, names in zip(weights, kept, axes, strict=True)]
+        made = local(x_BTD, tokens, shared, whole, exchange, differ)
+        y_BTD = made.y_BTD
+        if split and channels:  # the same axis
+            y_BTD = jax.lax.psum_scatter(y_BTD, split, scatter_dimension=1, tiled=True)
+        elif channels:
+            y_BTD = jax.lax.psum(y_BTD, channels)
+        return y_BTD, made.tokens, jax.lax.psum(made.total, differ)
+
+    results = (between if channels else PartitionSpec(*inside, None), inside, PartitionSpec())
+    # Sorting and the experts' own rules of differentiation do not tell on which devices their results are equal.
+    run = jax.shard_map(
+        each, mesh=mesh, in_specs=(between, inside, PartitionSpec(), kept), out_specs=results, check_vma=False
+    )
+    return Made(*run(x_BTD, tokens, shared, list(weights)))
+
+
+def _with_width(weight: Array, spec: PartitionSpec, names: tuple[str, ...]) -> Array:
+    at = names.index("embed")
+    cut = entry_axes(spec[at])
+    return jax.lax.all_gather(weight, cut, axis=at, tiled=True) if cut else weight

@@ -1,0 +1,110 @@
+"""Where each array of a run lies on its mesh."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config.mesh import check_mesh
+from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained
+from stellarbyte_jax.model.params import kept_spec
+from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
+from stellarbyte_jax.sharding import make_mesh, spec_of
+from stellarbyte_jax.training.state import TrainState
+
+
+def mesh_of(config: TrainConfig) -> Mesh:
+    """The mesh that a run asks for, of the first devices that there are.
+
+    Raises:
+      ConfigError: there are too few devices, or an axis does not divide what it cuts.
+    """
+    found = devices()
+    sizes = config.mesh.sizes(len(found))
+    parts, length = config.gradient_accumulation_steps, config.data.sequence_length
+    check_mesh(sizes, config.model, config.global_batch_size, parts, length)
+    return make_mesh(sizes, found)
+
+
+def devices() -> list[Any]:
+    """All devices that a run may use."""
+    return jax.devices()
+
+
+def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Within it, arrays are split over the mesh. One device is none: programs are those without a mesh."""
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
+def placed(
+    shapes: Any,
+    model: ByteTransformer,
+    optimizer: optax.GradientTransformation,
+    is_trainable: IsTrainable = all_trainable,
+) -> Any:
+    """The shapes of a :class:`TrainState` with where each array lies on the mesh that is set; as they are without one.
+
+    What has a weight's shape lies where the weight does: its average and what the optimizer keeps of it.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return shapes
+
+    def weights(uses: Any, shapes: Any) -> Any:
+        return jax.tree.map(lambda use, shape: _at(shape, kept_spec(use, shape.shape, mesh), mesh), uses, shapes)
+
+    uses, frozen_uses = partition(param_uses(model), trained(model, is_trainable))
+    params = weights(uses, shapes.params)
+
+    def like_its_weight(shape: jax.ShapeDtypeStruct, weight: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return _at(shape, weight.sharding.spec, mesh)  # type: ignore[union-attr]
+
+    whole: Any = _at(shapes.step, PartitionSpec(), mesh)
+    return TrainState(
+        step=whole,
+        params=params,
+        opt_state=optax.tree.map_params(
+            optimizer,
+            like_its_weight,
+            shapes.opt_state,
+            params,
+            transform_non_params=lambda shape: _at(shape, PartitionSpec(), mesh),
+        ),
+        ema=None if shapes.ema is None else params,
+        frozen=weights(frozen_uses, shapes.frozen),
+        carried=shapes.carried.by_axes(lambda axes, shape: _at(shape, spec_of(axes, shape.shape, mesh), mesh)),
+    )
+
+
+def shardings(shapes: Any) -> Any:
+    """Where arrays of :func:`placed` shapes lie, as ``jax.jit`` takes it; None without a mesh."""
+    return None if _mesh() is None else jax.tree.map(lambda shape: shape.sharding, shapes)
+
+
+def place_batches() -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
+    """What puts a batch of arrays [rows, length] on the devices of the mesh that is set: rows are split.
+
+    Other threads, which have no mesh set, may call it.
+    """
+    mesh = _mesh()
+
+    def place(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        if mesh is None:
+            return {name: jax.device_put(x) for name, x in batch.items()}
+        where = {name: spec_of(("batch", None), x.shape, mesh) for name, x in batch.items()}
+        return {name: jax.device_put(x, NamedSharding(mesh, where[name])) for name, x in batch.items()}
+
+    return place
+
+
+def _mesh() -> Mesh | None:
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def _at(shape: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))

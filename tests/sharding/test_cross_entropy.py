@@ -1,0 +1,81 @@
+"""The loss of the head, split by tokens and by the vocabulary. On eight CPU devices."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from stellarbyte_jax.ops import cross_entropy as op
+from stellarbyte_jax.sharding import make_mesh, spec_of
+from stellarbyte_jax.sharding.cross_entropy import linear_cross_entropy
+
+B, T, D, V, WORDS = 8, 16, 12, 64, 50
+AXES = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
+RANDOM = np.random.default_rng(0)
+X = jnp.asarray(RANDOM.standard_normal((B, T, D)), jnp.float32)
+KERNEL = jnp.asarray(RANDOM.standard_normal((D, V)), jnp.float32)
+TARGETS = jnp.asarray(RANDOM.integers(-3, WORDS, (B, T)), jnp.int32)
+
+
+def value_and_gradients(function, *args, **options):
+    def loss(x, kernel):
+        total, sums = function(x, kernel, *args, **options)
+        return total, sums
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(X, KERNEL)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"tensor": 8},
+        {"data": 2, "tensor": 4},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"fsdp": 4, "data": 2},
+        {"tensor": 3},
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.3, "vocab_size": WORDS}])
+def test_sums_and_gradients_are_those_of_one_device(mesh, options):
+    flat = X.reshape(-1, D)
+    (total, sums), (dx, dkernel) = value_and_gradients(
+        lambda x, kernel: op.linear_cross_entropy(x.reshape(flat.shape), kernel, TARGETS.reshape(-1), **options)
+    )
+    with jax.set_mesh(make_mesh({**AXES, **mesh})):
+        (found, found_sums), gradients = value_and_gradients(linear_cross_entropy, TARGETS, chunk_size=8, **options)
+    np.testing.assert_allclose(found, total, rtol=1e-6)
+    for name, value in sums.items():
+        np.testing.assert_allclose(found_sums[name], value, rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(gradients[0], dx, atol=5e-5)
+    np.testing.assert_allclose(gradients[1], dkernel, atol=1e-4)
+
+
+def test_each_device_makes_the_logits_of_its_tokens_and_its_columns():
+    mesh = make_mesh({**AXES, "fsdp": 4, "tensor": 2})
+    with jax.set_mesh(mesh):
+        kept = NamedSharding(mesh, spec_of(("embed", "vocab"), KERNEL.shape, mesh))
+        rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+        given = jax.device_put(X, rows), jax.device_put(KERNEL, kept), jax.device_put(TARGETS, rows)
+
+        def loss(x, kernel, targets):
+            return linear_cross_entropy(x, kernel, targets)[0]
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*given).compile()
+        dx, dkernel = compiled(*given)
+    logits = re.findall(r"= f32\[(\d+),32\]\S* dot\(", compiled.as_text())
+    assert logits and set(logits) <= {str(B * T // 4), str(D)}  # and the gradient of the kernel
+    assert f"{V}]{{1,0}} dot(" not in compiled.as_text()
+    assert dkernel.sharding.spec == kept.spec
+    assert dx.sharding.shard_shape(dx.shape) == (2, T // 2, D)
+
+
+def test_a_tie_between_devices_is_no_hit():
+    kernel = jnp.zeros((D, V)).at[:, 3].set(1.0).at[:, 60].set(1.0)
+    targets = jnp.full((B, T), 3, jnp.int32)
+    with jax.set_mesh(make_mesh({**AXES, "tensor": 8})):
+        run = jax.jit(lambda kernel: linear_cross_entropy(jnp.ones((B, T, D)), kernel, targets)[1]["correct"])
+        assert float(run(kernel)) == 0
+        assert float(run(kernel.at[:, 60].set(0.5))) == B * T

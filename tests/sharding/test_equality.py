@@ -1,0 +1,201 @@
+"""Every mesh gives the loss, the gradients and the training of one device. On eight CPU devices."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from helpers.training import MODEL, RECORDER, flat, packed_batch, rate_at, settings
+
+from stellarbyte_jax.config import LossConfig, MeshConfig, MoEConfig
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.training import placement
+from stellarbyte_jax.training.optimizer import make_optimizer
+from stellarbyte_jax.training.placement import mesh_of, on_mesh, place_batches, placed, shardings
+from stellarbyte_jax.training.state import create_state, state_shapes
+from stellarbyte_jax.training.step import make_train_step
+
+ROWS = 16
+EXPERTS = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=16, n_shared_experts=1)
+MODELS = {
+    "dense": {"tie_word_embeddings": True, "vocab_size_multiple": 8, "mlp_bias": True},
+    "experts": {"moe": EXPERTS},
+    "experts with room": {
+        "moe": dataclasses.replace(
+            EXPERTS,
+            n_shared_experts=0,
+            dispatch="capacity",
+            capacity_factor=8.0,
+            scoring_func="sigmoid",
+            gate="context",
+        ),
+    },
+    "stellarbyte": {
+        "position_embedding": "xpos",
+        "xpos_learnable": True,
+        "xpos_scale_base": 20.0,
+        "parallel_residual": True,
+        "layer_scale_init": 0.5,
+        "qk_norm": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "sliding_window": 5,
+        "sink_tokens": 2,
+        "attention_logit_softcap": 3.0,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "moe": dataclasses.replace(EXPERTS, decoder_sparse_step=2, shared_pool=True),
+    },
+    "original": {
+        "position_embedding": "stellarbyte",
+        "mlp_style": "stellarbyte",
+        "residual_scaling": "deepnorm",
+        "remat": "full",
+        "num_attention_heads": 8,
+    },
+}
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"tensor": 8},
+    {"context": 8},
+    {"expert": 8},
+    {"data": 2, "fsdp": 4},
+    {"data": 2, "tensor": 4},
+    {"fsdp": 2, "tensor": 2, "data": 2},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+    {"data": 2, "context": 4},
+    {"expert": 2, "fsdp": 2, "data": 2},
+    {"expert": 4, "tensor": 2},
+    {"expert": 2, "context": 2, "tensor": 2},
+    {"expert": 2, "context": 4},
+]
+# A case of each kind, for every run of the tests; the others are slow.
+QUICK = [
+    ("dense", {"fsdp": 2, "context": 2, "tensor": 2}, 1),
+    ("dense", {"data": 2, "fsdp": 4}, 2),
+    ("experts", {"expert": 2, "fsdp": 2, "data": 2}, 1),
+    ("experts with room", {"expert": 2, "context": 2, "tensor": 2}, 2),
+    ("stellarbyte", {"expert": 2, "context": 2, "tensor": 2}, 1),
+]
+ALL = [
+    pytest.param(name, mesh, 2 if number % 3 == 1 and "expert" not in mesh else 1, marks=pytest.mark.slow)
+    for name in MODELS
+    for number, mesh in enumerate(MESHES)
+    if ("expert" in mesh) <= ("moe" in MODELS[name]) and not (name == "stellarbyte" and mesh.get("tensor") == 8)
+]
+
+
+@pytest.fixture(autouse=True)
+def eight_devices(monkeypatch, devices_of_runs):
+    monkeypatch.setattr(placement, "devices", jax.devices)
+
+
+def config_of(name, parts, **changes):
+    model = dataclasses.replace(MODEL, vocab_size=64, **MODELS[name])
+    loss = LossConfig(router_load=0.1, router_sequence=0.1, router_z=0.01) if "moe" in MODELS[name] else LossConfig()
+    more = {"gradient_accumulation_steps": parts, "loss": loss, **changes}
+    return settings(model=model, global_batch_size=ROWS, ema_decay=0.9, **more)
+
+
+def batch_of(config, seed=0):
+    batch = packed_batch(seed, batch=ROWS)
+    batch["tokens"] %= config.model.vocab_size
+    return batch
+
+
+def on_one_device(config, optimizer, batches):
+    model = ByteTransformer(config.model)
+    state = jax.jit(lambda: create_state(config, model, optimizer))()
+    step = jax.jit(make_train_step(config, model, optimizer, functools.partial(rate_at, config)))
+    return trained(state, step, batches)
+
+
+def on_many(config, optimizer, batches):
+    """The same on the mesh of the config; arrays must lie where they lay."""
+    model = ByteTransformer(config.model)
+    with on_mesh(mesh_of(config)):
+        places = shardings(placed(state_shapes(config, model, optimizer), model, optimizer))
+        state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=places)()
+        step = make_train_step(config, model, optimizer, functools.partial(rate_at, config))
+        step = jax.jit(step, out_shardings=(places, None))
+        return trained(state, step, map(place_batches(), batches))
+
+
+def trained(state, step, batches):
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(metrics["loss"])
+    return jax.device_get(state), np.asarray(jax.device_get(losses)), jax.device_get(metrics)
+
+
+@functools.cache
+def expected(name, parts):
+    config = config_of(name, parts)
+    return on_one_device(config, RECORDER, [batch_of(config)])
+
+
+@pytest.mark.parametrize(("name", "mesh", "parts"), [*QUICK, *ALL])
+def test_loss_and_gradients_are_those_of_one_device(name, mesh, parts):
+    state, losses, metrics = expected(name, parts)
+    config = config_of(name, parts, mesh=MeshConfig(**mesh))
+    found_state, found_losses, found_metrics = on_many(config, RECORDER, [batch_of(config)])
+    np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
+    for path, gradient in flat(state.opt_state).items():
+        size = np.abs(gradient).max()
+        assert size > 0 or "twin" in path
+        np.testing.assert_allclose(flat(found_state.opt_state)[path], gradient, atol=1e-5 * size, err_msg=path)
+    for path, number in flat(state.frozen).items():
+        np.testing.assert_allclose(flat(found_state.frozen)[path], number, rtol=1e-5, atol=1e-7, err_msg=path)
+    assert found_metrics.keys() == metrics.keys()
+    for metric, value in metrics.items():
+        np.testing.assert_allclose(found_metrics[metric], value, rtol=1e-4, atol=1e-6, err_msg=metric)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("dense", {"fsdp": 2, "context": 2, "tensor": 2}), ("stellarbyte", {"expert": 2, "fsdp": 2, "tensor": 2})],
+)
+def test_twenty_steps_are_those_of_one_device(name, mesh):
+    config = config_of(name, 2)
+    batches = [batch_of(config, seed) for seed in range(20)]
+    optimizer = make_optimizer(config, ByteTransformer(config.model))
+    state, losses, _ = on_one_device(config, optimizer, batches)
+    found, found_losses, _ = on_many(dataclasses.replace(config, mesh=MeshConfig(**mesh)), optimizer, batches)
+    assert losses[-1] < losses[0] - 0.1
+    np.testing.assert_allclose(found_losses, losses, rtol=2e-4)
+    for path, weight in flat(state.ema).items():
+        np.testing.assert_allclose(flat(found.ema)[path], weight, atol=2e-3 * np.abs(weight).max(), err_msg=path)
+
+
+def test_weights_averages_and_what_the_optimizer_keeps_are_made_in_parts():
+    config = config_of("experts", 1, mesh=MeshConfig(expert=2, fsdp=2, tensor=2))
+    model = ByteTransformer(config.model)
+    optimizer = make_optimizer(config, model)
+    with on_mesh(mesh_of(config)):
+        places = shardings(placed(state_shapes(config, model, optimizer), model, optimizer))
+        state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=places)()
+    whole = sum(x.nbytes for x in jax.tree.leaves(state))
+    here = sum(shard.data.nbytes for x in jax.tree.leaves(state) for shard in x.addressable_shards[:1])
+    assert here < whole / 8 * 1.25  # vectors are whole
+    for tree in (state.params, state.ema):
+        experts = tree["layers"]["0"]["moe"]["experts"]["gate_up"]
+        assert experts.sharding.shard_shape(experts.shape) == (2, 4, 16, 2, 8)
+
+
+def test_rows_of_a_batch_are_split_and_a_part_of_it_costs_a_part():
+    """Of accumulation parts a device computes its rows, so four parts take a quarter of the operations each."""
+    cost = {}
+    for parts in (1, 4):
+        config = dataclasses.replace(config_of("dense", parts, mesh=MeshConfig(data=2)), global_batch_size=ROWS)
+        model = ByteTransformer(config.model)
+        with on_mesh(mesh_of(config)):
+            shapes = placed(state_shapes(config, model, RECORDER), model, RECORDER)
+            step = jax.jit(make_train_step(config, model, RECORDER, lambda _: 0.0))
+            batch = place_batches()(batch_of(config))
+            assert batch["tokens"].sharding.shard_shape((ROWS, 16)) == (ROWS // 2, 16)
+            cost[parts] = step.lower(shapes, batch).compile().cost_analysis()["flops"]
+    assert cost[4] < 0.4 * cost[1]  # of a loop, one turn is counted
