@@ -20,6 +20,7 @@ from stellarbyte_jax.model.state.layer_cache import LayerCache
 from stellarbyte_jax.model.state.memory import LayerMemory
 from stellarbyte_jax.model.state.router import RouterState
 from stellarbyte_jax.model.trees import Params
+from stellarbyte_jax.sharding import current_mesh
 
 POOL = "pool"
 Tree = TypeVar("Tree")
@@ -61,6 +62,13 @@ class Told(NamedTuple):
     aux: Aux
 
 
+# What the backward pass has of the forward pass. What was gathered from other devices is gathered again: kept, weights
+# would be whole on every device.
+_POLICIES = {
+    "none": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "all_gather"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
 Body = Callable[[Carry, Repeat], tuple[Carry, Told]]
 
 
@@ -242,10 +250,9 @@ def run_group(
             carried = jax.tree.map(lambda *xs: jnp.stack(xs), *after) if after else None
             return (x_BTD, None if caches is None else tuple(caches)), Told(tuple(inputs), carried, aux)
 
-        if config.remat == "none":
+        if config.remat == "none" and current_mesh() is None:
             return body
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+        return jax.checkpoint(body, policy=_POLICIES[config.remat], prevent_cse=False)
 
     def turns(tree: Tree, layers: int) -> Tree:
         """Stacks of all layers as stacks [R, layers, ...]; the last layers are left out where they are cut short.

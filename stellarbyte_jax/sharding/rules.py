@@ -167,7 +167,8 @@ def _enter(x: Array, inside: tuple[str | None, ...], between: tuple[str | None, 
 
 
 def _enter_forward(x: Array, inside: tuple[str | None, ...], between: tuple[str | None, ...]) -> tuple[Array, None]:
-    return _enter(x, inside, between), None
+    del between
+    return constrain(x, inside), None
 
 
 def _enter_backward(
@@ -193,12 +194,17 @@ def gather(weight: Array, axes: tuple[str, ...]) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(weight: Array, axes: tuple[str, ...]) -> Array:
+    return _whole(weight, axes)
+
+
+def _whole(weight: Array, axes: tuple[str, ...]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(weight, spec_of(axes, weight.shape, mesh, _IN_USE))
 
 
+# Not by the function above: what is recomputed in the backward pass is chosen by the primitives here.
 def _gather_forward(weight: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
-    return _gather(weight, axes), None
+    return _whole(weight, axes), None
 
 
 def _gather_backward(axes: tuple[str, ...], _: None, slope: Array) -> tuple[Array]:

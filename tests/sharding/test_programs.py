@@ -1,0 +1,107 @@
+"""What compiled programs hold and exchange. On eight CPU devices."""
+
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from helpers.training import RECORDER, settings
+from jax.sharding import NamedSharding, PartitionSpec
+
+from stellarbyte_jax.config import ByteConfig, MeshConfig, MoEConfig
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.training import placement
+from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, shardings
+from stellarbyte_jax.training.state import state_shapes
+from stellarbyte_jax.training.step import make_train_step
+
+ROWS, T, D, F, L = 8, 16, 128, 512, 8
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@pytest.fixture(autouse=True)
+def eight_devices(monkeypatch, devices_of_runs):
+    monkeypatch.setattr(placement, "devices", jax.devices)
+
+
+def compiled(mesh, **model):
+    """The training step, and the shapes of its state."""
+    config = ByteConfig(
+        vocab_size=64,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=8,
+        intermediate_size=F,
+        max_position_embeddings=64,
+        compute_dtype="float32",
+        **model,
+    )
+    run = settings(model=config, global_batch_size=ROWS, mesh=MeshConfig(**mesh))
+    network = ByteTransformer(config)
+    with on_mesh(mesh_of(run)):
+        shapes = placed(state_shapes(run, network, RECORDER), network, RECORDER)
+        rows = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(("data", "fsdp", "expert")))
+        batch = {"tokens": jax.ShapeDtypeStruct((ROWS, T), np.int32, sharding=rows)}
+        step = make_train_step(run, network, RECORDER, lambda _: 0.0)
+        step = jax.jit(step, out_shardings=(shardings(shapes), None), donate_argnums=0)
+        return step.lower(shapes, batch).compile(), shapes
+
+
+def exchanged(program):
+    """Of each kind of collective the numbers of elements of its results, in the order of the program."""
+    found = {kind: [] for kind in KINDS}
+    for line in program.as_text().splitlines():
+        match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(", line)
+        if match:
+            sizes = re.findall(r"\w\d+\[([\d,]*)\]", match[1])
+            found[match[2]] += [math.prod(map(int, filter(None, size.split(",")))) for size in sizes]
+    return found
+
+
+def weights_of(shapes):
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_weights_that_are_kept_in_parts_are_whole_one_layer_at_a_time(remat):
+    program, shapes = compiled({"fsdp": 8}, remat=remat)
+    weights = weights_of(shapes)
+    memory = program.memory_analysis()
+    assert memory.argument_size_in_bytes < 4 * 2 * weights / 8 * 1.1  # the weights, and what the optimizer keeps
+    assert memory.temp_size_in_bytes < 4 * weights * 0.9  # of all layers whole it would be more than all of them
+    found = exchanged(program)
+    largest = max(found["all-gather"])
+    assert largest <= D * 2 * F, "one matrix of one layer"
+    assert not found["all-to-all"] and not found["collective-permute"]
+
+
+def test_copies_exchange_gradients_alone():
+    program, shapes = compiled({"data": 8})
+    found = exchanged(program)
+    assert max(found["all-reduce"]) == D * 2 * F, "those of a layer, while the one before is computed"
+    assert sum(found["all-reduce"]) < weights_of(shapes) / L * 1.1
+    assert not any(found[kind] for kind in KINDS if kind != "all-reduce")
+
+
+def test_heads_and_channels_exchange_activations_alone():
+    """Between layers positions are split: they are gathered before each part of a layer, and summed after it."""
+    program, shapes = compiled({"tensor": 8})
+    found = exchanged(program)
+    activations = ROWS * T * D
+    assert max(found["all-gather"]) == activations and max(found["reduce-scatter"]) <= activations
+    assert max(found["all-reduce"]) <= activations  # a machine without reduce-scatter sums, then cuts
+    assert weights_of(shapes) > 10 * activations
+    assert not found["all-to-all"] and not found["collective-permute"]
+
+
+@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
+def test_tokens_go_to_experts_whose_weights_stay(dispatch):
+    moe = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=F, dispatch=dispatch)
+    program, _ = compiled({"expert": 8}, moe=moe)
+    found = exchanged(program)
+    assert bool(found["all-to-all"]) == (dispatch == "capacity")
+    expert = D * F
+    assert all(size < 8 * expert for size in found["all-gather"])
+    if dispatch == "dropless":
+        assert ROWS * T * D in found["all-gather"]
