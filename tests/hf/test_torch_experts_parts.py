@@ -136,3 +136,38 @@ def test_the_same_layers_have_experts(moe: dict[str, Any]) -> None:
     theirs = modelling.StellarByteConfig(num_hidden_layers=5, moe={"num_experts": 4} | moe)
     assert [i for i in range(5) if theirs.has_experts(i)] == list(ours.moe_layers)
     assert not any(modelling.StellarByteConfig(num_hidden_layers=5).has_experts(i) for i in range(5))
+
+
+@pytest.mark.parametrize("cast", [lambda peer: peer.to(torch.bfloat16), lambda peer: peer.half()])
+def test_routers_stay_float32_where_a_model_is_cast(cast: Any) -> None:
+    """As trainers do after loading: no computation in float32 brings back what was rounded."""
+    peer = fresh(num_experts=5, gate="context", noise="noisy_topk", adaptive_temperature=True, rebalance_interval=9)
+    for x in peer.state_dict().values():
+        x.uniform_(0.1, 0.2)
+    before = {name: x.clone() for name, x in peer.state_dict().items() if ".router." in name}
+    peer = cast(peer)
+    after = peer.state_dict()
+    assert (
+        {x.dtype for name, x in after.items() if name not in before} == {peer.lm_head.weight.dtype} != {torch.float32}
+    )
+    assert len(before) > 20 and all(torch.equal(after[name], x) for name, x in before.items())
+    assert {after[name].dtype for name in before} == {torch.float32}
+    peer(TOKENS, labels=TOKENS).loss.backward()
+    assert peer.model.layers[1].mlp.router.weight.grad.dtype == torch.float32
+    assert {x.device.type for x in peer.to("meta").state_dict().values()} == {"meta"}
+    assert {x.dtype for x in fresh(num_experts=5).double().state_dict().values()} == {torch.float64}
+
+
+def test_router_logits_are_refused() -> None:
+    """Other programs ask for them to add a loss of balance, which would be left out without a word."""
+    peer = fresh(num_experts=5)
+    assert peer(TOKENS, output_router_logits=False).logits.shape == (2, 24, 61)
+    message = (
+        "output_router_logits: this model gives no logits of routers and no loss of their balance: train it with "
+        "stellarbyte_jax, or leave output_router_logits out"
+    )
+    for said, options in ((False, {"output_router_logits": True}), (True, {})):
+        peer.config.output_router_logits = said
+        with pytest.raises(ValueError) as caught:
+            peer(TOKENS, **options)
+        assert str(caught.value) == message

@@ -25,6 +25,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer, forward
 from stellarbyte_jax.model.io import Inputs, State
 from stellarbyte_jax.training import step as step_module
 from stellarbyte_jax.training.loss import batch_loss
+from stellarbyte_jax.training.telemetry import LOADS
 
 E = 4
 TYPES = ("full_attention", *("sliding_attention", "full_attention") * 2, "sliding_attention")
@@ -174,6 +175,23 @@ def test_the_bias_goes_up_for_experts_with_few_tokens_and_down_for_those_with_ma
 @functools.partial(jax.jit, static_argnums=0)
 def total_of(config, weights, batch):
     return total_loss(config, weights, batch, config.gradient_accumulation_steps)
+
+
+@pytest.mark.parametrize("moe", [{"decoder_sparse_step": 2}, {"mlp_only_layers": (1, 2, 5)}])
+def test_layers_between_dense_ones_are_counted_in_their_order_once_however_activations_are_kept(moe):
+    """Choices of each layer, of all parts and of tokens alone, where layers are computed again for their gradients."""
+    model = dataclasses.replace(EXPERTS, remat="full", moe={"num_experts": E, "intermediate_size": 8, **moe})
+    config, batch = with_experts(parts=2, model=model, bias_update_rate=0.01), packed_batch(3)
+    state = first(config, bias=0.05)
+    weights = nested({**flat(state.params), **flat(state.frozen)})
+    value, (_, counts) = total_of(config, weights, {name: jnp.asarray(x) for name, x in batch.items()})
+    after, metrics = compiled_step(config, RECORDER)(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert counts.sum(1).tolist() == [2 * (batch["segment_ids"] > 0).sum()] * 3
+    np.testing.assert_allclose(metrics[LOADS], counts / counts.sum(1, keepdims=True), atol=1e-6)
+    moved = np.concatenate([x - flat(state.frozen)[p] for p, x in flat(after.frozen).items() if p.endswith("/bias")])
+    np.testing.assert_allclose(moved, 0.01 * np.sign(np.mean(counts, axis=1, keepdims=True) - counts), atol=1e-6)
+    assert len({x.tobytes() for x in np.asarray(counts)}) == 3
 
 
 def uneven(config):
