@@ -171,3 +171,23 @@ def test_router_logits_are_refused() -> None:
         with pytest.raises(ValueError) as caught:
             peer(TOKENS, **options)
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("way", ["_all", "_chosen"])
+def test_an_expert_that_overflows_for_tokens_of_others_does_no_harm(way: str) -> None:
+    """Forward and backward: an expert's numbers may be huge for tokens that it was never trained on."""
+    experts = fresh(num_experts=4).model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.gate_up_proj[2] *= 1e30
+    x_RD, weights_RC = torch.randn(5, 32, requires_grad=True), torch.full((5, 2), 0.5)
+    experts_RC = torch.tensor([[0, 1], [1, 3], [3, 0], [0, 4], [1, 0]])  # 4: none
+    out_RD = getattr(experts, way)(x_RD, experts_RC, weights_RC)
+    expected = torch.zeros(5, 32)
+    for token, chosen in enumerate(experts_RC.tolist()):
+        for number in set(chosen) - {4}:
+            gate, up = (experts.gate_up_proj[number] @ x_RD[token]).chunk(2)
+            expected[token] += 0.5 * experts.down_proj[number] @ (torch.nn.functional.silu(gate) * up)
+    torch.testing.assert_close(out_RD, expected)
+    out_RD.square().sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (x_RD, experts.gate_up_proj, experts.down_proj))
+    assert not experts.down_proj.grad[2].any() and experts.down_proj.grad[3].any()

@@ -598,7 +598,9 @@ class StellarByteExperts(nn.Module):
         """By every expert for every token, a program whose shapes do not depend on the choices."""
         E = self.down_proj.shape[0]
         weights_RE = weights_RC.new_zeros(len(x_RD), E + 1).scatter(1, experts_RC, weights_RC)[:, :E]
-        gate_ERF, up_ERF = (x_RD @ self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
+        # Zeros where it is not chosen: an expert may overflow for tokens that are not its own, and 0 times inf is NaN.
+        x_ERD = torch.where((weights_RE.T != 0)[..., None], x_RD, 0.0)
+        gate_ERF, up_ERF = (x_ERD @ self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
         y_ERD = (self.act(gate_ERF) * up_ERF) @ self.down_proj.transpose(1, 2)
         return (weights_RE.T[..., None] * y_ERD.float()).sum(0)
 
