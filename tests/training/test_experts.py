@@ -194,6 +194,40 @@ def test_layers_between_dense_ones_are_counted_in_their_order_once_however_activ
     assert len({x.tobytes() for x in np.asarray(counts)}) == 3
 
 
+def padded(batch, rows):
+    """The batch with nothing but padding in these rows, as at the end of the data."""
+    kept = {name: x.copy() for name, x in batch.items()}
+    for name in ("segment_ids", "positions", "loss_mask"):
+        kept[name][rows] = 0
+    return kept
+
+
+def test_parts_of_padding_alone_do_not_dilute_losses_of_balance():
+    """Loss, gradients and metrics are those of the rows with text alone."""
+    config, batch = with_experts(parts=2), packed_batch()
+    state = first(config, bias=0.05)
+    after, metrics = compiled_step(config, RECORDER)(state, padded(batch, slice(2, None)))
+    text = {name: jnp.asarray(x[:2]) for name, x in batch.items()}
+
+    def loss(params):
+        return total_loss(config, nested({**flat(params), **flat(state.frozen)}), text, 1)
+
+    (value, (told, _)), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    for name in NAMES:
+        assert float(metrics[metric(name)]) == pytest.approx(float(told[name]), rel=1e-4), name
+    assert_close(after.opt_state, slopes, atol=2e-5, rtol=1e-4)
+
+
+def test_a_step_of_padding_alone_leaves_what_routers_keep():
+    config = with_experts(model=SMALL, parts=2, bias_update_rate=0.1, cooling_steps=3)
+    state = uneven(config)
+    after, metrics = compiled_step(config, RECORDER)(state, padded(packed_batch(), slice(None)))
+    assert metrics["finite"] and np.isfinite([float(metrics[metric(name)]) for name in NAMES]).all()
+    for name, x in tracked(after).items():
+        np.testing.assert_array_equal(x, tracked(state)[name] + (name == "steps"), err_msg=name)
+
+
 def uneven(config):
     """A state whose router sends nearly all tokens to two experts."""
     state = first(config)
