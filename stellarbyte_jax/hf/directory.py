@@ -69,7 +69,8 @@ def from_pretrained(
       directory: with ``config.json`` and safetensors files, or ``owner/name`` of the hub, whose files are fetched into
         its cache; which of them it is, says ``hf.hub.is_hub_name``.
       revision: branch, tag or commit of a name of the hub.
-      dtype: of the weights in memory: ``float32``, ``bfloat16`` or ``float16``.
+      dtype: of the weights in memory: ``float32``, ``bfloat16`` or ``float16``. Whatever it is, what routers keep from
+        step to step is float32, and in directories of the project's own family whole routers and rates of XPos are.
       verify: tensors are compared with their checksums, where the files have them (those of save_pretrained do).
       **overrides: ByteConfig settings, above all those that a checkpoint does not know, such as ``compute_dtype``.
         Whole sections, such as ``rope_scaling`` or ``cache``, as objects or mappings.

@@ -91,7 +91,7 @@ def check_tensors(
 
 
 def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
-    """The parameter tree, jax arrays of ``dtype`` on the default device, from tensors that were checked."""
+    """:func:`lazy_params` as jax arrays on the default device, from tensors that were checked."""
     return on_device(lazy_params(entries, model, tensors, dtype))
 
 
@@ -103,7 +103,8 @@ def on_device(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def lazy_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
     """The parameter tree of arrays that are read when they are asked for.
 
-    What routers keep from step to step begins anew where no tensor has it.
+    What files of every dtype have in float32 is float32 here too, such as biases that experts are chosen by. What
+    routers keep from step to step begins anew where no tensor has it, in float32.
     """
     shapes = shapes_of(param_shapes(model))
     places: dict[str, list[tuple[Entry, int]]] = {}
@@ -112,10 +113,12 @@ def lazy_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, 
             places.setdefault(piece.path, []).append((entry, number))
     params: dict[str, Any] = {}
     for path, parts in places.items():
-        put_leaf(params, path, LazyArray(shapes[path], dtype, partial(_read_leaf, parts, shapes[path], tensors, dtype)))
+        shape, to = shapes[path], parts[0][0].dtype(dtype)
+        put_leaf(params, path, LazyArray(shape, to, partial(_read_leaf, parts, shape, tensors, to)))
     for path in shapes.keys() - places.keys():
         first = first_values(model.config.moe.num_experts)[path.rpartition("/")[2]]
-        put_leaf(params, path, LazyArray(shapes[path], dtype, partial(np.full, shapes[path], first, dtype)))
+        to = np.dtype(np.float32)
+        put_leaf(params, path, LazyArray(shapes[path], to, partial(np.full, shapes[path], first, to)))
     return params
 
 

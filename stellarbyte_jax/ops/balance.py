@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_TINY = 1e-9
+from stellarbyte_jax.ops.routing import LEAST_SUM
+
+_TINY = 1e-9  # keeps logarithms finite
 
 
 class Routed(NamedTuple):
@@ -34,7 +36,7 @@ class Routed(NamedTuple):
     def shares(self) -> Array:
         """Scores of a token, that add up to one; zeros for padding."""
         total_N1 = jnp.sum(self.scores_NE, axis=1, keepdims=True)
-        return jnp.where(self.mask_N[:, None], self.scores_NE / (total_N1 + _TINY), 0.0)
+        return jnp.where(self.mask_N[:, None], self.scores_NE / jnp.maximum(total_N1, LEAST_SUM), 0.0)
 
 
 def counts_by_expert(experts_NK: Int[Array, "*rows N K"], experts: int) -> Float[Array, "*rows E"]:

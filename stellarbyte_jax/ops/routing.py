@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-_TINY = 1e-20  # keeps a sum of weights from being zero
+LEAST_SUM = 1e-18  # of scores that something is divided by; slopes are divided by its square, a float32 yet
 
 
 class Choices(NamedTuple):
@@ -113,12 +113,12 @@ def choose_experts(
     scores_NK = jnp.take_along_axis(scores_NE, experts_NK, axis=1)
     needed_NK = jnp.ones(experts_NK.shape, bool) if mask_N is None else jnp.broadcast_to(mask_N[:, None], (N, k))
     if threshold is not None:
-        shares_NK = scores_NK / (jnp.sum(scores_NE, axis=1, keepdims=True) + _TINY)
-        needed_NK &= jnp.cumsum(shares_NK, axis=1) - shares_NK < max(threshold, _TINY)
+        shares_NK = scores_NK / jnp.maximum(jnp.sum(scores_NE, axis=1, keepdims=True), LEAST_SUM)
+        needed_NK &= jnp.cumsum(shares_NK, axis=1) - shares_NK < max(threshold, LEAST_SUM)
     scores_NK = jnp.where(needed_NK, scores_NK, 0.0)
     factors_N = jnp.full(N, scale, jnp.float32)
     if normalize:
-        factors_N /= jnp.sum(scores_NK, axis=1) + _TINY
+        factors_N /= jnp.maximum(jnp.sum(scores_NK, axis=1), LEAST_SUM)
     return Choices(jnp.where(needed_NK, experts_NK, E), scores_NK * factors_N[:, None], factors_N)
 
 

@@ -284,3 +284,14 @@ def tell_unused_rows(config: TrainConfig, say: Callable[[str], None]) -> None:
             f"warning: the tokenizer in {config.data.tokenizer} has {tokens:,} tokens, model.vocab_size is {rows:,}: "
             f"{rows - tokens:,} rows of embedding and head are never used; model.vocab_size={tokens} leaves them out"
         )
+
+
+def tell_routers_without_slope(config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Tells of routers that the loss of tokens does not reach: a token has one weight, which is always 1."""
+    c = config.model.moe
+    if c.num_experts > 1 and c.num_experts_per_tok == 1 and c.norm_topk_prob:
+        say(
+            "warning: model.moe.num_experts_per_tok=1 and norm_topk_prob=true: the weight of a token's expert is "
+            "always 1, so routers learn from losses of balance alone; model.moe.norm_topk_prob=false lets them learn "
+            "from the text"
+        )

@@ -145,6 +145,7 @@ def _prepare(
         named = found.settings
         config = replace(config, init_from=named.init_from)
     resumed = found or begin.from_weights(config, shapes, optimizer, report.line)
+    begin.tell_routers_without_slope(config, report.line)
     if resumed is None:
         begin.tell_unused_rows(config, report.line)
         create = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings(shapes))

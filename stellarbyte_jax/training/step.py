@@ -26,7 +26,7 @@ def make_train_step(
 
     The loss is the mean over the targets of the whole batch. With accumulation the batch is cut into equal parts
     whose sums are added before the division, so the result is that of the large batch; losses and statistics of the
-    layers are means over the parts. Gradients are taken of the trainable weights alone.
+    layers are means over the parts that hold text. Gradients are taken of the trainable weights alone.
 
     Where the loss or the gradient is not finite, weights, optimizer and average stay as they are. ``metrics["finite"]``
     says whether these and the new weights are finite. The optimizer's state is looked at when it is saved, since its
@@ -40,7 +40,7 @@ def make_train_step(
         tokens = jnp.maximum(jnp.sum(next_token_targets(batch) >= 0), 1).astype(jnp.float32)
         step_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
-        def gradients(part: Batch, carried: State, index: jax.Array, router: RouterState | None):
+        def gradients(part: Batch, carried: State, index: jax.Array, share: jax.Array, router: RouterState | None):
             key = jax.random.fold_in(step_key, index) if m.is_random else None
 
             def mean_loss(params: Params):
@@ -54,8 +54,8 @@ def make_train_step(
                     train=True,
                     state=carried.replace(router=router),  # type: ignore[attr-defined]
                 )
-                loss = total / tokens + auxiliary_loss(config.loss, out.aux) / parts
-                return loss, (sums, out.aux, out.state)
+                loss = total / tokens + share * auxiliary_loss(config.loss, out.aux)
+                return loss, (sums, jax.tree.map(lambda x: share * x, out.aux), out.state)
 
             (loss, (sums, aux, after)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
             return (loss, sums, aux, grads), after.replace(router=None), after.router
@@ -63,17 +63,18 @@ def make_train_step(
         router = RouterState(tally=Tally.zero(m)) if m.moe_layers else None
         if parts == 1:
             (loss, sums, aux, grads), carried, router = gradients(
-                batch, state.carried, jnp.zeros((), jnp.int32), router
+                batch, state.carried, jnp.zeros((), jnp.int32), jnp.ones(()), router
             )
         else:
 
             def add(carry: Any, part: Any):
                 total, router = carry
-                rows, rows_state, index = part
-                new, after, router = gradients(rows, rows_state, index, router)
+                rows, rows_state, index, share = part
+                new, after, router = gradients(rows, rows_state, index, share, router)
                 return (jax.tree.map(jnp.add, total, new), router), after
 
-            given = (cut_rows(batch, parts), state.carried.split(parts), jnp.arange(parts, dtype=jnp.int32))
+            cut, numbers = cut_rows(batch, parts), jnp.arange(parts, dtype=jnp.int32)
+            given = (cut, state.carried.split(parts), numbers, shares_of(cut, parts))
             shapes, _, _ = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], given), router)
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             ((loss, sums, aux, grads), router), carried = jax.lax.scan(add, (zero, router), given)
@@ -123,6 +124,15 @@ def cut_rows(batch: Batch, parts: int) -> dict[str, jax.Array]:
     Of neighbouring rows, which one device has, each part has as many.
     """
     return {name: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+
+
+def shares_of(cut: Batch, parts: int) -> jax.Array:
+    """What each part counts in means over the parts, float32 [parts]: nothing where it is padding alone."""
+    if "segment_ids" not in cut:
+        return jnp.full(parts, 1 / parts, jnp.float32)
+    has_text = jnp.any(cut["segment_ids"] > 0, axis=(1, 2))
+    counts = (has_text | ~jnp.any(has_text)).astype(jnp.float32)
+    return counts / jnp.sum(counts)
 
 
 def text_tokens(batch: Batch) -> jax.Array | int:

@@ -250,6 +250,28 @@ def routers_experts(peer: Any) -> Any:
     return next(layer.mlp.experts.down_proj for layer in peer.model.layers if hasattr(layer.mlp, "experts"))
 
 
+def test_weights_in_16_bits_are_read_with_routers_in_float32(tmp_path: Path) -> None:
+    """Biases as those of published models: far from zero and close to each other, which bfloat16 cannot tell apart."""
+
+    def with_biases(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = path[-1].key
+        near_7 = 7 + 0.02 * np.arange(leaf.size).reshape(leaf.shape) % 0.2
+        return jnp.asarray(near_7, jnp.float32) if name == "bias" else leaf
+
+    def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if any(key.key == "router" for key in path) else leaf.astype(jnp.bfloat16)
+
+    model, params = make_model(dataclasses.replace(BASE, **MODELS[SHARED]))
+    params = jax.tree_util.tree_map_with_path(with_biases, params)
+    save_pretrained(tmp_path / "hf", model, params, dtype="bfloat16")
+    back, found = from_pretrained(tmp_path / "hf", dtype="bfloat16", compute_dtype="float32")
+    expected = jax.tree_util.tree_map_with_path(rounded, params)
+    assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(lambda leaf: leaf.dtype, expected)
+    assert_same_tree(found, expected)
+    logits, all_rounded = run(back, found, TOKENS_BT), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), found)
+    assert np.abs(logits - run(back, all_rounded, TOKENS_BT)).max() > 0.1, "other experts"
+
+
 def test_layers_and_a_pool_may_lie_on_several_devices(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="device_map needs it")
     model, params = export(POOL, tmp_path / "hf")

@@ -136,3 +136,58 @@ def test_the_same_layers_have_experts(moe: dict[str, Any]) -> None:
     theirs = modelling.StellarByteConfig(num_hidden_layers=5, moe={"num_experts": 4} | moe)
     assert [i for i in range(5) if theirs.has_experts(i)] == list(ours.moe_layers)
     assert not any(modelling.StellarByteConfig(num_hidden_layers=5).has_experts(i) for i in range(5))
+
+
+@pytest.mark.parametrize("cast", [lambda peer: peer.to(torch.bfloat16), lambda peer: peer.half()])
+def test_routers_stay_float32_where_a_model_is_cast(cast: Any) -> None:
+    """As trainers do after loading: no computation in float32 brings back what was rounded."""
+    peer = fresh(num_experts=5, gate="context", noise="noisy_topk", adaptive_temperature=True, rebalance_interval=9)
+    for x in peer.state_dict().values():
+        x.uniform_(0.1, 0.2)
+    before = {name: x.clone() for name, x in peer.state_dict().items() if ".router." in name}
+    peer = cast(peer)
+    after = peer.state_dict()
+    assert (
+        {x.dtype for name, x in after.items() if name not in before} == {peer.lm_head.weight.dtype} != {torch.float32}
+    )
+    assert len(before) > 20 and all(torch.equal(after[name], x) for name, x in before.items())
+    assert {after[name].dtype for name in before} == {torch.float32}
+    peer(TOKENS, labels=TOKENS).loss.backward()
+    assert peer.model.layers[1].mlp.router.weight.grad.dtype == torch.float32
+    assert {x.device.type for x in peer.to("meta").state_dict().values()} == {"meta"}
+    assert {x.dtype for x in fresh(num_experts=5).double().state_dict().values()} == {torch.float64}
+
+
+def test_router_logits_are_refused() -> None:
+    """Other programs ask for them to add a loss of balance, which would be left out without a word."""
+    peer = fresh(num_experts=5)
+    assert peer(TOKENS, output_router_logits=False).logits.shape == (2, 24, 61)
+    message = (
+        "output_router_logits: this model gives no logits of routers and no loss of their balance: train it with "
+        "stellarbyte_jax, or leave output_router_logits out"
+    )
+    for said, options in ((False, {"output_router_logits": True}), (True, {})):
+        peer.config.output_router_logits = said
+        with pytest.raises(ValueError) as caught:
+            peer(TOKENS, **options)
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("way", ["_all", "_chosen"])
+def test_an_expert_that_overflows_for_tokens_of_others_does_no_harm(way: str) -> None:
+    """Forward and backward: an expert's numbers may be huge for tokens that it was never trained on."""
+    experts = fresh(num_experts=4).model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.gate_up_proj[2] *= 1e30
+    x_RD, weights_RC = torch.randn(5, 32, requires_grad=True), torch.full((5, 2), 0.5)
+    experts_RC = torch.tensor([[0, 1], [1, 3], [3, 0], [0, 4], [1, 0]])  # 4: none
+    out_RD = getattr(experts, way)(x_RD, experts_RC, weights_RC)
+    expected = torch.zeros(5, 32)
+    for token, chosen in enumerate(experts_RC.tolist()):
+        for number in set(chosen) - {4}:
+            gate, up = (experts.gate_up_proj[number] @ x_RD[token]).chunk(2)
+            expected[token] += 0.5 * experts.down_proj[number] @ (torch.nn.functional.silu(gate) * up)
+    torch.testing.assert_close(out_RD, expected)
+    out_RD.square().sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (x_RD, experts.gate_up_proj, experts.down_proj))
+    assert not experts.down_proj.grad[2].any() and experts.down_proj.grad[3].any()

@@ -340,12 +340,15 @@ def test_it_is_saved_again_by_transformers(tmp_path: Path) -> None:
 def test_learned_rates_stay_float32(tmp_path: Path) -> None:
     model, params = make("the original, learned")
     save_pretrained(tmp_path / "hf", model, params, dtype="bfloat16")
-    peer = load(tmp_path / "hf", dtype=torch.bfloat16)
-    rates = [weight for name, weight in peer.named_parameters() if name.endswith("xpos_rate")]
-    assert len(rates) == 3 and {weight.dtype for weight in rates} == {torch.float32}
     expected = np.asarray(params["layers"]["0"]["attn"]["xpos_rate"])
-    np.testing.assert_array_equal(torch.stack(rates).detach().numpy(), expected)
-    assert peer.model.embed_tokens.weight.dtype == torch.bfloat16
+    for peer in (load(tmp_path / "hf", dtype=torch.bfloat16), load(tmp_path / "hf").to(torch.bfloat16)):
+        rates = [weight for name, weight in peer.named_parameters() if name.endswith("xpos_rate")]
+        assert len(rates) == 3 and {weight.dtype for weight in rates} == {torch.float32}
+        np.testing.assert_array_equal(torch.stack(rates).detach().numpy(), expected)
+        assert peer.model.embed_tokens.weight.dtype == torch.bfloat16
+    found = from_pretrained(tmp_path / "hf", dtype="bfloat16")[1]["layers"]["0"]["attn"]
+    assert (found["xpos_rate"].dtype, found["q"].dtype) == ("float32", "bfloat16")
+    np.testing.assert_array_equal(found["xpos_rate"], expected)
 
 
 def test_fresh_weights_are_those_of_the_settings(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from stellarbyte_jax.ops.balance import Routed, counts_by_expert, losses, masked_mean
+from stellarbyte_jax.ops.routing import choose_experts, score_experts
 
 ROWS, LENGTH, E, K = 3, 5, 4, 2
 
@@ -180,3 +181,28 @@ def test_a_mean_under_a_mask():
     values, mask = jnp.asarray([1.0, np.nan, 4.0]), jnp.asarray([True, False, True])
     assert float(masked_mean(values, mask)) == 2.5
     assert float(masked_mean(values, jnp.zeros(3, bool))) == 0.0
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-14, 1e-25, 0.0])
+def test_scores_may_be_as_small_as_those_of_a_sigmoid(scale):
+    """The losses read shares of a token's scores, which are the same however small those are; down to nothing."""
+    logits, scores, experts, mask, before = drawn()
+    small = floats((logits, scale * scores, experts, mask, before))
+    found = ours(*small)
+    for name, value in found.items():
+        if scale > 1e-18:
+            assert float(value) == pytest.approx(loop(logits, scores, experts, mask, before)[0][name], rel=2e-5), name
+        assert np.isfinite(value), name
+    for slope in jax.grad(lambda *xs: sum(ours(*xs).values()), (0, 1))(*small):
+        assert np.isfinite(slope).all()
+
+
+def test_the_loss_of_loads_is_that_of_transformers_over_the_choices_of_a_token():
+    torch = pytest.importorskip("torch")
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits, _, _, mask, before = floats(drawn())
+    scores = score_experts(jnp.asarray(logits), "softmax")
+    experts = choose_experts(scores, K, mask_N=jnp.asarray(mask)).experts_NK
+    attention_mask = torch.from_numpy(mask.reshape(ROWS, LENGTH).astype(np.int64))
+    theirs = mixtral.load_balancing_loss_func((torch.from_numpy(logits),), E, K, attention_mask)
+    assert float(ours(logits, scores, experts, mask, before)["router_load"]) == pytest.approx(float(theirs) / K)

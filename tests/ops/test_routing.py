@@ -192,3 +192,25 @@ def test_routing_compiles_with_a_capacity_that_is_an_array():
     for capacity in (0, 1, 2):
         found = place(experts, priorities, jnp.zeros(2, jnp.int32), jnp.asarray(capacity))
         assert found.used_E.tolist() == [capacity, 0]
+
+
+@pytest.mark.parametrize("level", [-10, -40, -50, -90, -200])
+def test_small_sigmoid_scores_have_weights_and_finite_slopes(level):
+    """Down to 1e-18 the weights are those of float64; where all scores are smaller still, nothing is infinite."""
+    logits = level + logits_of(5, 6)
+    slope = np.random.default_rng(3).standard_normal((5, 3)).astype(np.float32)
+
+    def weighted(logits):
+        scores = routing.score_experts(logits, "sigmoid")
+        found = routing.choose_experts(scores, 3, normalize=True, scale=2.5)
+        return jnp.sum(found.weights_NK * slope), found
+
+    (_, found), slopes = jax.value_and_grad(weighted, has_aux=True)(jnp.asarray(logits))
+    assert np.isfinite(slopes).all() and np.isfinite(found.weights_NK).all()
+    if level >= -40:
+        wide = 1 / (1 + np.exp(-np.take_along_axis(np.float64(logits), np.asarray(found.experts_NK), axis=1)))
+        share = wide / wide.sum(1, keepdims=True)
+        np.testing.assert_allclose(found.weights_NK, 2.5 * share, rtol=2e-5)
+        expected = 2.5 * share * (1 - wide) * (slope - (slope * share).sum(1, keepdims=True))
+        of_chosen = np.take_along_axis(np.asarray(slopes), np.asarray(found.experts_NK), axis=1)
+        np.testing.assert_allclose(of_chosen, expected, rtol=2e-4, atol=1e-6)

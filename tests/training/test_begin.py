@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.hf_models import assert_same_tree
@@ -18,11 +19,19 @@ from helpers.training import RIVER, river_run
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.cli.train import main
-from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, OptimizerConfig, TrainConfig
+from stellarbyte_jax.config import (
+    ByteConfig,
+    CheckpointConfig,
+    ConfigError,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.hf.directory import save_pretrained
-from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params, param_shapes
 from stellarbyte_jax.training import begin
+from stellarbyte_jax.training.loss import batch_loss
 from stellarbyte_jax.training.run import train
 
 MODEL = ByteConfig(
@@ -276,6 +285,41 @@ def test_a_run_of_its_own_vocabulary_tells_unused_rows_and_one_of_given_weights_
     later = settings(tmp_path, tokenizer, model=wide, output_dir=str(tmp_path / "more"), steps=1)
     assert train(dataclasses.replace(later, init_from=str(tmp_path / "new"))).exit_code == 0
     assert "leaves them out" not in capsys.readouterr().out
+
+
+ONE_WEIGHT = (
+    "warning: model.moe.num_experts_per_tok=1 and norm_topk_prob=true: the weight of a token's expert is always 1, so "
+    "routers learn from losses of balance alone; model.moe.norm_topk_prob=false lets them learn from the text"
+)
+
+
+@pytest.mark.parametrize(
+    ("moe", "told"),
+    [
+        ({"num_experts": 3, "num_experts_per_tok": 1}, True),
+        ({"num_experts": 3, "num_experts_per_tok": 1, "norm_topk_prob": False}, False),
+        ({"num_experts": 3}, False),
+        ({"num_experts": 1, "num_experts_per_tok": 1}, False),  # has nothing to learn
+    ],
+)
+def test_routers_that_the_text_does_not_reach_are_told(moe, told, tmp_path):
+    model = dataclasses.replace(MODEL, moe=moe)
+    network, batch = ByteTransformer(model), {"tokens": jnp.arange(12, dtype=jnp.int32).reshape(1, 12)}
+
+    def loss(params):
+        return batch_loss(network, params, batch, LossConfig(), train=True)[0]
+
+    router = jax.jit(jax.grad(loss))(init_params(network, jax.random.key(0)))["layers"]["0"]["moe"]["router"]
+    assert (np.abs(router["kernel"]).max() > 1e-6) == (not told and moe["num_experts"] > 1)
+    said: list[str] = []
+    begin.tell_routers_without_slope(settings(tmp_path, "words", model=model), said.append)
+    assert said == [ONE_WEIGHT] * told
+
+
+def test_a_run_tells_of_routers_that_the_text_does_not_reach(tmp_path, tokenizer, capsys):
+    model = dataclasses.replace(MODEL, vocab_size=288, moe={"num_experts": 3, "num_experts_per_tok": 1})
+    assert train(settings(tmp_path, tokenizer, model=model, steps=1)).exit_code == 0
+    assert capsys.readouterr().out.count(ONE_WEIGHT) == 1
 
 
 def test_a_run_in_a_thread_trains_without_signals(tmp_path, tokenizer):

@@ -25,6 +25,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer, forward
 from stellarbyte_jax.model.io import Inputs, State
 from stellarbyte_jax.training import step as step_module
 from stellarbyte_jax.training.loss import batch_loss
+from stellarbyte_jax.training.telemetry import LOADS
 
 E = 4
 TYPES = ("full_attention", *("sliding_attention", "full_attention") * 2, "sliding_attention")
@@ -174,6 +175,57 @@ def test_the_bias_goes_up_for_experts_with_few_tokens_and_down_for_those_with_ma
 @functools.partial(jax.jit, static_argnums=0)
 def total_of(config, weights, batch):
     return total_loss(config, weights, batch, config.gradient_accumulation_steps)
+
+
+@pytest.mark.parametrize("moe", [{"decoder_sparse_step": 2}, {"mlp_only_layers": (1, 2, 5)}])
+def test_layers_between_dense_ones_are_counted_in_their_order_once_however_activations_are_kept(moe):
+    """Choices of each layer, of all parts and of tokens alone, where layers are computed again for their gradients."""
+    model = dataclasses.replace(EXPERTS, remat="full", moe={"num_experts": E, "intermediate_size": 8, **moe})
+    config, batch = with_experts(parts=2, model=model, bias_update_rate=0.01), packed_batch(3)
+    state = first(config, bias=0.05)
+    weights = nested({**flat(state.params), **flat(state.frozen)})
+    value, (_, counts) = total_of(config, weights, {name: jnp.asarray(x) for name, x in batch.items()})
+    after, metrics = compiled_step(config, RECORDER)(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert counts.sum(1).tolist() == [2 * (batch["segment_ids"] > 0).sum()] * 3
+    np.testing.assert_allclose(metrics[LOADS], counts / counts.sum(1, keepdims=True), atol=1e-6)
+    moved = np.concatenate([x - flat(state.frozen)[p] for p, x in flat(after.frozen).items() if p.endswith("/bias")])
+    np.testing.assert_allclose(moved, 0.01 * np.sign(np.mean(counts, axis=1, keepdims=True) - counts), atol=1e-6)
+    assert len({x.tobytes() for x in np.asarray(counts)}) == 3
+
+
+def padded(batch, rows):
+    """The batch with nothing but padding in these rows, as at the end of the data."""
+    kept = {name: x.copy() for name, x in batch.items()}
+    for name in ("segment_ids", "positions", "loss_mask"):
+        kept[name][rows] = 0
+    return kept
+
+
+def test_parts_of_padding_alone_do_not_dilute_losses_of_balance():
+    """Loss, gradients and metrics are those of the rows with text alone."""
+    config, batch = with_experts(parts=2), packed_batch()
+    state = first(config, bias=0.05)
+    after, metrics = compiled_step(config, RECORDER)(state, padded(batch, slice(2, None)))
+    text = {name: jnp.asarray(x[:2]) for name, x in batch.items()}
+
+    def loss(params):
+        return total_loss(config, nested({**flat(params), **flat(state.frozen)}), text, 1)
+
+    (value, (told, _)), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    for name in NAMES:
+        assert float(metrics[metric(name)]) == pytest.approx(float(told[name]), rel=1e-4), name
+    assert_close(after.opt_state, slopes, atol=2e-5, rtol=1e-4)
+
+
+def test_a_step_of_padding_alone_leaves_what_routers_keep():
+    config = with_experts(model=SMALL, parts=2, bias_update_rate=0.1, cooling_steps=3)
+    state = uneven(config)
+    after, metrics = compiled_step(config, RECORDER)(state, padded(packed_batch(), slice(None)))
+    assert metrics["finite"] and np.isfinite([float(metrics[metric(name)]) for name in NAMES]).all()
+    for name, x in tracked(after).items():
+        np.testing.assert_array_equal(x, tracked(state)[name] + (name == "steps"), err_msg=name)
 
 
 def uneven(config):

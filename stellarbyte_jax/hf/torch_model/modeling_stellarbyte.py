@@ -10,6 +10,7 @@ C choices of a token, Q features that a router reads.
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ _EXPERT_DEFAULTS: dict[str, Any] = {  # settings in "moe" that are read here; wh
     "rebalance_interval": None,
 }
 _EXPERT_CHOICES = {"gate": ("linear", "context"), "scoring_func": ("softmax", "sigmoid")}
+_LEAST_SUM = 1e-18  # of scores that something is divided by
 _FEW_TOKENS = 64  # that many in every expert are hardly more work than reading its weights
 _GROUPED = "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")  # torch 2.5
 _LARGEST_EXPONENT = 80.0  # of a factor that float32 and bfloat16 can hold
@@ -277,6 +279,16 @@ def _is_packed(positions_BT: torch.Tensor | None) -> bool:
     return bool((positions_BT.diff(dim=-1) != 1).any())
 
 
+def _unrounded(tensors: Callable[[], list[torch.Tensor]], apply: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What ``Module._apply`` gives, with these tensors moved along but not to 16 bits, as ``model.half()`` asks for."""
+    before = [x.detach() for x in tensors()]
+    result = apply(*args, **options)
+    for held, x in zip(before, tensors(), strict=True):
+        if x.is_floating_point() and x.element_size() < 4:
+            x.data = held.to(x.device)
+    return result
+
+
 def token_positions(mask_BL: torch.Tensor) -> torch.Tensor:
     """Position of each token in its text, int64 [B, L], where padding (0) may stand anywhere."""
     return (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
@@ -355,6 +367,10 @@ class StellarByteAttention(nn.Module):
         self.pairing = "mixed" if config.position_embedding == "stellarbyte" else config.rope_pairing
         kind = config.rope_parameters["rope_type"]
         self.caches_rotated = kind != "dynamic" and config.position_embedding != "stellarbyte"
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        learned = self.config.xpos_learnable
+        return _unrounded(lambda: [self.xpos_rate] if learned else [], super()._apply, *args, **options)
 
     def _first_rates(self, device: torch.device) -> torch.Tensor:
         share_P = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device) / self.config.head_dim
@@ -493,6 +509,9 @@ class StellarByteRouter(nn.Module):
             self.register_buffer("twin_steps", torch.zeros(E))
         self.float()  # also in a model that is made in 16 bits
 
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        return _unrounded(lambda: [*self.parameters(), *self.buffers()], super()._apply, *args, **options)
+
     def reset(self) -> None:
         """First values of what is no matrix."""
         first = {"load": 1 / self.weight.shape[0], "utilization": 0.5, "priority": 1.0}
@@ -521,11 +540,11 @@ class StellarByteRouter(nn.Module):
         experts_RC = _best(ranked_RE, m["num_experts_per_tok"])
         weights_RC = scores_RE.gather(1, experts_RC)
         if m["dynamic_k"] is not None:
-            shares_RC = weights_RC / (scores_RE.sum(1, keepdim=True) + 1e-20)
+            shares_RC = weights_RC / scores_RE.sum(1, keepdim=True).clamp(min=_LEAST_SUM)
             needed_RC = shares_RC.cumsum(1) - shares_RC < m["dynamic_k"]
             experts_RC, weights_RC = experts_RC.where(needed_RC, E), weights_RC.where(needed_RC, 0.0)
         if m["norm_topk_prob"]:
-            weights_RC = weights_RC / (weights_RC.sum(1, keepdim=True) + 1e-20)
+            weights_RC = weights_RC / weights_RC.sum(1, keepdim=True).clamp(min=_LEAST_SUM)
         return experts_RC, weights_RC * m["routed_scaling_factor"]
 
     def _scores(self, x_BTD: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
@@ -579,7 +598,9 @@ class StellarByteExperts(nn.Module):
         """By every expert for every token, a program whose shapes do not depend on the choices."""
         E = self.down_proj.shape[0]
         weights_RE = weights_RC.new_zeros(len(x_RD), E + 1).scatter(1, experts_RC, weights_RC)[:, :E]
-        gate_ERF, up_ERF = (x_RD @ self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
+        # Zeros where it is not chosen: an expert may overflow for tokens that are not its own, and 0 times inf is NaN.
+        x_ERD = torch.where((weights_RE.T != 0)[..., None], x_RD, 0.0)
+        gate_ERF, up_ERF = (x_ERD @ self.gate_up_proj.transpose(1, 2)).chunk(2, -1)
         y_ERD = (self.act(gate_ERF) * up_ERF) @ self.down_proj.transpose(1, 2)
         return (weights_RE.T[..., None] * y_ERD.float()).sum(0)
 
@@ -755,6 +776,11 @@ class StellarByteModel(StellarBytePreTrainedModel):
         c = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
+        if kwargs.get("output_router_logits", getattr(c, "output_router_logits", False)):
+            raise ValueError(
+                "output_router_logits: this model gives no logits of routers and no loss of their balance: train it "
+                "with stellarbyte_jax, or leave output_router_logits out"
+            )
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -877,6 +903,7 @@ class StellarByteForCausalLM(StellarBytePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **{name: x for name, x in kwargs.items() if name == "output_router_logits"},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(found.last_hidden_state[:, kept])

@@ -174,7 +174,8 @@ def moe_stacks(config: ByteConfig) -> dict[str, slice]:
 def _advanced(config: ByteConfig, tracked: Params, tally: Tally) -> Params:
     """Of a stack of routers: running means, priorities, biases and the number of steps.
 
-    The priority is the original's: half for choices that were taken, less use and an even load.
+    The priority is the original's: half for choices that were taken, less use and an even load. Where a step had no
+    choices, as one of padding alone, all but the number of steps stays.
     """
     c = config.moe
     E, decay = c.num_experts, c.state_decay
@@ -188,15 +189,19 @@ def _advanced(config: ByteConfig, tracked: Params, tally: Tally) -> Params:
     # Of whole numbers: shares are rounded, and an expert with its fair share would move.
     below = jnp.sum(tally.wanted, axis=1, keepdims=True) - E * tally.wanted
 
+    chosen = jnp.sum(tally.wanted, axis=1, keepdims=True) > 0
+
     def mean(name: str, new: Array) -> Array:
-        return decay * tracked[name] + (1 - decay) * new
+        return jnp.where(chosen, decay * tracked[name] + (1 - decay) * new, tracked[name])
 
     after = {
         "load": mean("load", shares),
         "utilization": mean("utilization", used),
         "priority": mean("priority", jnp.maximum(wish, 0.1)),
         "bias": tracked["bias"] + c.bias_update_rate * jnp.sign(below),
-        "coldness": _coldness(tracked["coldness"], shares < _IDLE * fair, c.cooling_steps),
+        "coldness": jnp.where(
+            chosen, _coldness(tracked["coldness"], shares < _IDLE * fair, c.cooling_steps), tracked["coldness"]
+        ),
         "steps": tracked["steps"] + 1,
     }
     if TWIN in tracked:
