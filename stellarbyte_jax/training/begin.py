@@ -262,6 +262,17 @@ def keep(found: Found, parameters: ParameterCounts) -> None:
         raise write_failure(target, error) from error
 
 
+def tell_untaught_routers(config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Tells where the one expert of a token has the weight 1 whatever its score, which no gradient passes."""
+    moe = config.model.moe
+    if moe.num_experts and moe.num_experts_per_tok == 1 and moe.norm_topk_prob:
+        say(
+            "warning: model.moe.num_experts_per_tok=1 with norm_topk_prob=true: the weight of a token's expert is "
+            "always 1, so routers learn from losses of balance alone; set model.moe.norm_topk_prob=false, or more "
+            "experts a token"
+        )
+
+
 def tell_unused_rows(config: TrainConfig, say: Callable[[str], None]) -> None:
     """Tells of a vocabulary that is larger than the tokenizer's, by more than rows of padding."""
     rows, tokens = config.model.vocab_size, load_tokenizer(config.data.tokenizer).vocab_size

@@ -134,6 +134,7 @@ def _prepare(
     optimizer = make_optimizer(config, model)
     checkpointer = stack.enter_context(contextlib.closing(Checkpointer(run_dir, config.checkpoint)))
     shapes = state_shapes(config, model, optimizer)
+    begin.tell_untaught_routers(config, report.line)
     rebalance = compiled_rebalance(config, model, shapes, report.line)
     parameters = parameter_counts(model)
     found = resume.restore(checkpointer, named, shapes, optimizer, report.line, config.data.tokenizer)

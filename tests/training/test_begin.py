@@ -269,6 +269,31 @@ def test_rows_that_no_token_uses_are_told(rows, multiple, tokens, told, tmp_path
     ] * int(told)
 
 
+@pytest.mark.parametrize(
+    ("moe", "told"),
+    [
+        ({}, False),
+        ({"num_experts": 4}, False),
+        ({"num_experts": 4, "num_experts_per_tok": 1}, True),
+        ({"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False}, False),
+    ],
+)
+def test_routers_that_the_cross_entropy_does_not_teach_are_told(moe, told, tmp_path):
+    said: list[str] = []
+    begin.tell_untaught_routers(settings(tmp_path, "words", model=ByteConfig(moe=moe)), said.append)
+    assert said == [
+        "warning: model.moe.num_experts_per_tok=1 with norm_topk_prob=true: the weight of a token's expert is "
+        "always 1, so routers learn from losses of balance alone; set model.moe.norm_topk_prob=false, or more "
+        "experts a token"
+    ] * int(told)
+
+
+def test_a_run_tells_of_such_routers(tmp_path, tokenizer, capsys):
+    model = dataclasses.replace(MODEL, moe={"num_experts": 3, "num_experts_per_tok": 1, "intermediate_size": 8})
+    assert train(settings(tmp_path, tokenizer, model=model, steps=1)).exit_code == 0
+    assert "set model.moe.norm_topk_prob=false" in capsys.readouterr().out
+
+
 def test_a_run_of_its_own_vocabulary_tells_unused_rows_and_one_of_given_weights_does_not(tmp_path, tokenizer, capsys):
     wide = dataclasses.replace(MODEL, vocab_size=500)
     assert train(settings(tmp_path, tokenizer, model=wide, steps=1)).exit_code == 0

@@ -241,14 +241,15 @@ def test_a_resumed_run_has_each_line_once(with_experts, tmp_path):
     assert log_of(run) == log_of(with_experts[1])
 
 
-def test_the_end_of_a_run_draws_the_loads_where_a_report_is_asked_for(with_experts, tmp_path, capsys):
+def test_the_end_of_a_run_draws_the_loads_and_a_report_shows_them(with_experts, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pip install -e '.[report]'")
     shutil.copytree(with_experts[1], tmp_path / "run")
     picture = tmp_path / "run" / "router_load.png"
-    assert not picture.exists()
-    assert cli(write_config(tmp_path), *RUN, "report_at_end=true") == 0
-    assert f"load of experts: {picture}" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "load of experts: " in (with_experts[1] / "train.log").read_text(encoding="utf-8")
+    picture.unlink()
+    assert cli(write_config(tmp_path), *RUN, "report_at_end=true") == 0
+    assert f"load of experts: {picture}" in capsys.readouterr().out and picture.is_file()
     assert ">Load of experts</h2>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
