@@ -358,6 +358,8 @@ class TrainConfig(Section):
             f"data.sequence_length {self.data.sequence_length} is longer than "
             f"model.max_position_embeddings {self.model.max_position_embeddings}",
         )
+        rows = self.global_batch_size // self.gradient_accumulation_steps
+        self.model.moe.check_capacity(rows * self.data.sequence_length)
         require(
             self.data.arrangement == "contiguous" or not self.model.has_memory,
             "model.memory needs rows that continue each other: set data.arrangement=contiguous",
