@@ -3,8 +3,8 @@
     python scripts/train.py --config configs/quickstart_moe.py
 
 Hardware: a CPU. Each layer has 8 experts of 192 channels, of which a token takes 2. Ends with samples, a
-checkpoint and a Hugging Face directory under runs/quickstart_moe; report_at_end=true (extra report) draws how tokens
-were spread over the experts.
+checkpoint and a Hugging Face directory under runs/quickstart_moe, and with the extra report a picture of how tokens
+were spread over the experts, router_load.png.
 
 Mixtral: Jiang et al. 2024, https://arxiv.org/abs/2401.04088; Muon: Liu et al. 2025, https://arxiv.org/abs/2502.16982.
 """

@@ -215,6 +215,17 @@ def test_the_command_refuses_in_one_line(run_dir, tmp_path, capsys, arguments, m
     assert not (tmp_path / "out").exists()
 
 
+def test_a_router_that_no_task_teaches_is_told(run_dir, tmp_path, capsys):
+    for k in (1, 2):
+        assert (
+            main(
+                ["upcycle", str(run_dir), str(tmp_path / str(k)), *overrides(f"num_experts=2 num_experts_per_tok={k}")]
+            )
+            == 0
+        )
+        assert ("routers learn from losses of balance alone" in capsys.readouterr().out) == (k == 1)
+
+
 def test_capacity_is_told(run_dir, tmp_path, capsys):
     settings = overrides("num_experts=2 dispatch=capacity")
     assert main(["upcycle", str(run_dir), str(tmp_path / "a"), *settings]) == 0

@@ -303,6 +303,10 @@ def upcycle(arguments: argparse.Namespace) -> None:
         print(
             "moe.dispatch=capacity: in training, tokens that experts have no room for pass the layer by from the start"
         )
+    if config.moe.num_experts_per_tok == 1:
+        print(
+            "moe.num_experts_per_tok=1: an expert's weight is always 1, so routers learn from losses of balance alone"
+        )
 
 
 def check_outside(run: Path, *sources: str) -> None:

@@ -1,5 +1,6 @@
 """Settings of layers whose feed-forward part is a mixture of experts."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -206,6 +207,23 @@ class MoEConfig(Section):
             and layer >= self.first_k_dense_replace
             and (layer + 1) % self.decoder_sparse_step == 0
             and layer not in self.mlp_only_layers
+        )
+
+    def slots(self, tokens: int) -> int:
+        """The slots that are laid out for each expert where so many tokens are computed at once."""
+        fair = tokens * self.num_experts_per_tok / self.num_experts
+        slots = max(self.min_capacity, math.ceil(fair * self.capacity_factor - 1e-9))  # not one more for a rounding
+        return max(1, min(slots, self.max_capacity or slots, tokens))
+
+    def check_capacity(self, tokens: int) -> None:
+        """Raises ConfigError where experts have less room for so many tokens than a token has choices."""
+        if self.num_experts == 0 or self.dispatch != "capacity":
+            return
+        K, slots = self.num_experts_per_tok, self.slots(tokens)
+        require(
+            slots >= min(K, tokens),
+            f"moe.capacity_factor {self.capacity_factor:g} gives an expert room for {slots} of {tokens:,} tokens, less "
+            f"than moe.num_experts_per_tok {K}: raise it, or moe.min_capacity",
         )
 
     @property

@@ -272,8 +272,7 @@ class TrainConfig(Section):
       sample_prompts: texts that are continued at the end of the run
       sample_interval: optimizer steps between rounds of sample_prompts during training; none: no round before the end
       export_at_end: writes output_dir/hf at the end; a model with memory or pruned attention weights has no export
-      report_at_end: writes output_dir/report.html at the end, a page with plots, and with experts a picture of their
-        load, router_load.png; needs the extra report
+      report_at_end: writes output_dir/report.html at the end, a page with plots; needs the extra report
       model: the network
       data: documents, and how they become batches
       optimizer: the update rule
@@ -362,6 +361,8 @@ class TrainConfig(Section):
             f"data.sequence_length {self.data.sequence_length} is longer than "
             f"model.max_position_embeddings {self.model.max_position_embeddings}",
         )
+        rows = self.global_batch_size // self.gradient_accumulation_steps
+        self.model.moe.check_capacity(rows * self.data.sequence_length)
         require(
             self.data.arrangement == "contiguous" or not self.model.has_memory,
             "model.memory needs rows that continue each other: set data.arrangement=contiguous",

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.costs import count_parameters
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses, trained
-from stellarbyte_jax.model.moe import most_slots
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.state.storage import Storage
@@ -192,7 +191,7 @@ def expert_rows(config: ByteConfig, tokens: int) -> ExpertRows:
     """Rows of the experts in a training step, as they are laid out for so many tokens."""
     m = config.moe
     if m.dispatch == "capacity":
-        return ExpertRows(m.num_experts * most_slots(config, tokens), 0)
+        return ExpertRows(m.num_experts * m.slots(tokens), 0)
     experts_NK = jax.ShapeDtypeStruct((tokens, m.num_experts_per_tok), jnp.int32)
     layout = jax.eval_shape(lambda experts_NK: lay_out(experts_NK, m.num_experts), experts_NK)
     blocks = layout.groups.experts_G

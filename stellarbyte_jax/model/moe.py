@@ -3,7 +3,6 @@
 B batch, T positions, N = B T tokens, D model, F inside an expert, E experts, K choices a token, S rows.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar, cast
@@ -243,7 +242,7 @@ def dispatch_choices(config: ByteConfig, decision: Decision, ctx: LayerContext, 
     c = config.moe
     choices, scores_NE = decision.choices, decision.routed.scores_NE
     E = c.num_experts
-    slots = most_slots(config, scores_NE.shape[0])
+    slots = c.slots(scores_NE.shape[0])
     room = room_of(config, decision, slots)
     placed = place(choices.experts_NK, choices.weights_NK, jnp.zeros(E, jnp.int32), room)
     candidates = overflow_candidates(config, decision, ctx, key)
@@ -252,14 +251,6 @@ def dispatch_choices(config: ByteConfig, decision: Decision, ctx: LayerContext, 
         placed = place_overflow(placed, candidates, choices.weights_NK, wanted_NK, room)
     weights_NK = choices.weights_of(scores_NE, placed.experts_NK)
     return Dispatched(placed.experts_NK, weights_NK, lay_out_slots(placed, slots), room.astype(jnp.float32))
-
-
-def most_slots(config: ByteConfig, tokens: int) -> int:
-    """The slots that are laid out for each expert."""
-    c = config.moe
-    fair = tokens * c.num_experts_per_tok / c.num_experts
-    slots = max(c.min_capacity, math.ceil(fair * c.capacity_factor - 1e-9))  # not one more for a rounding
-    return max(1, min(slots, c.max_capacity or slots, tokens))
 
 
 def room_of(config: ByteConfig, decision: Decision, slots: int) -> Int[Array, ""]:

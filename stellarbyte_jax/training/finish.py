@@ -92,36 +92,53 @@ def finish(
     if rounds.missing(step) and not rounds.stopped():
         rounds.measure(params, step, say)
         done.pop("reported", None)
-    if config.report_at_end and not sampler.stopped() and not (done.get("reported") and _pictures_are_there(run_dir)):
+    if sampler.stopped():
+        return target if config.export_at_end else None
+    if config.report_at_end and not (done.get("reported") and (run_dir / REPORT).is_file()):
         _report(run_dir, say)
         done["reported"] = True
+        _write(note, done)
+    if (run_dir / LOADS).is_file() and not (done.get("drawn") and (run_dir / HEATMAP).is_file()):
+        done["drawn"] = _draw_loads(run_dir, say)
         _write(note, done)
     return target if config.export_at_end else None
 
 
 def _report(run_dir: Path, say: Callable[[str], None]) -> None:
-    """Writes the page of a run, and the picture of its experts' load where it has any."""
+    """Writes the page of a run."""
     page, _ = make_page([run_dir])
     target = run_dir / REPORT
     try:
         write_page(target, page)
-        say(f"report: {target}")
-        target = run_dir / HEATMAP
-        if write_heatmap(run_dir) is not None:
-            say(f"load of experts: {target}")
     except OSError as error:
         raise write_failure(target, error) from error
+    say(f"report: {target}")
 
 
-def _pictures_are_there(run_dir: Path) -> bool:
-    return (run_dir / REPORT).is_file() and ((run_dir / HEATMAP).is_file() or not (run_dir / LOADS).is_file())
+def _draw_loads(run_dir: Path, say: Callable[[str], None]) -> bool:
+    """Draws the load of experts, where there is what draws; else says so, and that the same command draws it later."""
+    target = run_dir / HEATMAP
+    try:
+        plots.check(str(target))
+    except ModuleNotFoundError as error:
+        say(f"load of experts: {error}; the same command then draws it")
+        return False
+    try:
+        written = write_heatmap(run_dir)
+    except OSError as error:
+        raise write_failure(target, error) from error
+    if written is not None:
+        say(f"load of experts: {target}")
+    return True
 
 
 def is_done(config: TrainConfig, step: int, sampler: Sampler, rounds: TaskRounds) -> bool:
     """Whether nothing is left of what :func:`finish` does after this step."""
     run_dir = Path(config.output_dir)
-    reported = not config.report_at_end or _read(run_dir / _NOTE, step).get("reported", False)
-    return reported and not sampler.missing(step) and not rounds.missing(step)
+    done = _read(run_dir / _NOTE, step)
+    reported = not config.report_at_end or done.get("reported", False)
+    drawn = "drawn" in done or not (run_dir / LOADS).is_file()
+    return reported and drawn and not sampler.missing(step) and not rounds.missing(step)
 
 
 def export(config: TrainConfig, model: ByteTransformer, params: Params, training: TrainingFacts | None = None) -> None:

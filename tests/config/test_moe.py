@@ -126,6 +126,36 @@ def test_losses_of_routers_need_routers():
     assert override(config, ["model.moe.num_experts=5"]).model.moe.num_experts == 5
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        (
+            8,
+            {"capacity_factor": 0.008, "min_capacity": 1},
+            "moe.capacity_factor 0.008 gives an expert room for 3 of 1,024",
+        ),
+        (8, {"capacity_factor": 0.008}, None),
+        (8, {"capacity_factor": 0.0117, "min_capacity": 1}, None),  # 341.3 x 0.0117 is 3.99
+        (
+            2,
+            {"capacity_factor": 0.0117, "min_capacity": 1},
+            "moe.capacity_factor 0.0117 gives an expert room for 1 of 256",
+        ),
+        (8, {}, None),
+    ],
+)
+def test_the_capacity_of_a_step_has_room_for_the_choices_of_a_token(rows, settings, message):
+    """Of each part of the batch, which is computed at once: 128 tokens a row, 4 of 12 experts for each."""
+    moe = {"num_experts": 12, "num_experts_per_tok": 4, "dispatch": "capacity", **settings}
+    given = {"global_batch_size": 2 * rows, "gradient_accumulation_steps": 2, "data": {"sequence_length": 128}}
+    if message is None:
+        TrainConfig(output_dir="runs/x", steps=200, model=ByteConfig(moe=moe), **given)
+        return
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(output_dir="runs/x", steps=200, model=ByteConfig(moe=moe), **given)
+    assert str(error.value) == f"{message} tokens, less than moe.num_experts_per_tok 4: raise it, or moe.min_capacity"
+
+
 def test_which_layers_have_experts():
     def of(**settings):
         return dataclasses.replace(BASE, num_hidden_layers=6, moe={"num_experts": 4, **settings}).moe_layers

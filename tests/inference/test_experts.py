@@ -6,9 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers.variants import BASE
+from helpers.variants import BASE, make
 from jax.extend.core import jaxprs_in_params
 
+from stellarbyte_jax.inference.api import generate
 from stellarbyte_jax.model.decoder import ByteTransformer, forward_step, param_shapes
 from stellarbyte_jax.model.io import State
 
@@ -61,3 +62,20 @@ def test_a_step_of_many_rows_copies_no_weights():
         x.aval.shape for eqn in equations(found.jaxpr.jaxpr) if eqn.primitive.name == "gather" for x in eqn.outvars
     }
     assert not {shape for shape in shapes if shape[1:] in {(D, 2 * F), (F, D)}}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "a dense layer, experts by sigmoid in groups, one shared, windows",
+        "experts in every second layer, by context, priority and temperature",
+    ],
+)
+def test_a_text_does_not_depend_on_its_batch(variant):
+    model, params = make(variant)
+    prompts = [[3 + n % 7, 5, 2 + n % 11, *range(1, 1 + n % 5)] for n in range(12)]
+    together = generate(model, params, prompts, max_new_tokens=6).sequences
+    for some in ([0], [4, 11]):
+        assert generate(model, params, [prompts[n] for n in some], max_new_tokens=6).sequences == [
+            together[n] for n in some
+        ]

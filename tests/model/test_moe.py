@@ -1,69 +1,20 @@
 """The layer with experts: equal to a loop over experts, and what becomes of choices that there is no room for."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import dense_experts
+from helpers.moe_layer import CAPACITY, D, E, config_of, context, layer, tokens, weights_of
 from helpers.variants import BASE
 
-from stellarbyte_jax.model.context import LayerContext
-from stellarbyte_jax.model.io import LayerState
-from stellarbyte_jax.model.moe import MoE, dispatch_choices, most_slots, overflow_candidates, room_of
+from stellarbyte_jax.model.moe import dispatch_choices, overflow_candidates, room_of
 from stellarbyte_jax.model.router import Decision
-from stellarbyte_jax.model.state.router import RouterState, Tally
+from stellarbyte_jax.model.state.router import Tally
 from stellarbyte_jax.ops.balance import Routed
 from stellarbyte_jax.ops.routing import choose_experts
-
-D, E = 6, 5
-
-
-def config_of(**moe):
-    moe = {"num_experts": E, "intermediate_size": 4, **moe}
-    return dataclasses.replace(
-        BASE, hidden_size=D, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, moe=moe
-    )
-
-
-CAPACITY = {"dispatch": "capacity", "min_capacity": 1}
-
-
-def context(valid, starts=None, train=True):
-    """Rows of one document each, or of documents that begin where ``starts`` is true."""
-    B, T = valid.shape
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
-    if starts is not None:
-        positions = np.where(starts, 0, positions + 1).astype(np.int32)
-    return LayerContext(jnp.asarray(positions), jnp.asarray(positions[:1]), None, None, None, train, jnp.asarray(valid))
-
-
-def weights_of(config, seed=0):
-    ctx = context(np.ones((1, 1), bool), train=False)
-    made = MoE(config).init(jax.random.key(0), jnp.zeros((1, 1, D)), ctx, LayerState())["params"]
-    boxes, tree = jax.tree.flatten(made, is_leaf=lambda x: hasattr(x, "use"))
-    random = np.random.default_rng(seed)
-    return tree.unflatten(
-        [jnp.asarray(0.5 * random.standard_normal(x.value.shape) + x.value, "float32") for x in boxes]
-    )
-
-
-@partial(jax.jit, static_argnums=0)
-def layer(config, weights, x, ctx, tally=None):
-    state = LayerState() if tally is None else LayerState(router=RouterState(tally=tally))
-    rngs = {"dropout": jax.random.key(3)} if ctx.train else None
-    out, state, aux = MoE(config).apply({"params": weights}, x, ctx, state, rngs=rngs)
-    return out, None if state.router is None else state.router.tally, aux
-
-
-def tokens(B, T, seed=0):
-    random = np.random.default_rng(seed)
-    valid = random.random((B, T)) < 0.8
-    valid[0] = True
-    return jnp.asarray(random.standard_normal((B, T, D)), "float32"), valid
-
 
 EQUAL = {
     "dropless": {},
@@ -144,7 +95,7 @@ def test_experts_have_a_capacity_in_training_alone():
 )
 def test_the_slots_of_an_expert(number, settings, slots):
     config = dataclasses.replace(BASE, moe={"dispatch": "capacity", **settings})
-    assert most_slots(config, number) == slots
+    assert config.moe.slots(number) == slots
 
 
 def decision_of(config, scores, valid, use=None):
@@ -177,7 +128,7 @@ def test_the_room_of_experts_by_their_use(use, settings, room):
     config = config_of(**{**CAPACITY, "dynamic_capacity": True, "capacity_factor": 2.0, **settings})
     valid = np.arange(30).reshape(3, 10) % 3 > 0  # 20 of 30
     decision = decision_of(config, np.random.default_rng(0).random((30, E)), valid, use)
-    slots = most_slots(config, 30)
+    slots = config.moe.slots(30)
     if use == [0.1, 0.3, 0.5, 0.7, 0.9]:
         room = int(np.ceil(8 * np.mean([1 / (u + 0.1) for u in use])))
     assert int(room_of(config, decision, slots)) == room
@@ -236,7 +187,7 @@ def test_what_has_no_room_goes_where_the_settings_say(overflow, seed):
         goes_on = n % 12 and not starts.reshape(-1)[n]
         before = first[n - 1] if goes_on else E
         lists.append([e for step in overflow for e in STEPS[step](np.float32(scores[n]), first[n], before)])
-    room = most_slots(config, 24)
+    room = config.moe.slots(24)
     assert room == 6 and np.bincount(first, minlength=E + 1)[:E].max() > room
     expected = by_list(config, decision, ctx, lists, room)
     sent = jax.jit(dispatch_choices, static_argnums=0)(config, with_rows(decision), ctx, None)
@@ -313,7 +264,7 @@ def test_nothing_is_lost_that_had_room_in_its_list(seed, dynamic_k):
     sent = jax.jit(dispatch_choices, static_argnums=0)(config, with_rows(decision), ctx, key)
     lists = np.asarray(overflow_candidates(config, decision, ctx, key))
     got, wanted = np.asarray(sent.experts_NK), np.asarray(decision.choices.experts_NK)
-    slots = most_slots(config, 24)
+    slots = config.moe.slots(24)
     assert (got[wanted == E] == E).all() and (got[~valid.reshape(-1)] == E).all()
     full = np.bincount(got[got < E], minlength=E) == slots
     assert full.any() and (got[wanted < E] == E).any(), "else there is nothing to see"

@@ -115,6 +115,21 @@ def test_the_slope_of_each_loss_is_that_of_the_loop(name):
         assert np.any(slopes) == (number == (0 if name == "router_z" else 1))
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_loss_of_transformers_is_ours_times_the_choices_of_a_token(k):
+    """Of one layer; of several, that of transformers is of their mean loads and scores."""
+    torch = pytest.importorskip("torch", reason="the peer is transformers on torch: pip install -e '.[torch]'")
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits, _, _, mask, _ = drawn()
+    scores = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    experts = np.where(mask[:, None], np.argsort(-scores, axis=1)[:, :k], E)
+    theirs = mixtral.load_balancing_loss_func(
+        (torch.tensor(logits),), E, k, torch.tensor(mask.reshape(ROWS, LENGTH), dtype=torch.long)
+    )
+    found = ours(*floats((logits, scores, experts, mask, np.zeros(E))))["router_load"]
+    assert float(theirs) == pytest.approx(k * float(found), rel=1e-5)
+
+
 def test_padding_does_not_matter_whatever_stands_there():
     logits, scores, experts, mask, before = floats(drawn())
     plain = ours(logits, scores, experts, mask, before)

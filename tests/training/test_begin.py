@@ -278,6 +278,12 @@ def test_rows_that_no_token_uses_are_told(rows, multiple, tokens, told, tmp_path
     ] * int(told)
 
 
+def test_a_run_tells_of_such_routers(tmp_path, tokenizer, capsys):
+    model = dataclasses.replace(MODEL, moe={"num_experts": 3, "num_experts_per_tok": 1, "intermediate_size": 8})
+    assert train(settings(tmp_path, tokenizer, model=model, steps=1)).exit_code == 0
+    assert "model.moe.norm_topk_prob=false lets them learn" in capsys.readouterr().out
+
+
 def test_a_run_of_its_own_vocabulary_tells_unused_rows_and_one_of_given_weights_does_not(tmp_path, tokenizer, capsys):
     wide = dataclasses.replace(MODEL, vocab_size=500)
     assert train(settings(tmp_path, tokenizer, model=wide, steps=1)).exit_code == 0

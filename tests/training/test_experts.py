@@ -111,6 +111,22 @@ def test_balance_losses_and_their_gradients_are_those_of_a_dense_loop(remat, par
     assert_close(after.opt_state, slopes, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("moe", "taught"),
+    [
+        ({"num_experts_per_tok": 1}, False),  # of which begin.tell_routers_without_slope tells
+        ({"num_experts_per_tok": 1, "norm_topk_prob": False}, True),
+        ({}, True),
+    ],
+)
+def test_the_cross_entropy_teaches_routers_but_where_the_weight_is_always_one(moe, taught):
+    config = with_experts(LossConfig(router_load=0.0), model=SMALL, **moe)
+    state = first(config)
+    gradient = flat(compiled_step(config, RECORDER)(state, packed_batch())[0].opt_state)
+    largest = float(jnp.max(jnp.abs(gradient["layers/0/moe/router/kernel"])))
+    assert largest > 1e-4 if taught else largest < 1e-7, "what is left is rounding"
+
+
 def test_a_pool_gets_the_gradients_of_all_its_layers():
     config = with_experts(model=dataclasses.replace(SMALL, num_hidden_layers=2), shared_pool=True)
     state, batch = first(config), packed_batch()

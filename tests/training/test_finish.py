@@ -210,23 +210,49 @@ def test_what_a_signal_leaves_undone_is_done_later_and_a_report_has_what_came_af
     assert len(finished(more)[0]) == 3 and "<b>b</b>" in report.read_text(encoding="utf-8")
 
 
-def test_the_picture_of_loads_belongs_to_the_report(run, tmp_path, monkeypatch):
-    config, picture = run(report_at_end=True), tmp_path / "run" / "router_load.png"
-    picture.parent.mkdir()
-    (picture.parent / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n')
+def drawn_by_fakes(monkeypatch):
     monkeypatch.setattr(plots, "check", lambda asked: None)
     monkeypatch.setattr(plots, "draw", lambda *args: b"png")
     monkeypatch.setattr(heatmap, "draw", lambda loads: b"heat")
-    told = [f"report: {picture.parent / 'report.html'}", f"load of experts: {picture}"]
-    assert finished(config) == (told[:1], None) and not picture.exists(), "a run without experts"
+
+
+@pytest.mark.parametrize("report_at_end", [False, True])
+def test_the_loads_of_experts_are_drawn_with_a_report_and_without(run, tmp_path, monkeypatch, report_at_end):
+    config, picture = run(report_at_end=report_at_end), tmp_path / "run" / "router_load.png"
+    picture.parent.mkdir()
+    (picture.parent / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n')
+    drawn_by_fakes(monkeypatch)
+    page = [f"report: {picture.parent / 'report.html'}"] * report_at_end
+    told = [f"load of experts: {picture}"]
+    assert finished(config) == (page, None) and not picture.exists(), "a run without experts"
     (picture.parent / "router_load.jsonl").write_text('{"step": 5, "load": {"0": [0.5, 0.5]}}\n')
     assert finished(config) == (told, None) and picture.read_bytes() == b"heat"
     assert finished(config) == ([], None), "both are there"
+    assert finished(config, step=6)[0] == page + told, "there are more lines"
     picture.unlink()
-    assert finished(config) == (told, None) and picture.is_file()
+    assert finished(config, step=6) == (told, None) and picture.is_file()
     picture.unlink()
     picture.mkdir()
     with pytest.raises(
         OSError, match=r"router_load\.png could not be written: Is a directory; there is a folder where"
     ):
-        finished(config)
+        finished(config, step=6)
+
+
+def test_loads_that_cannot_be_drawn_end_no_run_and_are_drawn_later(run, tmp_path, monkeypatch):
+    config, picture = run(), tmp_path / "run" / "router_load.png"
+    picture.parent.mkdir()
+    (picture.parent / "router_load.jsonl").write_text('{"step": 5, "load": {"0": [0.5, 0.5]}}\n')
+    model = ByteTransformer(config.model)
+    sampler, rounds = Sampler(config, model, 5, lambda: True), TaskRounds(config, model, 5, lambda: True)
+    assert finished(config, stopped=True) == ([], None) and not finish.is_done(config, 5, sampler, rounds)
+    picture.write_bytes(b"of an earlier end")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        patch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+        (said,) = finished(config)[0]
+    assert said.startswith(f"load of experts: {picture} needs matplotlib, and matplotlib")
+    assert said.endswith(" is not installed: pip install matplotlib; the same command then draws it")
+    assert finish.is_done(config, 5, sampler, rounds)
+    drawn_by_fakes(monkeypatch)
+    assert finished(config) == ([f"load of experts: {picture}"], None) and picture.read_bytes() == b"heat"

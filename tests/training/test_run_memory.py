@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers.runs import cli, log_of, same_weights, write_config
 from helpers.training import MODEL, settings
 
@@ -41,16 +42,20 @@ SETTINGS = (
 )
 
 
-def test_resume_with_memory_is_exact(tmp_path, capsys):
+EXPERTS = ("model.moe.num_experts=3", "model.moe.intermediate_size=8", "model.moe.bias_update_rate=0.01")
+
+
+@pytest.mark.parametrize("experts", [(), EXPERTS], ids=["dense", "experts"])
+def test_resume_with_memory_is_exact(experts, tmp_path, capsys):
     """10 steps against 4, a lost run, and 6 more: documents go on in the middle, and so does what is remembered."""
-    straight = write_config(tmp_path)
-    assert cli(straight, *SETTINGS) == 0
+    straight, asked = write_config(tmp_path), (*SETTINGS, *experts)
+    assert cli(straight, *asked) == 0
     run = tmp_path / "run"
     wanted, weights = log_of(run), load_weights(run)[1]
     for step in (run / "checkpoints").iterdir():
         if step.name != "4":
             shutil.rmtree(step)
-    assert cli(straight, *SETTINGS, "model.memory.batch_policy=select") == 0  # what may change between runs
+    assert cli(straight, *asked, "model.memory.batch_policy=select") == 0  # what may change between runs
     said = capsys.readouterr().out
     assert "resumed at step 4" in said
     assert "scripts/generate.py" in said and "scripts/convert.py" not in said  # no family expresses this model

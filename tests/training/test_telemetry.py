@@ -4,7 +4,10 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -180,13 +183,41 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+class Writer:
+    """In place of the one of tensorboardX: keeps scalars."""
+
+    scalars: ClassVar[dict[int, dict[str, float]]] = {}
+
+    def __init__(self, directory, purge_step):
+        pass
+
+    def add_scalar(self, name, value, step):
+        self.scalars.setdefault(step, {})[name] = value
+
+    def flush(self):
+        pass
+
+    close = flush
+
+
 @pytest.fixture(scope="module")
 def with_experts(tmp_path_factory):
     """A run of six steps with experts in layers 1 and 2, its config file, and what it printed."""
     directory = tmp_path_factory.mktemp("with_experts")
     config_file = write_config(directory)
-    assert cli(config_file, *RUN) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+        assert cli(config_file, *RUN, "logging.trackers=tensorboard") == 0
     return config_file, directory / "run"
+
+
+def test_trackers_get_what_stands_in_metrics_of_each_layer(with_experts):
+    lines = [line for line in lines_of(with_experts[1] / "metrics.jsonl") if "loss" in line]
+    for line in lines:
+        sent = Writer.scalars[line["step"]]
+        of_routers = {name: value for name, value in line.items() if name.startswith("router/")}
+        assert {f"{name}/{layer}" for name in BY_LAYER for layer in (1, 2)} < of_routers.keys()
+        assert {name: value for name, value in sent.items() if name.startswith("router/")} == of_routers
 
 
 def test_a_run_writes_each_metric_by_layer(with_experts):
@@ -241,14 +272,15 @@ def test_a_resumed_run_has_each_line_once(with_experts, tmp_path):
     assert log_of(run) == log_of(with_experts[1])
 
 
-def test_the_end_of_a_run_draws_the_loads_where_a_report_is_asked_for(with_experts, tmp_path, capsys):
+def test_the_end_of_a_run_draws_the_loads_and_a_report_shows_them(with_experts, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pip install -e '.[report]'")
     shutil.copytree(with_experts[1], tmp_path / "run")
     picture = tmp_path / "run" / "router_load.png"
-    assert not picture.exists()
-    assert cli(write_config(tmp_path), *RUN, "report_at_end=true") == 0
-    assert f"load of experts: {picture}" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "load of experts: " in (with_experts[1] / "train.log").read_text(encoding="utf-8")
+    picture.unlink()
+    assert cli(write_config(tmp_path), *RUN, "report_at_end=true") == 0
+    assert f"load of experts: {picture}" in capsys.readouterr().out and picture.is_file()
     assert ">Load of experts</h2>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 

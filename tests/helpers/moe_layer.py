@@ -1,0 +1,60 @@
+"""One layer with experts, with weights and tokens to call it with."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from helpers.variants import BASE
+from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.io import LayerState
+from stellarbyte_jax.model.moe import MoE
+from stellarbyte_jax.model.state.router import RouterState
+
+D, E = 6, 5
+
+
+def config_of(**moe):
+    moe = {"num_experts": E, "intermediate_size": 4, **moe}
+    return dataclasses.replace(
+        BASE, hidden_size=D, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, moe=moe
+    )
+
+
+CAPACITY = {"dispatch": "capacity", "min_capacity": 1}
+
+
+def context(valid, starts=None, train=True):
+    """Rows of one document each, or of documents that begin where ``starts`` is true."""
+    B, T = valid.shape
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
+    if starts is not None:
+        positions = np.where(starts, 0, positions + 1).astype(np.int32)
+    return LayerContext(jnp.asarray(positions), jnp.asarray(positions[:1]), None, None, None, train, jnp.asarray(valid))
+
+
+def weights_of(config, seed=0):
+    ctx = context(np.ones((1, 1), bool), train=False)
+    made = MoE(config).init(jax.random.key(0), jnp.zeros((1, 1, D)), ctx, LayerState())["params"]
+    boxes, tree = jax.tree.flatten(made, is_leaf=lambda x: hasattr(x, "use"))
+    random = np.random.default_rng(seed)
+    return tree.unflatten(
+        [jnp.asarray(0.5 * random.standard_normal(x.value.shape) + x.value, "float32") for x in boxes]
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def layer(config, weights, x, ctx, tally=None):
+    state = LayerState() if tally is None else LayerState(router=RouterState(tally=tally))
+    rngs = {"dropout": jax.random.key(3)} if ctx.train else None
+    out, state, aux = MoE(config).apply({"params": weights}, x, ctx, state, rngs=rngs)
+    return out, None if state.router is None else state.router.tally, aux
+
+
+def tokens(B, T, seed=0):
+    random = np.random.default_rng(seed)
+    valid = random.random((B, T)) < 0.8
+    valid[0] = True
+    return jnp.asarray(random.standard_normal((B, T, D)), "float32"), valid
