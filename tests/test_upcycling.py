@@ -128,6 +128,10 @@ def test_noise_is_a_share_of_the_spread_of_each_matrix_and_parts_the_experts(par
         assert 0.08 < share < 0.12
     moved = np.abs(logits_of(config, noisy) - logits_of(DENSE, params)).max()
     assert 1e-3 < moved
+    half = upcycle(DENSE, jax.tree.map(lambda x: x.astype("bfloat16"), params), config, noise=0.1)
+    assert {x.dtype.name for x in half["layers"]["0"]["moe"]["experts"].values()} == {"bfloat16"}
+    other = upcycle(DENSE, params, config, noise=0.1, seed=1)["layers"]["0"]["moe"]["experts"]
+    assert not np.array_equal(other["down"], noisy["layers"]["0"]["moe"]["experts"]["down"]), "the seed is of the noise"
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED.items())
@@ -135,6 +139,11 @@ def test_what_would_compute_something_else_is_refused(settings, message):
     with pytest.raises(ConfigError) as refused:
         upcycled_config(DENSE, overrides(f"num_experts=8 {settings}"))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_groups_that_a_token_may_all_use_part_no_copy():
+    config = upcycled_config(DENSE, overrides("num_experts=8 intermediate_size=12 n_group=8 topk_group=8"))
+    assert config.moe.n_group == 8
 
 
 @pytest.mark.parametrize(
@@ -152,9 +161,10 @@ def test_settings_that_are_missing_or_of_something_else(settings, message):
     assert message in str(refused.value)
 
 
-def test_a_negative_noise_is_refused(params):
-    with pytest.raises(ConfigError, match="noise -1"):
-        upcycle(DENSE, params, upcycled_config(DENSE, overrides("num_experts=3")), noise=-1)
+def test_a_noise_that_is_no_share_is_refused(params):
+    for noise in (-1, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=f"noise {noise} is no share of the weights"):
+            upcycle(DENSE, params, upcycled_config(DENSE, overrides("num_experts=3")), noise=noise)
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ def _ours(dispatch: Literal["dropless", "capacity"]) -> Callable[[TrainConfig, i
 def _huggingface(dtype: Literal["float32", "bfloat16"]) -> Callable[[TrainConfig, int], dict[str, Any]]:
     def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
         """The Qwen3-MoE of this shape, with its grouped products where there is a GPU."""
+        c = _checked(config).model
         with imports():
             import torch
             import transformers
 
-        c = _checked(config).model
         make: Any = transformers.Qwen3MoeConfig
         settings = make(
             vocab_size=c.vocab_size,
@@ -34,11 +34,13 @@ def _huggingface(dtype: Literal["float32", "bfloat16"]) -> Callable[[TrainConfig
             num_attention_heads=c.num_attention_heads,
             num_key_value_heads=c.kv_heads,
             head_dim=c.head_size,
+            hidden_act=c.hidden_act,
             max_position_embeddings=c.max_position_embeddings,
             tie_word_embeddings=c.tie_word_embeddings,
             num_experts=c.moe.num_experts,
             num_experts_per_tok=c.moe.num_experts_per_tok,
             moe_intermediate_size=c.expert_size,
+            mlp_only_layers=[layer for layer in range(c.num_hidden_layers) if layer not in c.moe_layers],
             norm_topk_prob=c.moe.norm_topk_prob,
             output_router_logits=True,
             use_cache=False,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.ops.routing import LEAST_SUM
 
@@ -72,7 +72,7 @@ def losses(routed: Routed, counts_E: Float[Array, " E"]) -> dict[str, Array]:
     log_z_N = jnp.where(routed.mask_N, jax.nn.logsumexp(routed.logits_NE, axis=1), 0.0)
     return {
         "router_load": E * jnp.sum(loads_E * mean_E),
-        "router_global": E * jnp.sum(jax.lax.stop_gradient(_loads(counts_E)) * mean_E),
+        "router_global": E * jnp.sum(_loads(counts_E) * mean_E),
         "router_sequence": _by_row(routed, shares_NE),
         "router_entropy": E * jnp.sum(loads_E * _of_undecided(shares_NE)),
         "router_kl": jnp.sum(mean_E * jnp.log(E * mean_E + _TINY)),
@@ -98,8 +98,3 @@ def _by_row(routed: Routed, shares_NE: Float[Array, "N E"]) -> Float[Array, ""]:
 def _of_undecided(shares_NE: Float[Array, "N E"]) -> Float[Array, " E"]:
     entropy_N = jax.lax.stop_gradient(-jnp.sum(shares_NE * jnp.log(shares_NE + _TINY), axis=1))
     return jnp.sum(entropy_N[:, None] * shares_NE, axis=0) / (jnp.sum(entropy_N) + _TINY)
-
-
-def masked_mean(values_N: Float[Array, " N"], mask_N: Bool[Array, " N"]) -> Float[Array, ""]:
-    """The mean of the values that count; 0 where none does."""
-    return jnp.sum(jnp.where(mask_N, values_N, 0.0)) / jnp.maximum(jnp.sum(mask_N, dtype=jnp.float32), 1.0)

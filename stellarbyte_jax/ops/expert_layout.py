@@ -79,7 +79,6 @@ def lay_out_slots(placed: Placed, capacity: int) -> Layout:
     N, K = placed.experts_NK.shape
     E = placed.used_E.shape[0]
     rows_P = (placed.experts_NK * capacity + placed.slots_NK).reshape(-1)  # E times the capacity: no row
-    rows_P = jnp.minimum(rows_P, E * capacity)
     sizes_E = jnp.full(E, capacity, jnp.int32)
     return _layout(jnp.arange(N * K, dtype=jnp.int32), rows_P, E * capacity, N, Groups(sizes_E, None))
 

@@ -226,6 +226,9 @@ def test_what_is_read_later_is_checked(tmp_path: Path, monkeypatch: pytest.Monke
     message = r"checkpoints/1 is unreadable: ValueError: the arrays of params and those of the settings differ in \S+"
     with pytest.raises(CheckpointError, match=rf"{message}_norm/scale.*\. Name another step$"):
         load_lazy_weights(tmp_path / "other")
+    write(tmp_path / "more", {1: {"params": {**WEIGHTS, "head": {"bias": np.zeros(3, np.float32)}}}})
+    with pytest.raises(CheckpointError, match=r"the arrays of params and those of the settings differ in head/bias"):
+        load_lazy_weights(tmp_path / "more")
     write(tmp_path / "run", {2: {"params": WEIGHTS}})
     _, later = load_lazy_weights(tmp_path / "run")
     read = store.read_leaf

@@ -9,14 +9,18 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
-from helpers.training import settings
+from helpers.training import MODEL, settings
 
 import stellarbyte_jax
 from stellarbyte_jax.checkpoint import store
-from stellarbyte_jax.cli import benchmark, measurements, program
+from stellarbyte_jax.cli import benchmark, measurements, moe_speed, program
 from stellarbyte_jax.cli.measurements import WORKERS
+from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data import loader
+from stellarbyte_jax.inspect.costs import flops_per_token, parameter_counts
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.training import metrics, state, step
 
 
 @pytest.fixture
@@ -112,6 +116,34 @@ def test_evaluation_has_a_peer_too(machine, torch, tmp_path):
     assert measured == [("eval", "quickstart")]
 
 
+def with_experts(**moe):
+    moe = {"num_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 24, "norm_topk_prob": False, **moe}
+    return settings(model=dataclasses.replace(MODEL, num_hidden_layers=3, hidden_act="gelu", moe=moe))
+
+
+def test_experts_are_measured_with_each_dispatch(monkeypatch):
+    monkeypatch.setattr(moe_speed, "synthetic", lambda config, steps: (config.model.moe, steps))
+    moe = with_experts().model.moe
+    for name in ("dropless", "capacity"):
+        assert moe_speed.WORKERS[name](with_experts(), 7) == (dataclasses.replace(moe, dispatch=name), 7)
+    for measure in moe_speed.WORKERS.values():
+        with pytest.raises(MendableError, match="needs a config with experts: --config pretrain_moe"):
+            measure(settings(), 7)
+
+
+def test_the_peer_of_experts_has_their_shape(monkeypatch):
+    """As many weights, dense layers among them, but for the norms of queries and keys, which every Qwen3 has."""
+    torch = pytest.importorskip("torch", reason="the peer is one of transformers")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(moe_speed, "train_peer", lambda config, steps, model: {"model": model})
+    config = with_experts(first_k_dense_replace=1)
+    found = moe_speed.WORKERS["huggingface_moe_bfloat16"](config, 7)
+    peer, counts = found.pop("model"), parameter_counts(ByteTransformer(config.model))
+    assert found == {"experts": "eager", "weights": "bfloat16"} and peer.dtype == torch.bfloat16
+    assert sum(weight.numel() for weight in peer.parameters()) == counts.total + 3 * 2 * config.model.head_size
+    assert (peer.config.num_experts_per_tok, peer.config.norm_topk_prob, peer.config.hidden_act) == (3, False, "gelu")
+
+
 def test_what_is_being_done_is_told_apart_from_the_results(machine, torch, tmp_path, capsys):
     measured = machine("cpu", fails=["real"])
     run = benchmark._run_worker
@@ -204,8 +236,16 @@ def test_a_rate_is_tokens_of_all_steps_over_their_time(monkeypatch):
     monkeypatch.setattr(
         measurements, "_timed", lambda run, tokens, steps: counted.append((tokens, steps)) or {"tokens_per_second": 1}
     )
-    WORKERS["synthetic"](settings(), 2)
+    monkeypatch.setattr(metrics, "peak_flops", lambda: 1e6)
+    monkeypatch.setattr(state, "create_state", lambda *_: {})
+    monkeypatch.setattr(
+        step, "make_train_step", lambda *_: lambda state, batch: (state, {"loss": batch["tokens"][0, 0]})
+    )
+    config = with_experts()
+    result = WORKERS["synthetic"](config, 2)
     assert counted == [(4 * 16, 2)]  # rows and positions of a batch
+    active = parameter_counts(ByteTransformer(config.model)).active
+    assert result["mfu"] == round(flops_per_token(config.model, active, 16).causal / 1e6, 4)
 
 
 def test_generation_is_measured_by_batch_size_and_by_the_dtype_of_the_cache(monkeypatch):

@@ -76,6 +76,7 @@ def test_settings_at_the_edge_of_a_rule_are_accepted():
         {"dispatch": "capacity", "overflow": ()},
         {"noise": "gumbel", "noise_scale": 0.5},
         {"gate": "context", "history_decay": 0.5},
+        {"rebalance_interval": 5, "n_group": 4, "topk_group": 4},
     ):
         assert MoEConfig(num_experts=8, **settings).given()
 

@@ -18,6 +18,7 @@ from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.export import _meaning, export_family
 from stellarbyte_jax.hf.families import FAMILIES
 from stellarbyte_jax.hf.settings import parse_config, settings_json
+from stellarbyte_jax.hf.spelling import as_spelled
 from stellarbyte_jax.hf.verify import compare_with_transformers
 
 TOKENS = np.random.default_rng(0).integers(1, 96, (2, 24), dtype=np.int32)
@@ -246,6 +247,28 @@ def test_layers_with_fewer_experts_are_told(tmp_path: Path) -> None:
     edit_tensors(tmp_path / "a", lambda held: [held.pop(key) for key in list(held) if "experts" in key])
     with pytest.raises(ValueError, match=r"has 0 of them in the files, and config\.json says 5"):
         from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("spelled", ["experts.down_proj", "experts.{e}.down_proj.weight"], ids=["fused", "listed"])
+def test_experts_are_counted_in_layers_that_have_them(spelled: str) -> None:
+    """Neither in one that the model lacks, nor in a tensor without axes; what becomes of these is said later."""
+    config = ByteConfig(**SMALL, qk_norm=True, moe={"num_experts": 4})
+
+    class Held(dict[str, tuple[int, ...]]):
+        names, shape = dict.keys, dict.__getitem__
+
+    def check(layers: dict[int, tuple[int, ...]]) -> None:
+        held: Any = Held()
+        for layer, (experts, *axes) in layers.items():
+            names = {f"model.layers.{layer}.mlp.{spelled}".replace("{e}", str(e)) for e in range(experts)}
+            held |= dict.fromkeys(names, tuple(axes))
+        as_spelled(FAMILIES["qwen3_moe"], config, held, "here")
+
+    check({0: (4, 4, 8), 9: (5, 5, 8)})
+    with pytest.raises(
+        ValueError, match=r"^here: a layer with experts has 0 of them in the files, and config\.json says 4"
+    ):
+        check({9: (4, 4, 8)} | ({0: (1,)} if "{e}" not in spelled else {}))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.hf_models import NEEDS_TORCH, assert_same_tree, edit_config, edit_tensors, tensors
-from helpers.variants import BASE, VARIANTS, make_model, run
+from helpers.variants import BASE, VARIANTS, make_model, run, with_twins
 
 from stellarbyte_jax import generate
 from stellarbyte_jax.config import LossConfig
@@ -81,6 +81,8 @@ def modules(tmp_path, monkeypatch):
 def export(name: str, directory: Path, dtype: str = "float32", **changes: Any) -> tuple[Any, Any]:
     """A model of ours and its directory."""
     model, params = make_model(dataclasses.replace(BASE, **(MODELS[name] | changes)))
+    if model.config.moe.rebalance_interval is not None:
+        params = with_twins(params, ((1, 4), (2, 5)))
     save_pretrained(directory, model, params, ids={"pad_token_id": 0}, family="stellarbyte", dtype=dtype)
     return model, params
 

@@ -50,6 +50,34 @@ def test_of_equal_scores_the_first_experts_are_chosen() -> None:
     torch.testing.assert_close(weights_RC, torch.full((9, 5), 0.2))
 
 
+def test_a_twin_that_a_token_does_not_see_is_not_chosen_whatever_its_bias() -> None:
+    """Experts 1 and 3 are halves of one; for 0 and 2, which are too, the time is over."""
+    router = fresh(num_experts=4, num_experts_per_tok=3, rebalance_interval=5).model.layers[0].mlp.router
+    for name, values in {"twin": [2, 3, 0, 1], "twin_steps": [0, 1, 0, 1], "bias": [0, 9, 0, 9]}.items():
+        getattr(router, name).copy_(torch.tensor(values))
+    call = modelling.Call(router.config, torch.arange(2)[None], torch.arange(2), None, None, None, False, None)
+    x_BTD = torch.randn(1, 2, 32)
+    experts_RC, weights_RC = router(x_BTD, call)
+    for position, (seen, hidden) in enumerate(((1, 3), (3, 1))):
+        assert experts_RC[position, 0] == seen and sorted(experts_RC[position, 1:].tolist()) == [0, 2]
+        logits = torch.nn.functional.linear(x_BTD[0, position], router.weight)
+        logits[hidden] = -torch.inf
+        torch.testing.assert_close(weights_RC[position], logits.softmax(-1)[experts_RC[position]])
+
+
+def test_the_view_of_a_token_passes_the_exact_gelu() -> None:
+    context = modelling.StellarByteContext(fresh(num_experts=4, gate="context", context_size=32).config)
+    with torch.no_grad():
+        context.context_in.copy_(torch.eye(32))
+        context.context_out.copy_(torch.eye(32))
+        context.position.fill_(2.0)
+    x_BTD = torch.linspace(-3, 3, 32)[None, None]
+    view = x_BTD * (1 + torch.erf(x_BTD / 2**0.5)) / 2
+    features = torch.cat([x_BTD, view, torch.full((1, 1, 16), 2.0)], dim=-1)
+    expected = features / (features.square().mean(-1, keepdim=True) + context.norm.eps).sqrt()
+    torch.testing.assert_close(context(x_BTD, torch.zeros(1, 1).long()), expected, atol=1e-6, rtol=1e-6)
+
+
 def test_experts_without_tokens_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     peer = fresh(num_experts=6, dynamic_k=0.0)
     experts, rows, linear = peer.model.layers[0].mlp.experts, [], torch.nn.functional.linear
@@ -89,6 +117,7 @@ def test_fresh_weights_are_those_of_the_settings() -> None:
     half = modelling.StellarByteForCausalLM._from_config(peer.config, dtype=torch.bfloat16)
     dtypes = {tensor.dtype for router in half.model.layers for tensor in router.mlp.router.state_dict().values()}
     assert half.dtype == torch.bfloat16 and dtypes == {torch.float32}
+    assert half._keep_in_fp32_modules_strict == {"router"}  # what releases of 4 go by when they read weights
 
 
 def test_dropout_of_the_layer_is_of_its_sum() -> None:

@@ -15,6 +15,13 @@ def context(positions, segments=None, max_segments=None):
     return LayerContext(positions, rows, segments, Frequencies(jnp.ones(4)), max_segments)
 
 
+def test_a_document_starts_at_position_0_or_where_another_one_ends():
+    """The first one of a row may go on from before; the second's beginning may be cut off."""
+    positions = jnp.asarray([[3, 4, 7, 8, 0, 1]], jnp.int32)
+    assert context(positions, jnp.asarray([[1, 1, 2, 2, 3, 3]], jnp.int32)).starts.tolist() == [[0, 0, 1, 0, 1, 0]]
+    assert context(positions).starts.tolist() == [[0, 0, 0, 0, 1, 0]]
+
+
 def test_the_mask_of_a_row_counts_places_and_shows_the_first_tokens_of_each_document():
     positions = jnp.asarray([[0, 1, 2, 0, 1, 2]], jnp.int32)
     ids = jnp.asarray([[1, 1, 1, 2, 2, 2]], jnp.int32)

@@ -21,6 +21,17 @@ def test_a_state_is_cut_into_its_rows_and_joined_again():
     assert State().split(2) == State() == State().joined()
 
 
+def test_rows_of_a_state_have_their_own_history():
+    """As continuations have that of the context they share."""
+    config = dataclasses.replace(BASE, moe={"num_experts": 4, "gate": "context", "history_decay": 0.5})
+    state = State.empty(config, 3, 8)
+    assert state.router.history_LBD.shape == (4, 3, BASE.hidden_size)
+    history = jnp.arange(4 * 3 * 2.0).reshape(4, 3, 2)
+    found = state.replace(router=state.router.replace(history_LBD=history)).select([2, 0, 2, 2])
+    np.testing.assert_array_equal(found.router.history_LBD, np.asarray(history)[:, [2, 0, 2, 2]])
+    assert found.cache.batch_size == 4
+
+
 def test_what_layers_tell_is_added_by_name():
     a = Aux.of({"x": jnp.asarray(1.0)}, {"s": jnp.asarray(3.0)})
     b = Aux.of({"x": jnp.asarray(2.0), "y": jnp.asarray(5.0)})

@@ -1,5 +1,6 @@
 """A weight and its use: made once, used by its spec, and described by a table."""
 
+import dataclasses
 import re
 
 import flax.linen as nn
@@ -199,6 +200,14 @@ def test_the_use_of_every_weight_of_every_variant():
             assert use == WeightUse(*expected), (variant, path)
             met.add(path)
     assert met == TABLE.keys()
+
+
+@pytest.mark.parametrize(("context", "position"), [(1, 1), (7, 3)])
+def test_a_gate_has_half_as_many_features_of_the_position_and_one_at_least(context, position):
+    config = dataclasses.replace(BASE, moe={"num_experts": 4, "gate": "context", "context_size": context})
+    router = param_shapes(ByteTransformer(config))["layers"]["0"]["moe"]["router"]
+    assert router["position"].shape == (BASE.num_hidden_layers, BASE.max_position_embeddings, position)
+    assert router["kernel"].shape == (BASE.num_hidden_layers, BASE.hidden_size + context + position, 4)
 
 
 def test_axes_and_shapes_are_trees_like_the_weights():

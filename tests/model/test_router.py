@@ -159,6 +159,7 @@ def test_scores_in_training_are_those_of_the_formula():
         num_experts_per_tok=2, expert_priority=True, cooling_steps=5, adaptive_temperature=True, scoring_func="sigmoid"
     )
     kept = {"priority": [0.5, 1.5, 1, 0.2], "coldness": [0, 0.5, 1, 0], "load": [0.4, 0.3, 0.2, 0.1]}
+    kept["utilization"] = [0.9, 0.7, 0.6, 0.8]
     bias = np.float64([0.0, -0.5, 0.0, 0.9])
     weights = weights_of(config, kernel=KERNEL, bias=bias, **kept)
     x = np.random.default_rng(3).standard_normal((2, 5, D))
@@ -167,12 +168,26 @@ def test_scores_in_training_are_those_of_the_formula():
     for n, token in enumerate(x.reshape(-1, D)):
         expected = numpy_decoder.scores(config, wide, token @ KERNEL)
         np.testing.assert_allclose(found.routed.scores_NE[n], expected, atol=1e-5)
+        np.testing.assert_allclose(found.routed.logits_NE[n], token @ KERNEL, atol=1e-5)  # as the gate gives them
         order = np.argsort(-(expected + bias))[:2]
         assert found.choices.experts_NK[n].tolist() == order.tolist()
         np.testing.assert_allclose(found.choices.weights_NK[n], expected[order] / expected[order].sum(), atol=1e-5)
+    np.testing.assert_array_equal(found.utilization_E, np.float32(kept["utilization"]))
     slopes = jax.grad(lambda w: jnp.sum(decide(config, w, same(X, 3), True).choices.weights_NK ** 2))(weights)
     assert not any(np.any(slope) for slope in jax.tree.leaves(slopes["tracked"]))
     assert np.any(slopes["kernel"])
+
+
+def test_a_twin_that_a_token_does_not_see_has_neither_score_nor_logit_and_no_bias_brings_it_back():
+    config = config_of(num_experts_per_tok=2, rebalance_interval=5, scoring_func="sigmoid")
+    twins = {"twin": [0, 3, 2, 1], "twin_steps": [0, 1, 0, 1], "bias": [-9, 9, -9, 9]}
+    found = decide(config, weights_of(config, kernel=KERNEL, **twins), same(X, 2), True)
+    for position, (hidden, seen) in enumerate(((3, 1), (1, 3))):
+        logits = np.where(np.arange(E) == hidden, -np.inf, X @ KERNEL)
+        np.testing.assert_allclose(found.routed.logits_NE[position], logits, atol=1e-5)
+        assert found.routed.scores_NE[position, hidden] == 0
+        chosen = found.choices.experts_NK[position].tolist()
+        assert chosen[0] == seen and chosen[1] in (0, 2)
 
 
 def test_a_token_has_one_expert_at_least():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stellarbyte_jax.ops.balance import Routed, counts_by_expert, losses, masked_mean
+from stellarbyte_jax.ops.balance import Routed, counts_by_expert, losses
 from stellarbyte_jax.ops.routing import choose_experts, score_experts
 
 ROWS, LENGTH, E, K = 3, 5, 4, 2
@@ -190,12 +190,6 @@ def test_choices_are_counted():
     experts = jnp.asarray([[[0, 2], [3, 1]], [[1, 1], [3, 3]]])  # 3 is none
     assert counts_by_expert(experts, 3).tolist() == [[1, 1, 1], [0, 2, 0]]
     assert counts_by_expert(experts[0], 3).tolist() == [1, 1, 1]
-
-
-def test_a_mean_under_a_mask():
-    values, mask = jnp.asarray([1.0, np.nan, 4.0]), jnp.asarray([True, False, True])
-    assert float(masked_mean(values, mask)) == 2.5
-    assert float(masked_mean(values, jnp.zeros(3, bool))) == 0.0
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-14, 1e-25, 0.0])

@@ -128,6 +128,19 @@ def test_rows_go_to_experts_and_come_back(seed, block):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *slopes)
 
 
+def test_what_choices_give_a_token_is_summed_in_float32():
+    """In 16 bits each of the sums would be rounded; the gradient is, once, at the end."""
+    N, K, E, D = 3, 8, 8, 16
+    random = np.random.default_rng(0)
+    experts = np.stack([random.permutation(E) for _ in range(N)])
+    layout = lay_out(jnp.asarray(experts), E, 4)
+    given = jnp.asarray(random.standard_normal((layout.pairs_S.size, D)), jnp.bfloat16)
+    exact = np.asarray(given, np.float32)[layout.rows_NK].sum(axis=1)
+    _, pull = jax.vjp(lambda x: to_experts(x, layout), jnp.zeros((N, D), jnp.bfloat16))
+    np.testing.assert_array_equal(pull(given)[0], jnp.asarray(exact, jnp.bfloat16))
+    np.testing.assert_allclose(from_experts(given, layout, jnp.ones((N, K))), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_no_array_of_all_choices_of_all_tokens_is_made():
     """The largest array of the way back is the rows', forward and backward."""
     N, K, E, D = 512, 8, 16, 32

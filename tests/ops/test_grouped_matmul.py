@@ -64,6 +64,13 @@ def test_gathered_matrices_are_not_kept_for_the_backward_pass():
     assert (128, 8, 8) not in kept and (3, 8, 8) in kept
 
 
+def test_gradients_of_blocks_are_added_as_they_are():
+    """Without it a GPU would round each to 10 bits before it adds them."""
+    x, w, groups, *_ = drawn("several blocks, one group empty")
+    program = str(jax.make_jaxpr(jax.grad(lambda w: jnp.sum(grouped_matmul(x, w, groups))))(w))
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 1
+
+
 def test_refusals():
     x, w, groups, *_ = drawn("rows")
     with pytest.raises(ValueError, match="grouped_matmul: no implementation 'fast'; there are auto, xla"):

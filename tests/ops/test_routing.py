@@ -62,6 +62,8 @@ def test_groups_with_the_best_two_experts_are_kept(kept):
         groups = sorted(range(4), key=lambda g: -best[g])[:kept]
         allowed = [e for e in range(12) if e // 3 in groups]
         assert found.experts_NK[n].tolist() == sorted(allowed, key=lambda e: -ranked[e])[:3]
+    alone = routing.choose_experts(jnp.asarray(scores), kept, groups=12, kept_groups=kept)  # an expert is a group
+    np.testing.assert_array_equal(alone.experts_NK, np.argsort(-scores, axis=1)[:, :kept])
     with pytest.raises(ValueError, match=r"5 groups, of which 1 are kept, do not divide 12 experts"):
         routing.choose_experts(jnp.asarray(scores), 3, groups=5)
     with pytest.raises(ValueError, match=r"a token cannot have 4 of 3 experts"):
@@ -174,6 +176,22 @@ def test_overflow_goes_down_the_list_of_each_token():
     assert first.experts_NK.tolist() == [[0], [3]]
     found = routing.place_overflow(first, jnp.asarray([[1, 2], [2, 1]]), priorities, jnp.ones((2, 1), bool), 1)
     assert found.experts_NK.tolist() == [[0], [1]] and found.used_E.tolist() == [1, 1, 1]
+
+
+def test_of_the_choices_of_a_token_the_first_is_offered_the_next_expert():
+    """Both are left; experts 2 and 3, which they are offered at first, are full, and then the list has one more."""
+    used, priorities = jnp.asarray([1, 1, 1, 1, 0]), jnp.asarray([[2.0, 1.0]])
+    first = routing.place(jnp.asarray([[0, 1]]), priorities, used, 1)
+    found = routing.place_overflow(first, jnp.asarray([[2, 3, 4]]), priorities, jnp.ones((1, 2), bool), 1)
+    assert first.experts_NK.tolist() == [[5, 5]] and found.experts_NK.tolist() == [[4, 5]]
+
+
+def test_a_choice_that_is_left_tries_the_first_of_the_list_beside_one_that_has_its_expert():
+    used, priorities = jnp.asarray([0, 1, 0]), jnp.asarray([[2.0, 1.0]])
+    first = routing.place(jnp.asarray([[0, 1]]), priorities, used, 1)
+    assert first.experts_NK.tolist() == [[0, 3]]
+    found = routing.place_overflow(first, jnp.asarray([[2]]), priorities, jnp.ones((1, 2), bool), 1)
+    assert found.experts_NK.tolist() == [[0, 2]]
 
 
 def test_a_token_gets_no_expert_twice():

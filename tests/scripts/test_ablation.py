@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,6 +73,35 @@ def test_a_small_run_is_read_back(ablation, tmp_path):
     assert 2 < found["bits_per_byte"] < 9 and found["on"].startswith("jax ")
     wrong = ablation._train(tmp_path / "wrong", ["steps=0"], 1)
     assert "steps" in wrong["error"]
+
+
+def test_of_experts_the_most_uneven_late_step_of_all_seeds_is_kept(ablation, tmp_path, monkeypatch):
+    """The first quarter of the steps is left out, in which loads are uneven anyway."""
+
+    def run(command, **options):
+        settings = dict(word.partition("=")[::2] for word in command if "=" in word)
+        seed, folder = int(settings["seed"]), Path(settings["output_dir"])
+        found = {2: (9.0, 5, 0.5), 4: (3.0, 1, 0.02), 6: (4.0, 2, 0.01), 8: (3.5, 0, 0.03)}
+        lines = [
+            {"step": step, "router/max_load": load + seed / 10, "router/dead_experts": dead, "router/drop_rate": lost}
+            for step, (load, dead, lost) in found.items()
+        ]
+        lines.append({"step": 8, "validation/bits_per_byte": 2.0 + seed, "validation/loss": 1.0})
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "train.log").write_text("2026-01-01 00:00:00 a machine\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    results = dict(ablation.experts(["sigmoid"], 1, []))
+    loads = {"max_load": 4.2, "dead": 2, "dropped": 0.03}
+    assert results == {"sigmoid": {"bits_per_byte": 3.0, "lowest": 2.0, "highest": 4.0, **loads, "on": "a machine"}}
+    lines = ablation.table({"experts": {"results": results | {"broken": {"error": "no room"}}}}).splitlines()
+    assert lines[-3:] == [
+        "|---|---|---:|---:|---:|",
+        "| sigmoid | 3.000 (2.000 to 4.000) | 4.20 | 2 | 3.0% |",
+        "| broken | - | - | - | - |",
+    ]
 
 
 def test_cost_of_smaller_caches(tmp_path, monkeypatch, capsys):

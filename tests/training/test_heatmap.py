@@ -98,7 +98,8 @@ def test_pictures_of_all_sizes_have_a_panel_for_each_layer(image_of, layers, exp
 
 def test_there_is_an_end_to_the_panels(image_of, monkeypatch):
     monkeypatch.setattr(heatmap, "_MOST_LAYERS", 2)
-    titles, panel = [], heatmap._panel
-    monkeypatch.setattr(heatmap, "_panel", lambda *args: titles.append(args[3]) or panel(*args))
-    assert max(image_of(np.full((1, 4, 2000), 1 / 2000)).shape) < 1500
-    assert titles == ["layer 0", "layer 1"]
+    drawn, panel = [], heatmap._panel
+    monkeypatch.setattr(heatmap, "_panel", lambda *args: drawn.append(args) or panel(*args))
+    assert max(image_of(np.full((2, 4, 2000), 1 / 2000), steps=[50, 80]).shape) < 1500
+    assert [title for *_, title in drawn] == ["layer 0", "layer 1"]
+    assert [edges.tolist() for _, edges, *_ in drawn] == [[20, 50, 80]] * 2, "the axis counts steps"

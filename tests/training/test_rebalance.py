@@ -13,10 +13,13 @@ from helpers.variants import run, some_tokens
 
 from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import ByteConfig, ConfigError, OptimizerConfig
-from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, trained
+from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.state.router import with_twins_of
+from stellarbyte_jax.model.trees import partition
 from stellarbyte_jax.training import rebalance
 from stellarbyte_jax.training.rebalance import make_rebalance, plan, rebalances, tell
+from stellarbyte_jax.training.state import TrainState
 
 MOE = {
     "num_experts": 6,
@@ -99,7 +102,8 @@ def test_two_idle_experts_and_an_overloaded_one_are_needed(loads, due):
     tracked = tracked_of(state_of(config, np.asarray([loads, loads], np.float32)))
     moves = plan(config.model, tracked)
     assert moves.due.tolist() == [due, due]
-    assert np.all(np.isfinite(moves.share))
+    share = loads[moves.merged[0]] / max(loads[moves.merged[0]] + loads[moves.freed[0]], 1e-9)
+    np.testing.assert_allclose(moves.share, share or 0.5, rtol=1e-6)  # of two without any load, the mean
     waiting = {**tracked, "twin_steps": tracked["twin_steps"].at[1, 3].set(1.0)}
     assert plan(config.model, waiting).due.tolist() == [due, False]
 
@@ -148,6 +152,24 @@ def test_what_routers_keep_moves_too():
     assert new["twin"].tolist() == [[0, 1, 4, 3, 2, 5], [0, 1, 2, 3, 4, 5]]
     assert new["twin_steps"].tolist() == [[0, 0, 4, 0, 4, 0], [0] * 6]
     np.testing.assert_array_equal(new["steps"], old["steps"])
+
+
+def test_each_stack_moves_by_the_loads_of_its_own_layers():
+    """Layers 0 and 2 have experts, each in a stack of its own, and those of layer 2 alone are in no balance."""
+    moe = {**MOE, "mlp_only_layers": (1,)}
+    model = ByteTransformer(dataclasses.replace(MODEL, num_hidden_layers=3, moe=moe))
+    params, frozen = partition(at_random(param_shapes(model), 2), trained(model))
+    for stack, loads in (("0", LOADS[1:]), ("2", LOADS[:1])):
+        tracked = frozen["layers"][stack]["moe"]["router"]["tracked"]
+        tracked |= {"load": jnp.asarray(loads), "twin_steps": jnp.zeros((1, 6))}
+    before = TrainState(jnp.zeros((), jnp.int32), params, (), None, frozen, State())
+    after, moves = jax.jit(make_rebalance(model))(before)
+    assert moves.due.tolist() == [False, True]
+    assert [line.partition(" split")[0] for line in tell(model.config, 8, moves)] == ["step 8: layer 2: expert 2"]
+    changed = {path[:14] for path, x in by_path(before.params).items() if np.any(x != by_path(after.params)[path])}
+    assert changed == {"['layers']['2'"}
+    down = after.params["layers"]["2"]["moe"]["experts"]["down"]
+    np.testing.assert_array_equal(down[0, IDLEST], params["layers"]["2"]["moe"]["experts"]["down"][0, BUSY])
 
 
 def test_in_balance_nothing_changes():
@@ -286,6 +308,12 @@ def test_a_run_may_begin_or_end_to_split_experts_and_change_when(tmp_path, capsy
     capsys.readouterr()
     assert cli(file, *plain, "model.moe.rebalance_interval=500", f"output_dir={tmp_path / 'few'}", "steps=3") == 0
     assert "rebalance_interval=500 and twin_steps=100 do not fit into steps=3" in capsys.readouterr().out
+
+
+def test_twins_stay_twins_where_a_run_goes_on_to_split():
+    config = config_of()
+    frozen = rebalanced(config, state_of(config))[0].frozen
+    jax.tree.map(np.testing.assert_array_equal, with_twins_of(config.model, frozen), frozen)
 
 
 def test_weights_with_twins_do_not_become_those_of_a_model_without():

@@ -63,13 +63,22 @@ def test_resume_with_experts_is_exact_and_nothing_but_steps_changes_what_routers
 
 
 def begins_with_what_routers_kept(run, tmp_path, weights):
-    """A run that begins with these weights."""
+    """A run that begins with these weights, and one that splits experts besides."""
     config = dataclasses.replace(load_config(run), output_dir=str(tmp_path / "second"), init_from=str(run))
     model = ByteTransformer(config.model)
     optimizer = make_optimizer(config, model)
     found = begin.from_weights(config, state_shapes(config, model, optimizer), optimizer, lambda line: None)
     assert found is not None and int(found.state.step) == 0
     assert same_weights(found.state.frozen, kept_tree(weights)) and same_weights(found.state.weights, weights)
+    moe = dataclasses.replace(config.model.moe, rebalance_interval=5)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    model = ByteTransformer(config.model)
+    optimizer = make_optimizer(config, model)
+    found = begin.from_weights(config, state_shapes(config, model, optimizer), optimizer, lambda line: None)
+    assert found is not None
+    tracked = found.state.frozen["layers"]["1"]["moe"]["router"]["tracked"]
+    assert tracked["twin"].tolist() == [[0, 1, 2, 3]] and not np.any(tracked["twin_steps"])
+    np.testing.assert_array_equal(tracked["load"], kept_of(weights)["layers/1/moe/router/tracked/load"])
 
 
 def kept_tree(weights):
