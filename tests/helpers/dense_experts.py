@@ -127,9 +127,8 @@ def total_loss(config, weights, batch, parts):
     """What a step of training minimises, and the balance losses by name: means over layers and parts."""
     c, moe_layers = config.model, len(config.model.moe_layers)
     before, nll, targets, told = jnp.zeros((moe_layers, c.moe.num_experts)), 0.0, 0, []
-    rows = batch["tokens"].shape[0] // parts
     for part in range(parts):
-        of_part = {name: x[part * rows : (part + 1) * rows] for name, x in batch.items()}
+        of_part = {name: x[part::parts] for name, x in batch.items()}
         logits, by_layer, counts = decoder(c, weights, of_part, before)
         before, told = before + counts, told + by_layer
         ids = of_part["segment_ids"]
