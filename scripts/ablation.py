@@ -107,8 +107,14 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "the original's defaults": (ORIGINAL, None),
 }
 RECOMMENDED = "configs/stellarbyte.py"
-# As many weights are active as in the dense run.
-EXPERTS = ("model.moe.num_experts=16", "model.moe.num_experts_per_tok=4", "model.moe.intermediate_size=192")
+# As many weights are active as in the dense run. Routers learn at a tenth of the rate: see configs/quickstart_moe.py.
+EXPERTS = (
+    "model.moe.num_experts=16",
+    "model.moe.num_experts_per_tok=4",
+    "model.moe.intermediate_size=192",
+    "optimizer.router_learning_rate_ratio=0.1",
+    "loss.router_load=0.1",
+)
 CAPACITY = ("model.moe.dispatch=capacity",)
 EXPERT_VARIANTS: dict[str, tuple[str, ...]] = {
     "dense": (),
@@ -130,12 +136,12 @@ EXPERT_VARIANTS: dict[str, tuple[str, ...]] = {
     "every second layer dense": (*EXPERTS, "model.moe.decoder_sparse_step=2"),
     "a pool for all layers": (*EXPERTS, "model.moe.shared_pool=true"),
     "no balance": (*EXPERTS, "loss.router_load=0"),
-    "loss over the whole batch": (*EXPERTS, "loss.router_load=0", "loss.router_global=0.01"),
-    "loss by row": (*EXPERTS, "loss.router_load=0", "loss.router_sequence=0.01"),
-    "loss of undecided tokens": (*EXPERTS, "loss.router_load=0", "loss.router_entropy=0.01"),
-    "loss KL": (*EXPERTS, "loss.router_load=0", "loss.router_kl=0.01"),
-    "loss MSE": (*EXPERTS, "loss.router_load=0", "loss.router_mse=0.01"),
-    "loss variance": (*EXPERTS, "loss.router_load=0", "loss.router_variance=0.01"),
+    "loss over the whole batch": (*EXPERTS, "loss.router_load=0", "loss.router_global=0.1"),
+    "loss by row": (*EXPERTS, "loss.router_load=0", "loss.router_sequence=0.1"),
+    "loss of undecided tokens": (*EXPERTS, "loss.router_load=0", "loss.router_entropy=0.1"),
+    "loss KL": (*EXPERTS, "loss.router_load=0", "loss.router_kl=0.1"),
+    "loss MSE": (*EXPERTS, "loss.router_load=0", "loss.router_mse=0.1"),
+    "loss variance": (*EXPERTS, "loss.router_load=0", "loss.router_variance=0.1"),
     "loss of the load, and z": (*EXPERTS, "loss.router_z=0.001"),
     "bias, no loss": (
         *EXPERTS,

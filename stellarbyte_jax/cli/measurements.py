@@ -41,22 +41,26 @@ def _timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
+def _ours(config: TrainConfig, steps: int, batches: Any, devices: int) -> dict[str, Any]:
+    """On the mesh that is set, of so many devices."""
     with imports():
         import jax
 
         from stellarbyte_jax.inspect.costs import flops_per_token, parameter_counts
         from stellarbyte_jax.launch import environment
         from stellarbyte_jax.model.decoder import ByteTransformer
+        from stellarbyte_jax.training import placement
         from stellarbyte_jax.training.metrics import memory_metrics, peak_flops
         from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
-        from stellarbyte_jax.training.state import create_state
+        from stellarbyte_jax.training.state import create_state, state_shapes
         from stellarbyte_jax.training.step import make_train_step
 
     model = ByteTransformer(config.model)
     optimizer = make_optimizer(config, model)
-    state = jax.jit(lambda: create_state(config, model, optimizer))()
-    run_step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config)), donate_argnums=0)
+    places = placement.shardings(placement.placed(state_shapes(config, model, optimizer), model, optimizer))
+    state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=places)()
+    train_step = make_train_step(config, model, optimizer, make_schedule(config))
+    run_step = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
     tell("compiling the first step")
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(run_step(state, next(batches)))
@@ -74,46 +78,49 @@ def _ours(config: TrainConfig, steps: int, batches: Any) -> dict[str, Any]:
     flops = flops_per_token(config.model, parameter_counts(model).active, config.data.sequence_length)
     peak = peak_flops()
     if peak is not None:
-        result["mfu"] = round(result["tokens_per_second"] * flops.causal / peak, 4)
+        result["mfu"] = round(result["tokens_per_second"] * flops.causal / (peak * devices), 4)
     memory = {name: round(value, 2) for name, value in memory_metrics().items()}
     return {
         **result,
         **memory,
         "first_step_seconds": round(first, 1),
         "loss": float(metrics["loss"]),
+        **({} if devices == 1 else {"devices": devices}),
         "on": environment(),
     }
 
 
 def synthetic(config: TrainConfig, steps: int) -> dict[str, Any]:
-    """Speed of our training step on random tokens."""
+    """Speed of our training step on random tokens, on the mesh of the config."""
     import itertools
 
     with imports():
-        import jax
         import numpy as np
+
+        from stellarbyte_jax.training.placement import mesh_of, on_mesh, place_batches
 
     shape = (config.global_batch_size, config.data.sequence_length)
     random = np.random.default_rng(0)
-    made = [
-        {"tokens": jax.device_put(random.integers(0, config.model.vocab_size, shape, dtype=np.int32))} for _ in range(4)
-    ]
-    return _ours(config, steps, itertools.cycle(made))
+    mesh = mesh_of(config)
+    with on_mesh(mesh):
+        place = place_batches()
+        made = [place({"tokens": random.integers(0, config.model.vocab_size, shape, dtype=np.int32)}) for _ in range(4)]
+        return _ours(config, steps, itertools.cycle(made), mesh.size)
 
 
 def _real(config: TrainConfig, steps: int) -> dict[str, Any]:
+    import contextlib
+
     with imports():
-        import jax
-
         from stellarbyte_jax.data.loader import make_loader
+        from stellarbyte_jax.training.placement import mesh_of, on_mesh, place_batches
 
-    loader = make_loader(
-        config.data, split="train", batch_size=config.global_batch_size, seed=0, transform=jax.device_put
-    )
-    try:
-        return _ours(config, steps, loader)
-    finally:
-        loader.close()
+    mesh = mesh_of(config)
+    with on_mesh(mesh):
+        rows, place = config.global_batch_size, place_batches()
+        loader = make_loader(config.data, split="train", batch_size=rows, seed=0, transform=place)
+        with contextlib.closing(loader):
+            return _ours(config, steps, loader, mesh.size)
 
 
 def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:

@@ -59,25 +59,28 @@ def placed(
 
     uses, frozen_uses = partition(param_uses(model), trained(model, is_trainable))
     params = weights(uses, shapes.params)
+    by_path = {_names(path): shape for path, shape in jax.tree_util.tree_leaves_with_path(params)}
 
-    def like_its_weight(shape: jax.ShapeDtypeStruct, weight: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return _at(shape, weight.sharding.spec, mesh)  # type: ignore[union-attr]
+    def kept(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = _names(path)
+        found = (by_path.get(names[start:]) for start in range(len(names)))
+        weight = next((weight for weight in found if weight is not None and weight.shape == shape.shape), None)
+        return _at(shape, PartitionSpec() if weight is None else weight.sharding.spec, mesh)
 
     whole: Any = _at(shapes.step, PartitionSpec(), mesh)
     return TrainState(
         step=whole,
         params=params,
-        opt_state=optax.tree.map_params(
-            optimizer,
-            like_its_weight,
-            shapes.opt_state,
-            params,
-            transform_non_params=lambda shape: _at(shape, PartitionSpec(), mesh),
-        ),
+        opt_state=jax.tree_util.tree_map_with_path(kept, shapes.opt_state),
         ema=None if shapes.ema is None else params,
         frozen=weights(frozen_uses, shapes.frozen),
         carried=shapes.carried.by_axes(lambda axes, shape: _at(shape, spec_of(axes, shape.shape, mesh), mesh)),
     )
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names of dictionaries on the way to a leaf. An optimizer keeps trees of its own around those of weights."""
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def shardings(shapes: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.training import MODEL, RECORDER, flat, packed_batch, rate_at, settings
 
-from stellarbyte_jax.config import LossConfig, MeshConfig, MoEConfig
+from stellarbyte_jax.config import LossConfig, MeshConfig, MoEConfig, OptimizerConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training import placement
 from stellarbyte_jax.training.optimizer import make_optimizer
@@ -171,8 +171,10 @@ def test_twenty_steps_are_those_of_one_device(name, mesh):
         np.testing.assert_allclose(flat(found.ema)[path], weight, atol=2e-3 * np.abs(weight).max(), err_msg=path)
 
 
-def test_weights_averages_and_what_the_optimizer_keeps_are_made_in_parts():
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+def test_weights_averages_and_what_the_optimizer_keeps_are_made_in_parts(optimizer):
     config = config_of("experts", 1, mesh=MeshConfig(expert=2, fsdp=2, tensor=2))
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(name=optimizer))
     model = ByteTransformer(config.model)
     optimizer = make_optimizer(config, model)
     with on_mesh(mesh_of(config)):

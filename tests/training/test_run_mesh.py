@@ -10,7 +10,14 @@ from helpers.runs import cli, write_config
 
 from stellarbyte_jax.training import placement
 
-COMMON = ("steps=6", "global_batch_size=8", "checkpoint.interval=3", "evaluation.interval=3", "model.hidden_dropout=0")
+COMMON = (
+    "steps=6",
+    "optimizer.name=muon",
+    "global_batch_size=8",
+    "checkpoint.interval=3",
+    "evaluation.interval=3",
+    "model.hidden_dropout=0",
+)
 
 
 @pytest.fixture(autouse=True)
