@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
     from stellarbyte_jax.inference.api import generate
     from stellarbyte_jax.model.decoder import ByteTransformer
+    from stellarbyte_jax.model.placement import place_weights
+    from stellarbyte_jax.sharding import make_mesh
     from stellarbyte_jax.training.run import train
 
 __version__ = "0.1.0"
@@ -23,6 +25,8 @@ __all__ = [
     "from_pretrained",
     "generate",
     "load_run",
+    "make_mesh",
+    "place_weights",
     "save_pretrained",
     "train",
 ]
@@ -34,6 +38,8 @@ _HOME = {
     "from_pretrained": ("stellarbyte_jax.hf.directory", "from_pretrained"),
     "generate": ("stellarbyte_jax.inference.api", "generate"),
     "load_run": ("stellarbyte_jax.checkpoint.bundle", "load_bundle"),
+    "make_mesh": ("stellarbyte_jax.sharding", "make_mesh"),
+    "place_weights": ("stellarbyte_jax.model.placement", "place_weights"),
     "save_pretrained": ("stellarbyte_jax.hf.directory", "save_pretrained"),
     "train": ("stellarbyte_jax.training.run", "train"),
 }

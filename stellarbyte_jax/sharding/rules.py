@@ -72,9 +72,22 @@ _IN_USE = replace(RULES, embed=())
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of these axes, on the first devices that there are, or on these."""
-    count = math.prod(sizes.values())
-    chosen = (jax.devices() if devices is None else devices)[:count]
+    """The mesh of these axes, on the first devices that there are, or on these.
+
+    Args:
+      sizes: of the axes, such as ``{"data": 2, "tensor": 4}``; those of ``AXES`` that are left out are 1.
+      devices: to choose from; None: all.
+
+    Raises:
+      ValueError: there is no such axis, or there are too few devices.
+    """
+    unknown = [name for name in sizes if name not in AXES]
+    if unknown:
+        raise ValueError(f"a mesh has no axis {unknown[0]!r}; there are {', '.join(AXES)}")
+    count, found = math.prod(sizes.values()), jax.devices() if devices is None else devices
+    if count > len(found):
+        raise ValueError(f"a mesh of {count} devices, and there are {len(found)}")
+    sizes, chosen = {name: sizes.get(name, 1) for name in AXES}, found[:count]
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=chosen)
 

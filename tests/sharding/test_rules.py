@@ -166,3 +166,13 @@ def test_logits_are_split_over_the_vocabulary(tied):
         eqns = jax.make_jaxpr(lambda p, x: logits(model, p, x))(params, jnp.ones((2, 3, 32))).jaxpr.eqns
     *_, spec = (eqn.params["sharding"].spec for eqn in eqns if eqn.primitive.name == "sharding_constraint")
     assert spec[2] == "tensor" and "tensor" not in spec[:2]
+
+
+def test_a_mesh_has_the_axes_of_the_rules_and_the_devices_that_there_are():
+    found = make_mesh({"tensor": 2, "data": 3})
+    assert dict(found.shape) == {"data": 3, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
+    assert found.devices.ravel().tolist() == jax.devices()[:6]
+    with pytest.raises(ValueError, match="a mesh has no axis 'model'; there are data, fsdp, expert, context, tensor"):
+        make_mesh({"model": 2})
+    with pytest.raises(ValueError, match="a mesh of 16 devices, and there are 8"):
+        make_mesh({"tensor": 16})
