@@ -49,13 +49,15 @@ def forget_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
-@pytest.fixture(autouse=True)
-def devices_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def devices_of_runs() -> Iterator[None]:
     """Runs in the tests' process use one device, unless a test gives them more."""
     from stellarbyte_jax.training import placement
 
-    if not ON_GPU:
-        monkeypatch.setattr(placement, "devices", lambda: jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        if not ON_GPU:
+            patch.setattr(placement, "devices", lambda: jax.devices()[:1])
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ B batch, T tokens, D model.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ class State:
         assert self.cache is None and self.router is None
         return State(memory=None if self.memory is None else self.memory.split(parts))
 
-    def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Any]) -> "State":
+    def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Array]) -> "State":
         """Of a state between batches: what ``of`` makes of the logical axes of each array, and the array."""
         assert self.cache is None and self.router is None
         return State(memory=None if self.memory is None else self.memory.by_axes(of))

@@ -67,6 +67,9 @@ def placed(
         weight = next((weight for weight in found if weight is not None and weight.shape == shape.shape), None)
         return _at(shape, PartitionSpec() if weight is None else weight.sharding.spec, mesh)
 
+    def carried(axes: tuple[str | None, ...], shape: Any) -> Any:
+        return _at(shape, spec_of(axes, shape.shape, mesh), mesh)
+
     whole: Any = _at(shapes.step, PartitionSpec(), mesh)
     return TrainState(
         step=whole,
@@ -74,7 +77,7 @@ def placed(
         opt_state=jax.tree_util.tree_map_with_path(kept, shapes.opt_state),
         ema=None if shapes.ema is None else params,
         frozen=weights(frozen_uses, shapes.frozen),
-        carried=shapes.carried.by_axes(lambda axes, shape: _at(shape, spec_of(axes, shape.shape, mesh), mesh)),
+        carried=shapes.carried.by_axes(carried),
     )
 
 

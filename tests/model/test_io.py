@@ -16,7 +16,7 @@ def test_a_state_is_cut_into_its_rows_and_joined_again():
     config = dataclasses.replace(BASE, memory={"length": (3, 0, 7, 4)})
     memory = Memory.create(config, 4).replace(lengths_B=jnp.arange(4, dtype=jnp.int32))
     cut = State(memory=memory).split(2)
-    assert cut.memory.lengths_B.tolist() == [[0, 1], [2, 3]]
+    assert cut.memory.lengths_B.tolist() == [[0, 2], [1, 3]]
     jax.tree.map(np.testing.assert_array_equal, cut.joined(), State(memory=memory))
     assert State().split(2) == State() == State().joined()
 

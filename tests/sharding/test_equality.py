@@ -79,16 +79,22 @@ QUICK = [
     ("experts with room", {"expert": 2, "context": 2, "tensor": 2}, 2),
     ("stellarbyte", {"expert": 2, "context": 2, "tensor": 2}, 1),
 ]
+MORE = [
+    pytest.param("original", {"fsdp": 2, "context": 2, "tensor": 2}, 2, marks=pytest.mark.slow),
+    pytest.param("original", {"tensor": 8}, 1, marks=pytest.mark.slow),
+    pytest.param("experts with room", {"expert": 4, "tensor": 2}, 1, marks=pytest.mark.slow),
+    pytest.param("experts with room", {"fsdp": 2, "tensor": 2, "data": 2}, 1, marks=pytest.mark.slow),
+]
 ALL = [
     pytest.param(name, mesh, 2 if number % 3 == 1 and "expert" not in mesh else 1, marks=pytest.mark.slow)
-    for name in MODELS
+    for name in ("dense", "experts", "stellarbyte")
     for number, mesh in enumerate(MESHES)
     if ("expert" in mesh) <= ("moe" in MODELS[name]) and not (name == "stellarbyte" and mesh.get("tensor") == 8)
 ]
 
 
 @pytest.fixture(autouse=True)
-def eight_devices(monkeypatch, devices_of_runs):
+def eight_devices(monkeypatch):
     monkeypatch.setattr(placement, "devices", jax.devices)
 
 
@@ -137,7 +143,7 @@ def expected(name, parts):
     return on_one_device(config, RECORDER, [batch_of(config)])
 
 
-@pytest.mark.parametrize(("name", "mesh", "parts"), [*QUICK, *ALL])
+@pytest.mark.parametrize(("name", "mesh", "parts"), [*QUICK, *MORE, *ALL])
 def test_loss_and_gradients_are_those_of_one_device(name, mesh, parts):
     state, losses, metrics = expected(name, parts)
     config = config_of(name, parts, mesh=MeshConfig(**mesh))

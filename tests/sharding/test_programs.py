@@ -21,7 +21,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 
 @pytest.fixture(autouse=True)
-def eight_devices(monkeypatch, devices_of_runs):
+def eight_devices(monkeypatch):
     monkeypatch.setattr(placement, "devices", jax.devices)
 
 

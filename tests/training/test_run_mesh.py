@@ -21,7 +21,7 @@ COMMON = (
 
 
 @pytest.fixture(autouse=True)
-def eight_devices(monkeypatch, devices_of_runs):
+def eight_devices(monkeypatch):
     monkeypatch.setattr(placement, "devices", jax.devices)
 
 

@@ -17,11 +17,10 @@ from helpers.runs import cli, log_of, write_config
 from helpers.training import MODEL, compiled_step, first_state, packed_batch, settings
 
 from stellarbyte_jax.config import LossConfig
-from stellarbyte_jax.model.moe import Dispatched, counted
+from stellarbyte_jax.model.moe import Sent, counted
 from stellarbyte_jax.model.router import Decision
 from stellarbyte_jax.model.state.router import Tally, tracked_loads
 from stellarbyte_jax.ops.balance import Routed
-from stellarbyte_jax.ops.expert_layout import lay_out
 from stellarbyte_jax.ops.routing import Choices
 from stellarbyte_jax.training.telemetry import BY_LAYER, LOADS, layer_numbers, router_metrics
 
@@ -109,7 +108,7 @@ def test_a_tally_counts_what_another_expert_took():
     decision = Decision(
         choices, Routed(nothing, nothing, choices.experts_NK, mask, 1), jnp.float32(0.5), nothing[0], None
     )
-    sent = Dispatched(jnp.asarray(taken), jnp.ones((4, 2)), lay_out(jnp.asarray(taken), 4), jnp.float32(9))
+    sent = Sent(jnp.asarray(taken), jnp.float32(9))
     one = Tally(*[jnp.ones(4), jnp.ones(4), *[jnp.float32(1)] * 2, jnp.ones(4), *[jnp.float32(1)] * 2])
     found = counted(one, decision, sent, jnp.array([3.0, 1, 1, 0]))
     assert (float(found.moved), float(found.lost), float(found.tokens)) == (3, 2, 4), "beside what was there before"
@@ -124,7 +123,9 @@ def experts(layers, parts=1, **moe):
 
 FULL = {"dispatch": "capacity", "capacity_factor": 0.6, "min_capacity": 1}
 SPLIT = experts(3, mlp_only_layers=(1,))  # two stacks of experts
-POOL = experts(4, 2, decoder_sparse_step=2, shared_pool=True, overflow=("next_best",), **FULL)
+POOL = experts(
+    4, 2, decoder_sparse_step=2, shared_pool=True, overflow=("next_best",), **{**FULL, "capacity_factor": 0.65}
+)
 
 
 @pytest.mark.parametrize("config", [SPLIT, POOL], ids=["split", "shared pool"])

@@ -4,7 +4,7 @@ R layers of a stack, B batch, T tokens of a segment, C compressed slots, M all s
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,7 @@ class Memory:
 
         return self._each(join, self.lengths_B.T.reshape(-1))
 
-    def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Any]) -> Self:
+    def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Array]) -> Self:
         """A memory of what ``of`` makes of the logical axes of each array, and the array."""
         return self._each(
             lambda place: LayerMemory(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.numpy_original import december_logits, seed_logits
@@ -18,6 +19,7 @@ from helpers.original_models import (
     saved_config,
     seed_state,
 )
+from helpers.training import flat
 from helpers.variants import run
 
 from stellarbyte_jax.config import ByteConfig
@@ -108,7 +110,8 @@ def test_settings_and_dtypes(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.safetensors", seed_state())
     found = from_original(path, dtype="bfloat16", vocab_size_multiple=8, compute_dtype="float32")
     assert found.params["embed"]["embedding"].shape == (32, 24) and found.model.config.vocab_size == 29
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(found.params)} == {"bfloat16"}
+    wide = [path for path, leaf in flat(found.params).items() if leaf.dtype != jnp.bfloat16]
+    assert wide == ["layers/0/attn/xpos_rate"] and flat(found.params)[wide[0]].dtype == jnp.float32
     config = found.model.config
     assert (config.hidden_dropout, config.attention_dropout, config.residual_dropout) == (0.1, 0.1, 0.1)
     assert (config.initialization, config.layer_scale_init) == ("stellarbyte", 1e-5)
