@@ -52,7 +52,6 @@ MODELS = {
         "mlp_style": "stellarbyte",
         "residual_scaling": "deepnorm",
         "remat": "full",
-        "num_attention_heads": 8,
     },
 }
 MESHES = [
@@ -89,7 +88,7 @@ ALL = [
     pytest.param(name, mesh, 2 if number % 3 == 1 and "expert" not in mesh else 1, marks=pytest.mark.slow)
     for name in ("dense", "experts", "stellarbyte")
     for number, mesh in enumerate(MESHES)
-    if ("expert" in mesh) <= ("moe" in MODELS[name]) and not (name == "stellarbyte" and mesh.get("tensor") == 8)
+    if ("expert" in mesh) <= ("moe" in MODELS[name])
 ]
 
 
@@ -99,7 +98,7 @@ def eight_devices(monkeypatch):
 
 
 def config_of(name, parts, **changes):
-    model = dataclasses.replace(MODEL, vocab_size=64, **MODELS[name])
+    model = dataclasses.replace(MODEL, vocab_size=64, num_attention_heads=8, **MODELS[name])
     loss = LossConfig(router_load=0.1, router_sequence=0.1, router_z=0.01) if "moe" in MODELS[name] else LossConfig()
     more = {"gradient_accumulation_steps": parts, "loss": loss, **changes}
     return settings(model=model, global_batch_size=ROWS, ema_decay=0.9, **more)
@@ -167,7 +166,7 @@ def test_loss_and_gradients_are_those_of_one_device(name, mesh, parts):
 )
 def test_twenty_steps_are_those_of_one_device(name, mesh):
     config = config_of(name, 2)
-    batches = [batch_of(config, seed) for seed in range(20)]
+    batches = [batch_of(config, seed % 2) for seed in range(20)]
     optimizer = make_optimizer(config, ByteTransformer(config.model))
     state, losses, _ = on_one_device(config, optimizer, batches)
     found, found_losses, _ = on_many(dataclasses.replace(config, mesh=MeshConfig(**mesh)), optimizer, batches)
