@@ -87,7 +87,11 @@ def check_mesh(sizes: dict[str, int], model: "ByteConfig", rows: int, parts: int
         f"set a multiple of {shards * parts}",
     )
     cuts = sizes["fsdp"] * sizes["expert"]
-    _divides("fsdp" if sizes["expert"] == 1 else "expert", cuts, model.hidden_size, "model.hidden_size")
+    axes = " x ".join(f"mesh.{name}={sizes[name]}" for name in ("fsdp", "expert") if sizes[name] > 1)
+    require(
+        model.hidden_size % cuts == 0,
+        f"{axes} cuts model.hidden_size={model.hidden_size}, which it does not divide: set another size",
+    )
     _check_tensor(sizes["tensor"], model)
     if sizes["expert"] > 1:
         require(
@@ -138,4 +142,6 @@ def _check_context(size: int, model: "ByteConfig", sequence_length: int) -> None
         reason = "the overflow step sticky reads the token before: leave it out of model.moe.overflow"
     elif model.attention_dropout or model.attention_prune_below:
         reason = "no weights of attention are dropped there: set model.attention_dropout and attention_prune_below to 0"
+    elif model.attention_implementation != "auto":
+        reason = "the ring of devices has kernels of its own: set model.attention_implementation=auto"
     require(reason is None, f"mesh.context={size} cuts rows by position, and {reason}, or mesh.context=1")

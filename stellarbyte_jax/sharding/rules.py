@@ -157,7 +157,8 @@ def constrain(x: Array, axes: Sequence[str | None]) -> Array:
     """
     mesh = current_mesh()
     if mesh is None:
-        [getattr(RULES, axis) for axis in axes if axis is not None]  # a wrong name is wrong on one device too
+        for axis in filter(None, axes):
+            getattr(RULES, axis)  # a wrong name is wrong on one device too
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape, mesh, RULES, PartitionSpec.UNCONSTRAINED))
 

@@ -59,10 +59,10 @@ def placed(
 
     uses, frozen_uses = partition(param_uses(model), trained(model, is_trainable))
     params = weights(uses, shapes.params)
-    by_path = {_names(path): shape for path, shape in jax.tree_util.tree_leaves_with_path(params)}
+    by_path = {names_of(path): shape for path, shape in jax.tree_util.tree_leaves_with_path(params)}
 
     def kept(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names = _names(path)
+        names = names_of(path)
         found = (by_path.get(names[start:]) for start in range(len(names)))
         weight = next((weight for weight in found if weight is not None and weight.shape == shape.shape), None)
         return _at(shape, PartitionSpec() if weight is None else weight.sharding.spec, mesh)
@@ -81,7 +81,7 @@ def placed(
     )
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The names of dictionaries on the way to a leaf. An optimizer keeps trees of its own around those of weights."""
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 

@@ -16,7 +16,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_u
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.state.router import TWIN, TWIN_STEPS, moe_stacks, tracked_of, with_tracked
 from stellarbyte_jax.model.trees import Params
-from stellarbyte_jax.training.placement import shardings
+from stellarbyte_jax.training.placement import names_of, shardings
 from stellarbyte_jax.training.state import TrainState
 
 _TINY = 1e-20
@@ -142,12 +142,8 @@ def _expert_weights(model: ByteTransformer) -> dict[tuple[str, ...], _Experts]:
     for (path, use), shape in zip(uses, shapes, strict=True):
         axis = next((i for i, name in enumerate(use.axes) if name in ("experts", "routed")), None)
         if axis is not None and not use.tracked:
-            found[_names(path)] = _Experts(axis, shape.shape)
+            found[names_of(path)] = _Experts(axis, shape.shape)
     return found
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def _moved(config: ByteConfig, experts: dict[tuple[str, ...], _Experts], tree: Any, moves: Moves) -> Any:
@@ -158,7 +154,7 @@ def _moved(config: ByteConfig, experts: dict[tuple[str, ...], _Experts], tree: A
     stacks = moe_stacks(config)
 
     def moved(path: tuple[Any, ...], leaf: Array) -> Array:
-        names = _names(path)
+        names = names_of(path)
         weight = next((names[i:] for i in range(len(names)) if names[i:] in experts), None)
         if weight is None or leaf.size <= 1:  # optax has one number where a rule keeps nothing of a weight
             return leaf

@@ -84,6 +84,15 @@ def test_what_every_axis_divides_is_taken():
             "does not divide by 8: set a multiple of 32",
         ),
         (
+            {"fsdp": 3, "expert": 2, "rows": 24},
+            "mesh.fsdp=3 x mesh.expert=2 cuts model.hidden_size=32, which it does not divide: set another size",
+        ),
+        (
+            {"context": 2, "changes": {"attention_implementation": "xla"}},
+            "mesh.context=2 cuts rows by position, and the ring of devices has kernels of its own: set "
+            "model.attention_implementation=auto, or mesh.context=1",
+        ),
+        (
             {"fsdp": 12, "rows": 24},
             "mesh.fsdp=12 cuts model.hidden_size=32, which it does not divide: set another size",
         ),

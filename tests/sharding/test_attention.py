@@ -143,3 +143,5 @@ def test_what_a_ring_cannot_do_is_refused():
             attention(q, k, v, mask_of("plain"), dropout=Dropout(0.5, jax.random.key(0)), dealt=True)
         with pytest.raises(NotImplementedError, match="attention_prune_below"):
             attention(q, k, v, mask_of("plain"), prune_below=0.1, dealt=True)
+        with pytest.raises(NotImplementedError, match="cudnn over rows that are split by position: choose auto"):
+            attention(q, k, v, mask_of("plain"), implementation="cudnn", dealt=True)

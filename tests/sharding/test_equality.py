@@ -1,5 +1,6 @@
 """Every mesh gives the loss, the gradients and the training of one device. On eight CPU devices."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from helpers.training import MODEL, RECORDER, flat, packed_batch, rate_at, settings
 
-from stellarbyte_jax.config import LossConfig, MeshConfig, MoEConfig, OptimizerConfig
-from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.training import placement
+from stellarbyte_jax.checkpoint.store import Checkpointer
+from stellarbyte_jax.config import DataConfig, LossConfig, MemoryConfig, MeshConfig, MoEConfig, OptimizerConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.training import placement, resume
 from stellarbyte_jax.training.optimizer import make_optimizer
 from stellarbyte_jax.training.placement import mesh_of, on_mesh, place_batches, placed, shardings
 from stellarbyte_jax.training.state import create_state, state_shapes
@@ -47,6 +49,7 @@ MODELS = {
         "layer_types": ("sliding_attention", "full_attention"),
         "moe": dataclasses.replace(EXPERTS, decoder_sparse_step=2, shared_pool=True),
     },
+    "memory": {"memory": MemoryConfig(length=6)},
     "original": {
         "position_embedding": "stellarbyte",
         "mlp_style": "stellarbyte",
@@ -74,6 +77,7 @@ MESHES = [
 QUICK = [
     ("dense", {"fsdp": 2, "context": 2, "tensor": 2}, 1),
     ("dense", {"data": 2, "fsdp": 4}, 2),
+    ("memory", {"data": 2, "tensor": 2}, 2),
     ("experts", {"expert": 2, "fsdp": 2, "data": 2}, 1),
     ("experts with room", {"expert": 2, "context": 2, "tensor": 2}, 2),
     ("stellarbyte", {"expert": 2, "context": 2, "tensor": 2}, 1),
@@ -100,7 +104,8 @@ def eight_devices(monkeypatch):
 def config_of(name, parts, **changes):
     model = dataclasses.replace(MODEL, vocab_size=64, num_attention_heads=8, **MODELS[name])
     loss = LossConfig(router_load=0.1, router_sequence=0.1, router_z=0.01) if "moe" in MODELS[name] else LossConfig()
-    more = {"gradient_accumulation_steps": parts, "loss": loss, **changes}
+    data = DataConfig(sequence_length=16, arrangement="contiguous" if model.has_memory else "packed")
+    more = {"gradient_accumulation_steps": parts, "loss": loss, "data": data, **changes}
     return settings(model=model, global_batch_size=ROWS, ema_decay=0.9, **more)
 
 
@@ -154,6 +159,8 @@ def test_loss_and_gradients_are_those_of_one_device(name, mesh, parts):
         np.testing.assert_allclose(flat(found_state.opt_state)[path], gradient, atol=1e-5 * size, err_msg=path)
     for path, number in flat(state.frozen).items():
         np.testing.assert_allclose(flat(found_state.frozen)[path], number, rtol=1e-5, atol=1e-7, err_msg=path)
+    for found, expected_leaf in zip(jax.tree.leaves(found_state.carried), jax.tree.leaves(state.carried), strict=True):
+        np.testing.assert_allclose(found, expected_leaf, atol=1e-5)
     assert found_metrics.keys() == metrics.keys()
     for metric, value in metrics.items():
         np.testing.assert_allclose(found_metrics[metric], value, rtol=1e-4, atol=1e-6, err_msg=metric)
@@ -191,6 +198,27 @@ def test_weights_averages_and_what_the_optimizer_keeps_are_made_in_parts(optimiz
     for tree in (state.params, state.ema):
         experts = tree["layers"]["0"]["moe"]["experts"]["gate_up"]
         assert experts.sharding.shard_shape(experts.shape) == (2, 4, 16, 2, 8)
+
+
+def test_weights_that_a_run_begins_with_and_a_checkpoint_come_in_parts(tmp_path):
+    config = config_of("memory", 1, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    model = ByteTransformer(config.model)
+    optimizer = make_optimizer(config, model)
+    with on_mesh(mesh_of(config)):
+        shapes = placed(state_shapes(config, model, optimizer), model, optimizer)
+        begun = resume.begin_with(init_params(model, jax.random.key(0)), config, shapes, optimizer).state
+        whole = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings(shapes))()
+        with contextlib.closing(Checkpointer(tmp_path, config.checkpoint)) as checkpointer:
+            resume.save(checkpointer, config, whole, 1, {}, resume.Progress())
+            checkpointer.wait()
+            restored = checkpointer.restore(lambda stored: resume._whole(stored, shapes, config), print).state
+    for state, parts in ((begun, ("params", "opt_state")), (restored, ("params", "opt_state", "ema"))):
+        for part in parts:
+            tree = jax.tree.leaves(getattr(state, part))
+            for leaf, shape in zip(tree, jax.tree.leaves(getattr(shapes, part)), strict=True):
+                assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim), part
+    rows = restored.carried.memory.lengths_B
+    assert rows.sharding.shard_shape(rows.shape) == (ROWS // 4,)
 
 
 def test_rows_of_a_batch_are_split_and_a_part_of_it_costs_a_part():

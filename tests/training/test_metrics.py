@@ -40,6 +40,8 @@ def test_utilisation_by_both_conventions(monkeypatch):
     assert found["tokens_per_second"] == 500
     assert found["mfu"] == pytest.approx(500 * (matrices + attention) / 1e10)
     assert found["mfu_full_attention"] == pytest.approx(500 * (matrices + 2 * attention) / 1e10)
+    of_four = speed_metrics(1000, 2.0, flops, 4)
+    assert of_four == {name: x if name == "tokens_per_second" else pytest.approx(x / 4) for name, x in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -59,5 +61,7 @@ def test_peaks_of_devices(monkeypatch, kind, peak):
 def test_peak_memory_where_the_device_reports_it(monkeypatch):
     for stats, expected in (({"peak_bytes_in_use": 3 * 2**29}, {"peak_memory_gib": 1.5}), ({}, {}), (None, {})):
         device = SimpleNamespace(memory_stats=lambda stats=stats: stats)
-        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        least = {"peak_bytes_in_use": 2**29} if expected else None
+        smaller = SimpleNamespace(memory_stats=lambda least=least: least)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device, smaller=smaller: [smaller, device])
         assert memory_metrics() == expected

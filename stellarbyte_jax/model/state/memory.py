@@ -147,12 +147,14 @@ class Memory:
 
     def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Array]) -> Self:
         """A memory of what ``of`` makes of the logical axes of each array, and the array."""
-        return self._each(
-            lambda place: LayerMemory(
-                of(("layers", "batch", None, None), place.states), of(("batch", None), place.valid_BM)
-            ),
-            of(("batch",), self.lengths_B),
+        groups = tuple(
+            tuple(
+                LayerMemory(of(("layers", "batch", None, None), place.states), of(("batch", None), place.valid_BM))
+                for place in places
+            )
+            for places in self.groups
         )
+        return self.replace(groups=groups, lengths_B=of(("batch",), self.lengths_B))  # type: ignore[attr-defined]
 
     def match_batch(self, batch_size: int, policy: str) -> Self:
         """The memory for a batch of another size.

@@ -25,11 +25,6 @@ class Partial(NamedTuple):
     out_BTNH: Array
     lse_BTN: Array
 
-    @classmethod
-    def empty(cls, q_BTNH: Float[Array, "B T N H"]) -> "Partial":
-        """Of no key."""
-        return cls(jnp.zeros(q_BTNH.shape, jnp.float32), jnp.full(q_BTNH.shape[:3], NOTHING, jnp.float32))
-
     def merged(self, other: "Partial") -> "Partial":
         """Over the keys of both."""
         lse_BTN = jnp.logaddexp(self.lse_BTN, other.lse_BTN)
