@@ -26,6 +26,6 @@ def config() -> TrainConfig:
         run,
         output_dir="runs/quickstart_moe",
         model=dataclasses.replace(run.model, moe=moe),
-        loss=LossConfig(router_load=0.1),
+        loss=LossConfig(router_load=1.0, router_sequence=1.0),
         optimizer=optimizer,
     )

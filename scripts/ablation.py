@@ -11,9 +11,12 @@ Results go to ``benchmarks/ablation.json``; a measurement renews its own part of
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
+import queue
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,7 +51,7 @@ SMALL = (
     "sample_prompts=[]",
 )
 # Of all logged steps after a quarter of the run, the worst.
-BALANCE = {"max_load": "router/max_load", "dead": "router/dead_experts", "dropped": "router/drop_rate"}
+BALANCE = {"step_load": "router/max_load", "dead": "router/dead_experts", "dropped": "router/drop_rate"}
 LOCAL = json.dumps([*["sliding_attention"] * 5, "full_attention"])
 LOCAL_12 = json.dumps(2 * json.loads(LOCAL))
 ORIGINAL = (
@@ -113,7 +116,7 @@ EXPERTS = (
     "model.moe.num_experts_per_tok=4",
     "model.moe.intermediate_size=192",
     "optimizer.router_learning_rate_ratio=0.1",
-    "loss.router_load=0.1",
+    "loss.router_load=1",
 )
 CAPACITY = ("model.moe.dispatch=capacity",)
 EXPERT_VARIANTS: dict[str, tuple[str, ...]] = {
@@ -136,12 +139,13 @@ EXPERT_VARIANTS: dict[str, tuple[str, ...]] = {
     "every second layer dense": (*EXPERTS, "model.moe.decoder_sparse_step=2"),
     "a pool for all layers": (*EXPERTS, "model.moe.shared_pool=true"),
     "no balance": (*EXPERTS, "loss.router_load=0"),
-    "loss over the whole batch": (*EXPERTS, "loss.router_load=0", "loss.router_global=0.1"),
-    "loss by row": (*EXPERTS, "loss.router_load=0", "loss.router_sequence=0.1"),
-    "loss of undecided tokens": (*EXPERTS, "loss.router_load=0", "loss.router_entropy=0.1"),
-    "loss KL": (*EXPERTS, "loss.router_load=0", "loss.router_kl=0.1"),
-    "loss MSE": (*EXPERTS, "loss.router_load=0", "loss.router_mse=0.1"),
-    "loss variance": (*EXPERTS, "loss.router_load=0", "loss.router_variance=0.1"),
+    "loss over the whole batch": (*EXPERTS, "loss.router_load=0", "loss.router_global=1"),
+    "loss of the load, and by row": (*EXPERTS, "loss.router_sequence=1"),
+    "loss by row": (*EXPERTS, "loss.router_load=0", "loss.router_sequence=1"),
+    "loss of undecided tokens": (*EXPERTS, "loss.router_load=0", "loss.router_entropy=1"),
+    "loss KL": (*EXPERTS, "loss.router_load=0", "loss.router_kl=1"),
+    "loss MSE": (*EXPERTS, "loss.router_load=0", "loss.router_mse=1"),
+    "loss variance": (*EXPERTS, "loss.router_load=0", "loss.router_variance=1"),
     "loss of the load, and z": (*EXPERTS, "loss.router_z=0.001"),
     "bias, no loss": (
         *EXPERTS,
@@ -182,7 +186,7 @@ def main() -> int:
     parser = Parser(settings=TrainConfig, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["quality", "speed", "copy", "experts", "table"])
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="may be repeated")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time, for quality and copy")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time, spread over the GPUs")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
     parser.add_argument("--output", type=local_path, default=OUTPUT)
     arguments = parser.parse_args()
@@ -242,13 +246,14 @@ def recommended(size: str) -> tuple[str, ...]:
 
 def quality(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Trains every variant with every seed; mean and range of the last validation's bits per byte."""
+    places = Places(jobs)
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        runs = {
+        runs = {  # all variants with the first seed: the others find their programs compiled
             (name, seed): pool.submit(
-                _train, Path(folder) / f"{number}-{seed}", [*small(name, more), f"seed={seed}"], jobs
+                _train, Path(folder) / f"{number}-{seed}", [*small(name, more), f"seed={seed}"], places
             )
-            for number, name in enumerate(chosen)
             for seed in SEEDS
+            for number, name in enumerate(chosen)
         }
         for name in chosen:
             found = [runs[name, seed].result() for seed in SEEDS]
@@ -258,7 +263,7 @@ def quality(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str
                 yield name, {"error": errors[0]}
             else:
                 spread = {"lowest": min(bits), "highest": max(bits)}
-                most = {n: max(f[n] for f in found) for n in BALANCE if n in found[0]}
+                most = {n: max(f[n] for f in found) for n in ("max_load", *BALANCE) if n in found[0]}
                 yield name, {"bits_per_byte": statistics.mean(bits), **spread, **most, "on": found[0]["on"]}
 
 
@@ -267,11 +272,45 @@ def experts(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str
     yield from quality(chosen, jobs, more)
 
 
-def _train(folder: Path, overrides: list[str], jobs: int, config: str = "configs/quickstart.py") -> dict[str, Any]:
+class Places:
+    """Where runs can be made at the same time: each has one GPU, or a share of one where there are more runs."""
+
+    def __init__(self, jobs: int) -> None:
+        """Deals ``jobs`` runs out to the GPUs of this machine."""
+        found = gpus() or [None]
+        self._free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for number in range(jobs):
+            self._free.put(found[number % len(found)])
+        self._share = 0.9 / -(-jobs // len(found))
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[dict[str, str]]:
+        """The environment of a run that has one of the places to itself."""
+        place = self._free.get()
+        chosen = {} if place is None else {"CUDA_VISIBLE_DEVICES": place}
+        try:
+            yield {**os.environ, **chosen, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{self._share:.3f}"}
+        finally:
+            self._free.put(place)
+
+
+def gpus() -> list[str]:
+    """The GPUs of this machine, as ``CUDA_VISIBLE_DEVICES`` names them; none where there is no driver."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.split() if done.returncode == 0 else []
+
+
+def _train(folder: Path, overrides: list[str], places: Places, config: str = "configs/quickstart.py") -> dict[str, Any]:
     command = [sys.executable, "scripts/train.py", "--config", config]
     command += ["--set", *overrides, f"output_dir={folder}"]
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.3f}"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    with places.taken() as environment:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -280,20 +319,40 @@ def _train(folder: Path, overrides: list[str], jobs: int, config: str = "configs
     found = {"bits_per_byte": last["validation/bits_per_byte"], "loss": last["validation/loss"], "on": machine}
     steps = [line for line in lines if "router/max_load" in line]
     late = [line for line in steps if line["step"] > steps[-1]["step"] // 4]
-    return found | {name: max(line[metric] for line in late) for name, metric in BALANCE.items() if late}
+    if not late:
+        return found
+    worst = {name: max(line[metric] for line in late) for name, metric in BALANCE.items()}
+    return found | {"max_load": quarters(folder, steps[-1]["step"])} | worst
+
+
+def quarters(folder: Path, steps: int) -> float:
+    """Of the later quarters of a run, each taken as a whole, the most that an expert of a layer got over the mean.
+
+    A step of this size holds the texts of 16 rows, and its loads are as uneven as these.
+    """
+    lines = [json.loads(line) for line in (folder / "router_load.jsonl").read_text().splitlines()]
+    most = 0.0
+    for quarter in range(1, 4):
+        first, last = quarter * steps // 4, (quarter + 1) * steps // 4
+        loads = [line["load"] for line in lines if first < line["step"] <= last]
+        for layer in loads[0] if loads else ():
+            means = [statistics.mean(shares) for shares in zip(*(load[layer] for load in loads), strict=True)]
+            most = max(most, max(means) * len(means))
+    return most
 
 
 def speed(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Random tokens through training steps of the large model, each variant in a process of its own."""
     del jobs
+    places = Places(1)
     for name in chosen:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, places.taken() as environment:
             output = Path(folder) / "out.json"
             command = [sys.executable, "scripts/benchmark.py", "train", "--only", "synthetic", "--steps", "8"]
             command += ["--output", str(output)]
             overrides = large(name, more)
             command += ["--set", *overrides] if overrides else []
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             found = json.loads(output.read_text())["results"]["synthetic"] if output.exists() else {}
             if done.returncode:
                 found = {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
@@ -311,6 +370,7 @@ each""".split()
 def copy(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Texts of 80 random words, said four times, in rows of 64 tokens: with memory the repetitions can be known."""
     del chosen
+    places = Places(jobs)
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for split, count in (("train", 4000), ("valid", 100)):
             draw = random.Random(split)
@@ -330,7 +390,7 @@ def copy(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, d
         ]
         runs = {
             f"memory of {length}": pool.submit(
-                _train, Path(folder) / str(length), [*common, f"model.memory.length={length}", *more], jobs
+                _train, Path(folder) / str(length), [*common, f"model.memory.length={length}", *more], places
             )
             for length in (0, 64, 128)
         }
@@ -353,11 +413,13 @@ def table(kept: dict[str, Any]) -> str:
         rows.append(f"| {name} | {said} | {rate} | {memory} |")
     mixed = kept.get("experts", {}).get("results", {})
     if mixed:
-        rows += ["", "| experts | bits per byte (lowest to highest) | max/mean load | dead | dropped |"]
+        rows += ["", "| experts | bits per byte (lowest to highest) | max/mean load (of one step) | dead | dropped |"]
         rows += ["|---|---|---:|---:|---:|"]
     for name, m in mixed.items():
         said = f"{m['bits_per_byte']:.3f} ({m['lowest']:.3f} to {m['highest']:.3f})" if "lowest" in m else "-"
-        loads = f"{m['max_load']:.2f} | {m['dead']:.0f} | {m['dropped']:.1%}" if "max_load" in m else "- | - | -"
+        loads = "- | - | -"
+        if "max_load" in m:
+            loads = f"{m['max_load']:.2f} ({m['step_load']:.2f}) | {m['dead']:.0f} | {m['dropped']:.1%}"
         rows.append(f"| {name} | {said} | {loads} |")
     copies = kept.get("copy", {}).get("results", {})
     if copies:

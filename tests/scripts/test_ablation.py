@@ -69,13 +69,13 @@ def test_a_small_run_is_read_back(ablation, tmp_path):
     """The real thing, once: two steps of a tiny model."""
     tiny = ["steps=2", "schedule.warmup_steps=1", "model.hidden_size=16", "model.num_attention_heads=2"]
     tiny += ["model.num_key_value_heads=2", "global_batch_size=2", "data.sequence_length=32", "evaluation.batches=1"]
-    found = ablation._train(tmp_path / "run", ablation.small("XPos", tiny), 1)
+    found = ablation._train(tmp_path / "run", ablation.small("XPos", tiny), ablation.Places(1))
     assert 2 < found["bits_per_byte"] < 9 and found["on"].startswith("jax ")
-    wrong = ablation._train(tmp_path / "wrong", ["steps=0"], 1)
+    wrong = ablation._train(tmp_path / "wrong", ["steps=0"], ablation.Places(1))
     assert "steps" in wrong["error"]
 
 
-def test_of_experts_the_most_uneven_late_step_of_all_seeds_is_kept(ablation, tmp_path, monkeypatch):
+def test_of_experts_the_most_uneven_late_quarter_and_step_of_all_seeds_are_kept(ablation, tmp_path, monkeypatch):
     """The first quarter of the steps is left out, in which loads are uneven anyway."""
 
     def run(command, **options):
@@ -89,17 +89,21 @@ def test_of_experts_the_most_uneven_late_step_of_all_seeds_is_kept(ablation, tmp
         lines.append({"step": 8, "validation/bits_per_byte": 2.0 + seed, "validation/loss": 1.0})
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        loads = {2: [1.0, 0], 4: [0.75, 0.25], 6: [0.9 - seed / 10, 0.1 + seed / 10], 8: [0.5, 0.5]}
+        kept = [{"step": step, "load": {"0": [0.5, 0.5], "1": load}} for step, load in loads.items()]
+        (folder / "router_load.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
         (folder / "train.log").write_text("2026-01-01 00:00:00 a machine\n")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     results = dict(ablation.experts(["sigmoid"], 1, []))
-    loads = {"max_load": 4.2, "dead": 2, "dropped": 0.03}
+    loads = {"max_load": 1.8, "step_load": 4.2, "dead": 2, "dropped": 0.03}
     assert results == {"sigmoid": {"bits_per_byte": 3.0, "lowest": 2.0, "highest": 4.0, **loads, "on": "a machine"}}
     lines = ablation.table({"experts": {"results": results | {"broken": {"error": "no room"}}}}).splitlines()
     assert lines[-3:] == [
         "|---|---|---:|---:|---:|",
-        "| sigmoid | 3.000 (2.000 to 4.000) | 4.20 | 2 | 3.0% |",
+        "| sigmoid | 3.000 (2.000 to 4.000) | 1.80 (4.20) | 2 | 3.0% |",
         "| broken | - | - | - | - |",
     ]
 
@@ -162,3 +166,24 @@ def test_cost_of_smaller_caches(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, "--text", str(tmp_path)])
     assert quality.main() == 1
     assert "unknown kind of data file" in capsys.readouterr().err
+
+
+def test_runs_at_the_same_time_are_spread_over_the_gpus(ablation, tmp_path, monkeypatch):
+    """Two GPUs and three runs: two share one, and each is given its part of the memory; a fourth waits."""
+    lister = tmp_path / "nvidia-smi"
+    lister.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    lister.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    places = ablation.Places(3)
+    with places.taken() as a, places.taken() as b:
+        with places.taken() as c:
+            assert [x["CUDA_VISIBLE_DEVICES"] for x in (a, b, c)] == ["0", "1", "0"]
+            assert a["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.450"
+        with places.taken() as d:
+            assert d["CUDA_VISIBLE_DEVICES"] == "0", "the place that was given back"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert ablation.gpus() == ["5"], "what the user allows"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with ablation.Places(2).taken() as alone:
+        assert alone["CUDA_VISIBLE_DEVICES"] == "" and alone["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.450"
