@@ -38,8 +38,8 @@ def attention(
     ``dealt`` out by position (``ring.dealt_order``) stay so; others are gathered.
 
     Raises:
-      NotImplementedError: dropout or pruning of the weights of tokens that are dealt out, or the implementation named does
-        not support the arguments.
+      NotImplementedError: dropout or pruning of the weights of tokens that are dealt out, or the implementation
+        named does not support the arguments.
       ValueError: there is no such implementation for them.
     """
     options = {

@@ -83,12 +83,10 @@ def ring_attention(
     blocks: Blocks,
 ) -> Float[Array, "B T N H"]:
     """:func:`xla_ring` with any kernel for blocks."""
-
-    def rows(x: Array | None) -> Array | None:
-        return None if x is None else jnp.broadcast_to(x, (q_BTNH.shape[0], *x.shape[1:]))
-
-    queries = Queries(q_BTNH, *map(rows, (mask.q_positions_BT, mask.q_segments_BT)))
-    keys = Keys(k_BTKH, v_BTKH, *map(rows, (mask.k_positions_BSK, mask.k_segments_BS, mask.always_visible_BSK)))
+    queries = Queries(q_BTNH, mask.q_positions_BT, mask.q_segments_BT)
+    keys = Keys(k_BTKH, v_BTKH, mask.k_positions_BSK, mask.k_segments_BS, mask.always_visible_BSK)
+    B = q_BTNH.shape[0]
+    queries, keys = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape[1:])), (queries, keys))
     return _ring(queries, keys, blocks)
 
 

@@ -68,7 +68,9 @@ class CudnnBlocks(Blocks):
         if keys.segments_BS is None:
             return _wide(*_backward(q_BTNH, k_BSKH, v_BSKH, merged, slope_BTNH, False, None))
         reaching = _reaching(queries, keys)
-        seen_BT11, seeing_BS11 = (_first(x, n)[..., None, None] for x, n in zip((q_BTNH, k_BSKH), reaching, strict=True))
+        seen_BT11, seeing_BS11 = (
+            _first(x, n)[..., None, None] for x, n in zip((q_BTNH, k_BSKH), reaching, strict=True)
+        )
         # Weights of queries outside of the rectangle are exp(score - lse): zero, whatever the kernel does with them.
         lse_BTN = jnp.where(seen_BT11[..., 0], merged.lse_BTN, -NOTHING)
         merged = Partial(jnp.where(seen_BT11, merged.out_BTNH, jnp.zeros((), merged.out_BTNH.dtype)), lse_BTN)

@@ -3,6 +3,7 @@
 B batch, T queries, S keys, t queries and s keys of a tile, N query heads, K key/value heads, G = N/K, H head size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 from stellarbyte_jax.ops.attention.blocks import NOTHING, Blocks, Gradients, Keys, Partial, Queries
 from stellarbyte_jax.ops.attention.mask import Mask
 
-TILE = 1024  # positions; the scores of one tile, float32 [B, N, TILE, TILE], are what is in memory at a time
+TILE = 1024  # positions; float32 scores [N, TILE, TILE] are what is in memory at a time, in a few copies
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ class XlaBlocks(Blocks):
     gradients_whole = gradients
 
     def _attend_tile(self, queries: Queries, keys: Keys) -> Partial:
+        return _by_rows(self._attend_rows, queries, keys)
+
+    def _gradients_of_tile(self, queries: Queries, keys: Keys, merged: Partial, slope_BTNH: Array) -> Gradients:
+        return _by_rows(self._gradients_of_rows, queries, keys, merged, slope_BTNH)
+
+    def _attend_rows(self, queries: Queries, keys: Keys) -> Partial:
         B, T, N, H = queries.q_BTNH.shape
         scores_BKGTS, allowed_BK1TS, _ = self._scores(queries, keys)
         most_BKGT = jnp.max(jnp.where(allowed_BK1TS, scores_BKGTS, NOTHING), axis=-1)
@@ -85,7 +92,7 @@ class XlaBlocks(Blocks):
         lse_BKGT = jnp.where(seen_BKGT, most_BKGT + jnp.log(total_BKGT), NOTHING)
         return Partial(out_BTKGH.reshape(B, T, N, H), jnp.moveaxis(lse_BKGT, 3, 1).reshape(B, T, N))
 
-    def _gradients_of_tile(self, queries: Queries, keys: Keys, merged: Partial, slope_BTNH: Array) -> Gradients:
+    def _gradients_of_rows(self, queries: Queries, keys: Keys, merged: Partial, slope_BTNH: Array) -> Gradients:
         B, T, N, H = queries.q_BTNH.shape
         K, dtype = keys.k_BSKH.shape[2], keys.k_BSKH.dtype
         scores_BKGTS, allowed_BK1TS, bend_BKGTS = self._scores(queries, keys)
@@ -132,8 +139,21 @@ class XlaBlocks(Blocks):
         )
 
 
+def _by_rows(function: Callable[..., Any], *tiles: Any) -> Any:
+    """The function's results for all rows, of so many at a time that their scores are not more than those of a tile."""
+    B, T = jax.tree.leaves(tiles)[0].shape[:2]
+    rows = max(1, (TILE // T) ** 2)
+    if rows >= B:
+        return function(*tiles)
+
+    def of_row(row: Any) -> Any:
+        return jax.tree.map(lambda x: x[0], function(*jax.tree.map(lambda x: x[None], row)))
+
+    return jax.lax.map(of_row, tiles, batch_size=rows)
+
+
 def _tiles(tree: Any) -> Any:
-    """Every array [B, T, ...] as [tiles, B, t, ...]. What fills the last tile has the position -1, so nobody sees it."""
+    """Every array [B, T, ...] as [tiles, B, t, ...]; what fills the last tile has position -1: nobody sees it."""
 
     def cut(path: tuple[Any, ...], x: Array) -> Array:
         length = x.shape[1]
