@@ -1,4 +1,7 @@
-"""Kernels with the contract of cuDNN's for blocks, in float32 on any device; no numbers outside of the lengths."""
+"""Kernels with the contract of cuDNN's for blocks, in float32 on any device.
+
+Outside of the lengths, and where a length is 0, they give no numbers.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ def _hidden(q: Array, k: Array, causal: bool, lengths: Lengths | None) -> tuple[
     shown = jnp.broadcast_to(rows >= columns if causal else True, (q.shape[0], q.shape[1], k.shape[1]))
     if lengths is None:
         return shown, None, None
-    of_q, of_k = (n[:, None, None] for n in lengths)
+    of_q, of_k = (jnp.where(jnp.all(lengths[0] * lengths[1] > 0), n, 0)[:, None, None] for n in lengths)
     return shown & (rows < of_q) & (columns < of_k), rows < of_q, jnp.swapaxes(columns, 1, 2) < of_k
 
 
