@@ -142,6 +142,6 @@ def _check_context(size: int, model: "ByteConfig", sequence_length: int) -> None
         reason = "the overflow step sticky reads the token before: leave it out of model.moe.overflow"
     elif model.attention_dropout or model.attention_prune_below:
         reason = "no weights of attention are dropped there: set model.attention_dropout and attention_prune_below to 0"
-    elif model.attention_implementation != "auto":
-        reason = "the ring of devices has kernels of its own: set model.attention_implementation=auto"
+    elif model.attention_implementation == "reference":
+        reason = "the reference of attention reads rows as a whole: set model.attention_implementation=auto"
     require(reason is None, f"mesh.context={size} cuts rows by position, and {reason}, or mesh.context=1")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from stellarbyte_jax.ops import attention as op
 from stellarbyte_jax.ops.attention import AttentionOutput, Dropout, Mask
 from stellarbyte_jax.ops.dispatch import dispatch
-from stellarbyte_jax.sharding.ring import AXIS, ring_attention
+from stellarbyte_jax.sharding.ring import AXIS, RINGS
 from stellarbyte_jax.sharding.rules import RULES, current_mesh, entry_axes, of_device, spec_of
 
 _HEADS = "tensor"
@@ -38,7 +38,9 @@ def attention(
     ``dealt`` out by position (``ring.dealt_order``) stay so; others are gathered.
 
     Raises:
-      NotImplementedError: dropout or pruning of the weights of tokens that are dealt out, or an implementation by name.
+      NotImplementedError: dropout or pruning of the weights of tokens that are dealt out, or the implementation
+        named does not support the arguments.
+      ValueError: there is no such implementation for them.
     """
     options = {
         "softcap": softcap,
@@ -55,8 +57,6 @@ def attention(
         for name, asked in (("attention_dropout", dropout is not None), ("attention_prune_below", prune_below > 0)):
             if asked:
                 raise NotImplementedError(f"{name} over rows that are split by position: set mesh.context=1")
-        if implementation != "auto":
-            raise NotImplementedError(f"{implementation} over rows that are split by position: choose auto")
     place = AXIS if dealt else None
     heads, kv_heads = _split_heads(q_BTNH.shape[2], k_BSKH.shape[2], mask, return_weights, mesh)
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
@@ -66,9 +66,8 @@ def attention(
             first = jax.lax.axis_index(_HEADS) * q_BTNH.shape[2] // group
             k_BSKH, v_BSKH = (jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k_BSKH, v_BSKH))
         if dealt:
-            ring = {"ring of XLA products": ring_attention}
             split = "attention over rows that are split by position"
-            return dispatch(split, "auto", ring, q_BTNH, k_BSKH, v_BSKH, mask, softcap=softcap), None, None
+            return dispatch(split, implementation, RINGS, q_BTNH, k_BSKH, v_BSKH, mask, softcap=softcap), None, None
         own = None
         if dropout is not None and key is not None:
             own = Dropout(dropout.rate, of_device(key, (*entry_axes(rows), *entry_axes(heads))))

@@ -4,11 +4,15 @@ Liu et al. 2023, https://arxiv.org/abs/2310.01889. A row is cut into twice as ma
 device c has the chunks c and 2 C - 1 - c, so that all compute the same number of scores under a causal mask (Brandon et
 al. 2023, https://arxiv.org/abs/2311.09431).
 
+Of the chunks a, b of device c and the keys d, e of another, two pairs have scores, both of keys that are all earlier:
+b with d, and either a with d (where d is before a) or b with e. The second pair is chosen by a selection of arrays, not
+by a branch of the program, for which a GPU would wait for the host. So every device makes the same calls.
+
 B batch, T positions of a device, h = T/2, N query heads, K key/value heads, H head size.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +20,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.ops.attention import Mask
-from stellarbyte_jax.ops.attention.blocks import Partial, attend_block, block_gradients
+from stellarbyte_jax.ops.attention.blocks import Blocks, Keys, Partial, Queries, halves, joined
+from stellarbyte_jax.ops.attention.blocks_cudnn import CudnnBlocks, refuse_blocks
+from stellarbyte_jax.ops.attention.blocks_xla import XlaBlocks
 
 AXIS = "context"
 
@@ -27,41 +33,25 @@ def dealt_order(length: int, devices: int) -> Int[np.ndarray, " length"]:
     return np.concatenate([np.concatenate([chunks[c], chunks[-1 - c]]) for c in range(devices)])
 
 
-class Keys(NamedTuple):
-    """What goes round.
+def cudnn_ring(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    mask: Mask,
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """As :func:`xla_ring`, with the fused kernels of cuDNN.
 
-    Attributes:
-      k: keys [B, T, K, H].
-      v: values [B, T, K, H].
-      seen: what a mask says of them: indices, segments and which no window hides.
+    Raises:
+      NotImplementedError: the kernels do not support the arguments or the device.
     """
-
-    k: Array
-    v: Array
-    seen: tuple[Array, Array | None, Array | None]
-
-    def half(self, first: bool) -> "Keys":
-        """Those of one chunk."""
-        return jax.tree.map(lambda x: _half(x, first), self)
+    hides = mask.window is not None and mask.window < q_BTNH.shape[1] * jax.lax.axis_size(AXIS)
+    refuse_blocks(q_BTNH, window=hides, softcap=softcap is not None)
+    return ring_attention(q_BTNH, k_BTKH, v_BTKH, mask, CudnnBlocks())
 
 
-class Queries(NamedTuple):
-    """What stays.
-
-    Attributes:
-      q: queries [B, T, N, H].
-      seen: what a mask says of them: indices and segments.
-    """
-
-    q: Array
-    seen: tuple[Array, Array | None]
-
-    def half(self, first: bool) -> "Queries":
-        """Those of one chunk."""
-        return jax.tree.map(lambda x: _half(x, first), self)
-
-
-def ring_attention(
+def xla_ring(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
@@ -78,93 +68,109 @@ def ring_attention(
       mask: of its tokens, with their indices in the row.
       softcap: of the scores.
     """
-    queries = Queries(q_BTNH, (mask.q_positions_BT, mask.q_segments_BT))
-    keys = Keys(k_BTKH, v_BTKH, (mask.k_positions_BSK, mask.k_segments_BS, mask.always_visible_BSK))
-    return _ring(queries, keys, mask.window, softcap)
+    return ring_attention(q_BTNH, k_BTKH, v_BTKH, mask, XlaBlocks(mask.window, softcap))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _ring(queries: Queries, keys: Keys, window: int | None, softcap: float | None) -> Array:
-    return _forward(queries, keys, window, softcap)[0]
+# In the order in which "auto" tries them.
+RINGS = {"cudnn": cudnn_ring, "xla": xla_ring}
 
 
-def _forward(
-    queries: Queries, keys: Keys, window: int | None, softcap: float | None
-) -> tuple[Array, tuple[Queries, Keys, Partial]]:
-    def attend(q: Queries, k: Keys) -> Partial:
-        return attend_block(q.q, k.k, k.v, _mask(q, k, window), softcap)
+def ring_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    mask: Mask,
+    blocks: Blocks,
+) -> Float[Array, "B T N H"]:
+    """:func:`xla_ring` with any kernel for blocks."""
+    queries = Queries(q_BTNH, mask.q_positions_BT, mask.q_segments_BT)
+    keys = Keys(k_BTKH, v_BTKH, mask.k_positions_BSK, mask.k_segments_BS, mask.always_visible_BSK)
+    B = q_BTNH.shape[0]
+    queries, keys = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape[1:])), (queries, keys))
+    return _ring(queries, keys, blocks)
 
-    low, high = (queries.half(first) for first in (True, False))
-    of_low = attend(low, keys.half(True))
-    of_high = attend(high, keys.half(True)).merged(attend(high, keys.half(False)))
 
-    def turn(carry: tuple[Keys, Partial, Partial], step: Array):
-        keys, of_low, of_high = carry
-        keys = _passed_on(keys)
-        of_high = of_high.merged(attend(high, keys.half(True)))
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _ring(queries: Queries, keys: Keys, blocks: Blocks) -> Array:
+    return _forward(queries, keys, blocks)[0]
+
+
+def _forward(queries: Queries, keys: Keys, blocks: Blocks) -> tuple[Array, tuple[Queries, Keys, Partial]]:
+    low, high = halves(queries)
+
+    def absorb(step: Array | int, keys: Keys, of_low: Partial, of_high: Partial) -> tuple[Partial, Partial]:
+        first, last = halves(keys)
         earlier = _from_earlier(step)
-        more = attend(_select(earlier, low, high), _select(earlier, keys.half(True), keys.half(False)))
-        of_low = _select(earlier, of_low.merged(more), of_low)
-        of_high = _select(earlier, of_high, of_high.merged(more))
-        return (keys, of_low, of_high), None
+        of_high = of_high.merged(blocks.attend(high, first))
+        more = blocks.attend(_select(earlier, low, high), _select(earlier, first, last))
+        more = _select(earlier, of_low, of_high).merged(more)
+        return _select(earlier, more, of_low), _select(earlier, of_high, more)
 
-    (_, of_low, of_high), _ = jax.lax.scan(turn, (keys, of_low, of_high), _steps())
-    merged = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), of_low, of_high)
-    return merged.out_BTNH.astype(keys.v.dtype), (queries, keys, merged)
+    def turn(carry: tuple[Keys, Partial, Partial], step: Array) -> tuple[Any, None]:
+        coming = _passed_on(carry[0])  # it does not wait for the products of this step
+        return (coming, *absorb(step, *carry)), None
+
+    devices = jax.lax.axis_size(AXIS)
+    coming = _passed_on(keys) if devices > 1 else keys
+    found = halves(blocks.attend_own(queries, keys))
+    if devices > 1:
+        carry, _ = jax.lax.scan(turn, (coming, *found), _steps())
+        found = absorb(devices - 1, *carry)
+    merged = joined(*found)
+    merged = merged._replace(out_BTNH=merged.out_BTNH.astype(keys.v_BSKH.dtype))
+    return merged.out_BTNH, (queries, keys, merged)
 
 
-def _backward(
-    window: int | None, softcap: float | None, kept: tuple[Queries, Keys, Partial], slope_BTNH: Array
-) -> tuple[Queries, Keys]:
+def _backward(blocks: Blocks, kept: tuple[Queries, Keys, Partial], slope_BTNH: Array) -> tuple[Queries, Keys]:
     queries, keys, merged = kept
-    halves = [
-        (queries.half(first), jax.tree.map(partial(_half, first=first), merged), _half(slope_BTNH, first))
-        for first in (True, False)
-    ]
+    low, high = halves((queries, merged, slope_BTNH))
 
-    def slopes(of: tuple[Queries, Partial, Array], k: Keys) -> tuple[Array, tuple[Array, Array]]:
-        q, merged, slope = of
-        dq, dk, dv = block_gradients(q.q, k.k, k.v, _mask(q, k, window), softcap, merged, slope)
-        return dq, (dk, dv)
-
-    low, high = halves
-    dlow, first = slopes(low, keys.half(True))
-    dhigh, more = slopes(high, keys.half(True))
-    dhigh_last, last = slopes(high, keys.half(False))
-    dkeys = jax.tree.map(lambda a, b, c: jnp.concatenate([a + b, c], axis=1), first, more, last)
-
-    def turn(carry: Any, step: Array):
-        keys, dkeys, dlow, dhigh = carry
-        keys, dkeys = _passed_on(keys), _passed_on(dkeys)
-        dq, first = slopes(high, keys.half(True))
-        dhigh += dq
+    def add(step: Array | int, keys: Keys, dkv: Any, dlow: Array, dhigh: Array) -> tuple[Any, Array, Array]:
+        first, last = halves(keys)
         earlier = _from_earlier(step)
-        dq, more = slopes(_select(earlier, low, high), _select(earlier, keys.half(True), keys.half(False)))
-        dlow, dhigh = jnp.where(earlier, dlow + dq, dlow), jnp.where(earlier, dhigh, dhigh + dq)
-        zero = jax.tree.map(jnp.zeros_like, more)
-        first = jax.tree.map(jnp.add, first, _select(earlier, more, zero))
-        last = _select(earlier, zero, more)
-        dkeys = jax.tree.map(lambda d, a, b: d + jnp.concatenate([a, b], axis=1), dkeys, first, last)
-        return (keys, dkeys, dlow, dhigh), None
+        dq, dfirst = _gradients(blocks, high, first)
+        dq_more, dkv_more = _gradients(blocks, _select(earlier, low, high), _select(earlier, first, last))
+        zero = jax.tree.map(jnp.zeros_like, dkv_more)
+        dfirst = jax.tree.map(jnp.add, dfirst, _select(earlier, dkv_more, zero))
+        dkv = jax.tree.map(jnp.add, dkv, joined(dfirst, _select(earlier, zero, dkv_more)))
+        dlow, dhigh = dlow + jnp.where(earlier, dq_more, 0.0), dhigh + dq + jnp.where(earlier, 0.0, dq_more)
+        return dkv, dlow, dhigh
 
-    carry = (keys, dkeys, dlow, dhigh + dhigh_last)
-    (_, dkeys, dlow, dhigh), _ = jax.lax.scan(turn, carry, _steps())
-    dk, dv = _passed_on(dkeys)  # home
-    dq = jnp.concatenate([dlow, dhigh], axis=1).astype(queries.q.dtype)
+    def turn(carry: Any, step: Array) -> tuple[Any, None]:
+        keys, dkv, dlow, dhigh = carry
+        coming, dkv = _passed_on((keys, dkv))  # neither waits for the products of this step
+        return (coming, *add(step, keys, dkv, dlow, dhigh)), None
+
+    devices = jax.lax.axis_size(AXIS)
+    coming = _passed_on(keys) if devices > 1 else keys
+    dq, dkv = blocks.gradients_own(queries, keys, merged, slope_BTNH)
+    if devices > 1:
+        (last, dkv, *dhalves), _ = jax.lax.scan(turn, (coming, dkv, *halves(dq)), _steps())
+        dkv, *dhalves = add(devices - 1, last, _passed_on(dkv), *dhalves)
+        dkv, dq = _passed_on(dkv), joined(*dhalves)  # home
+    dk, dv = dkv
     return (
-        Queries(dq, jax.tree.map(_no_slope, queries.seen)),
-        Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), jax.tree.map(_no_slope, keys.seen)),
+        jax.tree.map(_no_slope, queries)._replace(q_BTNH=dq.astype(queries.q_BTNH.dtype)),
+        jax.tree.map(_no_slope, keys)._replace(
+            k_BSKH=dk.astype(keys.k_BSKH.dtype), v_BSKH=dv.astype(keys.v_BSKH.dtype)
+        ),
     )
 
 
 _ring.defvjp(_forward, _backward)
 
 
+def _gradients(blocks: Blocks, of: tuple[Queries, Partial, Array], keys: Keys) -> Any:
+    queries, merged, slope_BTNH = of
+    return blocks.gradients(queries, keys, merged, slope_BTNH)
+
+
 def _steps() -> Array:
-    return jnp.arange(1, jax.lax.axis_size(AXIS), dtype=jnp.int32)
+    """All but the last, after which keys stay where they are."""
+    return jnp.arange(1, jax.lax.axis_size(AXIS) - 1, dtype=jnp.int32)
 
 
-def _from_earlier(step: Array) -> Array:
+def _from_earlier(step: Array | int) -> Array:
     """Whether the keys that are here after so many steps come from a device with an earlier first chunk."""
     return jax.lax.axis_index(AXIS) >= step
 
@@ -173,16 +179,6 @@ def _passed_on(tree: Any) -> Any:
     devices = jax.lax.axis_size(AXIS)
     ring = [(device, (device + 1) % devices) for device in range(devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, ring), tree)
-
-
-def _mask(queries: Queries, keys: Keys, window: int | None) -> Mask:
-    (q_positions, q_segments), (k_positions, k_segments, always_visible) = queries.seen, keys.seen
-    return Mask(q_positions, k_positions, q_segments, k_segments, None, always_visible, window)
-
-
-def _half(x: Array, first: bool) -> Array:
-    h = x.shape[1] // 2
-    return x[:, :h] if first else x[:, h:]
 
 
 def _select(condition: Array, a: Any, b: Any) -> Any:

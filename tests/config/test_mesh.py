@@ -68,6 +68,8 @@ def test_what_every_axis_divides_is_taken():
     checked(data=2, fsdp=2, expert=2, context=4, tensor=2, changes={"moe": EXPERTS})
     checked(tensor=8)  # two devices for each key/value head
     checked(rows=16, parts=4, data=4)
+    for implementation in ("auto", "cudnn", "xla"):
+        checked(context=2, changes={"attention_implementation": implementation})
 
 
 @pytest.mark.parametrize(
@@ -88,8 +90,8 @@ def test_what_every_axis_divides_is_taken():
             "mesh.fsdp=3 x mesh.expert=2 cuts model.hidden_size=32, which it does not divide: set another size",
         ),
         (
-            {"context": 2, "changes": {"attention_implementation": "xla"}},
-            "mesh.context=2 cuts rows by position, and the ring of devices has kernels of its own: set "
+            {"context": 2, "changes": {"attention_implementation": "reference"}},
+            "mesh.context=2 cuts rows by position, and the reference of attention reads rows as a whole: set "
             "model.attention_implementation=auto, or mesh.context=1",
         ),
         (

@@ -1,61 +1,16 @@
 """Attention whose rows, heads and positions are split over devices. On eight CPU devices."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.rows_on_a_mesh import AXES, B, H, T, arrays, mask_of, output_and_gradients
 
 from stellarbyte_jax.ops import attention as op
-from stellarbyte_jax.ops.attention import Dropout, Mask, always_visible
+from stellarbyte_jax.ops.attention import Dropout
 from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.sharding.attention import attention
 from stellarbyte_jax.sharding.ring import dealt_order
-
-B, T, H = 4, 32, 8
-AXES = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
-
-
-def arrays(N=8, K=4, seed=0):
-    random = np.random.default_rng(seed)
-    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
-    return [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
-
-
-def packed():
-    """Documents of every length, and padding at the end of one row."""
-    segments = np.zeros((B, T), np.int32)
-    for row, cuts in enumerate(((1, 2, 20), (16,), (8, 9, 30), ())):
-        ends = [*cuts, T if row else T - 3]
-        for number, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-            segments[row, start:end] = number + 1
-    return jnp.asarray(segments)
-
-
-def mask_of(kind, order=None):
-    rows_1T = jnp.arange(T, dtype=jnp.int32)[None]
-    segments_BT = packed() if "packed" in kind else None
-    visible_BSK = None
-    if "sinks" in kind:
-        positions_BT = jnp.broadcast_to(rows_1T, (B, T))
-        visible_BSK = always_visible(positions_BT[..., None], sink_tokens=2)
-    window = 7 if "window" in kind else None
-    aligned = order is None
-    if order is not None:
-        rows_1T = rows_1T[:, order]
-        segments_BT = None if segments_BT is None else segments_BT[:, order]
-        visible_BSK = None if visible_BSK is None else visible_BSK[:, order]
-    return Mask(rows_1T, rows_1T[..., None], segments_BT, segments_BT, None, visible_BSK, window, None, aligned)
-
-
-def output_and_gradients(attend, given, slope):
-    def loss(q, k, v):
-        out = attend(q, k, v)
-        return jnp.sum(out * slope), out
-
-    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*given)
-    return out, *gradients
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -143,5 +98,9 @@ def test_what_a_ring_cannot_do_is_refused():
             attention(q, k, v, mask_of("plain"), dropout=Dropout(0.5, jax.random.key(0)), dealt=True)
         with pytest.raises(NotImplementedError, match="attention_prune_below"):
             attention(q, k, v, mask_of("plain"), prune_below=0.1, dealt=True)
-        with pytest.raises(NotImplementedError, match="cudnn over rows that are split by position: choose auto"):
+        with pytest.raises(NotImplementedError, match="split by position: cudnn refused: the cpu backend"):
             attention(q, k, v, mask_of("plain"), implementation="cudnn", dealt=True)
+        with pytest.raises(
+            ValueError, match=r"split by position: no implementation 'reference'; there are auto, cudnn, xla"
+        ):
+            attention(q, k, v, mask_of("plain"), implementation="reference", dealt=True)

@@ -1,15 +1,16 @@
 """Attention over some of the keys, to be merged with that over others, and its gradients from the merged result.
 
-Dao et al. 2022, https://arxiv.org/abs/2205.14135. B batch, T queries, S keys, N query heads, K key/value heads,
-G = N/K, H head size.
+Dao et al. 2022, https://arxiv.org/abs/2205.14135. B batch, T queries, S keys, N query heads, K key/value heads, H head
+size.
 """
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from stellarbyte_jax.ops.attention.mask import Mask
 
 NOTHING = -1e30  # log-sum-exp of a query that sees no key
 
@@ -34,80 +35,113 @@ class Partial(NamedTuple):
         return Partial(out_BTNH, jnp.where(seen_BTN1[..., 0], lse_BTN, NOTHING))
 
 
-def attend_block(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask: Mask,
-    softcap: float | None = None,
-) -> Partial:
-    """Attention over these keys alone, with all scores in memory."""
-    B, T, N, H = q_BTNH.shape
-    scores_BKGTS, allowed_BK1TS, _ = _scores(q_BTNH, k_BSKH, mask, softcap)
-    most_BKGT = jnp.max(jnp.where(allowed_BK1TS, scores_BKGTS, NOTHING), axis=-1)
-    weights_BKGTS = jnp.where(allowed_BK1TS, jnp.exp(scores_BKGTS - most_BKGT[..., None]), 0.0)
-    total_BKGT = jnp.sum(weights_BKGTS, axis=-1)
-    seen_BKGT = total_BKGT > 0
-    total_BKGT = jnp.where(seen_BKGT, total_BKGT, 1.0)
-    shares_BKGTS = weights_BKGTS / total_BKGT[..., None]
-    out_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", shares_BKGTS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32
-    )
-    lse_BKGT = jnp.where(seen_BKGT, most_BKGT + jnp.log(total_BKGT), NOTHING)
-    return Partial(out_BTKGH.reshape(B, T, N, H), jnp.moveaxis(lse_BKGT, 3, 1).reshape(B, T, N))
+class Queries(NamedTuple):
+    """Queries, and what a mask says of them.
 
-
-def block_gradients(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask: Mask,
-    softcap: float | None,
-    merged: Partial,
-    slope_BTNH: Float[Array, "B T N H"],
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Gradients, float32, by way of these keys alone: of queries, keys and values.
-
-    Args:
+    Attributes:
       q_BTNH: queries.
-      k_BSKH: keys of the block.
-      v_BSKH: their values.
-      mask: what sees what of them.
-      softcap: as for :func:`attend_block`.
-      merged: attention over all keys.
-      slope_BTNH: gradient of its result.
+      positions_BT: index of each in its row.
+      segments_BT: document of each; None where a row is one document.
     """
-    B, T, N, H = q_BTNH.shape
-    K, dtype = k_BSKH.shape[2], k_BSKH.dtype
-    scores_BKGTS, allowed_BK1TS, bend_BKGTS = _scores(q_BTNH, k_BSKH, mask, softcap)
-    lse_BKGT = jnp.moveaxis(merged.lse_BTN.reshape(B, T, K, N // K), 1, 3)
-    weights_BKGTS = jnp.where(allowed_BK1TS, jnp.exp(scores_BKGTS - lse_BKGT[..., None]), 0.0)
-    slope_BTKGH = slope_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
-    own_BTKG = jnp.sum(slope_BTKGH * merged.out_BTNH.reshape(slope_BTKGH.shape), axis=-1)
-    narrow_BTKGH = slope_BTKGH.astype(dtype)
-    dweights_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", narrow_BTKGH, v_BSKH, preferred_element_type=jnp.float32)
-    dscores_BKGTS = weights_BKGTS * (dweights_BKGTS - jnp.moveaxis(own_BTKG, 1, 3)[..., None])
-    if bend_BKGTS is not None:
-        dscores_BKGTS *= bend_BKGTS
-    dscores_BKGTS = (dscores_BKGTS * H**-0.5).astype(dtype)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    wide = {"preferred_element_type": jnp.float32}
-    dq_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", dscores_BKGTS, k_BSKH, **wide)
-    dk_BSKH = jnp.einsum("BKGTS,BTKGH->BSKH", dscores_BKGTS, q_BTKGH, **wide)
-    dv_BSKH = jnp.einsum("BKGTS,BTKGH->BSKH", weights_BKGTS.astype(dtype), narrow_BTKGH, **wide)
-    return dq_BTKGH.reshape(B, T, N, H), dk_BSKH, dv_BSKH
+
+    q_BTNH: Array
+    positions_BT: Array
+    segments_BT: Array | None = None
 
 
-def _scores(
-    q_BTNH: Array, k_BSKH: Array, mask: Mask, softcap: float | None
-) -> tuple[Float[Array, "B K G T S"], Array, Float[Array, "B K G T S"] | None]:
-    """Scores, whether they are allowed, and the slope of the soft cap."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
-    allowed_BK1TS = mask.allowed()[:, :, None]
-    if softcap is None:
-        return scores_BKGTS, allowed_BK1TS, None
-    bent_BKGTS = jnp.tanh(scores_BKGTS / softcap)
-    return softcap * bent_BKGTS, allowed_BK1TS, 1 - jnp.square(bent_BKGTS)
+class Keys(NamedTuple):
+    """Keys and values, and what a mask says of them.
+
+    Attributes:
+      k_BSKH: keys.
+      v_BSKH: values.
+      positions_BSK: index of each in its row, K or 1 of them; negative for padding.
+      segments_BS: document of each; None where a row is one document. Equal ids are neighbours.
+      always_visible_BSK: keys that a window does not hide; None for none.
+    """
+
+    k_BSKH: Array
+    v_BSKH: Array
+    positions_BSK: Array
+    segments_BS: Array | None = None
+    always_visible_BSK: Array | None = None
+
+
+Gradients = tuple[Float[Array, "B T N H"], tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]
+
+
+@dataclass(frozen=True)
+class Blocks(ABC):
+    """A kernel for blocks of queries and keys.
+
+    Gradients are float32, of queries and of keys and values, by way of the block's keys alone. They are computed from
+    ``merged``, the attention over all keys, and ``slope_BTNH``, the gradient of its result.
+
+    Attributes:
+      whole: positions up to which a block on the diagonal is one call of :meth:`attend_whole`.
+    """
+
+    whole: ClassVar[int]
+
+    @abstractmethod
+    def attend(self, queries: Queries, keys: Keys) -> Partial:
+        """Attention over keys that are all earlier in the row than the queries."""
+
+    @abstractmethod
+    def gradients(self, queries: Queries, keys: Keys, merged: Partial, slope_BTNH: Array) -> Gradients:
+        """Those of :meth:`attend`."""
+
+    @abstractmethod
+    def attend_whole(self, queries: Queries, keys: Keys) -> Partial:
+        """As :meth:`attend_own`, with scores of every query with every key."""
+
+    @abstractmethod
+    def gradients_whole(self, queries: Queries, keys: Keys, merged: Partial, slope_BTNH: Array) -> Gradients:
+        """Those of :meth:`attend_whole`."""
+
+    def attend_own(self, queries: Queries, keys: Keys) -> Partial:
+        """Attention of tokens, in the order of their row, over themselves.
+
+        Each half over itself, the second over the first besides: half of the scores are hidden, and few are computed.
+        """
+        shape = queries.q_BTNH.shape
+        if not self._is_cut(shape[1]):
+            return self.attend_whole(queries, keys)
+        each = self.attend_own(_as_rows(queries), _as_rows(keys))
+        out_BTNH, lse_BTN = each.out_BTNH.reshape(shape), each.lse_BTN.reshape(shape[:3])
+        first, second = halves(Partial(out_BTNH, lse_BTN))
+        return joined(first, second.merged(self.attend(halves(queries)[1], halves(keys)[0])))
+
+    def gradients_own(self, queries: Queries, keys: Keys, merged: Partial, slope_BTNH: Array) -> Gradients:
+        """Those of :meth:`attend_own`."""
+        if not self._is_cut(slope_BTNH.shape[1]):
+            return self.gradients_whole(queries, keys, merged, slope_BTNH)
+        each = self.gradients_own(*map(_as_rows, (queries, keys, merged, slope_BTNH)))
+        across = self.gradients(halves(queries)[1], halves(keys)[0], halves(merged)[1], halves(slope_BTNH)[1])
+        (dq_BTNH, dkv), (dq_more, dkv_more) = each, across
+        half = slope_BTNH.shape[1] // 2
+        dq_BTNH = dq_BTNH.reshape(slope_BTNH.shape).at[:, half:].add(dq_more)
+        dk_BSKH, dv_BSKH = (
+            d.reshape(of.shape).at[:, :half].add(more)
+            for d, more, of in zip(dkv, dkv_more, (keys.k_BSKH, keys.v_BSKH), strict=True)
+        )
+        return dq_BTNH, (dk_BSKH, dv_BSKH)
+
+    def _is_cut(self, length: int) -> bool:
+        return length > self.whole and length % 2 == 0
+
+
+def halves(tree: Any) -> tuple[Any, Any]:
+    """The first and the second half of the positions, the second axis, of every array."""
+    cut = [jax.tree.map(lambda x, end=end: jnp.split(x, 2, axis=1)[end], tree) for end in (0, 1)]
+    return cut[0], cut[1]
+
+
+def joined(first: Any, second: Any) -> Any:
+    """What :func:`halves` cut."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
+
+
+def _as_rows(tree: Any) -> Any:
+    """Each half of a row as a row of its own: [B, T, ...] as [2 B, T / 2, ...]."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * 2, x.shape[1] // 2, *x.shape[2:]), tree)
