@@ -10,19 +10,22 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli import machine, mesh_speed, workers
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
+from stellarbyte_jax.cli.machine import facts
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
+from stellarbyte_jax.cli.mesh_speed import COMPARED, has_failed, measure, rows
+from stellarbyte_jax.cli.mesh_speed import NAMES as ON_MESH
 from stellarbyte_jax.cli.moe_speed import WORKERS as EXPERTS
 from stellarbyte_jax.cli.program import load_settings, local_path, new_parser, positive
 from stellarbyte_jax.cli.torch_peers import WORKERS as PEERS
+from stellarbyte_jax.cli.workers import OUT_OF_MEMORY, run_worker
 from stellarbyte_jax.command import MendableError, command, imports, make_directory, print_error
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.section import ConfigError
 
 _NAMES = {
     "train": ["synthetic", "real", "huggingface"],
-    "mesh": list(mesh_speed.NAMES),
+    "mesh": list(ON_MESH),
     "data": ["jsonl", "shards"],
     "generate": ["batch_1", "batch_8", "batch_32", "batch_128"],
     "cache": ["float32", "bfloat16", "int8", "float8_e4m3fn"],
@@ -39,7 +42,7 @@ _TRAINED = ("train", "moe", "mesh")  # those that measure training steps
 _STEPS = {"mesh": 5}
 _FLOPS = "6 (active parameters - embedding) + 6 L T D a token, causal attention counted half"
 # More than JAX's three quarters, and room for NCCL; devices of a CPU, which a GPU's machine leaves alone.
-_ON_MESH = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "JAX_NUM_CPU_DEVICES": "2"}
+_VARIABLES = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "JAX_NUM_CPU_DEVICES": "2"}
 
 
 @command
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.worker:
         return _work(options)
-    found = {"platform": None} if options.what == "data" else _machine(options)
+    found: dict[str, Any] = {"platform": None} if options.what == "data" else _machine(options)
     small = found["platform"] == "cpu"
     of_mesh = options.what == "mesh"
     measured = _measured_on_mesh(options, found["devices"], small) if of_mesh else _measured(options, small)
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, result in measured:
         report["results"][name] = result
         _write(part, {**report, "incomplete": True})
-    if any(mesh_speed.has_failed(result) for result in report["results"].values()):
+    if any(has_failed(result) for result in report["results"].values()):
         return _kept(output, part, "a measurement failed", 1)
     if options.only and not options.output:
         return _kept(output, part, "--only measures some; --output FILE writes them", 0)
@@ -82,7 +85,7 @@ def _work(options: argparse.Namespace) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print_error(error)
-        result = {"error": workers.OUT_OF_MEMORY}
+        result = {"error": OUT_OF_MEMORY}
     print("RESULT " + json.dumps(result))
     return 0
 
@@ -135,9 +138,9 @@ def _measured_on_mesh(options: argparse.Namespace, devices: int, small: bool) ->
     if small:
         print(f"no GPU: tiny models on {devices} simulated devices of the CPU; the figures say nothing of speed")
     names = _names(options, small)
-    for row in (row for name in names for row in mesh_speed.rows(name, small)):
+    for row in (row for name in names for row in rows(name, small)):
         load_settings(row.config, [*row.typed(devices), *options.set])
-    peers = _peers(options, any(row.peer for name in names for row in mesh_speed.rows(name, small)))
+    peers = _peers(options, any(row.peer for name in names for row in rows(name, small)))
 
     def run(worker: str, part: str, config: str, settings: Sequence[str], processes: int) -> dict[str, Any]:
         print(f"measuring {part}", file=sys.stderr, flush=True)
@@ -150,9 +153,10 @@ def _measured_on_mesh(options: argparse.Namespace, devices: int, small: bool) ->
     def each() -> Iterator[tuple[str, dict[str, Any]]]:
         for name in names:
             result: dict[str, Any] = {}
-            for result in mesh_speed.measure(name, devices, small, peers, run):
+            for result in measure(name, devices, small, peers, run):
                 yield name, result
-            _tell(f"{name}, in all:", {key: result[key] for key in mesh_speed.COMPARED if key in result})
+            if compared := {key: result[key] for key in COMPARED if key in result}:
+                _tell(f"{name}, in all:", compared)
 
     return each()
 
@@ -169,7 +173,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": options.what,
         "date": date.today().isoformat(),
-        **machine.facts(_environment(options)),
+        **facts(_environment(options)),
         **({"flops": _FLOPS} if options.what in _TRAINED else {}),
         "config": {"file": options.config, "set": options.set},
         "results": {},
@@ -262,7 +266,7 @@ def _check(options: argparse.Namespace) -> None:
 def _machine(options: argparse.Namespace) -> dict[str, Any]:
     """What JAX finds on this machine, such as ``platform`` cpu, whatever the settings are."""
     print("looking for a GPU", file=sys.stderr, flush=True)
-    found = _run_worker("device", _changed(options, config=None, set=[], profile=None))
+    found = _run_worker("device", _changed(options, config=None, set=[], profile=None, limit=None))
     if "platform" not in found:
         raise MendableError(f"JAX could not start ({found['error']}): its own message stands above")
     return found
@@ -270,7 +274,7 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
 
 def _environment(options: argparse.Namespace) -> dict[str, str]:
     """Variables of the processes that measure, where nobody has set them."""
-    wanted = _ON_MESH if options.what == "mesh" else {}
+    wanted = _VARIABLES if options.what == "mesh" else {}
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
@@ -278,4 +282,4 @@ def _run_worker(name: str, options: argparse.Namespace, processes: int = 1) -> d
     words = [options.what, "--worker", name, "--steps", str(options.steps), "--config", options.config or _SMALL]
     words += ["--set", *options.set] if options.set else []
     words += ["--profile", str(options.profile)] if options.profile else []
-    return workers.run_worker(words, processes=processes, limit=options.limit, environment=_environment(options))
+    return run_worker(words, processes=processes, limit=options.limit, environment=_environment(options))

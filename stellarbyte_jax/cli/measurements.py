@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli import traces
+from stellarbyte_jax.cli.traces import STEPS as TRACED
+from stellarbyte_jax.cli.traces import collective_shares
 from stellarbyte_jax.command import imports
 from stellarbyte_jax.config import ByteConfig, CacheConfig, TrainConfig
 
@@ -89,10 +90,10 @@ def _ours(config: TrainConfig, steps: int, batches: Any, devices: int, profile: 
         result["mfu"] = round(result["tokens_per_second"] * flops.causal / (peak * devices), 4)
     memory = {name: round(value, 2) for name, value in memory_metrics().items()}
     if profile is not None:
-        tell(f"tracing {traces.STEPS} steps into {profile}")
+        tell(f"tracing {TRACED} steps into {profile}")
         with jax.profiler.trace(profile):
-            run(traces.STEPS)
-        result |= traces.collective_shares(profile)
+            run(TRACED)
+        result |= collective_shares(profile)
     return {
         **result,
         **memory,

@@ -74,7 +74,7 @@ LARGE = {
     "1.10B": Row("fsdp", "pretrain", (*_DENSE, *_LESS_MEMORY), 4),
 }
 # Without GPUs: whether everything runs. Nothing follows from the figures, devices of a CPU share its cores.
-_TINY = ("optimizer.name=adamw", "optimizer.learning_rate=6e-4", *_shape(128, 2, 4, 4, 256, 64))
+_TINY = ("optimizer.name=adamw", "optimizer.learning_rate=6e-4", *_shape(128, 2, 8, 8, 256, 64))
 SMALL_ROWS = {
     "fsdp": Row("fsdp", "quickstart", _TINY, 2, peer="huggingface_fsdp2"),
     "data": Row("data", "quickstart", _TINY, 2, peer="huggingface_ddp"),
@@ -111,7 +111,8 @@ def measure(name: str, devices: int, small: bool, peers: bool, run: Run) -> Iter
         yield _largest(SMALL_LARGE if small else LARGE, devices, run)
         return
     (row,) = rows(name, small)
-    parts: Result = {"single": run("synthetic", f"{name}_single", row.config, row.typed(1), 1)}
+    single = run("synthetic", f"{name}_single", row.config, row.typed(1), 1)
+    parts: Result = {"single": {**single, "devices": 1, "settings": row.typed(1)}}
     yield parts
     parts = {**_on_all(name, row, devices, run), **parts}
     yield _compared(parts, row.target if devices == 2 else None)

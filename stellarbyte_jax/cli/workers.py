@@ -40,7 +40,7 @@ def run_worker(
     base = {**os.environ, **(environment or {})}
     started: list[subprocess.Popen[str]] = []
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output, _ended(started):
-        for variables in _ranks(processes):
+        for variables in ranks(processes) if processes > 1 else [{}]:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -55,10 +55,8 @@ def run_worker(
         return {"error": error} if error else _result(output.read())
 
 
-def _ranks(processes: int) -> list[dict[str, str]]:
-    """What tells each process of ``torch.distributed`` who it is."""
-    if processes == 1:
-        return [{}]
+def ranks(processes: int) -> list[dict[str, str]]:
+    """Variables that tell each process of ``torch.distributed`` who it is."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
