@@ -155,11 +155,14 @@ def _fully_sharded(config: TrainConfig, steps: int) -> dict[str, Any]:
     dtype = config.model.compute_dtype
     with _group() as (device, processes):
         with device:
-            model: Any = transformers.LlamaForCausalLM(_llama(config.model)).to(getattr(torch, dtype))
-        for layer in model.model.layers:
-            if device.type == "cuda":
-                layer.compile()
-            fully_shard(layer)
+            model: Any = transformers.AutoModelForCausalLM.from_config(
+                _llama(config.model), dtype=getattr(torch, dtype)
+            )
+        layers = model.model.layers
+        for index, layer in enumerate(layers):
+            # Compiled first: what gathers weights then stays outside of the compiled function.
+            layers[index] = torch.compile(layer, disable=device.type == "cpu")
+            fully_shard(layers[index])
         fully_shard(model)
         return {**_measured(config, steps, model, device, False, processes), "weights": dtype}
 

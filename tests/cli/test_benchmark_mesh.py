@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -254,3 +255,18 @@ def test_a_peer_is_measured_in_its_group(name, monkeypatch):
     result = torch_peers.WORKERS[name](settings(), 3)
     assert counted == [(4 * 16, 3)] and 0 < result["loss"] < 10 and result["weights"] == "float32"
     assert not torch.distributed.is_initialized()
+
+
+def test_each_process_of_a_peer_takes_its_rows(monkeypatch):
+    torch = pytest.importorskip("torch", reason="the peer is transformers on torch: pip install -e '.[torch]'")
+    shapes = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, input_ids, labels):
+            shapes.append(tuple(input_ids.shape))
+            return types.SimpleNamespace(loss=super().forward(torch.ones(1, 1)).sum())
+
+    counted = []
+    monkeypatch.setattr(torch_peers, "timed", lambda run, tokens, steps: counted.append(tokens) or {})
+    result = torch_peers._measured(settings(), 1, Model(1, 1), torch.device("cpu"), False, 2)
+    assert set(shapes) == {(2, 16)} and counted == [4 * 16] and result["devices"] == 2
