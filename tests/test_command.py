@@ -176,8 +176,13 @@ def test_no_program_shows_where_its_imports_were(path):
         "cli.program",
         "cli.tensors",
         "cli.evaluation_speed",
+        "cli.machine",
         "cli.measurements",
+        "cli.mesh_speed",
         "cli.moe_speed",
+        "cli.torch_peers",
+        "cli.traces",
+        "cli.workers",
     )
     quick = {*sys.stdlib_module_names, *(f"stellarbyte_jax.{name}" for name in ours)}
 

@@ -4,23 +4,28 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
+from stellarbyte_jax.cli.machine import facts
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
+from stellarbyte_jax.cli.mesh_speed import COMPARED, has_failed, measure, rows
+from stellarbyte_jax.cli.mesh_speed import NAMES as ON_MESH
 from stellarbyte_jax.cli.moe_speed import WORKERS as EXPERTS
-from stellarbyte_jax.cli.program import load_settings, local_path, new_parser
-from stellarbyte_jax.command import MendableError, command, imports
+from stellarbyte_jax.cli.program import load_settings, local_path, new_parser, positive
+from stellarbyte_jax.cli.torch_peers import WORKERS as PEERS
+from stellarbyte_jax.cli.workers import OUT_OF_MEMORY, run_worker
+from stellarbyte_jax.command import MendableError, command, imports, make_directory, print_error
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config.section import ConfigError
 
 _NAMES = {
     "train": ["synthetic", "real", "huggingface"],
+    "mesh": list(ON_MESH),
     "data": ["jsonl", "shards"],
     "generate": ["batch_1", "batch_8", "batch_32", "batch_128"],
     "cache": ["float32", "bfloat16", "int8", "float8_e4m3fn"],
@@ -28,10 +33,16 @@ _NAMES = {
     "eval": ["eval", "eval_huggingface"],
     "moe": ["dropless", "capacity", "huggingface_moe", "huggingface_moe_bfloat16"],
 }
-WORKERS = OTHERS | EVALUATION | EXPERTS
+WORKERS = OTHERS | EVALUATION | EXPERTS | PEERS
 _PEERS = ("huggingface", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16")  # they need torch
 _CONFIGS = {"moe": ("pretrain_moe", "quickstart_moe")}  # on a GPU, and without
 _SMALL = "quickstart"  # what is trained where there is no GPU
+_SMALL_GENERATE = ["small_batch_1", "small_batch_8"]
+_TRAINED = ("train", "moe", "mesh")  # those that measure training steps
+_STEPS = {"mesh": 5}
+_FLOPS = "6 (active parameters - embedding) + 6 L T D a token, causal attention counted half"
+# More than JAX's three quarters, and room for NCCL; devices of a CPU, which a GPU's machine leaves alone.
+_VARIABLES = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "JAX_NUM_CPU_DEVICES": "2"}
 
 
 @command
@@ -39,14 +50,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line; each measurement runs this command again with ``--worker``."""
     options = _parse(arguments)
     if options.worker:
-        with imports():
-            from stellarbyte_jax.training import begin
+        return _work(options)
+    found: dict[str, Any] = {"platform": None} if options.what == "data" else _machine(options)
+    small = found["platform"] == "cpu"
+    of_mesh = options.what == "mesh"
+    measured = _measured_on_mesh(options, found["devices"], small) if of_mesh else _measured(options, small)
+    output = Path(options.output or f"benchmarks/{options.what}{'-cpu' if small else ''}.json")
+    part = output.with_name(f"{output.name}.part")
+    make_directory(output.parent, "--output")
+    report = _report(options)
+    for name, result in measured:
+        report["results"][name] = result
+        _write(part, {**report, "incomplete": True})
+    if any(has_failed(result) for result in report["results"].values()):
+        return _kept(output, part, "a measurement failed", 1)
+    if options.only and not options.output:
+        return _kept(output, part, "--only measures some; --output FILE writes them", 0)
+    _write(part, report)
+    part.replace(output)
+    print(f"wrote {output}")
+    return 0
 
-        config = begin.find_tokenizer(load_settings(options.config, options.set)).used
-        print("RESULT " + json.dumps(WORKERS[options.worker](config, options.steps)))
-        return 0
-    names = [options.only] if options.only else _NAMES[options.what]
-    small = options.what != "data" and _platform(options) == "cpu"
+
+def _work(options: argparse.Namespace) -> int:
+    """Measures in this process, and prints the result for the one that waits."""
+    with imports():
+        from stellarbyte_jax.training import begin
+
+    config = begin.find_tokenizer(load_settings(options.config, options.set)).used
+    more = {"profile": options.profile} if options.profile else {}
+    try:
+        result = WORKERS[options.worker](config, options.steps, **more)
+    except RuntimeError as error:  # of JAX
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print_error(error)
+        result = {"error": OUT_OF_MEMORY}
+    print("RESULT " + json.dumps(result))
+    return 0
+
+
+def _names(options: argparse.Namespace, small: bool) -> list[str]:
+    """What is measured, without peers that are not wanted or cannot be; says so."""
+    if options.only:
+        return list(dict.fromkeys(options.only))
+    names = _SMALL_GENERATE if small and options.what == "generate" else _NAMES[options.what]
+    if _peers(options, any(name in _PEERS for name in names)):
+        return names
+    return [name for name in names if name not in _PEERS]
+
+
+def _peers(options: argparse.Namespace, asked: bool) -> bool:
+    """Whether peers can be measured; a line where torch is missing for it."""
+    missing = asked and not options.no_peer and importlib.util.find_spec("torch") is None
+    if missing:
+        print("no peer: torch is not installed (pip install torch)")
+    return not (options.no_peer or missing)
+
+
+def _measured(options: argparse.Namespace, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Checks the settings; each measurement with its name, as they are made."""
     if options.config is None:
         options.config = _CONFIGS.get(options.what, ("pretrain", _SMALL))[small]
         if small:
@@ -55,42 +118,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "--config names another"
             )
     load_settings(options.config, options.set)
-    if small and options.what == "generate" and not options.only:
-        names = ["small_batch_1", "small_batch_8"]
-    if not options.only and any(name in _PEERS for name in names):
-        missing = not options.no_peer and importlib.util.find_spec("torch") is None
-        if missing:
-            print("no peer: torch is not installed (pip install torch)")
-        if options.no_peer or missing:
-            names = [name for name in names if name not in _PEERS]
-    results = {}
-    for number, name in enumerate(names, 1):
-        print(f"measuring {name} ({number} of {len(names)})", file=sys.stderr, flush=True)
-        results[name] = _run_worker(name, options)
-        print(f"{name:14} " + "  ".join(f"{key} {value}" for key, value in results[name].items()), flush=True)
-    output = Path(options.output or f"benchmarks/{options.what}{'-cpu' if small else ''}.json")
-    if any("error" in result for result in results.values()):
-        print(f"{output} is as it was: a measurement failed", file=sys.stderr)
-        return 1
-    report = {
+    names = _names(options, small)
+
+    def each() -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, name in enumerate(names, 1):
+            print(f"measuring {name} ({number} of {len(names)})", file=sys.stderr, flush=True)
+            profile = None if name in _PEERS or not options.profile else options.profile / name
+            result = _run_worker(name, _changed(options, profile=profile))
+            _tell(name, result)
+            yield name, result
+
+    return each()
+
+
+def _measured_on_mesh(options: argparse.Namespace, devices: int, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Checks the settings; each row with its name, again whenever a part of it was measured."""
+    if devices < 2:
+        raise MendableError("benchmark mesh needs at least two GPUs, and JAX finds one: benchmark train measures one")
+    if small:
+        print(f"no GPU: tiny models on {devices} simulated devices of the CPU; the figures say nothing of speed")
+    names = _names(options, small)
+    for row in (row for name in names for row in rows(name, small)):
+        load_settings(row.config, [*row.typed(devices), *options.set])
+    peers = _peers(options, any(row.peer for name in names for row in rows(name, small)))
+
+    def run(worker: str, part: str, config: str, settings: Sequence[str], processes: int) -> dict[str, Any]:
+        print(f"measuring {part}", file=sys.stderr, flush=True)
+        profile = None if worker in PEERS or not options.profile else options.profile / part
+        changed = _changed(options, config=config, set=[*settings, *options.set], profile=profile)
+        result = _run_worker(worker, changed, processes)
+        _tell(part, result)
+        return result
+
+    def each() -> Iterator[tuple[str, dict[str, Any]]]:
+        for name in names:
+            result: dict[str, Any] = {}
+            for result in measure(name, devices, small, peers, run):
+                yield name, result
+            if compared := {key: result[key] for key in COMPARED if key in result}:
+                _tell(f"{name}, in all:", compared)
+
+    return each()
+
+
+def _changed(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), **changes})
+
+
+def _tell(name: str, result: dict[str, Any]) -> None:
+    print(f"{name:14} " + "  ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    return {
         "what": options.what,
         "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        **facts(_environment(options)),
+        **({"flops": _FLOPS} if options.what in _TRAINED else {}),
         "config": {"file": options.config, "set": options.set},
-        "results": results,
+        "results": {},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"wrote {output}")
-    return 0
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    """Writes a file, or leaves the one that is there as it was."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def _kept(output: Path, part: Path, why: str, code: int) -> int:
+    print(f"{output} is as it was: {why}; what was measured is in {part}", file=sys.stderr)
+    return code
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser(
         "benchmark",
-        "Measure throughput in medians over repeats, each measurement in a process of its own.\n\n"
+        "Measure throughput in medians over repeats, each measurement in a process of its own. Until all is measured,\n"
+        "FILE.part has what is; it stays where something fails or the command is killed.\n\n"
         "train       this project's training step on random and real batches, and the Llama of transformers\n"
+        "mesh        training over all GPUs by each axis of a mesh, beside one GPU, and torch's FSDP2 and DDP\n"
         "data        batches from the files and from prepared shards; needs no device\n"
         "generate    128 prompt tokens and 256 new ones, a model of 1.10B parameters, by batch size\n"
         "cache       decoding over caches of each dtype, 25M parameters in float32\n"
@@ -98,38 +206,80 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "eval        requests of lm-eval (extra eval), and its backend for transformers (extra torch, accelerate)\n"
         "moe         the training step with experts by dispatch, and the Qwen3-MoE of transformers in that shape",
         "train --no-peer",
+        "mesh --only fsdp --only tensor --output two_rows.json",
         "data --set 'data.train=my_corpus/train/*.jsonl'",
         settings=TrainConfig,
     )
     parser.add_argument("what", choices=list(_NAMES), nargs="?", default="train", help="default: %(default)s")
-    parser.add_argument("--config", metavar="FILE", help=f"default: pretrain, without a GPU {_SMALL}")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"default: pretrain, without a GPU {_SMALL}; mesh has a model for each row"
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps of one repeat (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="steps of one repeat (default: 20; mesh: 5)")
     parser.add_argument("--no-peer", action="store_true", help="leave the peer out")
-    parser.add_argument("--only", choices=sorted(WORKERS), metavar="NAME", help="one measurement alone: %(choices)s")
+    known = sorted({name for names in _NAMES.values() for name in names}.union(_SMALL_GENERATE))
+    parser.add_argument(
+        "--only",
+        choices=known,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this measurement; may be repeated: %(choices)s",
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="SECONDS", help="kill a measurement that takes longer (default: none)"
+    )
+    parser.add_argument(
+        "--profile",
+        type=local_path,
+        metavar="DIR",
+        help="write a profile of three steps of each measurement of training below DIR, and tell the share of "
+        "collectives; not of peers",
+    )
     parser.add_argument(
         "--output", type=local_path, metavar="FILE", help="default: benchmarks/WHAT.json, without a GPU WHAT-cpu.json"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.steps = options.steps or _STEPS.get(options.what, 20)
+    if not options.worker:
+        _check(options)
+    return options
 
 
-def _platform(options: argparse.Namespace) -> str:
-    """What JAX finds on this machine, such as cpu, whatever the settings are."""
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError where options do not go together."""
+    of_mesh = options.what == "mesh"
+    known = [*_NAMES[options.what], *(_SMALL_GENERATE if options.what == "generate" else ())]
+    for name in options.only:
+        if name not in known:
+            raise ConfigError(f"--only {name}: benchmark {options.what} measures {', '.join(known)}, name one of them")
+    if options.profile and options.what not in _TRAINED:
+        raise ConfigError(f"--profile is of training: benchmark {options.what} has no training steps, leave it out")
+    if of_mesh and options.config:
+        raise ConfigError("benchmark mesh has a model for each row: leave --config out; --set changes the models")
+    for setting in options.set if of_mesh else ():
+        if setting.partition("=")[0].strip() == "global_batch_size" or setting.strip().startswith("mesh."):
+            raise ConfigError(f"--set {setting}: each row of benchmark mesh says its own, leave it out")
+
+
+def _machine(options: argparse.Namespace) -> dict[str, Any]:
+    """What JAX finds on this machine, such as ``platform`` cpu, whatever the settings are."""
     print("looking for a GPU", file=sys.stderr, flush=True)
-    found = _run_worker("device", argparse.Namespace(**{**vars(options), "config": None, "set": []}))
+    found = _run_worker("device", _changed(options, config=None, set=[], profile=None, limit=None))
     if "platform" not in found:
         raise MendableError(f"JAX could not start ({found['error']}): its own message stands above")
-    return found["platform"]
+    return found
 
 
-def _run_worker(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def _environment(options: argparse.Namespace) -> dict[str, str]:
+    """Variables of the processes that measure, where nobody has set them."""
+    wanted = _VARIABLES if options.what == "mesh" else {}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _run_worker(name: str, options: argparse.Namespace, processes: int = 1) -> dict[str, Any]:
     words = [options.what, "--worker", name, "--steps", str(options.steps), "--config", options.config or _SMALL]
     words += ["--set", *options.set] if options.set else []
-    done = subprocess.run(
-        [sys.executable, "-m", "stellarbyte_jax", "benchmark", *words], stdout=subprocess.PIPE, text=True, check=False
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    return {"error": f"exit code {done.returncode}"}
+    words += ["--profile", str(options.profile)] if options.profile else []
+    return run_worker(words, processes=processes, limit=options.limit, environment=_environment(options))

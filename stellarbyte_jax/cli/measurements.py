@@ -3,6 +3,8 @@
 FLOPs of a token are 6 (active parameters - embedding) + 6 L T D, causal attention counted by the half that is computed.
 """
 
+import contextlib
+import os
 import statistics
 import sys
 import tempfile
@@ -12,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.traces import STEPS as TRACED
+from stellarbyte_jax.cli.traces import collective_shares
 from stellarbyte_jax.command import imports
 from stellarbyte_jax.config import ByteConfig, CacheConfig, TrainConfig
 
@@ -20,11 +24,15 @@ _READING = 15  # seconds
 
 
 def tell(text: str) -> None:
-    """A line on standard error about what is being done: measurements take minutes on a CPU."""
-    print(f"  {text}", file=sys.stderr, flush=True)
+    """A line on standard error about what is being done: measurements take minutes on a CPU.
+
+    Of several processes that measure together the first one tells.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def _timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
+def timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
     """Median tokens a second of ``run(steps)``, which returns when the work is done."""
     rates = []
     for number in range(1, REPEATS + 1):
@@ -41,8 +49,8 @@ def _timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
     }
 
 
-def _ours(config: TrainConfig, steps: int, batches: Any, devices: int) -> dict[str, Any]:
-    """On the mesh that is set, of so many devices."""
+def _ours(config: TrainConfig, steps: int, batches: Any, devices: int, profile: Path | None) -> dict[str, Any]:
+    """On the mesh that is set, of so many devices; with a directory for a trace of further steps."""
     with imports():
         import jax
 
@@ -63,7 +71,8 @@ def _ours(config: TrainConfig, steps: int, batches: Any, devices: int) -> dict[s
     run_step = jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
     tell("compiling the first step")
     start = time.perf_counter()
-    state, metrics = jax.block_until_ready(run_step(state, next(batches)))
+    with _compiling() as compile_seconds:
+        state, metrics = jax.block_until_ready(run_step(state, next(batches)))
     first = time.perf_counter() - start
     tell(f"first step after {first:.1f} s; 5 steps to warm up")
 
@@ -74,15 +83,21 @@ def _ours(config: TrainConfig, steps: int, batches: Any, devices: int) -> dict[s
         jax.block_until_ready(metrics)
 
     run(5)
-    result = _timed(run, config.global_batch_size * config.data.sequence_length, steps)
+    result = timed(run, config.global_batch_size * config.data.sequence_length, steps)
     flops = flops_per_token(config.model, parameter_counts(model).active, config.data.sequence_length)
     peak = peak_flops()
     if peak is not None:
         result["mfu"] = round(result["tokens_per_second"] * flops.causal / (peak * devices), 4)
     memory = {name: round(value, 2) for name, value in memory_metrics().items()}
+    if profile is not None:
+        tell(f"tracing {TRACED} steps into {profile}")
+        with jax.profiler.trace(profile):
+            run(TRACED)
+        result |= collective_shares(profile)
     return {
         **result,
         **memory,
+        "compile_seconds": round(sum(compile_seconds), 1),
         "first_step_seconds": round(first, 1),
         "loss": float(metrics["loss"]),
         **({} if devices == 1 else {"devices": devices}),
@@ -90,8 +105,33 @@ def _ours(config: TrainConfig, steps: int, batches: Any, devices: int) -> dict[s
     }
 
 
-def synthetic(config: TrainConfig, steps: int) -> dict[str, Any]:
-    """Speed of our training step on random tokens, on the mesh of the config."""
+@contextlib.contextmanager
+def _compiling() -> Iterator[list[float]]:
+    """The seconds that XLA compiles inside it, program after program."""
+    with imports():
+        import jax
+
+    seconds: list[float] = []
+
+    def add(event: str, duration_secs: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(add)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(add)
+
+
+def synthetic(config: TrainConfig, steps: int, profile: Path | None = None) -> dict[str, Any]:
+    """Speed of our training step on random tokens, on the mesh of the config.
+
+    Args:
+      config: of the run.
+      steps: of a repeat.
+      profile: directory for a trace of :data:`traces.STEPS` further steps; None: none.
+    """
     import itertools
 
     with imports():
@@ -105,12 +145,10 @@ def synthetic(config: TrainConfig, steps: int) -> dict[str, Any]:
     with on_mesh(mesh):
         place = place_batches()
         made = [place({"tokens": random.integers(0, config.model.vocab_size, shape, dtype=np.int32)}) for _ in range(4)]
-        return _ours(config, steps, itertools.cycle(made), mesh.size)
+        return _ours(config, steps, itertools.cycle(made), mesh.size, profile)
 
 
-def _real(config: TrainConfig, steps: int) -> dict[str, Any]:
-    import contextlib
-
+def _real(config: TrainConfig, steps: int, profile: Path | None = None) -> dict[str, Any]:
     with imports():
         from stellarbyte_jax.data.loader import make_loader
         from stellarbyte_jax.training.placement import mesh_of, on_mesh, place_batches
@@ -120,81 +158,7 @@ def _real(config: TrainConfig, steps: int) -> dict[str, Any]:
         rows, place = config.global_batch_size, place_batches()
         loader = make_loader(config.data, split="train", batch_size=rows, seed=0, transform=place)
         with contextlib.closing(loader):
-            return _ours(config, steps, loader, mesh.size)
-
-
-def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
-    with imports():
-        import torch
-        import transformers
-
-    c = config.model
-    settings = transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.mlp_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.kv_heads,
-        hidden_act=c.hidden_act,
-        max_position_embeddings=c.max_position_embeddings,
-        tie_word_embeddings=c.tie_word_embeddings,
-        use_cache=False,
-    )
-    torch.manual_seed(0)
-    return train_peer(config, steps, transformers.LlamaForCausalLM(settings))
-
-
-def train_peer(config: TrainConfig, steps: int, model: Any) -> dict[str, Any]:
-    """Speed of training a model of transformers on random tokens: compiled on a GPU, float32 weights under autocast.
-
-    Weights in bfloat16 are trained as they are, without autocast and without float32 copies.
-    """
-    with imports():
-        import numpy as np
-        import torch
-        import transformers
-
-    c = config.model
-    torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
-    half = on_gpu and c.compute_dtype == "bfloat16" and model.dtype == torch.float32
-    model = torch.compile(model.to(device), disable=not on_gpu)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    shape = (config.global_batch_size, config.data.sequence_length)
-    random = np.random.default_rng(0)
-    batches = [torch.from_numpy(random.integers(0, c.vocab_size, shape)).to(device) for _ in range(4)]
-    loss: Any = None
-
-    def run(count: int) -> None:
-        nonlocal loss
-        for index in range(count):
-            tokens = batches[index % 4]
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    tell("compiling the first step" if on_gpu else "the first step")
-    start = time.perf_counter()
-    run(1)
-    first = time.perf_counter() - start
-    tell(f"first step after {first:.1f} s; 10 steps to warm up")
-    run(10)
-    on = f"{torch.cuda.get_device_name()}, compiled" if on_gpu else f"cpu, {torch.get_num_threads()} threads"
-    memory = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
-    return {
-        **_timed(run, shape[0] * shape[1], steps),
-        **memory,
-        "first_step_seconds": round(first, 1),
-        "loss": loss.item(),
-        "on": f"torch {torch.__version__}, transformers {transformers.__version__}, {on}",
-    }
+            return _ours(config, steps, loader, mesh.size, profile)
 
 
 def _rounded(result: dict[str, float]) -> dict[str, float]:
@@ -295,8 +259,6 @@ def _checkpoint(verify: bool) -> Callable[[TrainConfig, int], dict[str, Any]]:
     def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
         """Median seconds; saving blocks training until the state is copied, the rest goes on beside it."""
         del steps
-        import contextlib
-
         with imports():
             import jax
 
@@ -346,7 +308,7 @@ def _device(config: TrainConfig, steps: int) -> dict[str, Any]:
     with imports():
         import jax
 
-    return {"platform": jax.default_backend()}
+    return {"platform": jax.default_backend(), "devices": len(jax.devices())}
 
 
 WORKERS = {
@@ -358,7 +320,6 @@ WORKERS = {
     **{dtype: _cache(dtype) for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn")},
     "synthetic": synthetic,
     "real": _real,
-    "huggingface": _huggingface,
     "jsonl": _jsonl,
     "shards": _shards,
 }

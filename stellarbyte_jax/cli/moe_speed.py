@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
-from stellarbyte_jax.cli.measurements import synthetic, train_peer
+from stellarbyte_jax.cli.measurements import synthetic
+from stellarbyte_jax.cli.torch_peers import train_peer
 from stellarbyte_jax.command import MendableError, imports
 from stellarbyte_jax.config import TrainConfig
 
 
 def _ours(dispatch: Literal["dropless", "capacity"]) -> Callable[[TrainConfig, int], dict[str, Any]]:
-    def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
+    def measure(config: TrainConfig, steps: int, profile: Path | None = None) -> dict[str, Any]:
         moe = replace(_checked(config).model.moe, dispatch=dispatch)
-        return synthetic(replace(config, model=replace(config.model, moe=moe)), steps)
+        return synthetic(replace(config, model=replace(config.model, moe=moe)), steps, profile)
 
     return measure
 

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import huggingface_hub
+import jax
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import MODEL, settings
@@ -14,7 +15,8 @@ from helpers.training import MODEL, settings
 import stellarbyte_jax
 from stellarbyte_jax.checkpoint import store
 from stellarbyte_jax.cli import benchmark, measurements, moe_speed, program
-from stellarbyte_jax.cli.measurements import WORKERS
+from stellarbyte_jax.cli import machine as facts
+from stellarbyte_jax.cli.benchmark import WORKERS
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.data import loader
@@ -32,7 +34,7 @@ def machine(monkeypatch, tmp_path):
     def make(platform, fails=()):
         def run(name, options):
             if name == "device":
-                return {"platform": platform}
+                return {"platform": platform, "devices": 1}
             measured.append((name, options.config))
             return {"error": "exit code 1"} if name in fails else {"tokens_per_second": 5}
 
@@ -83,15 +85,113 @@ def test_data_needs_no_device(machine, torch, tmp_path, capsys):
     assert (tmp_path / "benchmarks" / "data.json").is_file() and "no GPU" not in capsys.readouterr().out
 
 
-def test_a_failure_replaces_no_figures(machine, torch, tmp_path, capsys):
-    kept = tmp_path / "benchmarks" / "train.json"
-    kept.parent.mkdir()
-    kept.write_text("figures")
+@pytest.fixture
+def figures(tmp_path):
+    """The file of figures that is there already."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "train.json").write_text("figures")
+    return tmp_path / "benchmarks" / "train.json"
+
+
+def in_part(figures):
+    report = json.loads(figures.with_name("train.json.part").read_text())
+    assert report["incomplete"] is True
+    return report["results"]
+
+
+def test_a_failure_replaces_no_figures(machine, torch, figures, capsys):
     machine("gpu", fails=["real"])
     assert benchmark.main(["train"]) == 1
     printed = capsys.readouterr()
-    assert kept.read_text() == "figures" and "train.json is as it was" in printed.err
+    assert figures.read_text() == "figures" and "train.json is as it was: a measurement failed" in printed.err
     assert "synthetic" in printed.out and "exit code 1" in printed.out
+    fast = {"tokens_per_second": 5}
+    assert in_part(figures) == {"synthetic": fast, "real": {"error": "exit code 1"}, "huggingface": fast}
+
+
+def test_what_was_measured_is_kept_as_it_comes(machine, torch, figures, monkeypatch):
+    machine("gpu")
+    run, seen = benchmark._run_worker, []
+
+    def killed_in_the_end(name, options):
+        seen.append(sorted(in_part(figures)) if figures.with_name("train.json.part").exists() else None)
+        if name == "huggingface":
+            raise KeyboardInterrupt
+        return run(name, options)
+
+    monkeypatch.setattr(benchmark, "_run_worker", killed_in_the_end)
+    assert benchmark.main(["train"]) == 130
+    assert seen == [None, None, ["synthetic"], ["real", "synthetic"]], "before the device is asked, and before each"
+    assert sorted(in_part(figures)) == ["real", "synthetic"] and figures.read_text() == "figures"
+    monkeypatch.setattr(benchmark, "_run_worker", run)
+    assert benchmark.main(["train"]) == 0
+    report = json.loads(figures.read_text())
+    assert len(report["results"]) == 3 and "incomplete" not in report
+    assert [path.name for path in figures.parent.iterdir()] == ["train.json"]
+
+
+def test_some_figures_do_not_replace_all_of_them(machine, torch, figures, capsys):
+    measured = machine("gpu")
+    assert benchmark.main(["train", "--only", "real", "--only", "synthetic", "--only", "real"]) == 0
+    assert measured == [("real", "pretrain"), ("synthetic", "pretrain")]
+    assert figures.read_text() == "figures" and sorted(in_part(figures)) == ["real", "synthetic"]
+    assert "--output FILE writes them" in capsys.readouterr().err
+    assert benchmark.main(["train", "--only", "real", "--output", "some.json"]) == 0
+    assert list(json.loads(Path("some.json").read_text())["results"]) == ["real"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("train --only batch_8", "--only batch_8: benchmark train measures synthetic, real, huggingface"),
+        ("mesh --only real", "benchmark mesh measures fsdp, data, tensor, expert, context, large"),
+        ("generate --profile x", "--profile is of training"),
+        ("mesh --config quickstart", "a model for each row: leave --config out"),
+        ("mesh --set mesh.tensor=2", "--set mesh.tensor=2: each row"),
+        ("mesh --set global_batch_size=2", "--set global_batch_size=2: each row"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(typed, message, machine, capsys):
+    measured = machine("gpu")
+    assert benchmark.main(typed.split()) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1 and message in printed[0] and not measured
+
+
+def test_a_report_names_the_machine(machine, torch, monkeypatch, tmp_path):
+    machine("gpu")
+    asked = []
+
+    def played(words, **_):
+        asked.append(words[0])
+        return subprocess.CompletedProcess(words, 0, "NVIDIA H100 80GB HBM3, 570.1\nNVIDIA H100 80GB HBM3, 570.1\n")
+
+    monkeypatch.setattr(facts.subprocess, "run", played)
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    assert benchmark.main(["train"]) == 0
+    report = json.loads((tmp_path / "benchmarks" / "train.json").read_text())
+    assert asked == ["nvidia-smi"] and report["gpus"] == 2 * ["NVIDIA H100 80GB HBM3"] and report["driver"] == "570.1"
+    assert report["environment"]["NCCL_ALGO"] == "Ring" and report["versions"]["jax"] == jax.__version__
+    assert "6 L T D" in report["flops"]
+
+
+def test_a_machine_without_its_tool_has_no_gpus(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(facts.subprocess, "run", missing)
+    assert not {"gpus", "driver"} & facts.facts({}).keys()
+    assert facts.facts({"NCCL_ALGO": "Tree"})["environment"]["NCCL_ALGO"] == "Tree"
+
+
+def test_a_device_that_is_too_small_is_a_result(monkeypatch, capsys):
+    def full(config, steps):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes")
+
+    monkeypatch.setitem(benchmark.WORKERS, "synthetic", full)
+    assert benchmark.main(["train", "--worker", "synthetic", "--config", "quickstart"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == 'RESULT {"error": "out of memory"}\n' and "allocate 99 bytes" in printed.err
 
 
 def test_without_torch_there_is_no_peer_and_a_line(machine, torch, capsys):
@@ -122,7 +222,7 @@ def with_experts(**moe):
 
 
 def test_experts_are_measured_with_each_dispatch(monkeypatch):
-    monkeypatch.setattr(moe_speed, "synthetic", lambda config, steps: (config.model.moe, steps))
+    monkeypatch.setattr(moe_speed, "synthetic", lambda config, steps, profile: (config.model.moe, steps))
     moe = with_experts().model.moe
     for name in ("dropless", "capacity"):
         assert moe_speed.WORKERS[name](with_experts(), 7) == (dataclasses.replace(moe, dispatch=name), 7)
@@ -185,7 +285,7 @@ def test_a_wrong_setting_is_told_before_any_measurement(machine, torch, capsys):
 def test_a_worker_is_a_process_of_its_own(monkeypatch, tmp_path):
     """The parent holds no device; a failure of the child is a result."""
     options = benchmark._parse(["train", "--config", "quickstart"])
-    assert benchmark._run_worker("device", options) == {"platform": "cpu"}
+    assert benchmark._run_worker("device", options) == {"platform": "cpu", "devices": 1}
     options.set = ["steps=nonsense"]
     assert benchmark._run_worker("device", options) == {"error": "exit code 2"}
 
@@ -209,15 +309,16 @@ def test_a_step_is_measured(name, monkeypatch, capsys):
 def test_the_steps_that_were_asked_for_are_measured(monkeypatch, capsys):
     typed = []
 
-    def run(words, **_):
+    def run(words, **options):
         typed.append(words)
-        return subprocess.CompletedProcess(words, 0, 'RESULT {"a": 1}\n')
+        assert options == {"processes": 1, "limit": 9, "environment": {}}
+        return {"a": 1}
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
-    options = benchmark._parse(["train", "--steps", "3", "--config", "quickstart"])
+    monkeypatch.setattr(benchmark, "run_worker", run)
+    options = benchmark._parse(["train", "--steps", "3", "--limit", "9", "--config", "quickstart"])
     assert benchmark._run_worker("real", options) == {"a": 1}
     monkeypatch.setitem(benchmark.WORKERS, "real", lambda config, steps: {"steps": steps})
-    assert benchmark.main(typed[0][typed[0].index("benchmark") + 1 :]) == 0
+    assert benchmark.main(typed[0]) == 0
     assert capsys.readouterr().out == 'RESULT {"steps": 3}\n'
 
 
@@ -229,12 +330,12 @@ def test_a_rate_is_tokens_of_all_steps_over_their_time(monkeypatch):
         now += 2.0 * steps
 
     monkeypatch.setattr(measurements.time, "perf_counter", lambda: now)
-    result = measurements._timed(run, 10, 3)
+    result = measurements.timed(run, 10, 3)
     assert (result["tokens_per_second"], result["lowest"], result["highest"]) == (5, 5, 5)
     monkeypatch.undo()
     counted = []
     monkeypatch.setattr(
-        measurements, "_timed", lambda run, tokens, steps: counted.append((tokens, steps)) or {"tokens_per_second": 1}
+        measurements, "timed", lambda run, tokens, steps: counted.append((tokens, steps)) or {"tokens_per_second": 1}
     )
     monkeypatch.setattr(metrics, "peak_flops", lambda: 1e6)
     monkeypatch.setattr(state, "create_state", lambda *_: {})

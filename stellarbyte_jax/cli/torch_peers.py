@@ -1,0 +1,174 @@
+"""The Llama of transformers on torch, beside which ``benchmark`` measures: alone, under DDP, and under FSDP2."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from stellarbyte_jax.cli.measurements import tell, timed
+from stellarbyte_jax.command import imports
+from stellarbyte_jax.config import ByteConfig, TrainConfig
+
+
+def train_peer(config: TrainConfig, steps: int, model: Any) -> dict[str, Any]:
+    """Speed of training a model of transformers on random tokens: compiled on a GPU, float32 weights under autocast.
+
+    Weights in bfloat16 are trained as they are, without autocast and without float32 copies.
+    """
+    with imports():
+        import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = _half(config, model, device)
+    model = torch.compile(model.to(device), disable=device.type == "cpu")
+    return _measured(config, steps, model, device, half)
+
+
+def _half(config: TrainConfig, model: Any, device: Any) -> bool:
+    """Whether products are made in bfloat16 by autocast: of float32 weights on a GPU."""
+    with imports():
+        import torch
+
+    return device.type == "cuda" and config.model.compute_dtype == "bfloat16" and model.dtype == torch.float32
+
+
+def _measured(
+    config: TrainConfig, steps: int, model: Any, device: Any, half: bool, processes: int = 1
+) -> dict[str, Any]:
+    """Speed of a model that is on its device, each process with its part of a batch's rows."""
+    with imports():
+        import numpy as np
+        import torch
+        import transformers
+
+    on_gpu = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    length = config.data.sequence_length
+    random = np.random.default_rng(int(os.environ.get("RANK", "0")))
+    shape = (config.global_batch_size // processes, length)
+    batches = [torch.from_numpy(random.integers(0, config.model.vocab_size, shape)).to(device) for _ in range(4)]
+    loss: Any = None
+
+    def run(count: int) -> None:
+        nonlocal loss
+        for index in range(count):
+            tokens = batches[index % 4]
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    tell("compiling the first step" if on_gpu else "the first step")
+    start = time.perf_counter()
+    run(1)
+    first = time.perf_counter() - start
+    tell(f"first step after {first:.1f} s; 10 steps to warm up")
+    run(10)
+    count = f"{processes} x " if processes > 1 else ""
+    name = f"{torch.cuda.get_device_name()}, compiled" if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    memory = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
+    return {
+        **timed(run, config.global_batch_size * length, steps),
+        **memory,
+        "first_step_seconds": round(first, 1),
+        "loss": loss.item(),
+        **({} if processes == 1 else {"devices": processes}),
+        "on": f"torch {torch.__version__}, transformers {transformers.__version__}, {count}{name}",
+    }
+
+
+def _llama(c: ByteConfig) -> Any:
+    """Settings of a Llama of transformers with this shape."""
+    with imports():
+        import transformers
+
+    return transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.mlp_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.kv_heads,
+        hidden_act=c.hidden_act,
+        max_position_embeddings=c.max_position_embeddings,
+        tie_word_embeddings=c.tie_word_embeddings,
+        use_cache=False,
+    )
+
+
+def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
+    with imports():
+        import torch
+        import transformers
+
+    torch.manual_seed(0)
+    return train_peer(config, steps, transformers.LlamaForCausalLM(_llama(config.model)))
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[tuple[Any, int]]:
+    """The processes that ``workers.run_worker`` started: the device of this one, and how many there are."""
+    with imports():
+        import torch
+        import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    torch.manual_seed(0)
+    try:
+        yield device, dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def _data_parallel(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """Under DistributedDataParallel, float32 weights, compiled as a whole on GPUs."""
+    with imports():
+        import torch
+        import transformers
+        from torch.nn.parallel import DistributedDataParallel
+
+    with _group() as (device, processes):
+        model = transformers.LlamaForCausalLM(_llama(config.model)).to(device)
+        half = _half(config, model, device)
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        compiled = torch.compile(parallel, disable=device.type == "cpu")
+        return {**_measured(config, steps, compiled, device, half, processes), "weights": "float32"}
+
+
+def _fully_sharded(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """Under FSDP2, each layer compiled and cut, weights and moments in the compute dtype."""
+    with imports():
+        import torch
+        import transformers
+        from torch.distributed.fsdp import fully_shard
+
+    dtype = config.model.compute_dtype
+    with _group() as (device, processes):
+        with device:
+            model: Any = transformers.AutoModelForCausalLM.from_config(
+                _llama(config.model), dtype=getattr(torch, dtype)
+            )
+        layers = model.model.layers
+        for index, layer in enumerate(layers):
+            # Compiled first: what gathers weights then stays outside of the compiled function.
+            layers[index] = torch.compile(layer, disable=device.type == "cpu")
+            fully_shard(layers[index])
+        fully_shard(model)
+        return {**_measured(config, steps, model, device, False, processes), "weights": dtype}
+
+
+WORKERS = {
+    "huggingface": _huggingface,
+    "huggingface_ddp": _data_parallel,
+    "huggingface_fsdp2": _fully_sharded,
+}

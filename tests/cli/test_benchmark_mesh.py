@@ -1,0 +1,272 @@
+"""The command benchmark mesh: which parts a row has, how they are compared, and that it runs on devices of a CPU."""
+
+import json
+import math
+import types
+from pathlib import Path
+
+import pytest
+from helpers.training import settings
+
+from stellarbyte_jax.cli import benchmark, mesh_speed, torch_peers, workers
+from stellarbyte_jax.cli.program import load_settings
+from stellarbyte_jax.config.mesh import check_mesh
+from stellarbyte_jax.inspect.costs import parameter_counts
+from stellarbyte_jax.model.decoder import ByteTransformer
+
+RATES = {"single": 1000, "all": 1900, "peer": 950}
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with so many devices, whose measurements are made up; returns which ones were made."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def make(devices=2, platform="gpu", fails=(), torch=True):
+        def run(name, options, processes=1):
+            if name == "device":
+                return {"platform": platform, "devices": devices}
+            made.append((name, options, processes))
+            config = load_settings(options.config, options.set)
+            used = math.prod(config.mesh.sizes(devices).values())
+            if (error := next((error for text, error in fails if text in (name, *options.set)), None)) is not None:
+                return {"error": error}
+            part = "peer" if name.startswith("huggingface") else "single" if used == 1 else "all"
+            more = {"mfu": 0.5} if platform == "gpu" and part != "peer" else {}
+            return {"tokens_per_second": RATES[part], **more, **({"devices": used} if used > 1 else {})}
+
+        monkeypatch.setattr(benchmark, "_run_worker", run)
+        monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: object() if torch else None)
+        return made
+
+    return make
+
+
+def report(file="out.json"):
+    return json.loads(Path(file).read_text())
+
+
+def test_a_row_is_one_device_all_of_them_and_the_peer(machine, capsys):
+    made = machine()
+    assert benchmark.main("mesh --only fsdp --output out.json".split()) == 0
+    assert [(name, processes) for name, _, processes in made] == [
+        ("synthetic", 1),
+        ("synthetic", 1),
+        ("huggingface_fsdp2", 2),
+    ]
+    single, on_all, peer = (load_settings(options.config, options.set) for _, options, _ in made)
+    assert (single.mesh.sizes(2)["data"], single.mesh.sizes(2)["fsdp"], single.global_batch_size) == (1, 1, 8)
+    assert (on_all.mesh.sizes(2)["data"], on_all.mesh.sizes(2)["fsdp"], on_all.global_batch_size) == (1, 2, 16)
+    assert peer == on_all and all(options.steps == 5 for _, options, _ in made)
+    row = report()["results"]["fsdp"]
+    assert row["speedup"] == 1.9 and row["target"] == 1.92 and row["times_the_peer"] == 2.0 and row["mfu"] == 0.5
+    assert (row["tokens_per_second"], row["tokens_per_second_per_device"], row["mesh"]) == (1900, 950, {"fsdp": 2})
+    assert row["single"]["tokens_per_second"] == 1000 and row["settings"] == made[1][1].set
+    assert row["peer"]["tokens_per_second_per_device"] == 475 and row["peer"]["mfu"] == 0.25
+    assert "speedup 1.9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("small", [False, True])
+def test_every_row_can_be_made(small, devices):
+    """The mesh divides what it cuts; each axis has a row, in which all devices have as much work as one or share it."""
+    axes = set()
+    for name in mesh_speed.NAMES:
+        for row in mesh_speed.rows(name, small):
+            config = load_settings(row.config, row.typed(devices))
+            sizes = config.mesh.sizes(devices)
+            assert math.prod(sizes.values()) == sizes[row.axis] == devices
+            rows, parts = config.global_batch_size, config.gradient_accumulation_steps
+            check_mesh(sizes, config.model, rows, parts, config.data.sequence_length)
+            alone = load_settings(row.config, row.typed(1))
+            assert math.prod(alone.mesh.sizes(devices).values()) == 1
+            assert config.global_batch_size == alone.global_batch_size * (devices if row.scaled else 1)
+            axes.add(row.axis)
+    assert axes == {"data", "fsdp", "expert", "context", "tensor"}
+
+
+@pytest.mark.parametrize(
+    ("row", "billions"),
+    [
+        (mesh_speed.ROWS["fsdp"], 1.104),
+        (mesh_speed.ROWS["tensor"], 1.104),
+        (mesh_speed.ROWS["data"], 0.162),
+        (mesh_speed.ROWS["context"], 0.355),
+        (mesh_speed.LARGE["6.74B"], 6.738),
+        (mesh_speed.LARGE["3.01B"], 3.015),
+    ],
+)
+def test_models_have_the_size_that_they_are_named_by(row, billions):
+    model = load_settings(row.config, row.typed(2)).model
+    assert parameter_counts(ByteTransformer(model)).total / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+def test_a_part_that_fails_leaves_the_others(machine, capsys):
+    machine(fails=[("global_batch_size=8", "exit code 1"), ("huggingface_ddp", "killed after 9 s (--limit)")])
+    assert benchmark.main("mesh --only fsdp --only data --output out.json".split()) == 1
+    assert not Path("out.json").exists()
+    results = report("out.json.part")["results"]
+    assert results["fsdp"]["single"]["error"] == "exit code 1" and "speedup" not in results["fsdp"]
+    assert results["fsdp"]["times_the_peer"] == 2.0 and results["data"]["speedup"] == 1.9
+    assert results["data"]["peer"] == {"error": "killed after 9 s (--limit)"}
+    assert "out.json is as it was: a measurement failed" in capsys.readouterr().err
+
+
+def test_a_row_is_kept_part_after_part(machine, monkeypatch):
+    machine()
+    run, kept = benchmark._run_worker, []
+
+    def seen(name, options, processes=1):
+        part = Path("out.json.part")
+        kept.append(report(part)["results"]["fsdp"].keys() & {"single", "speedup", "peer"} if part.exists() else None)
+        if name == "huggingface_fsdp2":
+            raise KeyboardInterrupt
+        return run(name, options, processes)
+
+    monkeypatch.setattr(benchmark, "_run_worker", seen)
+    assert benchmark.main("mesh --only fsdp --output out.json".split()) == 130
+    assert kept == [None, None, {"single"}, {"single", "speedup"}]
+    assert report("out.json.part")["results"]["fsdp"]["speedup"] == 1.9
+
+
+@pytest.mark.parametrize("error", ["out of memory", "exit code 1"])
+def test_the_largest_model_that_fits_is_measured(error, machine, capsys):
+    made = machine(fails=[("model.hidden_size=4096", error)])
+    assert benchmark.main("mesh --only large --output out.json".split()) == 0
+    row = report()["results"]["large"]
+    assert row["model"] == "3.01B" and row["failed"] == {"6.74B": error, "6.74B, a row a device": error}
+    assert len(made) == 3 and "single" not in row and row["tokens_per_second_per_device"] == 950
+    words = "does not fit" if error == "out of memory" else "could not be measured"
+    assert f"6.74B {words}: {error}" in capsys.readouterr().out
+
+
+def test_where_none_fits_the_row_is_an_error(machine):
+    machine(fails=[("mesh.fsdp=2", "out of memory")])
+    assert benchmark.main("mesh --only large --output out.json".split()) == 1
+    row = report("out.json.part")["results"]["large"]
+    assert row["error"].startswith("none of 6.74B, ") and len(row["failed"]) == 4
+
+
+def test_targets_are_those_of_two_gpus(machine):
+    machine(devices=4)
+    assert benchmark.main("mesh --only tensor --output out.json".split()) == 0
+    row = report()["results"]["tensor"]
+    assert row["speedup"] == 1.9 and "target" not in row and row["mesh"] == {"tensor": 4}
+
+
+@pytest.mark.parametrize(("options", "torch"), [("--no-peer", True), ("", False)])
+def test_peers_may_be_left_out(options, torch, machine, capsys):
+    made = machine(torch=torch)
+    assert benchmark.main(f"mesh --only fsdp --only data {options} --output out.json".split()) == 0
+    assert {name for name, *_ in made} == {"synthetic"} and "peer" not in report()["results"]["data"]
+    assert ("no peer: torch is not installed" in capsys.readouterr().out) == (not torch)
+
+
+def test_one_gpu_is_too_few(machine, capsys):
+    made = machine(devices=1)
+    assert benchmark.main(["mesh"]) == 1
+    assert "needs at least two GPUs" in capsys.readouterr().err and not made
+
+
+def test_settings_are_checked_before_any_measurement_and_change_every_part(machine, capsys):
+    made = machine()
+    assert benchmark.main("mesh --set model.hiden_size=3".split()) == 2
+    assert "did you mean" in capsys.readouterr().err and not made and not Path("benchmarks").exists()
+    assert benchmark.main("mesh --only fsdp --set model.remat=full --output out.json".split()) == 0
+    assert [options.set[-1] for _, options, _ in made] == 3 * ["model.remat=full"]
+    assert report()["config"]["set"] == ["model.remat=full"]
+
+
+def test_profiles_lie_apart_and_peers_have_none(machine):
+    made = machine()
+    assert benchmark.main("mesh --only fsdp --profile traces --output out.json".split()) == 0
+    assert [options.profile for _, options, _ in made] == [Path("traces/fsdp_single"), Path("traces/fsdp"), None]
+
+
+def test_the_machine_is_asked_without_limit_and_measures_with_more_memory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def run(words, **options):
+        asked.append((words[2], options))
+        return {"platform": "gpu", "devices": 2}
+
+    monkeypatch.setattr(benchmark, "run_worker", run)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
+    assert benchmark.main("mesh --only tensor --limit 7 --output out.json".split()) == 0
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+    limits = [(name, options["limit"]) for name, options in asked]
+    assert limits == [("device", None), ("synthetic", 7), ("synthetic", 7)]
+    assert all(options["environment"] == environment for _, options in asked)
+    assert report()["environment"] | environment | {"JAX_NUM_CPU_DEVICES": "4"} == report()["environment"]
+
+
+TINY = "--steps 1 --set model.vocab_size=64 model.hidden_size=16 model.intermediate_size=32 data.sequence_length=16"
+
+
+@pytest.mark.parametrize(
+    ("row", "peer"),
+    [
+        pytest.param("fsdp", True, marks=pytest.mark.slow),  # the peer starts torch in two processes
+        pytest.param("data", True, marks=pytest.mark.slow),
+        ("context", False),
+    ],
+)
+def test_rows_run_on_two_devices_of_a_cpu(row, peer, monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    if peer:
+        pytest.importorskip("torch", reason="the peer is transformers on torch: pip install -e '.[torch]'")
+    typed = f"mesh --only {row} --output out.json --profile traces {TINY}"
+    assert benchmark.main(typed.split()) == 0, capfd.readouterr().err
+    found = report()
+    result = found["results"][row]
+    assert 0 < result["lowest"] <= result["tokens_per_second"] and result["devices"] == 2 and result["mesh"] == {row: 2}
+    assert result["single"]["devices"] == 1 and result["compile_seconds"] > 0
+    assert result["speedup"] == round(result["tokens_per_second"] / result["single"]["tokens_per_second"], 3)
+    assert found["environment"]["JAX_NUM_CPU_DEVICES"] == "2"
+    assert len(list(Path(f"traces/{row}").rglob("*.xplane.pb"))) == 1
+    assert list(Path(f"traces/{row}_single").rglob("*.xplane.pb")) and "collectives" not in result
+    if row == "context":  # the same batch
+        assert result["loss"] == pytest.approx(result["single"]["loss"], rel=1e-5)
+    if peer:
+        assert result["peer"]["devices"] == 2 and 0 < result["peer"]["loss"] < 10
+        assert result["peer"]["weights"] == "float32"
+    printed = capfd.readouterr()
+    assert "figures say nothing of speed" in printed.out
+    assert printed.err.count("5 steps to warm up") == 2 and printed.err.count("10 steps to warm up") == peer
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of torch
+@pytest.mark.parametrize("name", ["huggingface_ddp", "huggingface_fsdp2"])
+def test_a_peer_is_measured_in_its_group(name, monkeypatch):
+    """Of one process here; each takes its part of the rows, and the rate is that of all."""
+    torch = pytest.importorskip("torch", reason="the peer is transformers on torch: pip install -e '.[torch]'")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for variables in workers.ranks(1):
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+    counted = []
+    monkeypatch.setattr(
+        torch_peers, "timed", lambda run, tokens, steps: counted.append((tokens, steps)) or {"tokens_per_second": 5}
+    )
+    result = torch_peers.WORKERS[name](settings(), 3)
+    assert counted == [(4 * 16, 3)] and 0 < result["loss"] < 10 and result["weights"] == "float32"
+    assert not torch.distributed.is_initialized()
+
+
+def test_each_process_of_a_peer_takes_its_rows(monkeypatch):
+    torch = pytest.importorskip("torch", reason="the peer is transformers on torch: pip install -e '.[torch]'")
+    shapes = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, input_ids, labels):
+            shapes.append(tuple(input_ids.shape))
+            return types.SimpleNamespace(loss=super().forward(torch.ones(1, 1)).sum())
+
+    counted = []
+    monkeypatch.setattr(torch_peers, "timed", lambda run, tokens, steps: counted.append(tokens) or {})
+    result = torch_peers._measured(settings(), 1, Model(1, 1), torch.device("cpu"), False, 2)
+    assert set(shapes) == {(2, 16)} and counted == [4 * 16] and result["devices"] == 2
