@@ -119,9 +119,10 @@ def _plain(finding: "Finding") -> dict[str, object]:
 
 
 def _print(findings: Sequence["Finding"]) -> None:
-    from rich.console import Console  # takes a while
-    from rich.table import Table
-    from rich.text import Text
+    with imports():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for each in findings:
