@@ -341,6 +341,23 @@ def test_peers_that_do_not_come(monkeypatch):
         assert "cannot be opened" in taken.what and "another port" in taken.mend
 
 
+@pytest.mark.parametrize("answer", [b"nan\n", b"HTTP/1.1 400 Bad Request\r\n", b""])
+def test_another_program_at_the_address_is_told(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(64)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        found = list(peers.check_peers(peers.Peers("127.0.0.1", listener.getsockname()[1], 2, 1, 60)))[-1]
+        thread.join(60)
+    assert found.level == "fault" and "another program" in found.mend
+
+
 @pytest.mark.parametrize(
     ("address", "processes", "process"), [("x", None, None), ("x:0", None, None), ("x:1", 2, None), ("x:1", 2, 2)]
 )
@@ -482,6 +499,18 @@ def test_jax_that_cannot_start_is_a_fault(small, tmp_path, monkeypatch, capsys):
     assert doctor.main(["--json", "--set", f"output_dir={tmp_path}"]) == 1
     faults = [each for each in json.loads(capsys.readouterr().out)["findings"] if each["level"] == "fault"]
     assert [each["what"] for each in faults] == ["JAX could not start: Unable to initialize backend 'cuda'"]
+
+
+def test_devices_that_hang_do_not_keep_the_program(small, tmp_path, monkeypatch, capsys):
+    """Python would wait at its end for a thread of JAX that never comes back."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(measure, "PATIENCE", 0.01)
+    monkeypatch.setattr(measure, "time_collective", lambda *_: time.sleep(1))
+    assert doctor.main(["--json", "--set", f"output_dir={tmp_path}"]) == 1 and left == [1]
+    report = json.loads(capsys.readouterr().out)
+    assert [each["check"] for each in report["findings"] if each["level"] == "fault"] == ["collectives"]
+    assert not any(each["check"] == "products" for each in report["findings"])
 
 
 def test_unknown_flags_keep_devices_from_being_started(small, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ Process 0 listens at the coordinator's address and answers each line ``INDEX`` w
 the connection which a run makes, before it is made.
 """
 
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -139,6 +140,8 @@ def _compare(connection: socket.socket, peers: Peers, where: str) -> Iterator[Fi
         told = connection.recv(_LONGEST)
         after = time.time()
         skew = float(told) - (before + after) / 2
+        if not math.isfinite(skew):
+            raise ValueError
     except (OSError, ValueError):
         mend = "choose another port: another program listens there"
         yield Finding("fault", "peers", f"{where} was reached, and did not answer as the doctor does", mend)
