@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from stellarbyte_jax.cli import doctor
 from stellarbyte_jax.cli.main import main as stellarbyte
+from stellarbyte_jax.launch import doctor as launch_doctor
 from stellarbyte_jax.launch.doctor import gpus, limits, measure, peers, places, versions
 from stellarbyte_jax.launch.doctor.finding import Finding, guarded
 from stellarbyte_jax.launch.hardware import hardware_of
@@ -209,7 +210,8 @@ def test_directories_that_cannot_be_written(tmp_path):
 def test_locks_that_do_not_hold(tmp_path, monkeypatch):
     assert only(places.check_locks(tmp_path / "new")).level == "ok" and not any(tmp_path.iterdir())
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    assert "two processes could lock" in only(places.check_locks(tmp_path)).what
+    both = only(places.check_locks(tmp_path))
+    assert both.level == "fault" and "two processes could lock" in both.what
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -249,7 +251,11 @@ def test_the_memory_of_the_cgroup(tmp_path):
     second = machine(
         tmp_path / "2",
         "0::/job/step\n",
-        {"sys/fs/cgroup/job/memory.max": f"{2**32}\n", "sys/fs/cgroup/job/step/memory.max": "max\n"},
+        {
+            "sys/fs/cgroup/job/memory.max": f"{2**32}\n",
+            "sys/fs/cgroup/job/step/memory.max": f"{2**34}\n",
+            "sys/fs/cgroup/memory.max": "max\n",
+        },
     )
     first = machine(
         tmp_path / "1",
@@ -474,6 +480,17 @@ def test_the_whole_command_on_eight_devices(small, tmp_path, capsys):
     assert set(report["findings"][0]) == {"level", "check", "what", "mend", "facts"}
 
 
+def test_devices_are_measured_without_taking_their_memory_and_without_multicast(small, tmp_path, monkeypatch):
+    names, seen = ("XLA_PYTHON_CLIENT_PREALLOCATE", "NCCL_NVLS_ENABLE"), []
+    monkeypatch.setattr(launch_doctor, "_devices", lambda *_: seen.append([os.environ.get(n) for n in names]) or [])
+    for given in (None, "1"):
+        monkeypatch.delenv(names[0], raising=False)
+        monkeypatch.setenv(names[1], given) if given else monkeypatch.delenv(names[1], raising=False)
+        assert doctor.main(["--set", f"output_dir={tmp_path}"]) == 0
+        assert [os.environ.get(n) for n in names] == [None, given]
+    assert seen == [["false", "0"], ["false", "1"]], "what is set stays"
+
+
 def test_a_fault_is_a_line_and_the_status(small, capsys):
     assert doctor.main(["--set", "mesh.fsdp=64", "output_dir=/proc/none"]) == 1
     printed = capsys.readouterr().out.splitlines()
@@ -503,13 +520,17 @@ def test_jax_that_cannot_start_is_a_fault(small, tmp_path, monkeypatch, capsys):
 
 def test_devices_that_hang_do_not_keep_the_program(small, tmp_path, monkeypatch, capsys):
     """Python would wait at its end for a thread of JAX that never comes back."""
-    left = []
+    left, ends = [], threading.Event()
+    jax.devices()  # started, which takes longer than what follows waits
     monkeypatch.setattr(os, "_exit", left.append)
-    monkeypatch.setattr(measure, "PATIENCE", 0.01)
-    monkeypatch.setattr(measure, "time_collective", lambda *_: time.sleep(1))
+    monkeypatch.setattr(measure, "PATIENCE", 0.5)
+    monkeypatch.setattr(measure, "time_collective", lambda *_: ends.wait())
+    monkeypatch.setattr(measure, "time_product", lambda *_: 1e12)
     assert doctor.main(["--json", "--set", f"output_dir={tmp_path}"]) == 1 and left == [1]
+    ends.set()
     report = json.loads(capsys.readouterr().out)
-    assert [each["check"] for each in report["findings"] if each["level"] == "fault"] == ["collectives"]
+    faults = [each["what"] for each in report["findings"] if each["level"] == "fault"]
+    assert faults == ["all_reduce over data did not end within 0.5 s: the devices hang"]
     assert not any(each["check"] == "products" for each in report["findings"])
 
 
