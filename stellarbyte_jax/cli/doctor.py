@@ -133,4 +133,8 @@ def _print(findings: Sequence["Finding"]) -> None:
         console = Console(width=max(len(each.line()) for each in findings) + 40)
     console.print(table)
     counted = {level: sum(each.level == level for each in findings) for level in _STYLES}
-    print(f"{counted['fault']} faults, {counted['warning']} warnings, {counted['ok']} ok")
+    several = {level: "" if count == 1 else "s" for level, count in counted.items()}
+    print(
+        f"{counted['fault']} fault{several['fault']}, {counted['warning']} warning{several['warning']}, "
+        f"{counted['ok']} ok"
+    )

@@ -85,6 +85,13 @@ def test_two_gpus_as_their_tool_lists_them(tmp_path, monkeypatch):
         assert line.startswith("GPU 1") and part in line
 
 
+def test_without_the_tool_jax_tells_of_memory():
+    stats = {"bytes_limit": 3 * 2**30, "bytes_in_use": 2**30}
+    devices = [SimpleNamespace(id=1, memory_stats=lambda: stats), SimpleNamespace(id=2, memory_stats=lambda: None)]
+    told = only(gpus.check_jax_memory(devices))
+    assert told.what == "device 1: 2.0 of 3.0 GiB that JAX may take are free" and told.facts["free_mib"] == 2048
+
+
 def test_memory_errors_are_a_fault_and_older_tools_have_another_name_for_throttling(tmp_path, monkeypatch):
     old = {name: text for name, text in TWO_H100.items() if "event" not in name}
     old["clocks_throttle_reasons.active"] = "0x0000000000000088\n0x0\n"
@@ -204,6 +211,7 @@ def test_directories_that_cannot_be_written(tmp_path):
     for path in (tmp_path / "file" / "run", Path("/proc/none")):
         told = only(places.check_directory("output", path, "output_dir", 0))
         assert told.level == "fault" and str(path) in told.what and "choose another output_dir" in told.mend
+        assert "during the run" not in told.mend, "there is none yet"
     assert list(places.check_locks(tmp_path / "file" / "run")) == []
 
 
@@ -496,7 +504,8 @@ def test_a_fault_is_a_line_and_the_status(small, capsys):
     printed = capsys.readouterr().out.splitlines()
     faults = [line.split(maxsplit=2)[1:] for line in printed if line.startswith("fault")]
     assert [name for name, _ in faults] == ["output", "mesh"]
-    assert all("(mend: " in text for _, text in faults) and "64 devices, and there are 8" in faults[1][1]
+    assert "(mend: choose another output_dir" in faults[0][1]
+    assert "64 devices, and there are 8 (mend: lower it, or add devices)" in faults[1][1]
     assert printed[-1].startswith("2 faults, ")
 
 

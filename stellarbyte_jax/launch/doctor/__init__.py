@@ -114,10 +114,13 @@ def _devices(config: TrainConfig, found: gpus.Gpus, tell: Callable[[str], None])
     kinds = [device.device_kind for device in devices]
     local = jax.local_devices()
     yield from guarded("devices", lambda: gpus.check_devices(found, devices[0].platform, kinds, len(local)))
+    if not found.rows:
+        yield from guarded("gpu memory", lambda: gpus.check_jax_memory(local))
     try:
         mesh = make_mesh(config.mesh.sizes(len(devices)), devices)
     except ConfigError as error:
-        yield Finding("fault", "mesh", str(error), "choose another mesh with --set, or another --config")
+        what, _, mend = str(error).rpartition(": ")
+        yield Finding("fault", "mesh", what, mend)
         return
     axes = " ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     yield Finding("ok", "mesh", f"{axes} on {len(devices)} devices", facts={"mesh": dict(mesh.shape)})

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stellarbyte_jax.launch.doctor.finding import Finding
 from stellarbyte_jax.launch.doctor.versions import pip_command
@@ -181,6 +182,22 @@ def check_memory(gpus: Gpus, own: int | None = None) -> Iterator[Finding]:
         listed = ", ".join(f"{process} {Path(name).name} ({memory} MiB)" for process, name, memory in others[:5])
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         yield Finding("warning", "gpu processes", f"other processes: {listed}{more}", "end them, or use other GPUs")
+
+
+def check_jax_memory(devices: Sequence[Any]) -> Iterator[Finding]:
+    """What JAX may take of each device's memory, for machines whose nvidia-smi tells nothing.
+
+    Args:
+      devices: of this process.
+    """
+    for device in devices:
+        stats = device.memory_stats() or {}
+        limit, used = stats.get("bytes_limit"), stats.get("bytes_in_use", 0)
+        if limit is not None:
+            free = f"{(limit - used) / 2**30:.1f} of {limit / 2**30:.1f} GiB"
+            what = f"device {device.id}: {free} that JAX may take are free"
+            facts = {"index": str(device.id), "free_mib": (limit - used) / 2**20, "total_mib": limit / 2**20}
+            yield Finding("ok", "gpu memory", what, facts=facts)
 
 
 def check_state(gpus: Gpus) -> Iterator[Finding]:

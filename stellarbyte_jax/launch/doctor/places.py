@@ -38,7 +38,8 @@ def check_directory(name: str, path: Path, setting: str, wanted: float) -> Itera
             file.flush()
         free = shutil.disk_usage(place).free
     except OSError as error:
-        mend = remedy(error, setting) or f"choose another {setting}"
+        known = None if isinstance(error, FileNotFoundError) else remedy(error, setting)
+        mend = known or f"choose another {setting}"
         yield Finding("fault", name, f"{shown} cannot be written: {error.strerror or error}", mend, {"path": str(path)})
         return
     facts = {"path": str(path), "free_bytes": free}
