@@ -27,7 +27,9 @@ VARIABLES = ("STELLARBYTE_COORDINATOR", "STELLARBYTE_PROCESSES", "STELLARBYTE_PR
 
 # Starts its command once for each task, as srun does, and notes its own options; FAKE_STATUS is its status.
 SRUN = """
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
+if os.environ.get("FAKE_TERM"):
+    os.kill(os.getppid(), signal.SIGTERM)
 words = sys.argv[1:]
 options = []
 while words[0].startswith("--"):
@@ -135,6 +137,12 @@ def test_a_run_that_ended_by_sigterm_is_requeued_and_no_other(submit):
     for status, requeued in ((143, [["scontrol", "requeue", "4242"]]), (1, []), (2, []), (130, [])):
         done, calls = submit("--config", "quickstart", "--list-settings", "mesh.", FAKE_STATUS=str(status))
         assert (done.returncode, calls[1:]) == (status, requeued)
+
+
+def test_preemption_that_reaches_the_script_too_waits_for_the_tasks(submit):
+    words = ("--config", "quickstart", "--list-settings", "mesh.")
+    done, calls = submit(*words, FAKE_TERM="1", FAKE_STATUS="143")
+    assert (done.returncode, [call[0] for call in calls]) == (143, ["srun", "scontrol"]), done.stderr
 
 
 def test_the_doctor_goes_first_where_it_is_asked_for(submit):
