@@ -46,6 +46,7 @@ COMMANDS = {
     "prepare": Command("prepare", "prepare_data.py", "tokenize data once, before training"),
     "info": Command("info", "model_info.py", "tell what a model is and costs"),
     "benchmark": Command("benchmark", "benchmark.py", "measure speed on this machine"),
+    "doctor": Command("doctor", "doctor.py", "look at this machine before a run"),
 }
 
 

@@ -6,17 +6,7 @@ from collections.abc import Mapping
 import jax
 
 from stellarbyte_jax.inspect.costs import FlopsPerToken
-
-# Dense bfloat16 TFLOP/s from the vendors' data sheets, by a part of jax's device_kind.
-_PEAK_TFLOPS = {
-    "H100": 989.4,
-    "H200": 989.4,
-    "GH200": 989.4,
-    "A100": 312.0,
-    "B200": 2250.0,
-    "L40S": 362.0,
-    "4090": 165.2,
-}
+from stellarbyte_jax.launch.hardware import hardware_of
 
 
 def validation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
@@ -40,8 +30,8 @@ def validation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 def peak_flops() -> float | None:
     """Peak bfloat16 operations a second of the device in use, None where it is not known."""
-    kind = jax.devices()[0].device_kind
-    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in kind), None)
+    known = hardware_of(jax.devices()[0].device_kind)
+    return None if known is None else known.bfloat16_flops
 
 
 def speed_metrics(tokens: float, seconds: float, flops: FlopsPerToken, devices: int = 1) -> dict[str, float]:
