@@ -173,6 +173,8 @@ def test_settings_are_checked_before_any_measurement_and_change_every_part(machi
     made = machine()
     assert benchmark.main("mesh --set model.hiden_size=3".split()) == 2
     assert "did you mean" in capsys.readouterr().err and not made and not Path("benchmarks").exists()
+    assert benchmark.main("mesh --only context --set model.max_position_embeddings=2048".split()) == 2
+    assert "data.sequence_length 32768 is longer" in capsys.readouterr().err and not made, "that of the row"
     assert benchmark.main("mesh --only fsdp --set model.remat=full --output out.json".split()) == 0
     assert [options.set[-1] for _, options, _ in made] == 3 * ["model.remat=full"]
     assert report()["config"]["set"] == ["model.remat=full"]
