@@ -106,8 +106,8 @@ class Loader:
         saved = state["stream"]
         if saved.get("process_count", 1) != 1:
             raise DataError(
-                f"cannot continue the data where it stopped: {shown(saved['process_count'])} processes had parts of their "
-                "own, as an earlier version shared them out, and all follow one order now; start a new run with "
+                f"cannot continue the data where it stopped: {shown(saved['process_count'])} processes had parts of "
+                "it, as an earlier version dealt them out, and now all follow one order; start a new run with "
                 "init_from=RUN, which keeps the weights"
             )
         for name, now in self._stream.items():

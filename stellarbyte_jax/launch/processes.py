@@ -48,7 +48,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       ConfigError: a part of what is needed is missing, or is no number.
       MendableError: the others were not reached.
     """
-    given = _given(coordinator, processes, process, os.environ)
+    given = given_by(coordinator, processes, process, os.environ)
     launcher = None if given is not None else launcher_of(os.environ)
     if (given is None and launcher is None) or (given is not None and given.processes == 1):
         return
@@ -77,9 +77,14 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         groups.current.watch()
 
 
-def _given(
+def given_by(
     coordinator: str | None, processes: int | None, process: int | None, environment: Mapping[str, str]
 ) -> Given | None:
+    """What options and, where these are left out, the environment say; None where neither says anything.
+
+    Raises:
+      ConfigError: a part is missing, or is no number.
+    """
     coordinator = coordinator or environment.get(COORDINATOR)
     processes = _number(PROCESSES, environment) if processes is None else processes
     process = _number(PROCESS, environment) if process is None else process

@@ -18,9 +18,10 @@ from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
-from stellarbyte_jax.config.foreign import absent, shown
+from stellarbyte_jax.config.foreign import absent, listed, shown
 from stellarbyte_jax.config.moe import REBALANCING
 from stellarbyte_jax.config.paths import real
+from stellarbyte_jax.config.reference import changed, written
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.data.patterns import expand_all
@@ -168,6 +169,21 @@ def _copied(config: TrainConfig, run: Path) -> Found | None:
 
 def _with_tokenizer(config: TrainConfig, directory: Path) -> TrainConfig:
     return replace(config, data=replace(config.data, tokenizer=str(directory)))
+
+
+def check_same(config: TrainConfig) -> None:
+    """Raises ConfigError where this process has other settings than the main one."""
+    own, main = _rows(config), processes.from_main(lambda: _rows(config))
+    differ = sorted(name for name in own.keys() | main.keys() if own.get(name) != main.get(name))
+    require(
+        not differ,
+        f"settings are not those of process 0: {listed(differ)}; start all processes with one config and one --set",
+    )
+
+
+def _rows(config: TrainConfig) -> dict[str, str]:
+    """Settings by their full names, as they are written."""
+    return {name: written(value) for name, (value, _) in changed(config).items()}
 
 
 def check(config: TrainConfig) -> None:

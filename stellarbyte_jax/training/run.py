@@ -101,6 +101,7 @@ def _train(config: TrainConfig) -> Finished:
     quiet_libraries()
     found = begin.find_tokenizer(begin.complete(config))
     config = found.used
+    begin.check_same(config)
     begin.check(config)
     mesh = mesh_of(config)
     run_dir = Path(config.output_dir)
