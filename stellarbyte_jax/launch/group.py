@@ -24,15 +24,50 @@ _LAST_WORDS = """
 import signal, socket, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-name, host, port = sys.argv[1:]
-if not sys.stdin.read():
+name, seconds = sys.argv[1:]
+told = sys.stdin.read().split()
+if not told:
+    why = (f"did not find the other processes in {seconds} s: start all of them, with one --coordinator and the same "
+        "--processes")
+elif told[-1] != "done":
+    address = told[-1].rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((address[0].strip("[]"), int(address[2])), timeout=5).close()
         why = "was killed, or crashed: what stands above tells more"
     except OSError:
-        why = f"ended with process 0, which is gone: nothing listens on its {host}:{port} any more; see what it printed"
-    print(f"error: {name}: {why}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        why = f"ended with process 0, which is gone: nothing listens on its {told[-1]} any more; see what it printed"
+    why += "; the same command goes on from the last checkpoint"
+if told[-1:] != ["done"]:
+    print(f"error: {name}: {why}", file=sys.stderr, flush=True)
 """
+
+
+class LastWords:
+    """A small process that says in one line why this one ended, where it cannot: jax aborts it in a thread of its own.
+
+    That happens where process 0 is gone, or processes do not find each other in time.
+    """
+
+    def __init__(self, name: str, seconds: float) -> None:
+        """Takes the name of this process, and how long the others have to come."""
+        command = [sys.executable, "-S", "-c", _LAST_WORDS, name, f"{seconds:.0f}"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+
+    def joined(self, coordinator: str) -> None:
+        """From now on, what ends this process is the end of another one."""
+        self._tell(coordinator)
+
+    def none(self) -> None:
+        """This process has said, or will, why it ends."""
+        self._tell("done")
+        with contextlib.suppress(OSError, ValueError):
+            self._process.communicate()
+
+    def _tell(self, word: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(f"{word}\n")
+            self._process.stdin.flush()
 
 
 class PeerError(MendableError):
@@ -47,28 +82,26 @@ class Group:
       count: of processes.
     """
 
-    def __init__(self, client: Any, rank: int, count: int, coordinator: str) -> None:
-        """Takes the client of jax's coordination service, at ``coordinator``."""
+    def __init__(self, client: Any, rank: int, count: int, last_words: LastWords) -> None:
+        """Takes the client of jax's coordination service."""
         self._client, self.rank, self.count = client, rank, count
         self._number = 0
         self._watching = threading.Event()
         self._failure: str | None = None
         self._code: int | None = None
-        self._last_words: subprocess.Popen[str] | None = None
-        if rank > 0:  # jax ends a process at once, in a thread of its own, where process 0 is gone
-            host, _, port = coordinator.rpartition(":")
-            command = [sys.executable, "-S", "-c", _LAST_WORDS, self.name, host.strip("[]"), port]
-            self._last_words = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        self._last_words = last_words
         atexit.register(self._leave)
 
     @classmethod
-    def of_jax(cls) -> Self | None:
+    def of_jax(cls, last_words: LastWords) -> Self | None:
         """The processes that ``jax.distributed`` joined; None where this one is alone."""
         from jax._src.distributed import global_state as state  # orbax and flax take the client from there too
 
         if state.num_processes == 1 or state.client is None:
+            last_words.none()
             return None
-        return cls(state.client, state.process_id, state.num_processes, state.coordinator_address or ":0")
+        last_words.joined(state.coordinator_address or ":0")
+        return cls(state.client, state.process_id, state.num_processes, last_words)
 
     @property
     def name(self) -> str:
@@ -168,9 +201,7 @@ class Group:
 
     def _leave(self) -> None:
         """The end of the program; after a failure at once, since jax would wait for the others."""
-        if self._last_words is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._last_words.communicate("done")
+        self._last_words.none()
         if self._code is not None:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -55,22 +55,16 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     if "jax_enable_preemption_service" in jax.config.values:
         jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from the program
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if given is None:
-        _connect(f"{launcher} started this process", {})
-    else:
-        assert given.coordinator is not None
-        if given.process > 0:
-            _wait_for(given)
-        _connect(
-            f"process {given.process} of {given.processes}, coordinator {given.coordinator}",
-            {
-                "coordinator_address": given.coordinator,
-                "num_processes": given.processes,
-                "process_id": given.process,
-                "cluster_detection_method": "deactivate",
-            },
-        )
-    groups.current = groups.Group.of_jax()
+    if given is not None and given.process > 0:
+        _wait_for(given)
+    name = f"a process that {launcher} started" if given is None else f"process {given.process} of {given.processes}"
+    last_words = groups.LastWords(name, _START_SECONDS)
+    try:
+        _connect(name, given)
+    except BaseException:
+        last_words.none()
+        raise
+    groups.current = groups.Group.of_jax(last_words)
     if groups.current is not None:
         if groups.current.rank > 0:
             name_process(groups.current.name)
@@ -156,12 +150,20 @@ def _wait_for(given: Given) -> None:
     )
 
 
-def _connect(who: str, settings: Mapping[str, object]) -> None:
+def _connect(name: str, given: Given | None) -> None:
+    settings: dict[str, Any] = {}
+    if given is not None:
+        settings = {
+            "coordinator_address": given.coordinator,
+            "num_processes": given.processes,
+            "process_id": given.process,
+            "cluster_detection_method": "deactivate",
+        }
     try:
-        jax.distributed.initialize(initialization_timeout=_START_SECONDS, **settings)  # type: ignore[arg-type]
+        jax.distributed.initialize(initialization_timeout=_START_SECONDS, **settings)
     except Exception as error:  # of jax, of gRPC and of each launcher's own kind
         raise MendableError(
-            f"the processes of this run did not find each other ({who}; {platform.node()}): "
+            f"the processes of this run did not find each other ({name}; {platform.node()}): "
             f"{one_line(str(error))[:300]}; start all of them within {_START_SECONDS} s, with one --coordinator "
             "whose port is free and open, and with the same --processes"
         ) from error

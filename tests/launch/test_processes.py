@@ -41,7 +41,7 @@ def test_a_launcher_of_several_processes_is_known_and_one_task_stays_alone(envir
 
 def test_kubernetes_needs_its_package(monkeypatch):
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pod 1 of an indexed job.*pip install kubernetes.*--processes 1"):
+    with pytest.raises(ConfigError, match=r"pod 1 of an indexed job.*pip install kubernetes.*--processes 1"):
         launcher_of(POD)
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
     assert launcher_of(POD) == "Kubernetes"
@@ -95,7 +95,7 @@ def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(MendableError, match=f"process 1 of 2 .*{address} in 0.5 s .*refused.*start process 0"):
+    with pytest.raises(MendableError, match=rf"process 1 of 2 .*{address} in 0.5 s .*refused.*start process 0"):
         processes.join(address, 2, 1)
 
 
@@ -113,12 +113,26 @@ if rank == 1:
         see(self, owner)
     launch.RunLock.see = elsewhere
 """
-    main, other = run(config, 2, "steps=2", before=before)
+    main, other = run(config, 2, "steps=2", "schedule.warmup_steps=0", before=before)
     assert (main.code, other.code) == (1, 1)
     assert other.err.startswith("error: process 1 of 2: output_dir ") and "all processes share" in other.err
     assert "error: process 1 of 2 failed: output_dir" in main.err
     assert not (tmp_path / "run").exists()  # a start that failed leaves nothing
     before = 'if rank == 1: sys.argv[sys.argv.index("steps=2")] = "steps=3"'
-    main, other = run(config, 2, "steps=2", before=before)
+    main, other = run(config, 2, "steps=2", "schedule.warmup_steps=0", before=before)
     assert other.code == 2 and "settings are not those of process 0: steps" in other.err
     assert main.code != 0
+
+
+def test_processes_that_never_came_are_told_behind_what_jax_prints(tmp_path):
+    config = write_config(tmp_path)
+    before = """
+from stellarbyte_jax.launch import processes
+processes._START_SECONDS = 3
+sys.argv[sys.argv.index("--processes") + 1] = "3"
+"""
+    ended = run(config, 2, "steps=2", "schedule.warmup_steps=0", before=before)
+    for rank, each in enumerate(ended):
+        last = each.err.splitlines()[-1]
+        assert each.code != 0 and last.startswith("error: ") and f"process {rank} of 3" in last, each.err
+        assert "did not find the other processes in 3 s" in last or "did not find each other" in last
