@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stellarbyte_jax.config import ConfigError, TrainConfig
@@ -17,7 +16,7 @@ from stellarbyte_jax.launch import processes
 from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained
 from stellarbyte_jax.model.params import kept_spec
 from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
-from stellarbyte_jax.sharding import make_mesh, spec_of
+from stellarbyte_jax.sharding import make_mesh, on_host, spec_of
 from stellarbyte_jax.training.state import TrainState
 
 
@@ -131,7 +130,7 @@ def on_hosts(tree: Any) -> Any:
     """
     if processes.count() == 1:
         return tree
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+    return on_host(tree)
 
 
 def replicated() -> NamedSharding | None:

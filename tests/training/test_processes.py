@@ -136,3 +136,29 @@ def test_the_others_end_with_a_killed_main_process(tmp_path):
     last = other.err.splitlines()[-1]
     assert last.startswith("error: process 1 of 2: ended with process 0, which is gone"), other.err
     assert other.ended_at - main.ended_at < 60
+
+
+@pytest.mark.slow
+def test_experts_that_begin_with_weights_are_those_of_one_process(alone, tmp_path):
+    """Weights of another run, experts and heads over processes, and prompts that are continued together."""
+    directory, _, _ = alone
+    config = write_config(tmp_path)
+    dense = (*COMMON, "steps=2", "schedule.warmup_steps=0", f"init_from={directory}", 'sample_prompts=["a","bc"]')
+    ended = run(config, 2, *dense, "mesh.tensor=2", "mesh.data=2", devices=2)
+    assert_done(ended)
+    assert_done(run(config, 1, *dense, f"output_dir={tmp_path / 'one'}"))
+    assert_same_run(numbers(tmp_path / "run"), numbers(tmp_path / "one"))
+    texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("run", "one")]
+    assert texts[0] == texts[1]
+    experts = (
+        *COMMON,
+        "steps=2",
+        "schedule.warmup_steps=0",
+        "model.moe.num_experts=4",
+        "model.moe.num_experts_per_tok=2",
+    )
+    assert_done(run(config, 2, *experts, "mesh.expert=2", f"output_dir={tmp_path / 'e2'}"))
+    assert_done(run(config, 1, *experts, f"output_dir={tmp_path / 'e1'}"))
+    assert_same_run(numbers(tmp_path / "e2"), numbers(tmp_path / "e1"))
+    loads = [(tmp_path / name / "router_load.jsonl").read_text() for name in ("e2", "e1")]
+    assert loads[0] == loads[1]
