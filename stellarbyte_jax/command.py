@@ -103,12 +103,20 @@ def _warnings() -> Iterator[None]:
         root.handlers[:] = plain
 
 
+_process: list[str] = []
+
+
+def name_process(name: str) -> None:
+    """From now on, errors begin with the name of this process, which is one of several."""
+    _process[:] = [f"{name}: "]
+
+
 def print_error(error: BaseException, more: str = "") -> None:
     """Prints the message of an error, in one line, on standard error: its first word in red on a terminal."""
     from rich.console import Console  # takes a while, and is needed here alone
     from rich.text import Text
 
-    message = f" {one_line(str(error) or type(error).__name__)}{more}"
+    message = f" {''.join(_process)}{one_line(str(error) or type(error).__name__)}{more}"
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text.assemble(("error:", "bold red"), message))
 

@@ -24,6 +24,7 @@ from stellarbyte_jax.checkpoint.leafwise import lazy_items, read_leaf, save_args
 from stellarbyte_jax.command import MendableError, remedy
 from stellarbyte_jax.config import CheckpointConfig, ConfigError
 from stellarbyte_jax.config.foreign import clipped, listed, shown
+from stellarbyte_jax.launch import processes
 from stellarbyte_jax.model.lazy import LazyArray
 
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
@@ -176,8 +177,11 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._replaced = run_dir.absolute() / "replaced"
-        self._put_back()
-        self._lost = self._drop_unreadable_lists() + self._drop_unreadable_metrics()
+        self._lost: list[str] = []
+        if processes.is_main():
+            self._put_back()
+            self._lost = self._drop_unreadable_lists() + self._drop_unreadable_metrics()
+        processes.wait_for_all()
         registry = lazy_items(*lazy) if lazy else None
         self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
 
@@ -266,7 +270,7 @@ class Checkpointer:
             metrics["checksum"] = json_checksum(metrics)
         needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
         free = shutil.disk_usage(self.directory).free
-        if free < needed:
+        if free < needed and processes.is_main():  # for all: they write to one directory
             raise self._failure(
                 step,
                 f"it takes {needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free",
@@ -280,12 +284,16 @@ class Checkpointer:
         )
         if replaces:
             self.wait()
-            self._put_back()
+            processes.wait_for_all()
+            if processes.is_main():
+                self._put_back()
 
     def _set_aside(self, step: int) -> None:
         self._manager.wait_until_finished()
-        self._replaced.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(self._replaced / str(step))
+        if processes.is_main():
+            self._replaced.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(self._replaced / str(step))
+        processes.wait_for_all()
         self._manager.reload()
 
     def wait(self) -> None:
@@ -329,17 +337,24 @@ class Checkpointer:
             say(line)
         steps = self.steps
         for step in reversed(steps):
+            found, error = None, None
             try:
-                return read(StoredStep.open(self._manager, self.directory, step, self._verify))
+                found = read(StoredStep.open(self._manager, self.directory, step, self._verify))
             except (CheckpointError, ConfigError):
                 raise
-            except Exception as error:
-                target = self.directory.parent / "corrupt" / str(step)
-                say(f"checkpoint {step} is unreadable ({first_line(error)}); moved to {target}")
+            except Exception as failure:
+                error = failure
+            error = processes.first_error(error)
+            if error is None:
+                return found
+            target = self.directory.parent / "corrupt" / str(step)
+            say(f"checkpoint {step} is unreadable ({first_line(error)}); moved to {target}")
+            if processes.is_main():
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)
                 shutil.move(self.directory / str(step), target)
-                self._manager.reload()
+            processes.wait_for_all()
+            self._manager.reload()
         if steps:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} could be read; they lie in {self.directory.parent / 'corrupt'}. "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stellarbyte_jax.cli.program import load_settings, new_parser, typed
+from stellarbyte_jax.cli.program import load_settings, new_parser, positive, typed
 from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.reference import listed, matching
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the training and says what can be done next."""
     options = _parse(arguments)
-    config = load_settings(options.config, options.set)
+    with imports():
+        from stellarbyte_jax.launch import processes
+    processes.join(options.coordinator, options.processes, options.process)
+    with processes.failing_together():
+        config = load_settings(options.config, options.set)
     with imports():
         from stellarbyte_jax.training.guard import run_guarded
         from stellarbyte_jax.training.run import train
 
     def run() -> int:
         finished = train(config)
-        if finished.exit_code == 0:
+        if finished.exit_code == 0 and processes.is_main():
             print(next_commands(config, finished, options))
         return finished.exit_code
 
@@ -67,6 +71,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="PATTERN",
         help="print the settings whose name or meaning holds a text, or all, and leave",
     )
+    several = parser.add_argument_group(
+        "several processes",
+        "One command for each, with the same settings; a job of Slurm, Open MPI or Kubernetes needs none of these. "
+        "STELLARBYTE_COORDINATOR, STELLARBYTE_PROCESSES and STELLARBYTE_PROCESS are the same.",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port of it")
+    several.add_argument("--processes", type=positive, metavar="N", help="how many processes there are")
+    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     options = parser.parse_args(arguments)
     if options.init_from is not None:
         options.set.append(f"init_from={options.init_from}")

@@ -73,8 +73,7 @@ class ContiguousIterator(BatchIterator):
         if len(rows) != self._dataset.batch_size:
             raise DataError(
                 f"cannot continue the data where it stopped: {len(rows)} rows followed their documents, now there are "
-                f"{self._dataset.batch_size}; keep the batch size and the number of processes as they were, or start "
-                "a new run"
+                f"{self._dataset.batch_size}; keep the batch size as it was, or start a new run"
             )
         self._go_to(state["group"], state["skipped"])
         self._drop = state["document"]  # documents of the next group that are already taken

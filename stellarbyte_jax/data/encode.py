@@ -111,24 +111,17 @@ def _tokenizer(path: str) -> Any:
     return load_tokenizer(path)
 
 
-def document_groups(
-    count: int, *, seed: int | None = None, epochs: int | None = 1, process_index: int = 0, process_count: int = 1
-) -> grain.MapDataset:
+def document_groups(count: int, *, seed: int | None = None, epochs: int | None = 1) -> grain.MapDataset:
     """Groups of document numbers in reading order: a random access dataset of lists of ints.
 
     Args:
       count: how many documents there are.
       seed: of the shuffle, which differs from epoch to epoch; None: in order.
       epochs: how often each document comes; None: endless.
-      process_index: every ``process_count``-th document from here belongs to this process.
-      process_count: how many processes share the documents.
     """
     documents = grain.MapDataset.range(count)
     if seed is not None:
         documents = documents.shuffle(seed=seed % 2**32)
-    if process_count > 1:
-        documents = documents.repeat(epochs)[process_index::process_count]
-        return documents.batch(GROUP_DOCUMENTS, batch_fn=list)
     # A group ends with its epoch, so that more epochs go on where fewer ended.
     return documents.batch(GROUP_DOCUMENTS, batch_fn=list).repeat(epochs)
 

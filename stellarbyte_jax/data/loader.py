@@ -45,7 +45,7 @@ class Loader:
         stream: dict[str, Any],
         files: list[str],
         documents: int,
-        process_count: int,
+        has_text: bool,
         prefetch: int,
         transform: Callable[[dict[str, Any]], Any] | None,
         restart: bool,
@@ -60,7 +60,7 @@ class Loader:
         self._stream = stream
         self._files = files
         self._documents = documents
-        self._process_count = process_count
+        self._has_text = has_text
         self._restart = restart
         self._begin = self._iterator.get_state()
         self._moved = False
@@ -92,7 +92,7 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The place after the last batch handed out, as plain JSON values. Each process has its own."""
+        """The place after the last batch handed out, as plain JSON values; that of all processes."""
         return {"format": _STATE_FORMAT, "stream": dict(self._stream), **self._iterator.get_state()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -104,6 +104,12 @@ class Loader:
         if state.get("format") != _STATE_FORMAT:
             raise DataError(f"data state of format {shown(state.get('format'))}, this version reads {_STATE_FORMAT}")
         saved = state["stream"]
+        if saved.get("process_count", 1) != 1:
+            raise DataError(
+                f"cannot continue the data where it stopped: {shown(saved['process_count'])} processes had parts of "
+                "it, as an earlier version dealt them out, and now all follow one order; start a new run with "
+                "init_from=RUN, which keeps the weights"
+            )
         for name, now in self._stream.items():
             if name == "contents":  # older states have none
                 if (other := self.changed(saved.get(name, now))) is not None:
@@ -116,11 +122,16 @@ class Loader:
                 say = digits if name == "tokenizer" else shown
                 raise DataError(
                     f"cannot continue the data where it stopped: {name} was {say(saved.get(name))} and is now "
-                    f"{say(now)}; keep the data, its settings and the number of processes as they were, or start a "
+                    f"{say(now)}; keep the data and its settings as they were, or start a "
                     "new run"
                 )
         self._iterator.set_state({name: value for name, value in state.items() if name not in ("format", "stream")})
         self._moved = True
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is text, which is tokenized while it is read."""
+        return self._has_text
 
     @property
     def contents(self) -> list[list[str]]:
@@ -146,7 +157,7 @@ class Loader:
     @property
     def epoch(self) -> float:
         """How often the data was gone through so far."""
-        return self._iterator.get_state()["group"] * GROUP_DOCUMENTS * self._process_count / self._documents
+        return self._iterator.get_state()["group"] * GROUP_DOCUMENTS / self._documents
 
     def close(self) -> None:
         """Ends the thread and the worker processes."""
@@ -180,8 +191,6 @@ def make_loader(
     split: Literal["train", "validation"],
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
     vocab_size: int | None = None,
     transform: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Loader:
@@ -193,10 +202,8 @@ def make_loader(
     Args:
       data: the settings.
       split: which of the two.
-      batch_size: rows over all processes; this one gets ``batch_size / process_count``.
+      batch_size: rows. Where several processes train, each makes all of them, and its devices take theirs.
       seed: of the shuffle.
-      process_index: which of the processes this is.
-      process_count: how many processes share the data, each with documents of its own.
       vocab_size: of the model; a larger tokenizer is refused.
       transform: applied to each batch in the background thread, such as a transfer to the device.
 
@@ -205,8 +212,6 @@ def make_loader(
         predict, or settings do not fit.
       ValueError: the tokenizer is unusable, lacks bos or eos, or is larger than ``vocab_size``.
     """
-    if batch_size % process_count:
-        raise DataError(f"the batch of {batch_size} rows cannot be shared equally by {process_count} processes")
     tokenizer = load_tokenizer(data.tokenizer)
     if vocab_size is not None:
         check_vocabulary(tokenizer, vocab_size)
@@ -222,8 +227,6 @@ def make_loader(
     )
     if not train:
         _tell_overlap(data)
-    if len(corpus) < process_count:
-        raise DataError(f"data.{split} holds {len(corpus)} documents, fewer than the {process_count} processes")
     if data.on_error == "raise":
         check_first_records(corpus, text)
     shuffle = data.shuffle and train
@@ -231,8 +234,6 @@ def make_loader(
         len(corpus),
         seed=seed if shuffle else None,
         epochs=data.epochs if train else 1,
-        process_index=process_index,
-        process_count=process_count,
     )
     encode = EncodeDocuments(
         corpus,
@@ -247,13 +248,13 @@ def make_loader(
         check_targets(encoded, data.validation)
     batches = _ARRANGEMENTS[data.arrangement](
         encoded,
-        batch_size=batch_size // process_count,
+        batch_size=batch_size,
         sequence_length=data.sequence_length,
         max_documents=data.max_documents_per_sequence,
         # Tokenizers of other projects often have no pad token; any id will do, as nothing attends to segment 0.
         pad=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
         workers=data.workers if train and corpus.has_text else 0,
-        epoch_groups=-(-len(corpus) // (GROUP_DOCUMENTS * process_count)),
+        epoch_groups=-(-len(corpus) // GROUP_DOCUMENTS),
     )
     if train and data.arrangement == "contiguous":
         _tell_few_documents(len(corpus), batch_size)
@@ -269,8 +270,6 @@ def make_loader(
         "template": data.template,
         "add_bos": data.add_bos,
         "add_eos": data.add_eos,
-        "process_index": process_index,
-        "process_count": process_count,
         "group_documents": GROUP_DOCUMENTS,
     }
     if corpus.has_plain:  # states that are older than the setting have none
@@ -280,7 +279,7 @@ def make_loader(
         stream=stream,
         files=[path for path, _ in contents],
         documents=len(corpus),
-        process_count=process_count,
+        has_text=corpus.has_text,
         prefetch=data.prefetch,
         transform=transform,
         restart=not train,

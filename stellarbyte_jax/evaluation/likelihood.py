@@ -16,6 +16,7 @@ from stellarbyte_jax.evaluation.batches import Shared, Whole, batches
 from stellarbyte_jax.evaluation.texts import Pair
 from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, logits
 from stellarbyte_jax.model.io import Inputs, State
+from stellarbyte_jax.sharding import on_host
 
 Likelihood = tuple[float, bool]
 Scores = tuple[jax.Array, jax.Array]
@@ -52,7 +53,7 @@ def log_likelihoods(
     found: list[Likelihood] = [(0.0, False)] * len(kept)
 
     def collect(batch: Whole | Shared, scores: Scores) -> None:
-        log_probs_RM, greedy_RM = map(np.asarray, scores)
+        log_probs_RM, greedy_RM = on_host(scores)
         counts_RM = batch.targets_RM >= 0
         sums_R = np.where(counts_RM, log_probs_RM.astype(np.float64), 0.0).sum(axis=1)
         hits_R = np.asarray(np.all(greedy_RM | ~counts_RM, axis=1))

@@ -12,6 +12,7 @@ from stellarbyte_jax.inference import capacity, programs
 from stellarbyte_jax.inference.request import Prompts, Request, check_memory, checked_prompts
 from stellarbyte_jax.model.decoder import ByteTransformer, Params
 from stellarbyte_jax.model.state.memory import Memory
+from stellarbyte_jax.sharding import on_host
 
 NewTokens = list[list[int]]
 
@@ -126,7 +127,7 @@ def generate(
         blocks.append(block)
         if stream is not None and stream(_new_tokens(block)) is True:
             break
-    blocks = jax.device_get(blocks)
+    blocks = on_host(blocks)
     decoded = time.perf_counter()
     return _collect(request, blocks, prefilled - began, decoded - prefilled)
 
@@ -218,5 +219,5 @@ def _collect(
 
 
 def _new_tokens(block: programs.Block) -> NewTokens:
-    tokens, active = np.asarray(block.tokens_BX), np.asarray(block.active_BX)
+    tokens, active = on_host(block.tokens_BX), on_host(block.active_BX)
     return [row[keep].tolist() for row, keep in zip(tokens, active, strict=True)]

@@ -21,6 +21,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, forw
 from stellarbyte_jax.model.io import Inputs, State
 from stellarbyte_jax.model.params import WeightUse, materialise
 from stellarbyte_jax.model.state.memory import Memory
+from stellarbyte_jax.sharding import on_host
 
 
 @struct.dataclass
@@ -193,7 +194,7 @@ def run(
             log_probs=request.log_probs,
         )
         yield block
-        if request.sampler.can_stop and np.asarray(decoding.done_B).all():
+        if request.sampler.can_stop and on_host(decoding.done_B).all():
             return
 
 

@@ -8,6 +8,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import CoroutineType, FrameType
@@ -114,7 +115,15 @@ class Interrupt:
     def __init__(self) -> None:
         """Installs nothing yet: use it as a context manager."""
         self._previous: dict[int, object] = {}
-        self.signal: int | None = None
+        self.received: int | None = None
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that the run acts on."""
+        return self.received
+
+    def agree(self) -> None:
+        """Asks the other processes, where there are any; a run calls it once a step."""
 
     @property
     def exit_code(self) -> int:
@@ -127,11 +136,14 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.signal is not None:
+        if self.received is not None:
             os._exit(128 + number)
-        self.signal = number
+        self.received = number
         name = signal.Signals(number).name
         text = f"\n{name}: saving a checkpoint after this step, then leaving; a second signal leaves at once\n"
+        self._told(text)
+
+    def _told(self, text: str) -> None:
         os.write(1, text.encode())  # print would fail where the signal came in the middle of another print
 
     def __enter__(self) -> Self:
@@ -151,6 +163,7 @@ class Interrupt:
 
 
 LOCK = "run.lock"  # in the run's directory
+_SEEN_SECONDS = 30  # in which a file of another machine appears on a file system over the network
 
 
 class InUseError(OSError):
@@ -185,7 +198,7 @@ class RunLock:
             ) from None
         self._opened = os.open(self._directory, os.O_RDONLY)  # so that no other one gets its number
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self._file.write(f"{self.owner()}\n")
         self._file.flush()
         return self
 
@@ -194,6 +207,23 @@ class RunLock:
         os.close(self._opened)
         self._file.truncate(0)
         self._file.close()
+
+    def owner(self) -> str:
+        """What the file says as long as this process has the lock."""
+        return f"process {os.getpid()} on {platform.node()}"
+
+    def see(self, owner: str) -> None:
+        """Raises OSError where this process does not see that ``owner`` has the lock: it has another directory."""
+        end = time.monotonic() + _SEEN_SECONDS
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                if self._path.read_text(encoding="utf-8").strip() == owner:
+                    return
+            time.sleep(0.1)
+        raise OSError(
+            f"output_dir {self._directory} on {platform.node()} is not the directory that {owner} writes to: name one "
+            "on a file system that all processes share, by a path that is the same on all machines"
+        )
 
     def check(self) -> None:
         """Raises OSError where the directory was moved or removed: what is written now would make half of it anew."""

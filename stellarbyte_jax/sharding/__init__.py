@@ -4,6 +4,7 @@ Model code is that of one device. ``jax.set_mesh`` says which mesh there is; :fu
 read it, and do nothing of their own without one.
 """
 
+from stellarbyte_jax.sharding.hosts import on_host
 from stellarbyte_jax.sharding.rules import (
     ACTIVATION_AXES,
     AXES,
@@ -31,5 +32,6 @@ __all__ = [
     "enter",
     "gather",
     "make_mesh",
+    "on_host",
     "spec_of",
 ]

@@ -1,6 +1,7 @@
 """What a run begins with: settings and weights of ``init_from``, and what is checked before its directory is made."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,32 +11,36 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from stellarbyte_jax.checkpoint.compatibility import check_same_model
 from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
-from stellarbyte_jax.config.foreign import absent, shown
+from stellarbyte_jax.config.foreign import absent, listed, shown
 from stellarbyte_jax.config.moe import REBALANCING
 from stellarbyte_jax.config.paths import real
+from stellarbyte_jax.config.reference import changed, written
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.loader import Loader, make_loader
 from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.inspect.costs import ParameterCounts
-from stellarbyte_jax.launch import LOCK, write_failure
+from stellarbyte_jax.launch import LOCK, environment, processes, write_failure
 from stellarbyte_jax.model.state.router import with_twins_of
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.training import finish
+from stellarbyte_jax.training import finish, messages
+from stellarbyte_jax.training.console import Reporter
 from stellarbyte_jax.training.directory import holds_run
-from stellarbyte_jax.training.placement import place_batches
+from stellarbyte_jax.training.placement import devices, place_batches
 from stellarbyte_jax.training.record import ABOUT, about
 from stellarbyte_jax.training.resume import Resumed, begin_with
 from stellarbyte_jax.training.state import TrainState
 
+_log = logging.getLogger(__name__)
 _PROJECT = (".git", "pyproject.toml")
 _PADDING = 128  # rows; to a multiple of so many, embeddings are commonly padded for the sake of speed
 
@@ -166,6 +171,21 @@ def _with_tokenizer(config: TrainConfig, directory: Path) -> TrainConfig:
     return replace(config, data=replace(config.data, tokenizer=str(directory)))
 
 
+def check_same(config: TrainConfig) -> None:
+    """Raises ConfigError where this process has other settings than the main one."""
+    own, main = _rows(config), processes.from_main(lambda: _rows(config))
+    differ = sorted(name for name in own.keys() | main.keys() if own.get(name) != main.get(name))
+    require(
+        not differ,
+        f"settings are not those of process 0: {listed(differ)}; start all processes with one config and one --set",
+    )
+
+
+def _rows(config: TrainConfig) -> dict[str, str]:
+    """Settings by their full names, as they are written."""
+    return {name: written(value) for name, (value, _) in changed(config).items()}
+
+
 def check(config: TrainConfig) -> None:
     """Checks what can be known before anything is written.
 
@@ -249,6 +269,13 @@ def keep(found: Found, parameters: ParameterCounts) -> None:
     Raises:
       OSError: a file cannot be written or read; the message names it.
     """
+    processes.wait_for_all()  # the tokenizer has been read
+    if processes.is_main():
+        _keep(found, parameters)
+    processes.wait_for_all()
+
+
+def _keep(found: Found, parameters: ParameterCounts) -> None:
     run_dir, tokenizer = Path(found.used.output_dir), found.used.data.tokenizer
     target = run_dir / "train_config.json"
     try:
@@ -266,7 +293,7 @@ def keep(found: Found, parameters: ParameterCounts) -> None:
 
 def open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> Loader:
     """The batches of a run, on its devices."""
-    return make_loader(
+    loader = make_loader(
         config.data,
         split=split,
         batch_size=config.global_batch_size,
@@ -274,6 +301,23 @@ def open_loader(config: TrainConfig, split: Literal["train", "validation"]) -> L
         vocab_size=config.model.vocab_size,
         transform=place_batches(),
     )
+    if processes.count() > 1 and split == "train" and loader.has_text:
+        _log.info(
+            "data.train holds text, which each of %d processes tokenizes for itself: scripts/prepare_data.py does it "
+            "once, before training",
+            processes.count(),
+        )
+    return loader
+
+
+def introduce(settings: Found, mesh: Mesh, report: Reporter) -> None:
+    """Tells what a run stands on, and its settings."""
+    report.line(environment())
+    if (spread := messages.mesh(mesh, len(devices()), processes.count())) is not None:
+        report.line(spread)
+    report.config(settings.named)
+    if settings.note is not None:
+        report.line(settings.note)
 
 
 def tell_unused_rows(config: TrainConfig, say: Callable[[str], None]) -> None:

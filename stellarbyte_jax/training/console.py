@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,16 +48,18 @@ class _Console(Console):
 class Reporter:
     """Prints to standard output and appends to a log file, which never sees a control character."""
 
-    def __init__(self, log_path: Path) -> None:
-        """Opens the log file for appending."""
-        self._console = _Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    def __init__(self, log_path: Path, tells: bool = True) -> None:
+        """Opens the log file for appending; a process that ``tells`` nothing, one of several, opens none."""
+        log_path = log_path if tells else Path(os.devnull)
+        shown = sys.stdout if tells else log_path.open("w", encoding="utf-8")
+        self._console = _Console(file=shown, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._path = log_path
         self._log = log_path.open("a", encoding="utf-8")
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._taken = 0  # characters of the bar's line that are no numbers
         self._drawn = 0.0
-        self._notes = _Notes(self.line)
+        self._notes = _Notes(self.line) if tells else logging.NullHandler()
         self._level, self._propagate = _package.level, _package.propagate
 
     def __enter__(self) -> Self:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stellarbyte_jax.checkpoint.store import EXPORT
 from stellarbyte_jax.command import make_directory
-from stellarbyte_jax.launch import LOCK, RunLock
+from stellarbyte_jax.launch import LOCK, RunLock, processes
 
 _SETTINGS = "train_config.json"
 
@@ -32,19 +32,33 @@ class RunDirectory:
         self._kept = True
 
     def check(self) -> None:
-        """Raises OSError where the directory was moved or removed."""
-        self._lock.check()
+        """Raises OSError where the directory was moved or removed; the main process looks."""
+        if processes.is_main():
+            self._lock.check()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the directory, with those above it, and holds its lock.
+        """Makes the directory, with those above it, and holds its lock: the main process does, for all.
 
         Where an error comes before :meth:`keep`, what was made is removed: these directories, and all that came into
         one that held no run.
 
         Raises:
-          OSError: it cannot be made, or another process has the lock.
+          OSError: it cannot be made, or another run has the lock; or one of several processes does not see it.
         """
+        processes.wait_for_all()  # none still looks what was here before
+        if processes.is_main():
+            with self._held():
+                processes.from_main(self._lock.owner)
+                processes.wait_for_all()
+                yield
+        else:
+            self._lock.see(processes.from_main(str))
+            processes.wait_for_all()
+            yield
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
         missing = [place for place in (self._path, *self._path.parents) if not place.exists()]  # innermost first
         try:
             make_directory(self._path, "output_dir")

@@ -13,13 +13,14 @@ from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.export import export_family
 from stellarbyte_jax.hf.files import clear_abandoned
-from stellarbyte_jax.launch import write_failure
+from stellarbyte_jax.launch import processes, write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.directory import write_json
 from stellarbyte_jax.training import plots, samples, tasks
 from stellarbyte_jax.training.heatmap import HEATMAP, write_heatmap
 from stellarbyte_jax.training.loads import LOADS
+from stellarbyte_jax.training.placement import on_hosts
 from stellarbyte_jax.training.report import REPORT, make_page, write_page
 from stellarbyte_jax.training.samples import Sampler
 from stellarbyte_jax.training.tasks import TaskRounds
@@ -39,11 +40,14 @@ def check(config: TrainConfig) -> None:
 
 def recover(config: TrainConfig) -> None:
     """Removes what a killed export left, and puts back what it was about to replace; under the run's lock."""
-    clear_abandoned(Path(config.output_dir) / EXPORT, alone=True)
+    if processes.is_main():
+        clear_abandoned(Path(config.output_dir) / EXPORT, alone=True)
 
 
 def forget(config: TrainConfig) -> None:
     """What was done at an earlier end is to be done again, since weights change: also at a step of the same number."""
+    if not processes.is_main():
+        return
     note = Path(config.output_dir) / _NOTE
     try:
         note.unlink(missing_ok=True)
@@ -78,8 +82,9 @@ def finish(
     """
     run_dir = Path(config.output_dir)
     note, target = run_dir / _NOTE, run_dir / EXPORT
-    done = _read(note, step)
-    if config.export_at_end and not (done.get("exported") and target.is_dir()):
+    done = processes.from_main(lambda: _read(note, step))
+    exported = processes.from_main(lambda: bool(done.get("exported") and target.is_dir()))
+    if config.export_at_end and not exported:
         try:
             export(config, model, params, training_facts(config, step, validation_loss))
         except OSError as error:
@@ -93,6 +98,8 @@ def finish(
         rounds.measure(params, step, say)
         done.pop("reported", None)
     if sampler.stopped():
+        return target if config.export_at_end else None
+    if not processes.is_main():
         return target if config.export_at_end else None
     if config.report_at_end and not (done.get("reported") and (run_dir / REPORT).is_file()):
         _report(run_dir, say)
@@ -135,19 +142,24 @@ def _draw_loads(run_dir: Path, say: Callable[[str], None]) -> bool:
 def is_done(config: TrainConfig, step: int, sampler: Sampler, rounds: TaskRounds) -> bool:
     """Whether nothing is left of what :func:`finish` does after this step."""
     run_dir = Path(config.output_dir)
-    done = _read(run_dir / _NOTE, step)
+    done = processes.from_main(lambda: _read(run_dir / _NOTE, step))
     reported = not config.report_at_end or done.get("reported", False)
-    drawn = "drawn" in done or not (run_dir / LOADS).is_file()
+    drawn = "drawn" in done or not config.model.moe_layers or not (run_dir / LOADS).is_file()
     return reported and drawn and not sampler.missing(step) and not rounds.missing(step)
 
 
 def export(config: TrainConfig, model: ByteTransformer, params: Params, training: TrainingFacts | None = None) -> None:
     """Writes ``output_dir/hf`` anew; its model card tells the facts of ``training``."""
+    params = on_hosts(params)
+    if not processes.is_main():
+        return
     target, tokenizer = Path(config.output_dir) / EXPORT, tokenizer_of(config.output_dir, config)
     save_pretrained(target, model, params, tokenizer=tokenizer, overwrite=True, training=training)
 
 
 def _write(note: Path, done: dict[str, Any]) -> None:
+    if not processes.is_main():
+        return
     try:
         write_json(note, done)
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stellarbyte_jax.command import MENDABLE, print_error, remedy
 from stellarbyte_jax.config import ConfigError
-from stellarbyte_jax.launch import InUseError, write_failure
+from stellarbyte_jax.launch import InUseError, processes, write_failure
 
 
 def run_guarded(act: Callable[[], int], output_dir: str) -> int:
@@ -26,6 +26,9 @@ def run_guarded(act: Callable[[], int], output_dir: str) -> int:
         return 1
     except MENDABLE as error:
         error = _advised(error, Path(output_dir))
+        if not processes.is_main():
+            print_error(error)
+            return 1
         log, where = Path(output_dir) / "train.log", ""
         with contextlib.suppress(OSError), log.open("r+", encoding="utf-8") as file:  # none where no run was begun
             file.seek(0, os.SEEK_END)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.launch import write_failure
+from stellarbyte_jax.launch import processes, write_failure
 from stellarbyte_jax.training.jsonl import keep_lines, read_lines
 
 LOADS = "router_load.jsonl"  # in the run's directory
@@ -33,7 +33,7 @@ class LoadFile:
         self._layers = config.model.moe_layers
         self._path = Path(config.output_dir) / LOADS
         self._file = None
-        if self._layers:
+        if self._layers and processes.is_main():
             keep_lines(self._path, lambda line: line["step"] <= start_step)
             self._file = self._path.open("a", encoding="utf-8")
 

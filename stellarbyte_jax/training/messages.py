@@ -25,12 +25,13 @@ def sizes(config: TrainConfig, counts: ParameterCounts) -> str:
     return f"{parameters(counts)}; {config.global_batch_size * config.data.sequence_length:,} tokens a step"
 
 
-def mesh(mesh: Mesh, devices: int) -> str | None:
+def mesh(mesh: Mesh, devices: int, processes: int = 1) -> str | None:
     """How a run is spread over these devices; None where there is one."""
     if devices == 1:
         return None
     axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "data=1"
-    return f"mesh {axes}: uses {mesh.size} of {devices} devices"
+    of = f" of {processes} processes" if processes > 1 else ""
+    return f"mesh {axes}: uses {mesh.size} of {devices} devices{of}"
 
 
 def first_step(seconds: float, cache: CompileCache) -> str:

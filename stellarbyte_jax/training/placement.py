@@ -1,19 +1,22 @@
 """Where each array of a run lies on its mesh."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config import ConfigError, TrainConfig
 from stellarbyte_jax.config.mesh import check_mesh
+from stellarbyte_jax.launch import processes
 from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained
 from stellarbyte_jax.model.params import kept_spec
 from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
-from stellarbyte_jax.sharding import make_mesh, spec_of
+from stellarbyte_jax.sharding import make_mesh, on_host, spec_of
 from stellarbyte_jax.training.state import TrainState
 
 
@@ -27,6 +30,11 @@ def mesh_of(config: TrainConfig) -> Mesh:
     sizes = config.mesh.sizes(len(found))
     parts, length = config.gradient_accumulation_steps, config.data.sequence_length
     check_mesh(sizes, config.model, config.global_batch_size, parts, length)
+    if processes.count() > 1 and math.prod(sizes.values()) != len(found):
+        raise ConfigError(
+            f"the mesh uses {math.prod(sizes.values())} of the {len(found)} devices of {processes.count()} processes, "
+            "and all have to take part: leave mesh.data=-1, or start fewer processes"
+        )
     return make_mesh(sizes, found)
 
 
@@ -102,9 +110,33 @@ def place_batches() -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
         if mesh is None:
             return {name: jax.device_put(x) for name, x in batch.items()}
         where = {name: spec_of(("batch", None), x.shape, mesh) for name, x in batch.items()}
-        return {name: jax.device_put(x, NamedSharding(mesh, where[name])) for name, x in batch.items()}
+        return {name: put(x, NamedSharding(mesh, where[name])) for name, x in batch.items()}
 
     return place
+
+
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, on the devices of all processes: each puts what its own hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def on_hosts(tree: Any) -> Any:
+    """The arrays as they are; where their parts lie on several processes, whole ones of numpy in each.
+
+    All processes have to call it.
+    """
+    if processes.count() == 1:
+        return tree
+    return on_host(tree)
+
+
+def replicated() -> NamedSharding | None:
+    """Where what every process reads lies: whole on each device of the mesh that is set; None without one."""
+    mesh = _mesh()
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def _mesh() -> Mesh | None:

@@ -17,7 +17,7 @@ from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import Params, partition, paths
 from stellarbyte_jax.training.meter import diverged
-from stellarbyte_jax.training.placement import shardings
+from stellarbyte_jax.training.placement import put, shardings
 from stellarbyte_jax.training.state import TrainState
 from stellarbyte_jax.training.step import all_finite
 
@@ -156,7 +156,7 @@ def begin_with(
     trained = set(paths(shapes.params))
     params, frozen = partition(found["params"], lambda path: "/".join(path) in trained)
     if (places := shardings(shapes)) is not None:
-        params, frozen = jax.device_put((params, frozen), (places.params, places.frozen))
+        params, frozen = jax.tree.map(put, (params, frozen), (places.params, places.frozen))
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -16,17 +16,18 @@ from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader
 from stellarbyte_jax.inspect.costs import ParameterCounts, parameter_counts
-from stellarbyte_jax.launch import CompileCache, Interrupt, environment, quiet_libraries
+from stellarbyte_jax.launch import CompileCache, Interrupt, processes, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.tokenizer.codec import token_byte_lengths
 from stellarbyte_jax.training import begin, finish, messages, resume, script
+from stellarbyte_jax.training.agreement import make_interrupt
 from stellarbyte_jax.training.console import Reporter, format_metrics
 from stellarbyte_jax.training.directory import RunDirectory
 from stellarbyte_jax.training.loads import LoadFile
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.training.placement import devices, mesh_of, on_mesh, placed, shardings
+from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, replicated, shardings
 from stellarbyte_jax.training.rebalance import Moves, compiled_rebalance, rebalances, tell
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sampler
@@ -90,17 +91,28 @@ def train(config: TrainConfig) -> Finished:
       ConfigError, DataError, CheckpointError, OSError: something that the user can mend; the message says how.
       DivergedError: the loss became NaN or infinite; the checkpoints before it are kept.
     """
+    with processes.together():
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Finished:
     began = time.perf_counter()
     script.refuse_worker()
     quiet_libraries()
     found = begin.find_tokenizer(begin.complete(config))
     config = found.used
+    begin.check_same(config)
     begin.check(config)
     mesh = mesh_of(config)
     run_dir = Path(config.output_dir)
     directory = RunDirectory(run_dir)
-    with on_mesh(mesh), directory.locked(), Reporter(run_dir / "train.log") as report, contextlib.ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
+    with (
+        on_mesh(mesh),
+        directory.locked(),
+        Reporter(run_dir / "train.log", processes.is_main()) as report,
+        contextlib.ExitStack() as stack,
+    ):
+        interrupt = stack.enter_context(make_interrupt(mesh))
         prepared = _prepare(found, began, interrupt, directory, report, stack, mesh)
         if isinstance(prepared, Finished):
             return prepared
@@ -130,7 +142,7 @@ def _prepare(
     cache = CompileCache()
     may_be_over = resume.may_be_over(config)
     if not may_be_over:
-        _introduce(settings, mesh, report)
+        begin.introduce(settings, mesh, report)
     finish.recover(config)
 
     model = ByteTransformer(config.model)
@@ -158,7 +170,7 @@ def _prepare(
     if (start == total and not validates) or resumed.progress.exhausted(config.evaluation.patience):
         return _over(config, model, resumed, report, interrupt)
     if may_be_over:
-        _introduce(settings, mesh, report)
+        begin.introduce(settings, mesh, report)
     script.check_guarded(config.data)
     loader = stack.enter_context(contextlib.closing(begin.open_loader(config, "train")))
     validation = None
@@ -211,21 +223,12 @@ def _prepare(
         train_step=jax.jit(
             make_train_step(config, model, optimizer, schedule),
             donate_argnums=0,
-            out_shardings=(shardings(shapes), None),
+            out_shardings=(shardings(shapes), replicated()),
         ),
-        eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V)),
+        eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V), out_shardings=(replicated(), None)),
         rebalance=rebalance,
         meter=meter,
     )
-
-
-def _introduce(settings: begin.Found, mesh: Mesh, report: Reporter) -> None:
-    report.line(environment())
-    if (spread := messages.mesh(mesh, len(devices()))) is not None:
-        report.line(spread)
-    report.config(settings.named)
-    if settings.note is not None:
-        report.line(settings.note)
 
 
 def _loop(run: _Run, start: int) -> Finished:
@@ -245,6 +248,7 @@ def _loop(run: _Run, start: int) -> Finished:
             finish.forget(config)
             run.report.compiling()
         run.state, metrics = run.train_step(run.state, batch)
+        run.interrupt.agree()
         run.directory.keep()
         run.meter.push(step, metrics)
         if step == start + 1:
@@ -359,9 +363,7 @@ def _validate(run: _Run, step: int, batches: Loader) -> float | None:
         state = State.initial(run.config.model, run.config.global_batch_size)
         limit = run.config.evaluation.batches
         weights = run.state.averaged
-        validated = evaluate(
-            run.eval_step, weights, batches, limit, run.report, state, lambda: run.interrupt.signal is not None
-        )
+        validated = evaluate(run.eval_step, weights, batches, limit, run.report, state, run.interrupt.came)
         if validated is None:
             run.progress.unvalidated = True
             run.report.line(f"step {step}/{run.total}  validation broken off: it is done when the run goes on")

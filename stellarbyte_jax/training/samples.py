@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.inference.capacity import TooLongError, limits_of
 from stellarbyte_jax.inference.programs import cast_for_inference
 from stellarbyte_jax.inference.request import Request
 from stellarbyte_jax.inference.text import encode_prompt, generate_text
-from stellarbyte_jax.launch import write_failure
+from stellarbyte_jax.launch import processes, write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -57,15 +58,19 @@ class SampleFile:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         """Mends the file for the steps after ``start_step``; it is made with the first round."""
         self._path = run_dir / SAMPLES
-        self._step: int = 0
-        self._prompts: list[object] = []
+        self._step, self._prompts = processes.from_main(lambda: self._mended(start_step))
+
+    def _mended(self, start_step: int) -> list[Any]:
+        """Step and prompts of the last round."""
         if not self._path.exists():
-            return
+            return [0, []]
         keep_lines(self._path, lambda line: line["step"] <= start_step)
+        step, prompts = 0, []
         for _, line in read_lines(self._path):
             if line is not None:
-                self._prompts = [*(self._prompts if line["step"] == self._step else ()), line.get("prompt")]
-                self._step = line["step"]
+                prompts = [*(prompts if line["step"] == step else ()), line.get("prompt")]
+                step = line["step"]
+        return [step, prompts]
 
     def has(self, step: int, prompts: Sequence[str]) -> bool:
         """Whether the last round was made after this step, of these prompts."""
@@ -73,15 +78,18 @@ class SampleFile:
 
     def write(self, step: int, samples: Sequence[Sample]) -> None:
         """Appends a round, which takes the place of one after the same step."""
+        replaces = self._step == step
+        self._step, self._prompts = step, [prompt for prompt, _ in samples]
+        if not processes.is_main():
+            return
         lines = [json.dumps({"step": step, "prompt": p, "text": t}, ensure_ascii=False) + "\n" for p, t in samples]
         try:
-            if self._path.exists() and self._step == step:
+            if self._path.exists() and replaces:
                 keep_lines(self._path, lambda line: line["step"] < step)
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(lines))
         except OSError as error:
             raise write_failure(self._path, error) from error
-        self._step, self._prompts = step, [prompt for prompt, _ in samples]
 
 
 def _no_tracker(step: int, samples: Sequence[Sample]) -> None:

@@ -10,7 +10,7 @@ from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.evaluation.adapter import as_lm, require_lm_eval
 from stellarbyte_jax.evaluation.tasks import Result, check_tasks, evaluate_tasks
-from stellarbyte_jax.launch import write_failure
+from stellarbyte_jax.launch import processes, write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
@@ -67,7 +67,7 @@ class TaskRounds:
         self._config, self._model, self.stopped = config, model, stopped
         self._publish = publish or self._append
         self._note = Path(config.output_dir) / _NOTE
-        self._done = _read(self._note, start_step)
+        self._done = processes.from_main(lambda: _read(self._note, start_step))
 
     def due(self, step: int) -> bool:
         """Whether a round belongs after this step of a run that goes on, and was not made yet."""
@@ -97,6 +97,8 @@ class TaskRounds:
         say("tasks: " + ", ".join(f"{n.removeprefix(_PREFIX)} {v:.4f}{errors[n]}" for n, v in told.items()))
         self._publish(step, numbers)
         self._done = self._round(step)
+        if not processes.is_main():
+            return
         try:
             write_json(self._note, self._done)
         except OSError as error:
@@ -119,6 +121,8 @@ class TaskRounds:
             raise _StoppedError
 
     def _append(self, step: int, numbers: dict[str, float]) -> None:
+        if not processes.is_main():
+            return
         tracker = JsonlTracker(Path(self._config.output_dir) / METRICS, step)
         try:
             tracker.log(step, numbers)

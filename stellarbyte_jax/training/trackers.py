@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from stellarbyte_jax.command import MendableError, one_line
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import json_object, shown
-from stellarbyte_jax.launch import write_failure
+from stellarbyte_jax.launch import processes, write_failure
 from stellarbyte_jax.tokenizer.directory import write_json
 from stellarbyte_jax.training.jsonl import keep_lines
 from stellarbyte_jax.training.samples import Sample
@@ -247,7 +247,7 @@ class Together:
 
 
 def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = True) -> list[Tracker]:
-    """The JSONL tracker and those that ``logging.trackers`` names.
+    """The JSONL tracker and those that ``logging.trackers`` names; none but in the main process.
 
     Args:
       config: of the run.
@@ -259,6 +259,8 @@ def make_trackers(config: TrainConfig, start_step: int, *, validated: bool = Tru
       MendableError: a tracker could not begin, such as one that wants a login.
       ValueError, OSError: the file of their ids is damaged, or cannot be read or written.
     """
+    if not processes.is_main():
+        return []
     directory = Path(config.output_dir)
     trackers: list[Tracker] = [JsonlTracker(directory / METRICS, start_step, validated=validated)]
     for name in config.logging.trackers:

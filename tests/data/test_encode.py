@@ -191,18 +191,6 @@ def test_without_an_end_the_epochs_go_on():
     assert sorted(groups[10**6]) == list(range(GROUP_DOCUMENTS)) and groups[10**6] != groups[0]
 
 
-@pytest.mark.parametrize("seed", [None, 3])
-def test_processes_share_the_documents_evenly(seed):
-    count = 2 * GROUP_DOCUMENTS + 4
-    whole = numbers_of(document_groups(count, seed=seed, epochs=2))
-    parts = [
-        numbers_of(document_groups(count, seed=seed, epochs=2, process_index=i, process_count=3)) for i in range(3)
-    ]
-    assert parts == [whole[i::3] for i in range(3)]
-    groups = document_groups(count, process_index=2, process_count=3)
-    assert len(groups) == 1 and groups[0] == list(range(2, count, 3))
-
-
 def test_no_process_and_one_process_give_the_groups_in_order(encoder, ids_of):
     texts = [f"<{number}>" for number in range(2 * GROUP_DOCUMENTS + 3)]
     encode = encoder("".join(f'{{"text": "{text}"}}\n' for text in texts), eos=8)

@@ -102,14 +102,18 @@ def test_bos_and_eos_follow_the_settings(data):
     assert not np.isin(tokens, [tokenizer.bos_id, tokenizer.eos_id]).any()
 
 
-def test_processes_share_the_documents(data, texts):
-    parts = [_all(data, process_index=i, process_count=2) for i in range(2)]
-    assert all(b["tokens"].shape == (2, 64) for part in parts for b in part)
-    got = [_documents(part, data) for part in parts]
-    assert sorted(got[0] + got[1]) == sorted(texts * 2)
-    assert abs(len(got[0]) - len(got[1])) <= 1
-    with pytest.raises(DataError, match="4 rows cannot be shared equally by 3"):
-        _loader(data, process_count=3)
+def test_a_state_of_an_earlier_version_resumes_where_one_process_made_it(data):
+    with _loader(data) as loader:
+        next(loader)
+        state = loader.state()
+        following = next(loader)["tokens"]
+    earlier = {**state, "stream": {**state["stream"], "process_index": 0, "process_count": 1}}
+    with _loader(data) as loader:
+        loader.restore(earlier)
+        np.testing.assert_array_equal(next(loader)["tokens"], following)
+        earlier["stream"]["process_count"] = 2
+        with pytest.raises(DataError, match=r"2 processes had parts of it.* init_from=RUN"):
+            loader.restore(earlier)
 
 
 def test_state_belongs_to_the_batches_handed_out_and_restores_everywhere(data):

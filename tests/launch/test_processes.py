@@ -1,0 +1,138 @@
+"""Who belongs to a run: options, environment and launchers; and processes that do not find each other."""
+
+import socket
+
+import pytest
+from helpers.runs import write_config
+from helpers.several import run
+
+from stellarbyte_jax.command import MendableError
+from stellarbyte_jax.config import ConfigError
+from stellarbyte_jax.launch import group, processes
+from stellarbyte_jax.launch.processes import Given, given_by, launcher_of
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:9", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (SLURM, "Slurm"),
+        ({**SLURM, "SLURM_NTASKS": "1"}, None),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),  # srun -n 1 within a larger job
+        ({name: value for name, value in SLURM.items() if "STEP" not in name}, None),  # sbatch without srun
+        (MPI, "Open MPI"),
+        ({**MPI, "OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+    ],
+)
+def test_a_launcher_of_several_processes_is_known_and_one_task_stays_alone(environment, expected):
+    assert launcher_of(environment) == expected
+
+
+def test_kubernetes_needs_its_package(monkeypatch):
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pod 1 of an indexed job.*pip install kubernetes.*--processes 1"):
+        launcher_of(POD)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
+    assert launcher_of(POD) == "Kubernetes"
+
+
+ENVIRONMENT = {
+    "STELLARBYTE_COORDINATOR": "a:1",
+    "STELLARBYTE_PROCESSES": "2",
+    "STELLARBYTE_PROCESS": "1",
+}
+
+
+def test_options_go_before_the_environment():
+    assert given_by(None, None, None, {}) is None
+    assert given_by("b:9", 3, 0, {}) == Given("b:9", 3, 0)
+    assert given_by(None, None, None, ENVIRONMENT) == Given("a:1", 2, 1)
+    assert given_by("b:9", 3, 2, ENVIRONMENT) == Given("b:9", 3, 2)
+    assert given_by(None, 1, None, {}) == Given(None, 1, 0)  # one, whatever the launcher says
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "message"),
+    [
+        (("a:1", 2, None), {}, "belong together, and --process is missing"),
+        ((None, 2, None), {}, "--coordinator and --process is missing"),
+        (("a:1", 2, 2), {}, "--process 2 is none of --processes 2: they are 0 to 1"),
+        (("a", 2, 1), {}, "--coordinator a is no HOST:PORT"),
+        (("a:1", 2, None), {"STELLARBYTE_PROCESS": "x"}, "STELLARBYTE_PROCESS=x must be an integer"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(options, environment, message):
+    with pytest.raises(ConfigError, match=message):
+        given_by(*options, environment)
+
+
+def test_one_process_does_nothing(monkeypatch):
+    for name, value in {**SLURM, "SLURM_NTASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    processes.join()
+    assert group.current is None
+    assert processes.count() == 1 and processes.is_main() and processes.from_main(lambda: [1]) == [1]
+    error = OSError("x")
+    assert processes.first_error(error) is error and processes.first_error(None) is None
+    processes.wait_for_all()
+    with processes.together():
+        pass
+
+
+def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "_START_SECONDS", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(MendableError, match=rf"process 1 of 2 .*{address} in 0.5 s .*refused.*start process 0"):
+        processes.join(address, 2, 1)
+
+
+def test_processes_with_other_directories_or_settings_are_refused(tmp_path):
+    config = write_config(tmp_path)
+    before = f"""
+if rank == 1:
+    from pathlib import Path
+    import stellarbyte_jax.launch as launch
+    launch._SEEN_SECONDS = 0.5
+    launch.RunLock.see.__globals__["platform"].node = lambda: "elsewhere"
+    see = launch.RunLock.see
+    def elsewhere(self, owner):
+        self._path = Path({str(tmp_path)!r}) / "local" / "run.lock"
+        see(self, owner)
+    launch.RunLock.see = elsewhere
+"""
+    main, other = run(config, 2, "steps=2", "schedule.warmup_steps=0", before=before)
+    assert (main.code, other.code) == (1, 1)
+    assert other.err.startswith("error: process 1 of 2: output_dir ") and "all processes share" in other.err
+    assert "error: process 1 of 2 failed: output_dir" in main.err
+    assert not (tmp_path / "run").exists()  # a start that failed leaves nothing
+    before = 'if rank == 1: sys.argv[sys.argv.index("steps=2")] = "steps=3"'
+    main, other = run(config, 2, "steps=2", "schedule.warmup_steps=0", before=before)
+    assert other.code == 2 and "settings are not those of process 0: steps" in other.err
+    assert main.code != 0
+
+
+def test_processes_that_never_came_are_told_behind_what_jax_prints(tmp_path):
+    config = write_config(tmp_path)
+    before = """
+from stellarbyte_jax.launch import processes
+processes._START_SECONDS = 3
+sys.argv[sys.argv.index("--processes") + 1] = "3"
+"""
+    ended = run(config, 2, "steps=2", "schedule.warmup_steps=0", before=before)
+    for rank, each in enumerate(ended):
+        last = each.err.splitlines()[-1]
+        assert each.code != 0 and last.startswith("error: ") and f"process {rank} of 3" in last, each.err
+        assert "did not find the other processes in 3 s" in last or "did not find each other" in last

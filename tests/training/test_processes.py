@@ -1,0 +1,164 @@
+"""A run of several processes: it is that of one, its parts of files are written once, and it ends as one."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers.runs import write_config
+from helpers.several import batches_of, run
+
+COMMON = (
+    "steps=6",
+    "model.hidden_dropout=0",
+    "checkpoint.interval=2",
+    "checkpoint.keep_latest=10",
+    "evaluation.interval=2",
+    "evaluation.batches=2",
+    "data.shuffle=true",
+)
+
+
+def numbers(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    names = ("loss", "gradient_norm", "validation/loss")
+    found = {(line["step"], name): line[name] for line in lines for name in names if name in line}
+    assert len(lines) == len({(line["step"], "loss" in line) for line in lines})  # none is written twice
+    return found
+
+
+def assert_same_run(found, expected):
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def assert_done(ended, code=0):
+    assert [each.code for each in ended] == [code] * len(ended), "\n".join(each.err for each in ended)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process: its directory, numbers and batches."""
+    config = write_config(tmp_path_factory.mktemp("alone"))
+    ended = run(config, 1, *COMMON)
+    assert_done(ended)
+    directory = config.parent / "run"
+    return directory, numbers(directory), batches_of(ended)
+
+
+def test_two_processes_are_one(alone, tmp_path):
+    config = write_config(tmp_path)
+    ended = run(config, 2, *COMMON, "export_at_end=true", 'sample_prompts=["a"]', "mesh.fsdp=2")
+    assert_done(ended)
+    _, expected, batches = alone
+    assert_same_run(numbers(tmp_path / "run"), expected)
+    np.testing.assert_array_equal(batches_of(ended), batches)
+    own = [set().union(*(batch.keys() for batch in each.batches)) for each in ended]
+    assert own == [{0, 1}, {2, 3}]  # each process puts its rows, and no others, on its devices
+    main, other = ended
+    assert "of 2 processes" in main.out and "sample: a|" in main.out and "data.train holds text" in main.out
+    assert (other.out, other.err) == ("", "")
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 1
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("step 6/6  loss") == 1
+
+
+def test_a_run_goes_on_with_more_and_fewer_processes(alone, tmp_path):
+    config = write_config(tmp_path)
+    directory, expected, batches = alone
+    copy = tmp_path / "run"
+    shutil.copytree(directory, copy)
+    for step in (4, 6):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    four = run(config, 4, *COMMON)
+    assert_done(four)
+    assert "resumed at step 2" in four[0].out
+    np.testing.assert_array_equal(batches_of(four), batches[2:])
+    assert_same_run(numbers(copy), expected)
+    shutil.rmtree(copy / "checkpoints" / "6")
+    two = run(config, 2, *COMMON)
+    assert_done(two)
+    assert "resumed at step 4" in two[0].out
+    np.testing.assert_array_equal(batches_of(two), batches[4:])
+    assert_same_run(numbers(copy), expected)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    config = write_config(tmp_path)
+    before = "if rank == 1: at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    ended = run(config, 2, *COMMON, "checkpoint.interval=100", "evaluation.interval=100", before=before)
+    assert_done(ended, 143)
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert int(saved.name) < 6
+    assert f"SIGTERM: stopped at step {saved.name} of 6" in ended[0].out
+    assert {len(each.batches) for each in ended} == {int(saved.name)}
+    assert ended[1].out == ""
+
+
+def test_an_error_of_the_main_process_ends_all(tmp_path):
+    config = write_config(tmp_path)
+    before = """
+def full():
+    raise OSError(28, "No space left on device", "metrics.jsonl")
+if rank == 0: at_step(2, full)
+"""
+    main, other = run(config, 2, *COMMON, before=before)
+    assert (main.code, other.code) == (1, 1)
+    assert main.err.splitlines()[-1].startswith("error: ") and "No space left" in main.err
+    assert other.err.startswith("error: process 1 of 2: process 0 of 2 failed: ") and "No space left" in other.err
+    assert len(other.err.splitlines()) == 1
+    assert abs(main.ended_at - other.ended_at) < 30
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_the_run_goes_on(tmp_path):
+    config = write_config(tmp_path)
+    before = "if rank == 2: at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    ended = run(config, 4, *COMMON, before=before)
+    assert [each.code for each in ended] == [1, 1, -9, 1]
+    for rank in (0, 1, 3):
+        last = ended[rank].err.splitlines()[-1]
+        assert last.startswith("error: ") and "process 2 of 4 is gone" in last, ended[rank].err
+    assert max(each.ended_at for each in ended) - ended[2].ended_at < 60
+    again = run(config, 2, *COMMON)
+    assert_done(again)
+    assert "resumed at step 2" in again[0].out
+
+
+@pytest.mark.slow
+def test_the_others_end_with_a_killed_main_process(tmp_path):
+    config = write_config(tmp_path)
+    before = "if rank == 0: at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    main, other = run(config, 2, *COMMON, before=before)
+    assert main.code == -9 and other.code != 0
+    last = other.err.splitlines()[-1]
+    assert last.startswith("error: process 1 of 2: ended with process 0, which is gone"), other.err
+    assert other.ended_at - main.ended_at < 60
+
+
+@pytest.mark.slow
+def test_experts_that_begin_with_weights_are_those_of_one_process(alone, tmp_path):
+    """Weights of another run, experts and heads over processes, and prompts that are continued together."""
+    directory, _, _ = alone
+    config = write_config(tmp_path)
+    dense = (*COMMON, "steps=2", "schedule.warmup_steps=0", f"init_from={directory}", 'sample_prompts=["a","bc"]')
+    ended = run(config, 2, *dense, "mesh.tensor=2", "mesh.data=2", devices=2)
+    assert_done(ended)
+    assert_done(run(config, 1, *dense, f"output_dir={tmp_path / 'one'}"))
+    assert_same_run(numbers(tmp_path / "run"), numbers(tmp_path / "one"))
+    texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("run", "one")]
+    assert texts[0] == texts[1]
+    experts = (
+        *COMMON,
+        "steps=2",
+        "schedule.warmup_steps=0",
+        "model.moe.num_experts=4",
+        "model.moe.num_experts_per_tok=2",
+    )
+    assert_done(run(config, 2, *experts, "mesh.expert=2", f"output_dir={tmp_path / 'e2'}"))
+    assert_done(run(config, 1, *experts, f"output_dir={tmp_path / 'e1'}"))
+    assert_same_run(numbers(tmp_path / "e2"), numbers(tmp_path / "e1"))
+    loads = [(tmp_path / name / "router_load.jsonl").read_text() for name in ("e2", "e1")]
+    assert loads[0] == loads[1]
