@@ -8,7 +8,7 @@ import jax
 from stellarbyte_jax.inspect.costs import FlopsPerToken
 
 # Dense bfloat16 TFLOP/s from the vendors' data sheets, by a part of jax's device_kind.
-_PEAK_TFLOPS = {
+PEAK_TFLOPS = {
     "H100": 989.4,
     "H200": 989.4,
     "GH200": 989.4,
@@ -41,7 +41,7 @@ def validation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 def peak_flops() -> float | None:
     """Peak bfloat16 operations a second of the device in use, None where it is not known."""
     kind = jax.devices()[0].device_kind
-    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in kind), None)
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in kind), None)
 
 
 def speed_metrics(tokens: float, seconds: float, flops: FlopsPerToken, devices: int = 1) -> dict[str, float]:
