@@ -24,6 +24,7 @@ with imports():
     from stellarbyte_jax.training.plan_exchange import within_machine
     from stellarbyte_jax.training.plan_search import MOST_DEVICES, advice, search, settings
 
+_TAKEN = 0.75  # of a GPU's memory by jax, where nothing else is said (jax's page "GPU memory allocation")
 _WIDTH = 120  # of tables where no terminal says how wide it is
 
 
@@ -70,8 +71,8 @@ def _devices(config: TrainConfig, options: argparse.Namespace) -> tuple[int, str
     count, kind = options.devices or fixed, options.device_kind
     if count is None:
         found = devices()
-        count, there = len(found), found[0].device_kind.upper()
-        kind = kind or next((name for name in KINDS if name in there), None)
+        count = len(found)
+        kind = kind or (None if found[0].platform == "cpu" else found[0].device_kind)
     if count > MOST_DEVICES:
         raise ConfigError(f"--devices {count}: a plan is for at most {MOST_DEVICES}")
     return count, kind or next(iter(KINDS))
@@ -124,8 +125,13 @@ def _print(planner: Planner, plan: Plan, best: Plan | None, count: int) -> None:
         f"Weights, optimizer, EMA and router state are exact; the rest is an estimate, times above all: products reach "
         f"{a.products:.0%} of {short(plan.device.flops)}FLOP/s, memory {a.memory:.0%} of "
         f"{short(plan.device.bandwidth)}B/s, links {a.links:.0%} of {short(plan.device.nvlink)}B/s (NVLink) and "
-        f"{short(plan.device.network)}B/s (network); weights and gradients travel behind {a.hidden:.0%} of the products."
+        f"{short(plan.device.network)}B/s (network); weights and gradients travel behind {a.hidden:.0%} of products."
     )
+    if any(each.fits and each.bytes.total > _TAKEN * each.device.memory for each in plans):
+        console.print(
+            f"jax takes {_TAKEN:.0%} of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 or so is set, which "
+            "a run of this size needs"
+        )
     if better is not None:
         console.print(f"suggested: --set {settings(better)}")
 

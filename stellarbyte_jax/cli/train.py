@@ -89,7 +89,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device-kind",
         metavar="NAME",
-        help="with --plan: H100, H200 or A100 (default: the one that is there, or H100)",
+        help="with --plan: H100, H200 or A100 (default: H100, or without --devices the GPU that is there)",
     )
     parser.add_argument("--json", action="store_true", help="with --plan: print JSON, not tables")
     options = parser.parse_args(arguments)

@@ -82,7 +82,7 @@ def activations_of(config: ByteConfig, rows: int, length: int, cut: Cut = WHOLE)
     Besides ``2 c D`` for embedding and final norm, and float32 logits and their gradients, ``8 V`` for each of at most
     4096 tokens. Each of a memory's M slots of a row counts as a token's input, keys and values.
 
-    On a mesh, what has the width D lies between layers, where ``tensor`` cuts positions; heads, F and V are its parts.
+    On a mesh, inputs of branches lie where ``tensor`` cuts positions, and norms are whole; heads, F and V are cut.
 
     Args:
       config: of the model.
@@ -183,7 +183,7 @@ def _around_the_mlp(config: ByteConfig, sizes: _Sizes) -> _LayerBytes:
     D, c, q, kv = config.hidden_size, jnp.dtype(config.compute_dtype).itemsize, sizes.q, sizes.kv
     branches = 1 if config.parallel_residual else 2
     sums = branches + (config.residual_scaling == "deepnorm")  # of a stream, the layer's input among them
-    stream, inside = 2 * branches * D, 2 * q + 2 * kv
+    stream, inside = branches * D, 2 * q + 2 * kv + branches * D  # norms are kept as products read them
     if config.layer_scale_init is not None:
         stream += 2 * D
     inside += (q + kv) * (config.qk_norm + config.xpos_learnable)

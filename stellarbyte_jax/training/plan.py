@@ -155,7 +155,7 @@ class Plan:
 
 
 class Planner:
-    """Plans one run for any mesh, number of parts of its batch, and remat: what these do not change is worked out once."""
+    """Plans a run for any mesh, parts of its batch, and remat; what these do not change is worked out once."""
 
     def __init__(self, config: TrainConfig, device: Device):
         """Works out the shapes of the run's state.

@@ -109,13 +109,15 @@ def of_activations(config: ByteConfig, rows: int, length: int, sizes: Mapping[st
     t, x, e = sizes["tensor"], sizes["context"], sizes["expert"]
     tokens = rows * (length // x)
     L, experts = config.num_hidden_layers, len(config.moe_layers)
-    again = config.remat != "none"
+    again, all_again = config.remat != "none", config.remat == "full"
     found = []
     if t > 1:
         branches = 1 if config.parallel_residual else 2
         stream = tokens * D * c * (t - 1) / t
-        gathered = L * branches * 3 + 2  # input, gradient, and the input again for the gradient of the weights
-        summed = L * branches * 2 + L * (branches - 1) * again + 2
+        # Each branch gathers its input and the gradient of its result; the loss and the embedding do so once.
+        gathered = L * branches * (2 + again) + 2
+        # Each branch sums its result; the gradients of queries, keys, values and of the MLP's input are summed apart.
+        summed = L * (branches + 4 + (branches - 1) * all_again) + 2
         found.append(Exchange("all-gather", "tensor", "activations", round(gathered * stream)))
         found.append(Exchange("reduce-scatter", "tensor", "activations", round(summed * stream)))
     if x > 1:
@@ -127,8 +129,8 @@ def of_activations(config: ByteConfig, rows: int, length: int, sizes: Mapping[st
         found.append(Exchange("all-to-all", "expert", "tokens", round(experts * slots * (4 + 2 * again))))
     elif e > 1 and experts:
         others = tokens * D * c * (e - 1)
-        found.append(Exchange("all-gather", "expert", "tokens", experts * others * 3))
-        found.append(Exchange("reduce-scatter", "expert", "tokens", experts * others * (2 + again)))
+        found.append(Exchange("all-gather", "expert", "tokens", experts * others * (2 + all_again)))
+        found.append(Exchange("reduce-scatter", "expert", "tokens", experts * others * 2))
     return found
 
 
