@@ -43,7 +43,10 @@ KINDS = {kind.name: kind for kind in _KINDS}
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What shares of peaks a plan counts on. They are guesses, but for those that one measurement fixed.
+    """What a plan counts on. All are guesses.
+
+    ``products``, ``memory``, ``passes`` and ``logit_passes`` were chosen together, so that configs/pretrain.py on one
+    H100 comes out within a tenth of the speed in benchmarks/train.json; that does not determine any of them alone.
 
     Attributes:
       products: share of the peak that matrix products reach.

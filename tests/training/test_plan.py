@@ -214,7 +214,7 @@ def test_exchanges_are_those_of_the_program(mesh, remat):
         name = {"all-gather": "gathered", "collective-permute": "passed"}.get(each.kind, "summed")
         ours[name] += each.sent // (2 if each.kind == "all-reduce" else 1)
     for name in ("gathered", "summed"):
-        assert ours[name] == pytest.approx(theirs[name], rel=0.06)
+        assert ours[name] == pytest.approx(theirs[name], rel=0.06 if "expert" in mesh else 0.01)
 
 
 def test_keys_go_round_for_each_layer_and_back():
@@ -243,14 +243,14 @@ def test_memory_is_what_a_gpu_reported(name):
     speed = json.loads((ROOT / "benchmarks" / "ablation.json").read_text())["speed"]
     assert speed["set"] == []
     found = Planner(load(PRETRAIN, MEASURED[name]), H100).plan(MeshConfig().sizes(1))
-    assert found.bytes.total / 2**30 == pytest.approx(speed["results"][name]["peak_memory_gib"], rel=0.06)
+    assert found.bytes.total / 2**30 == pytest.approx(speed["results"][name]["peak_memory_gib"], rel=0.04)
 
 
 @pytest.mark.parametrize("kind", ["synthetic", "real"])
 def test_memory_and_speed_are_what_a_gpu_reported(kind):
     measured = json.loads((ROOT / "benchmarks" / "train.json").read_text())["results"][kind]
     found = Planner(load(PRETRAIN), H100).plan(MeshConfig().sizes(1))
-    assert found.bytes.total / 2**30 == pytest.approx(measured["peak_memory_gib"], rel=0.06)
+    assert found.bytes.total / 2**30 == pytest.approx(measured["peak_memory_gib"], rel=0.05)
     assert found.tokens_per_second == pytest.approx(measured["tokens_per_second"], rel=0.15)
     assert found.mfu == pytest.approx(measured["mfu"], rel=0.15)
 
