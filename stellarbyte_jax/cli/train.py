@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stellarbyte_jax.cli.program import load_settings, new_parser, positive, typed
+from stellarbyte_jax.cli.program import inherit, load_settings, new_parser, positive, typed
 from stellarbyte_jax.command import command, imports
-from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config import TrainConfig, load
 from stellarbyte_jax.config.reference import listed, matching
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the training and says what can be done next."""
     options = _parse(arguments)
+    if options.plan:
+        return _plan(options)
     with imports():
         from stellarbyte_jax.launch import processes
     processes.join(options.coordinator, options.processes, options.process)
@@ -38,6 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_guarded(run, config.output_dir)
 
 
+def _plan(options: argparse.Namespace) -> int:
+    with imports():
+        from stellarbyte_jax.cli.plan import prepare_backend, print_plan
+    prepare_backend(options)
+    return print_plan(load(options.config, options.set, inherit), options)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser(
         "train",
@@ -45,6 +54,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--config configs/quickstart.py",
         "--config pretrain --init-from path/to/hugging_face_directory --set data.train=more.jsonl output_dir=runs/more",
         "--config pretrain --set 'data.train=my_corpus/train/*.jsonl' model.hidden_size=512 steps=1000",
+        "--config pretrain --plan --devices 8 --device-kind H100",
         settings=TrainConfig,
     )
     parser.add_argument(
@@ -79,7 +89,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port of it")
     several.add_argument("--processes", type=positive, metavar="N", help="how many processes there are")
     several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what the run would take of each device (memory, operations, exchanges, time) and which mesh suits "
+        "it, and leave; starts nothing and reads no data",
+    )
+    parser.add_argument(
+        "--devices", type=positive, metavar="N", help="with --plan: so many devices (default: those of mesh, or there)"
+    )
+    parser.add_argument(
+        "--device-kind",
+        metavar="NAME",
+        help="with --plan: H100, H200 or A100 (default: H100, or without --devices the GPU that is there)",
+    )
+    parser.add_argument("--json", action="store_true", help="with --plan: print JSON, not tables")
     options = parser.parse_args(arguments)
+    for name in ("devices", "device_kind", "json"):
+        if getattr(options, name) and not options.plan:
+            parser.error(f"--{name.replace('_', '-')} belongs to --plan")
     if options.init_from is not None:
         options.set.append(f"init_from={options.init_from}")
     return options

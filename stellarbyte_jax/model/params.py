@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.trees import Params, Uses
@@ -61,7 +61,7 @@ class WeightUse:
         return replace(self, axes=(axis, *self.axes), contracted=contracted, batch=(0, *batch))
 
 
-def kept_spec(use: WeightUse, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def kept_spec(use: WeightUse, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How a weight is kept on a mesh. Vectors, which are few numbers, are not cut by the model's width."""
     axes = use.axes if use.is_matrix or use.lookup else [None if axis == "embed" else axis for axis in use.axes]
     return spec_of(axes, shape, mesh)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from stellarbyte_jax.config import ConfigError, TrainConfig
 from stellarbyte_jax.config.mesh import check_mesh
@@ -53,12 +53,14 @@ def placed(
     model: ByteTransformer,
     optimizer: optax.GradientTransformation,
     is_trainable: IsTrainable = all_trainable,
+    planned: AbstractMesh | None = None,
 ) -> Any:
     """The shapes of a :class:`TrainState` with where each array lies on the mesh that is set; as they are without one.
 
-    What has a weight's shape lies where the weight does: its average and what the optimizer keeps of it.
+    What has a weight's shape lies where the weight does: its average and what the optimizer keeps of it. A ``planned``
+    mesh, of devices that need not be there, stands for the one that is set.
     """
-    mesh = _mesh()
+    mesh = planned or _mesh()
     if mesh is None:
         return shapes
 
@@ -144,5 +146,5 @@ def _mesh() -> Mesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def _at(shape: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def _at(shape: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))

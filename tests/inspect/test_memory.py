@@ -12,14 +12,13 @@ from helpers.training import settings
 from helpers.variants import BASE, VARIANTS, init, weights_alone
 
 from stellarbyte_jax.config import ByteConfig, LossConfig, OptimizerConfig, load
+from stellarbyte_jax.inspect.activations import activation_bytes, expert_rows
 from stellarbyte_jax.inspect.memory import (
     CACHE_DTYPES,
     OPTIMIZERS,
     CacheGrowth,
-    activation_bytes,
     cache_bytes,
     cache_growth,
-    expert_rows,
     optimizer_bytes,
     training_bytes,
     weight_bytes,

@@ -1,0 +1,297 @@
+"""What a run takes of each device before it is started: memory, operations, exchanges and time, from shapes alone.
+
+Weights and what the optimizer keeps are exact, from the shapes and places of the run's own state on a mesh of devices
+that need not be there; nothing is compiled or computed. The rest is an estimate.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config.mesh import check_mesh
+from stellarbyte_jax.inspect.activations import Activations, Cut, activations_of
+from stellarbyte_jax.inspect.costs import FlopsPerToken, ParameterCounts, flops_per_token, parameter_counts
+from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained
+from stellarbyte_jax.model.trees import partition
+from stellarbyte_jax.training.optimizer import make_optimizer
+from stellarbyte_jax.training.placement import placed
+from stellarbyte_jax.training.plan_devices import ASSUMED, Device
+from stellarbyte_jax.training.plan_exchange import Exchange, buffer_bytes, of_activations, of_weights
+from stellarbyte_jax.training.state import state_shapes
+
+_FLOAT32 = 4
+_TOKEN_BYTES = 3 * 4 + 1  # of a batch: tokens, segments and positions in int32, a mask of bool (data.batches)
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """The state of a run as one device has it, in bytes: exact.
+
+    Attributes:
+      weights: float32.
+      optimizer: what it keeps.
+      ema: the average, where one is kept.
+      carried: what routers keep, segment memory, and the number of the step.
+    """
+
+    weights: int
+    optimizer: int
+    ema: int
+    carried: int
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """What a device holds at the peak of a step, in bytes: an upper estimate, as if all were there at once.
+
+    Attributes:
+      weights: as in :class:`StateBytes`.
+      gradients: float32; twice where parts of an accumulated batch are added up.
+      optimizer: as in :class:`StateBytes`.
+      ema: likewise.
+      carried: likewise.
+      batch: rows of this step and of those that are loaded ahead.
+      activations: that the forward pass keeps.
+      working: of the layer that computes.
+      logits: of a chunk of tokens, and their gradients.
+      collectives: weights and activations of other devices.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    carried: int
+    batch: int
+    activations: int
+    working: int
+    logits: int
+    collectives: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a step by what they go into; see ``plan_devices.Assumptions``.
+
+    Attributes:
+      products: matrix products.
+      memory: activations, logits, weights and the optimizer's state going through the device's memory.
+      exchanges: that products do not hide.
+    """
+
+    products: float
+    memory: float
+    exchanges: float
+
+    @property
+    def step(self) -> float:
+        """Of a step."""
+        return self.products + self.memory + self.exchanges
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on a mesh.
+
+    Attributes:
+      config: of the run, with the plan's accumulation and remat.
+      sizes: of the mesh.
+      device: its kind.
+      bytes: of each device.
+      flops: of a step, of all devices, as MFU counts them: without what is computed again.
+      exchanges: what a device sends in a step.
+      times: of a step.
+    """
+
+    config: TrainConfig
+    sizes: Mapping[str, int]
+    device: Device
+    bytes: DeviceBytes
+    flops: float
+    exchanges: tuple[Exchange, ...]
+    times: Times
+
+    @property
+    def devices(self) -> int:
+        """Their number."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def rows(self) -> int:
+        """That a device computes at once."""
+        return _rows(self.config, self.sizes)
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a run may fill."""
+        return ASSUMED.room * self.device.memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is below the limit."""
+        return self.bytes.total <= self.limit
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices."""
+        return self.config.global_batch_size * self.config.data.sequence_length / self.times.step
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP utilisation, with causal attention counted by the half that is computed."""
+        return self.flops / (self.times.step * self.device.flops * self.devices)
+
+
+class Planner:
+    """Plans a run for any mesh, parts of its batch, and remat; what these do not change is worked out once."""
+
+    def __init__(self, config: TrainConfig, device: Device):
+        """Works out the shapes of the run's state.
+
+        Args:
+          config: of the run.
+          device: its kind.
+        """
+        self.config, self.device = config, device
+        self.model = ByteTransformer(config.model)
+        self.parameters: ParameterCounts = parameter_counts(self.model)
+        self._plain = dataclasses.replace(config.model, remat="none")
+        self._on: dict[tuple[int, ...], Any] = {}
+        self._configs: dict[tuple[int, str], TrainConfig] = {}
+
+    @cached_property
+    def _shapes(self) -> Any:
+        optimizer = make_optimizer(self.config, self.model)
+        return optimizer, state_shapes(self.config, self.model, optimizer)
+
+    @cached_property
+    def flops(self) -> FlopsPerToken:
+        """Of a token."""
+        return flops_per_token(self.config.model, self.parameters.active, self.config.data.sequence_length)
+
+    def placed(self, sizes: Mapping[str, int]) -> Any:
+        """The shapes of the state, with the place of each array on a mesh."""
+        key = tuple(sizes.values())
+        if key not in self._on:
+            optimizer, shapes = self._shapes
+            mesh = AbstractMesh(key, tuple(sizes), axis_types=(AxisType.Auto,) * len(key))
+            self._on = {key: placed(shapes, self.model, optimizer, planned=mesh)}
+        return self._on[key]
+
+    def state_bytes(self, sizes: Mapping[str, int]) -> StateBytes:
+        """What each device has of the state, to the byte."""
+        state = self.placed(sizes)
+        return StateBytes(
+            weights=bytes_of(state.params),
+            optimizer=bytes_of(state.opt_state),
+            ema=bytes_of(state.ema),
+            carried=bytes_of((state.frozen, state.carried, state.step)),
+        )
+
+    def plan(self, sizes: Mapping[str, int], *, parts: int | None = None, remat: str | None = None) -> Plan:
+        """The run on a mesh.
+
+        Args:
+          sizes: of its axes.
+          parts: of a batch; None: those of the config.
+          remat: None: that of the config.
+
+        Raises:
+          ConfigError: an axis does not divide what it is to cut.
+        """
+        config = self._changed(parts or self.config.gradient_accumulation_steps, remat or self.config.model.remat)
+        m, length, parts = config.model, config.data.sequence_length, config.gradient_accumulation_steps
+        check_mesh(dict(sizes), m, config.global_batch_size, parts, length)
+        rows, state = _rows(config, sizes), self.state_bytes(sizes)
+        kept = activations_of(m, rows, length, _cut(config, sizes))
+        uses, _ = partition(param_uses(self.model), trained(self.model))
+        weights = of_weights(m, self.placed(sizes).params, uses, sizes)
+        parted = weights.exchanges + of_activations(m, rows, length, sizes)
+        exchanges = tuple(dataclasses.replace(each, sent=each.sent * parts) for each in parted)
+        ahead = 1 + config.data.prefetch
+        found = DeviceBytes(
+            weights=state.weights,
+            gradients=state.weights * (1 if parts == 1 else 2),
+            optimizer=state.optimizer,
+            ema=state.ema,
+            carried=state.carried,
+            batch=ahead * rows * parts * (length // sizes["context"]) * _TOKEN_BYTES,
+            activations=kept.kept,
+            working=kept.working,
+            logits=kept.logits,
+            collectives=weights.buffers + buffer_bytes(m, rows, length, sizes),
+        )
+        flops = self.flops.causal * config.global_batch_size * length
+        times = self._times(config, sizes, exchanges, found, kept)
+        return Plan(config, dict(sizes), self.device, found, flops, exchanges, times)
+
+    def _changed(self, parts: int, remat: Any) -> TrainConfig:
+        if (parts, remat) not in self._configs:
+            model = dataclasses.replace(self.config.model, remat=remat)
+            changed = dataclasses.replace(self.config, model=model, gradient_accumulation_steps=parts)
+            self._configs[parts, remat] = changed
+        return self._configs[parts, remat]
+
+    def _times(
+        self,
+        config: TrainConfig,
+        sizes: Mapping[str, int],
+        exchanges: tuple[Exchange, ...],
+        held: DeviceBytes,
+        kept: Activations,
+    ) -> Times:
+        m, length, parts = config.model, config.data.sequence_length, config.gradient_accumulation_steps
+        devices, tokens = math.prod(sizes.values()), config.global_batch_size * length
+        products = self._flops_done(config) * tokens / devices / (ASSUMED.products * self.device.flops)
+        rows, cut = _rows(config, sizes), _cut(config, sizes)
+        layers = activations_of(self._plain, rows, length, cut).kept
+        passes = ASSUMED.passes + (ASSUMED.passes / 3 if m.remat != "none" else 0)
+        logits = tokens / devices * m.padded_vocab_size * _FLOAT32 * ASSUMED.logit_passes
+        # A step reads and writes weights, optimizer and average, and reads gradients; each part reads the weights.
+        moved = 2 * (held.weights + held.optimizer + held.ema) + held.gradients + parts * 3 * held.weights
+        memory = (parts * (layers * passes + 2 * kept.working) + logits + moved) / (
+            ASSUMED.memory * self.device.bandwidth
+        )
+        behind = {"weights", "gradients"}
+        hidden = sum(each.seconds(sizes, self.device) for each in exchanges if each.what in behind)
+        open_ = sum(each.seconds(sizes, self.device) for each in exchanges if each.what not in behind)
+        return Times(products, memory, open_ + max(0.0, hidden - ASSUMED.hidden * products))
+
+    def _flops_done(self, config: TrainConfig) -> float:
+        """Of a token, with what is computed again."""
+        m, all_ = config.model, self.flops.causal
+        attention = self.flops.full - self.flops.causal
+        if m.remat == "none":
+            return all_
+        if m.remat == "dots":
+            return all_ + attention / 3
+        return all_ + (all_ - 6 * m.padded_vocab_size * m.hidden_size) / 3
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes that one device has of a tree of shapes, by their places; all of those that have none."""
+    return sum(
+        math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> int:
+    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    return config.global_batch_size // (config.gradient_accumulation_steps * shards)
+
+
+def _cut(config: TrainConfig, sizes: Mapping[str, int]) -> Cut:
+    return Cut(sizes["tensor"], sizes["context"], sizes["expert"], packed=config.data.arrangement == "packed")

@@ -1,0 +1,90 @@
+"""Devices that a run can be planned for, and what of their peaks a plan counts on."""
+
+from dataclasses import dataclass
+
+from stellarbyte_jax.config import ConfigError
+from stellarbyte_jax.launch.hardware import hardware_of
+
+DEVICES_OF_A_MACHINE = 8  # HGX and DGX boards: NVLink reaches so many GPUs
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU of a machine with eight.
+
+    Attributes:
+      name: as ``--device-kind`` has it.
+      flops: dense bfloat16 operations a second.
+      bandwidth: bytes a second of its memory.
+      memory: bytes of it that programs can have.
+      nvlink: bytes a second to the other GPUs of the machine, one way.
+      network: bytes a second to other machines, one way.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: int
+    nvlink: float
+    network: float
+
+
+# Peaks are those of the vendor's data sheets: "NVIDIA H100 Tensor Core GPU" (SXM: 3.35 TB/s, NVLink 900 GB/s both ways
+# together), "NVIDIA H200 Tensor Core GPU" (4.8 TB/s, 900 GB/s), "NVIDIA A100 80GB" (SXM: 2,039 GB/s, 600 GB/s).
+# Memory is what nvidia-smi tells of the whole device: 81,559, 143,771 and 81,920 MiB. The network is that of the
+# vendor's own machines, an adapter for each GPU: "DGX H100" and "DGX H200" 400 Gb/s, "DGX A100" 200 Gb/s.
+
+
+def _device(name: str, bandwidth: float, mebibytes: int, network: float) -> Device:
+    peaks = hardware_of(name)
+    assert peaks is not None
+    return Device(name, peaks.bfloat16_flops, bandwidth, mebibytes * 2**20, peaks.link_bytes, network)
+
+
+_KINDS = (
+    _device("H100", 3.35e12, 81_559, 50e9),
+    _device("H200", 4.8e12, 143_771, 50e9),
+    _device("A100", 2.039e12, 81_920, 25e9),
+)
+KINDS = {kind.name: kind for kind in _KINDS}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan counts on. All are guesses.
+
+    ``products``, ``memory``, ``passes`` and ``logit_passes`` were chosen together, so that configs/pretrain.py on one
+    H100 comes out within a tenth of the speed in benchmarks/train.json; that does not determine any of them alone.
+
+    Attributes:
+      products: share of the peak that matrix products reach.
+      memory: share of the memory's bandwidth that everything else reaches.
+      links: share of a link's bandwidth that collectives reach.
+      passes: how often a step reads or writes each byte of activations that it could keep (``remat=none``).
+      logit_passes: how often each float32 logit.
+      hidden: share of the time of products behind which exchanges of weights and gradients can lie.
+      room: share of the memory that a run may fill.
+    """
+
+    products: float = 0.7
+    memory: float = 0.85
+    links: float = 0.7
+    passes: float = 7.0
+    logit_passes: float = 5.0
+    hidden: float = 0.5
+    room: float = 0.9
+
+
+ASSUMED = Assumptions()
+
+
+def device_of(kind: str) -> Device:
+    """The device of a name, or of a name that holds one, as jax and nvidia-smi call them.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    found = next((device for name, device in KINDS.items() if name in kind.upper()), None)
+    if found is None:
+        raise ConfigError(f"--device-kind {kind} is not known: choose {', '.join(KINDS)}")
+    return found
