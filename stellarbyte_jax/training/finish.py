@@ -144,7 +144,7 @@ def is_done(config: TrainConfig, step: int, sampler: Sampler, rounds: TaskRounds
     run_dir = Path(config.output_dir)
     done = processes.from_main(lambda: _read(run_dir / _NOTE, step))
     reported = not config.report_at_end or done.get("reported", False)
-    drawn = "drawn" in done or not config.model.moe_layers or not (run_dir / LOADS).is_file()
+    drawn = processes.from_main(lambda: "drawn" in done or not (run_dir / LOADS).is_file())
     return reported and drawn and not sampler.missing(step) and not rounds.missing(step)
 
 
