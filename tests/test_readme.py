@@ -30,6 +30,8 @@ SHORT: dict[str, str | tuple[str, str]] = {
     "python scripts/report.py": "",
     "python scripts/model_info.py": "",
     "python scripts/train.py --config configs/quickstart.py --init-from": "steps=2 schedule.warmup_steps=1",
+    "python scripts/train.py --config configs/pretrain.py --plan": "",
+    "python scripts/doctor.py": "--help",  # what it finds is the machine's, see tests/launch
     "python scripts/train.py --config configs/pretrain.py": TINY.format(steps=2),
     "python scripts/train.py --config configs/quickstart_moe.py": TINY.format(steps=2),
     "python scripts/train.py --config configs/quickstart.py": TINY.format(steps=5),

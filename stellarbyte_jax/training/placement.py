@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import ConfigError, TrainConfig
 from stellarbyte_jax.config.mesh import check_mesh
 from stellarbyte_jax.launch import processes
@@ -25,7 +26,13 @@ def mesh_of(config: TrainConfig) -> Mesh:
 
     Raises:
       ConfigError: there are too few devices, or an axis does not divide what it cuts.
+      MendableError: jax has several processes, which were not joined as a run's.
     """
+    if jax.process_count() != processes.count():
+        raise MendableError(
+            f"jax has {jax.process_count()} processes that jax.distributed.initialize joined: call "
+            "stellarbyte_jax.launch.processes.join in its place, so that one of them writes and all end together"
+        )
     found = devices()
     sizes = config.mesh.sizes(len(found))
     parts, length = config.gradient_accumulation_steps, config.data.sequence_length

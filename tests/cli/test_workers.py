@@ -31,15 +31,16 @@ def program(monkeypatch, tmp_path):
 SLEEPS = """
 import os, pathlib, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-new = pathlib.Path("numbers.new")
+name = "numbers" + os.environ.get("RANK", "")
+new = pathlib.Path(name + ".new")
 new.write_text(f"{os.getpid()} {child.pid}")
-new.rename("numbers")
+new.rename(name)
 time.sleep(600)
 """
 
 
-def started() -> list[str]:
-    return Path("numbers").read_text().split()
+def started(rank="") -> list[str]:
+    return Path(f"numbers{rank}").read_text().split()
 
 
 def gone(numbers):
@@ -53,7 +54,15 @@ def test_a_worker_gives_its_result_and_reads_no_keyboard(program):
         "leads = os.getpgid(0) == os.getpid()\n"
         "print('RESULT', json.dumps([sys.argv[1:], sys.stdin.read(), os.environ['MORE'], leads]))"
     )
-    found = workers.run_worker(["data", "--worker", "x"], environment={**environment, "MORE": "1"})
+    Path("typed").write_text("what was typed")
+    kept, typed = os.dup(0), os.open("typed", os.O_RDONLY)
+    try:
+        os.dup2(typed, 0)
+        found = workers.run_worker(["data", "--worker", "x"], environment={**environment, "MORE": "1"})
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+        os.close(typed)
     assert found == [["benchmark", "data", "--worker", "x"], "", "1", True]
 
 
@@ -90,8 +99,18 @@ def test_processes_that_measure_together_know_each_other(program):
 def test_where_one_of_them_fails_the_others_do_not_wait_for_it(program):
     environment = program("import os\nif os.environ['RANK'] == '1': exit(5)\n" + SLEEPS)
     assert workers.run_worker([], processes=2, environment=environment) == {"error": "exit code 5"}
-    if Path("numbers").exists():
-        until(lambda: gone(started()))
+    if Path("numbers0").exists():
+        until(lambda: gone(started(0)))
+
+
+def test_what_any_of_them_started_is_killed_with_it(program):
+    """The first one fails when the second has started a process of its own."""
+    wait = (
+        "import os, time\nif os.environ['RANK'] == '0':\n    while not os.path.exists('numbers1'): time.sleep(0.01)\n"
+    )
+    environment = program(wait + "    exit(5)\n" + SLEEPS)
+    assert workers.run_worker([], processes=2, environment=environment) == {"error": "exit code 5"}
+    until(lambda: gone(started(1)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -73,13 +73,8 @@ def cli(config_file, *settings):
     raise AssertionError("scripts/train.py did not call sys.exit")
 
 
-def child(config_file, before="", *settings):
-    """scripts/train.py in a process of its own, after ``before`` has bent something."""
-    code = f"""
-import sys
-sys.argv = ["scripts/train.py", "--config", {str(config_file)!r}, *{["--set", *settings] if settings else []!r}]
-import os, signal
-from stellarbyte_jax.training.console import Reporter
+# Of a program: what is done after a step.
+AT_STEP = """from stellarbyte_jax.training.console import Reporter
 def at_step(number, act):
     shown = Reporter.step
     def step(self, step, *args, **kwargs):
@@ -87,7 +82,16 @@ def at_step(number, act):
         if step == number:
             act()
     Reporter.step = step
-def saved(number):
+"""
+
+
+def child(config_file, before="", *settings):
+    """scripts/train.py in a process of its own, after ``before`` has bent something."""
+    code = f"""
+import sys
+sys.argv = ["scripts/train.py", "--config", {str(config_file)!r}, *{["--set", *settings] if settings else []!r}]
+import os, signal
+{AT_STEP}def saved(number):
     import pathlib, time
     run = pathlib.Path({str(Path(config_file).parent / "run")!r})
     while not (run / "checkpoints" / str(number)).exists():

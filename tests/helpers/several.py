@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers.runs import ROOT
+from helpers.runs import AT_STEP, ROOT
 from helpers.xla import QUICK
 
 PROGRAM = """
@@ -25,15 +25,8 @@ import json, os, signal
 import numpy as np
 from stellarbyte_jax.data.loader import Loader
 from stellarbyte_jax.launch import group
-from stellarbyte_jax.training.console import Reporter
 group._SILENT_SECONDS = 8.0  # other processes of this machine take its cores too
-def at_step(number, act):
-    shown = Reporter.step
-    def step(self, step, *args, **kwargs):
-        shown(self, step, *args, **kwargs)
-        if step == number:
-            act()
-    Reporter.step = step
+AT_STEP
 following = Loader.__next__
 def recorded(self):
     batch = following(self)
@@ -86,7 +79,11 @@ def _start(stack, config_file, count, rank, settings, before, devices):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             _address[0] = f"127.0.0.1:{free.getsockname()[1]}"
-    code = PROGRAM.replace("BEFORE", before).replace("ROOT", repr(str(ROOT / "scripts" / "train.py")))
+    code = (
+        PROGRAM.replace("AT_STEP", AT_STEP)
+        .replace("BEFORE", before)
+        .replace("ROOT", repr(str(ROOT / "scripts" / "train.py")))
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

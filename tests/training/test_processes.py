@@ -48,7 +48,12 @@ def alone(tmp_path_factory):
 
 def test_two_processes_are_one(alone, tmp_path):
     config = write_config(tmp_path)
-    ended = run(config, 2, *COMMON, "export_at_end=true", 'sample_prompts=["a"]', "mesh.fsdp=2")
+    opened = (
+        "[p for p in (os.path.realpath(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')) if '/run/' in p]"
+    )
+    before = f"if rank == 1: at_step(3, lambda: print('OPEN', {opened}, file=sys.stderr))"
+    settings = (*COMMON, "export_at_end=true", 'sample_prompts=["a"]', "mesh.fsdp=2")
+    ended = run(config, 2, *settings, before=before)
     assert_done(ended)
     _, expected, batches = alone
     assert_same_run(numbers(tmp_path / "run"), expected)
@@ -57,7 +62,7 @@ def test_two_processes_are_one(alone, tmp_path):
     assert own == [{0, 1}, {2, 3}]  # each process puts its rows, and no others, on its devices
     main, other = ended
     assert "of 2 processes" in main.out and "sample: a|" in main.out and "data.train holds text" in main.out
-    assert (other.out, other.err) == ("", "")
+    assert (other.out, other.err) == ("", "OPEN []")  # it prints nothing, and has no file of the run open
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 1
     log = (tmp_path / "run" / "train.log").read_text()
@@ -162,3 +167,18 @@ def test_experts_that_begin_with_weights_are_those_of_one_process(alone, tmp_pat
     assert_same_run(numbers(tmp_path / "e2"), numbers(tmp_path / "e1"))
     loads = [(tmp_path / name / "router_load.jsonl").read_text() for name in ("e2", "e1")]
     assert loads[0] == loads[1]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_once_and_all_take_the_one_before(alone, tmp_path):
+    config = write_config(tmp_path)
+    shutil.copytree(alone[0], tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / "6" / "optimizer").rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            file.write_bytes(file.read_bytes()[:100])
+    ended = run(config, 2, *COMMON)
+    assert_done(ended)
+    assert ended[0].out.count("checkpoint 6 is unreadable") == 1 and "resumed at step 4 " in ended[0].out
+    assert ended[1].err == ""
+    assert any((tmp_path / "run" / "corrupt" / "6").rglob("*"))
+    assert_same_run(numbers(tmp_path / "run"), alone[1])

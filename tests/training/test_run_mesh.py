@@ -59,3 +59,12 @@ def test_a_mesh_that_does_not_fit_is_told_before_anything_is_made(tmp_path, caps
         in capsys.readouterr().err
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_were_joined_elsewhere_are_refused(tmp_path, capsys, monkeypatch):
+    """Each would take itself for the only one, and write all files."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert cli(write_config(tmp_path), *COMMON) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "stellarbyte_jax.launch.processes.join" in error
+    assert not (tmp_path / "run").exists()

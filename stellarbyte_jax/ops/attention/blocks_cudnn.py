@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.ops.attention.blocks import NOTHING, Blocks, Gradients, Keys, Partial, Queries
 from stellarbyte_jax.ops.attention.blocks_xla import XlaBlocks
+from stellarbyte_jax.ops.attention.cudnn import refuse_queries
 
 _OPERANDS = (
     "query key value bias q_seqlen kv_seqlen q_offsets kv_offsets page_table_k page_table_v activation fwd_output "
@@ -23,13 +24,8 @@ _SETTINGS = {"scale", "seed", "dropout_rate", "variadic_args", "mask_type", "lay
 
 def refuse_blocks(q_BTNH: Float[Array, "B T N H"], *, window: bool, softcap: bool) -> None:
     """Raises NotImplementedError, with the reason, where :class:`CudnnBlocks` cannot compute what is asked for."""
-    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"the {jax.default_backend()} backend")
-    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"dtype {q_BTNH.dtype}")
-    if H % 8 or H > 256:
-        raise NotImplementedError(f"head size {H}: a multiple of 8 up to 256 is needed")
+    refuse_queries(q_BTNH)
+    T = q_BTNH.shape[1]
     if T % 4:
         raise NotImplementedError(f"{T} positions a device: a multiple of 4 is needed")
     if softcap:

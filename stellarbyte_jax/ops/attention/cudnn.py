@@ -31,13 +31,8 @@ def cudnn_attention(
         raise NotImplementedError("keys that are not in the order of the row (a cache)")
     if mask.always_visible_BSK is not None:
         raise NotImplementedError("keys that a window does not hide (sink tokens, compressed memory)")
-    T, S, H = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"the {jax.default_backend()} backend")
-    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"dtype {q_BTNH.dtype}")
-    if H % 8 or H > 256:
-        raise NotImplementedError(f"head size {H}: a multiple of 8 up to 256 is needed")
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    refuse_queries(q_BTNH)
     if S % 2:
         raise NotImplementedError(f"{S} positions: its backward pass needs an even number")
     q_BSNH = jnp.pad(q_BTNH, ((0, 0), (S - T, 0), (0, 0), (0, 0)))
@@ -60,6 +55,17 @@ def cudnn_attention(
     if max_segments is None:
         raise NotImplementedError("packed documents without max_segments")
     return AttentionOutput(_packed(q_BSNH, k_BSKH, v_BSKH, segments_BS, max_segments, mask.window)[:, S - T :])
+
+
+def refuse_queries(q_BTNH: Float[Array, "B T N H"]) -> None:
+    """Raises NotImplementedError, with the reason, where no fused kernel takes such queries on this device."""
+    H = q_BTNH.shape[3]
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"the {jax.default_backend()} backend")
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"dtype {q_BTNH.dtype}")
+    if H % 8 or H > 256:
+        raise NotImplementedError(f"head size {H}: a multiple of 8 up to 256 is needed")
 
 
 def _segments(mask: Mask) -> tuple[Array | None, int | None]:
