@@ -245,7 +245,7 @@ def recommended(size: str) -> tuple[str, ...]:
 
 
 def quality(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Trains every variant with every seed; mean and range of the last validation's bits per byte."""
+    """Trains every variant with every seed; yields what is known of it after each run."""
     places = Places(jobs)
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         runs = {  # all variants with the first seed: the others find their programs compiled
@@ -255,16 +255,23 @@ def quality(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str
             for seed in SEEDS
             for number, name in enumerate(chosen)
         }
-        for name in chosen:
-            found = [runs[name, seed].result() for seed in SEEDS]
-            errors = [f["error"] for f in found if "error" in f]
-            bits = [f["bits_per_byte"] for f in found if "error" not in f]
-            if errors:
-                yield name, {"error": errors[0]}
-            else:
-                spread = {"lowest": min(bits), "highest": max(bits)}
-                most = {n: max(f[n] for f in found) for n in ("max_load", *BALANCE) if n in found[0]}
-                yield name, {"bits_per_byte": statistics.mean(bits), **spread, **most, "on": found[0]["on"]}
+        done: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+        owners = {run: name for (name, _), run in runs.items()}
+        for run in concurrent.futures.as_completed(owners):
+            name = owners[run]
+            done[name].append(run.result())
+            yield name, _summary(done[name])
+
+
+def _summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and range of the runs so far; those that failed are told with an error."""
+    errors = [f["error"] for f in found if "error" in f]
+    bits = [f["bits_per_byte"] for f in found if "error" not in f]
+    if errors:
+        return {"error": errors[0]}
+    spread = {"lowest": min(bits), "highest": max(bits), "seeds": len(bits)}
+    most = {n: max(f[n] for f in found) for n in ("max_load", *BALANCE) if n in found[0]}
+    return {"bits_per_byte": statistics.mean(bits), **spread, **most, "on": found[0]["on"]}
 
 
 def experts(chosen: list[str], jobs: int, more: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -407,25 +414,31 @@ def table(kept: dict[str, Any]) -> str:
         b, r = bits.get(name, {}), rates.get(name, {})
         if not b and not r:
             continue
-        said = f"{b['bits_per_byte']:.3f} ({b['lowest']:.3f} to {b['highest']:.3f})" if "lowest" in b else "-"
         rate = f"{r['tokens_per_second']:,}" if "tokens_per_second" in r else "-"
         memory = f"{r['peak_memory_gib']:.1f}" if "peak_memory_gib" in r else "-"
-        rows.append(f"| {name} | {said} | {rate} | {memory} |")
+        rows.append(f"| {name} | {_bits(b)} | {rate} | {memory} |")
     mixed = kept.get("experts", {}).get("results", {})
     if mixed:
         rows += ["", "| experts | bits per byte (lowest to highest) | max/mean load (of one step) | dead | dropped |"]
         rows += ["|---|---|---:|---:|---:|"]
-    for name, m in mixed.items():
-        said = f"{m['bits_per_byte']:.3f} ({m['lowest']:.3f} to {m['highest']:.3f})" if "lowest" in m else "-"
+    for name in (n for n in EXPERT_VARIANTS if n in mixed):
+        m = mixed[name]
         loads = "- | - | -"
         if "max_load" in m:
             loads = f"{m['max_load']:.2f} ({m['step_load']:.2f}) | {m['dead']:.0f} | {m['dropped']:.1%}"
-        rows.append(f"| {name} | {said} | {loads} |")
+        rows.append(f"| {name} | {_bits(m)} | {loads} |")
     copies = kept.get("copy", {}).get("results", {})
     if copies:
         rows += ["", "| copy | nats a token |", "|---|---:|"]
         rows += [f"| {name} | {result.get('loss', float('nan')):.2f} |" for name, result in copies.items()]
     return "\n".join(rows)
+
+
+def _bits(result: dict[str, Any]) -> str:
+    if "lowest" not in result:
+        return "-"
+    few = f", {result['seeds']} of {len(SEEDS)} seeds" if result.get("seeds", len(SEEDS)) < len(SEEDS) else ""
+    return f"{result['bits_per_byte']:.3f} ({result['lowest']:.3f} to {result['highest']:.3f}{few})"
 
 
 def check() -> list[TrainConfig]:

@@ -37,7 +37,9 @@ def test_the_table_shows_what_was_measured(ablation):
         "quality": {"results": {"XPos": {"bits_per_byte": 2.5, "lowest": 2.4, "highest": 2.6}}},
         "speed": {"results": {"baseline": {"tokens_per_second": 1234, "peak_memory_gib": 1.5}}},
     }
+    kept["quality"]["results"]["GEGLU"] = kept["quality"]["results"]["XPos"] | {"seeds": 2}
     lines = ablation.table(kept).splitlines()
+    assert lines.pop() == "| GEGLU | 2.500 (2.400 to 2.600, 2 of 3 seeds) | - | - |"
     assert lines[2:] == ["| baseline | - | 1,234 | 1.5 |", "| XPos | 2.500 (2.400 to 2.600) | - | - |"]
 
 
@@ -59,7 +61,7 @@ def test_what_is_measured_is_kept_as_it_comes(ablation, tmp_path, monkeypatch, c
     kept = json.loads(output.read_text())["quality"]["results"]
     assert kept == {
         "GEGLU": {"bits_per_byte": 9.0},
-        "XPos": {"bits_per_byte": 3.0, "lowest": 2.0, "highest": 4.0, "on": "a machine"},
+        "XPos": {"bits_per_byte": 3.0, "lowest": 2.0, "highest": 4.0, "seeds": 3, "on": "a machine"},
         "parallel residual": {"error": "no room"},
     }
     assert "| XPos | 3.000 (2.000 to 4.000) | - | - |" in capsys.readouterr().out
@@ -99,7 +101,8 @@ def test_of_experts_the_most_uneven_late_quarter_and_step_of_all_seeds_are_kept(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     results = dict(ablation.experts(["sigmoid"], 1, []))
     loads = {"max_load": 1.8, "step_load": 4.2, "dead": 2, "dropped": 0.03}
-    assert results == {"sigmoid": {"bits_per_byte": 3.0, "lowest": 2.0, "highest": 4.0, **loads, "on": "a machine"}}
+        spread = {"lowest": 2.0, "highest": 4.0, "seeds": 3}
+        assert results == {"sigmoid": {"bits_per_byte": 3.0, **spread, **loads, "on": "a machine"}}
     lines = ablation.table({"experts": {"results": results | {"broken": {"error": "no room"}}}}).splitlines()
     assert lines[-3:] == [
         "|---|---|---:|---:|---:|",
