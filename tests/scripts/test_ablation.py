@@ -101,8 +101,8 @@ def test_of_experts_the_most_uneven_late_quarter_and_step_of_all_seeds_are_kept(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     results = dict(ablation.experts(["sigmoid"], 1, []))
     loads = {"max_load": 1.8, "step_load": 4.2, "dead": 2, "dropped": 0.03}
-        spread = {"lowest": 2.0, "highest": 4.0, "seeds": 3}
-        assert results == {"sigmoid": {"bits_per_byte": 3.0, **spread, **loads, "on": "a machine"}}
+    spread = {"lowest": 2.0, "highest": 4.0, "seeds": 3}
+    assert results == {"sigmoid": {"bits_per_byte": 3.0, **spread, **loads, "on": "a machine"}}
     lines = ablation.table({"experts": {"results": results | {"broken": {"error": "no room"}}}}).splitlines()
     assert lines[-3:] == [
         "|---|---|---:|---:|---:|",
