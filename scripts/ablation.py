@@ -138,9 +138,20 @@ EXPERT_VARIANTS: dict[str, tuple[str, ...]] = {
     "first layer dense": (*EXPERTS, "model.moe.first_k_dense_replace=1"),
     "every second layer dense": (*EXPERTS, "model.moe.decoder_sparse_step=2"),
     "a pool for all layers": (*EXPERTS, "model.moe.shared_pool=true"),
+    "not normalised, first layer dense": (
+        *EXPERTS,
+        "model.moe.norm_topk_prob=false",
+        "model.moe.first_k_dense_replace=1",
+        "loss.router_sequence=1",
+    ),
     "no balance": (*EXPERTS, "loss.router_load=0"),
     "loss over the whole batch": (*EXPERTS, "loss.router_load=0", "loss.router_global=1"),
     "loss of the load, and by row": (*EXPERTS, "loss.router_sequence=1"),
+    "loss of the load, and by row, not normalised": (
+        *EXPERTS,
+        "model.moe.norm_topk_prob=false",
+        "loss.router_sequence=1",
+    ),
     "loss by row": (*EXPERTS, "loss.router_load=0", "loss.router_sequence=1"),
     "loss of undecided tokens": (*EXPERTS, "loss.router_load=0", "loss.router_entropy=1"),
     "loss KL": (*EXPERTS, "loss.router_load=0", "loss.router_kl=1"),
@@ -154,6 +165,7 @@ EXPERT_VARIANTS: dict[str, tuple[str, ...]] = {
         "model.moe.bias_update_rate=0.01",
     ),
     "capacity 1.25, next best": (*EXPERTS, *CAPACITY),
+    "capacity 1.25, not normalised": (*EXPERTS, *CAPACITY, "model.moe.norm_topk_prob=false"),
     "capacity 1.25, no overflow": (*EXPERTS, *CAPACITY, "model.moe.overflow=[]"),
     "capacity 1.25, every step": (
         *EXPERTS,
