@@ -22,8 +22,19 @@ from stellarbyte_jax.model.router import Decision, Router
 from stellarbyte_jax.model.state.router import RouterState, Tally
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.ops.balance import Routed, counts_by_expert, losses
-from stellarbyte_jax.ops.expert_layout import Layout, from_experts, lay_out, lay_out_slots, to_experts
+from stellarbyte_jax.ops.expert_layout import (
+    Layout,
+    block_rows,
+    blocks_of_share,
+    from_experts,
+    lay_out,
+    lay_out_slots,
+    part_of,
+    parts_of,
+    to_experts,
+)
 from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul
+from stellarbyte_jax.ops.parts import sum_of_parts
 from stellarbyte_jax.ops.routing import Choices, place, place_overflow
 from stellarbyte_jax.sharding.experts import Exchange, Made, on_devices
 from stellarbyte_jax.sharding.rules import of_device
@@ -172,7 +183,7 @@ def _sent_to_experts(
     choices, E = decision.choices, config.moe.num_experts
     if config.moe.dispatch == "dropless" or not ctx.train:
         tokens = _in_rows(choices, x_BTD)
-        made = on_devices(partial(_dropless, config), x_BTD, tokens, None, weights, _EXPERT_AXES)
+        made = on_devices(partial(dropless, config), x_BTD, tokens, None, weights, _EXPERT_AXES)
         return made.y_BTD, Sent(choices.experts_NK, jnp.max(counts_by_expert(choices.experts_NK, E)))
     told = (choices, decision.routed.scores_NE, decision.routed.mask_N)
     tokens = (_in_rows(told, x_BTD), ctx.positions_BT, ctx.segment_ids_BT)
@@ -189,7 +200,7 @@ def _flat(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def _dropless(
+def dropless(
     config: ByteConfig,
     x_BTD: Array,
     tokens: Choices,
@@ -198,14 +209,34 @@ def _dropless(
     exchange: Exchange,
     differ: tuple[str, ...],
 ) -> Made:
-    """Each device computes its experts for the tokens of all devices that share them."""
+    """Each device computes its experts for the tokens of all devices that share them.
+
+    All of these tokens may choose one device. It does not lay out rows for that, but computes its even share of them,
+    and as often again as there are more.
+    """
     del differ
     E = config.moe.num_experts
     x_ND, choices = exchange.tokens(_flat((x_BTD, tokens)))
-    layout = lay_out(exchange.own(choices.experts_NK, E), E // exchange.devices)
-    y_SD = run_experts(config, to_experts(x_ND, layout), weights, layout.groups)
-    y_ND = exchange.sums(from_experts(y_SD, layout, choices.weights_NK).astype(x_BTD.dtype))
-    return Made(y_ND.reshape(x_BTD.shape), None, None)
+    rows = block_rows(*choices.experts_NK.shape, E)
+    layout = lay_out(exchange.own(choices.experts_NK, E), E // exchange.devices, rows)
+    inputs = (x_ND, weights, choices.weights_NK)
+    blocks = blocks_of_share(layout, exchange.devices)
+    if blocks is None:
+        y_ND = _by_experts(config, inputs, layout)
+    else:
+        y_ND = sum_of_parts(partial(_part_by_experts, config, blocks), parts_of(layout, blocks), inputs, layout)
+    return Made(exchange.sums(y_ND.astype(x_BTD.dtype)).reshape(x_BTD.shape), None, None)
+
+
+def _by_experts(config: ByteConfig, inputs: tuple[Array, list[Array], Array], layout: Layout) -> Array:
+    x_ND, weights, weights_NK = inputs
+    return from_experts(run_experts(config, to_experts(x_ND, layout), weights, layout.groups), layout, weights_NK)
+
+
+def _part_by_experts(
+    config: ByteConfig, blocks: int, number: Array | int, inputs: tuple[Array, list[Array], Array], layout: Layout
+) -> Array:
+    return _by_experts(config, inputs, part_of(layout, number, blocks))
 
 
 def _with_capacity(

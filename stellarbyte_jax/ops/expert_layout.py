@@ -83,6 +83,52 @@ def lay_out_slots(placed: Placed, capacity: int) -> Layout:
     return _layout(jnp.arange(N * K, dtype=jnp.int32), rows_P, E * capacity, N, Groups(sizes_E, None))
 
 
+def part_of(layout: Layout, number: Int[Array, ""] | int, blocks: int) -> Layout:
+    """Some blocks of a layout, as a layout of their own: pairs whose rows lie elsewhere have no expert in it.
+
+    Args:
+      layout: with an expert for each block.
+      number: of the part; with 0 the first blocks, with 1 as many after them.
+      blocks: of each part; the last one may be longer than the layout.
+    """
+    experts_G, sizes_E = layout.groups.experts_G, layout.groups.sizes_E
+    assert experts_G is not None
+    P, G = layout.rows_NK.size, experts_G.size
+    M = layout.pairs_S.size // G
+    behind = -G % blocks
+    pairs_S = jnp.pad(layout.pairs_S, (0, behind * M), constant_values=P)
+    experts_G = jnp.pad(experts_G, (0, behind), mode="edge")
+    rows, first = blocks * M, number * blocks * M
+    rows_NK = layout.rows_NK - first
+    ends_E = jnp.clip(jnp.cumsum(sizes_E) - first, 0, rows)
+    starts_E = jnp.clip(jnp.cumsum(sizes_E) - sizes_E - first, 0, rows)
+    return Layout(
+        jax.lax.dynamic_slice_in_dim(pairs_S, first, rows),
+        jnp.where((rows_NK >= 0) & (rows_NK < rows) & (layout.rows_NK < layout.pairs_S.size), rows_NK, rows),
+        Groups(ends_E - starts_E, jax.lax.dynamic_slice_in_dim(experts_G, number * blocks, blocks)),
+    )
+
+
+def parts_of(layout: Layout, blocks: int) -> Int[Array, ""]:
+    """How many parts of so many blocks hold all rows that have a pair; at least one."""
+    assert layout.groups.experts_G is not None
+    M = layout.pairs_S.size // layout.groups.experts_G.size
+    return jnp.maximum(-(-jnp.sum(layout.groups.sizes_E) // (blocks * M)), 1)
+
+
+def blocks_of_share(layout: Layout, devices: int) -> int | None:
+    """Blocks of the rows that one of ``devices`` has to compute where the loads are nearly even: an eighth more.
+
+    None where these are not fewer than those of the layout, which has room for the pairs of all.
+    """
+    experts_G = layout.groups.experts_G
+    if devices == 1 or experts_G is None:
+        return None
+    M = layout.pairs_S.size // experts_G.size
+    blocks = -(-layout.rows_NK.size * 9 // (8 * devices * M)) + layout.groups.sizes_E.size
+    return blocks if blocks < experts_G.size else None
+
+
 def _layout(pairs_P: Array, rows_P: Array, rows: int, tokens: int, groups: Groups) -> Layout:
     """The layout in which these pairs have these rows."""
     pairs_S = jnp.full(rows, rows_P.size, jnp.int32).at[rows_P].set(pairs_P, mode="drop")

@@ -1,0 +1,80 @@
+"""Sums of parts, beside the whole and beside loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stellarbyte_jax.ops.expert_layout import blocks_of_share, from_experts, lay_out, part_of, parts_of, to_experts
+from stellarbyte_jax.ops.parts import sum_of_parts
+
+
+def cube(number, inputs, rest):
+    x, scale = inputs
+    return (x * (number + rest[0])) ** 3 * scale["of all"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit, jax.checkpoint])
+def test_as_many_parts_as_are_counted_and_their_gradients(count, wrapped):
+    inputs, rest = (jnp.array([0.5, -2.0]), {"of all": jnp.array(3.0)}), [jnp.array(2)]
+
+    def ours(inputs, count):
+        return jnp.sum(jnp.sin(sum_of_parts(cube, count, inputs, rest)))
+
+    def loop(inputs):
+        return jnp.sum(jnp.sin(sum(cube(number, inputs, rest) for number in range(count))))
+
+    number = jnp.array(count)
+    np.testing.assert_allclose(wrapped(ours)(inputs, number), loop(inputs), rtol=1e-6)
+    found = jax.grad(wrapped(ours))(inputs, number)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, jax.grad(loop)(inputs))
+
+
+def times_factors(inputs, layout):
+    x, factors, weights = inputs
+    factors_S = jnp.repeat(
+        factors[layout.groups.experts_G], layout.pairs_S.size // layout.groups.experts_G.size, axis=0
+    )
+    return from_experts(to_experts(x, layout) * factors_S, layout, weights)
+
+
+@pytest.mark.parametrize("loads", ["even", "all of one expert", "none"])
+@pytest.mark.parametrize("blocks", [1, 3, 7])
+def test_parts_of_a_layout_add_up_to_it(loads, blocks):
+    """Whatever the loads, values and all gradients; the sizes of the parts' groups too."""
+    N, K, E, D, M = 24, 2, 4, 3, 4
+    random = np.random.default_rng(0)
+    experts = {
+        "even": np.stack([random.permutation(E)[:K] for _ in range(N)]),
+        "all of one expert": np.tile([2, E], (N, 1)),
+        "none": np.full((N, K), E),
+    }[loads]
+    layout = lay_out(jnp.asarray(experts), E, M)
+    count = parts_of(layout, blocks)
+    used = int(layout.groups.sizes_E.sum()) // M
+    assert count == max(-(-used // blocks), 1)
+    parts = [part_of(layout, number, blocks) for number in range(int(count))]
+    assert {part.pairs_S.size for part in parts} == {blocks * M}
+    np.testing.assert_array_equal(sum(part.groups.sizes_E for part in parts), layout.groups.sizes_E)
+    inputs = tuple(jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((N, D), (E, D), (N, K)))
+
+    def in_parts(inputs):
+        return sum_of_parts(lambda n, x, all_of: times_factors(x, part_of(all_of, n, blocks)), count, inputs, layout)
+
+    def whole(inputs):
+        return times_factors(inputs, layout)
+
+    np.testing.assert_allclose(jax.jit(in_parts)(inputs), whole(inputs), atol=1e-6)
+    found, slopes = (jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2))(inputs) for f in (in_parts, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, slopes)
+
+
+def test_a_share_is_an_eighth_more_than_even_and_a_block_for_each_expert():
+    experts = jnp.zeros((2048, 4), jnp.int32)
+    layout = lay_out(experts, 8, 64)
+    assert layout.groups.experts_G.size == 2048 * 4 // 64 + 8
+    assert blocks_of_share(layout, 2) == 2048 * 4 // 64 // 2 * 9 // 8 + 8
+    assert blocks_of_share(layout, 1) is None
+    assert blocks_of_share(lay_out(experts[:4], 8, 8), 2) is None, "one block an expert"
+    assert blocks_of_share(lay_out(experts[:16], 8, 16), 2) is None, "few pairs"

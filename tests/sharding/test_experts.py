@@ -1,0 +1,65 @@
+"""Experts on devices that share them, for loads of which the layers of a model see none."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.training import settings
+from jax.sharding import NamedSharding, PartitionSpec
+
+from stellarbyte_jax.config import ByteConfig, MeshConfig, MoEConfig
+from stellarbyte_jax.model.moe import dropless
+from stellarbyte_jax.ops.expert_layout import block_rows, blocks_of_share, lay_out, parts_of
+from stellarbyte_jax.ops.routing import Choices
+from stellarbyte_jax.sharding.experts import on_devices
+from stellarbyte_jax.training import placement
+from stellarbyte_jax.training.placement import mesh_of, on_mesh
+
+B, T, D, F, E, K = 64, 16, 8, 4, 8, 2
+CONFIG = ByteConfig(
+    vocab_size=64,
+    hidden_size=D,
+    num_attention_heads=2,
+    intermediate_size=F,
+    compute_dtype="float32",
+    moe=MoEConfig(num_experts=E, num_experts_per_tok=K, intermediate_size=F),
+)
+AXES = (("experts", "embed", "gate", "mlp"), ("experts", "mlp", "embed"))
+
+
+@pytest.mark.parametrize("loads", ["one expert", "one device", "even", "nothing"])
+@pytest.mark.parametrize("devices", [2, 8])
+def test_however_uneven_the_loads_are_devices_give_what_one_gives(loads, devices, monkeypatch):
+    """Values and all gradients; where one device has most of the pairs, it computes several shares."""
+    monkeypatch.setattr(placement, "devices", lambda: jax.devices()[:devices])
+    random = np.random.default_rng(0)
+    N = B * T
+    experts = {
+        "one expert": np.stack([np.full(N, 5), np.full(N, E)], axis=1),
+        "one device": np.tile([5, 4], (N, 1)),
+        "even": np.stack([np.arange(N) % E, (np.arange(N) + 1) % E], axis=1),
+        "nothing": np.full((N, K), E),
+    }[loads].astype(np.int32)
+    here = E // devices
+    layout = lay_out(jnp.where(experts // here == 5 // here, experts % here, here), here, block_rows(N, K, E))
+    parts = parts_of(layout, blocks_of_share(layout, devices))
+    assert parts == {("one device", 2): 2, ("one expert", 8): 2, ("one device", 8): 2}.get((loads, devices), 1)
+    weights = [jnp.asarray(random.standard_normal(s), jnp.float32) for s in ((E, D, 2, F), (E, F, D))]
+    x = jnp.asarray(random.standard_normal((B, T, D)), jnp.float32)
+    of_choices = jnp.asarray(random.random((B, T, K)), jnp.float32)
+
+    def loss(x, of_choices, weights):
+        tokens = Choices(jnp.asarray(experts).reshape(B, T, K), of_choices, jnp.ones((B, T)))
+        made = on_devices(functools.partial(dropless, CONFIG), x, tokens, None, weights, AXES)
+        return jnp.sum(jnp.sin(made.y_BTD))
+
+    expected = jax.value_and_grad(loss, (0, 1, 2))(x, of_choices, weights)
+    config = settings(model=CONFIG, global_batch_size=B, mesh=MeshConfig(data=1, expert=devices))
+    with on_mesh(mesh_of(config)):
+        rows = NamedSharding(jax.sharding.get_mesh(), PartitionSpec("expert"))
+        found = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(
+            jax.device_put(x, rows), jax.device_put(of_choices, rows), jax.device_put(weights, rows)
+        )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
