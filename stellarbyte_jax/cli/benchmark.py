@@ -13,7 +13,7 @@ from typing import Any
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
 from stellarbyte_jax.cli.machine import facts
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
-from stellarbyte_jax.cli.mesh_speed import COMPARED, has_failed, measure, rows
+from stellarbyte_jax.cli.mesh_speed import COMPARED, Row, has_failed, measure, rows
 from stellarbyte_jax.cli.mesh_speed import NAMES as ON_MESH
 from stellarbyte_jax.cli.moe_speed import WORKERS as EXPERTS
 from stellarbyte_jax.cli.program import load_settings, local_path, new_parser, positive
@@ -39,7 +39,7 @@ _CONFIGS = {"moe": ("pretrain_moe", "quickstart_moe")}  # on a GPU, and without
 _SMALL = "quickstart"  # what is trained where there is no GPU
 _SMALL_GENERATE = ["small_batch_1", "small_batch_8"]
 _TRAINED = ("train", "moe", "mesh")  # those that measure training steps
-_STEPS = {"mesh": 5}
+_STEPS = 20
 _FLOPS = "6 (active parameters - embedding) + 6 L T D a token, causal attention counted half"
 # More than JAX's three quarters, and room for NCCL; devices of a CPU, which a GPU's machine leaves alone.
 _VARIABLES = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "JAX_NUM_CPU_DEVICES": "2"}
@@ -142,10 +142,11 @@ def _measured_on_mesh(options: argparse.Namespace, devices: int, small: bool) ->
         load_settings(row.config, [*row.typed(devices), *options.set])
     peers = _peers(options, any(row.peer for name in names for row in rows(name, small)))
 
-    def run(worker: str, part: str, config: str, settings: Sequence[str], processes: int) -> dict[str, Any]:
+    def run(worker: str, part: str, row: Row, settings: Sequence[str], processes: int) -> dict[str, Any]:
         print(f"measuring {part}", file=sys.stderr, flush=True)
         profile = None if worker in PEERS or not options.profile else options.profile / part
-        changed = _changed(options, config=config, set=[*settings, *options.set], profile=profile)
+        more = {"steps": options.steps or row.steps, "profile": profile}
+        changed = _changed(options, config=row.config, set=[*settings, *options.set], **more)
         result = _run_worker(worker, changed, processes)
         _tell(part, result)
         return result
@@ -215,7 +216,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--config", metavar="FILE", help=f"default: pretrain, without a GPU {_SMALL}; mesh has a model for each row"
     )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
-    parser.add_argument("--steps", type=positive, metavar="N", help="steps of one repeat (default: 20; mesh: 5)")
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="steps of one repeat (default: 20; mesh: 5 to 20 by row)"
+    )
     parser.add_argument("--no-peer", action="store_true", help="leave the peer out")
     known = sorted({name for names in _NAMES.values() for name in names}.union(_SMALL_GENERATE))
     parser.add_argument(
@@ -241,7 +244,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.steps = options.steps or _STEPS.get(options.what, 20)
+    options.steps = options.steps or (None if options.what == "mesh" else _STEPS)
     if not options.worker:
         _check(options)
     return options
@@ -279,7 +282,8 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _run_worker(name: str, options: argparse.Namespace, processes: int = 1) -> dict[str, Any]:
-    words = [options.what, "--worker", name, "--steps", str(options.steps), "--config", options.config or _SMALL]
+    words = [options.what, "--worker", name, "--config", options.config or _SMALL]
+    words += ["--steps", str(options.steps)] if options.steps else []
     words += ["--set", *options.set] if options.set else []
     words += ["--profile", str(options.profile)] if options.profile else []
     return run_worker(words, processes=processes, limit=options.limit, environment=_environment(options))

@@ -11,8 +11,8 @@ from typing import Any
 from stellarbyte_jax.cli.workers import OUT_OF_MEMORY
 
 Result = dict[str, Any]
-# (worker, name of the part, config, settings, processes) -> what it measured
-Run = Callable[[str, str, str, Sequence[str], int], Result]
+# (worker, name of the part, row, settings, processes) -> what it measured
+Run = Callable[[str, str, "Row", Sequence[str], int], Result]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Row:
       scaled: the batch grows with the devices: else they share the work of one.
       peer: worker that measures one; None: none.
       target: times as fast as one device, on two; None: not said.
+      steps: of a repeat, of a second or more in all: starting the first one is no part of training.
     """
 
     axis: str
@@ -36,6 +37,7 @@ class Row:
     scaled: bool = True
     peer: str | None = None
     target: float | None = None
+    steps: int = 5
 
     def typed(self, devices: int) -> list[str]:
         """All settings on so many devices."""
@@ -61,9 +63,9 @@ _DENSE = _shape(2048, 16, 32, 8, 8192, 2048)  # 1.10B parameters
 _LESS_MEMORY = ("model.remat=full", "model.scan_unroll=1")
 ROWS = {
     "fsdp": Row("fsdp", "pretrain", _DENSE, 8, peer="huggingface_fsdp2", target=1.92),
-    "data": Row("data", "pretrain", (), 32, peer="huggingface_ddp", target=1.92),
+    "data": Row("data", "pretrain", (), 32, peer="huggingface_ddp", target=1.92, steps=20),
     "tensor": Row("tensor", "pretrain", _DENSE, 8, scaled=False, target=1.6),
-    "expert": Row("expert", "pretrain_moe", (), 8, target=1.8),
+    "expert": Row("expert", "pretrain_moe", (), 8, target=1.8, steps=10),
     "context": Row("context", "pretrain", _shape(1024, 24, 16, 4, 3072, 32768), 1, scaled=False, target=1.7),
 }
 # The first that fits is measured: Llama 2 (Touvron et al. 2023, https://arxiv.org/abs/2307.09288), and smaller ones.
@@ -111,19 +113,19 @@ def measure(name: str, devices: int, small: bool, peers: bool, run: Run) -> Iter
         yield _largest(SMALL_LARGE if small else LARGE, devices, run)
         return
     (row,) = rows(name, small)
-    single = run("synthetic", f"{name}_single", row.config, row.typed(1), 1)
+    single = run("synthetic", f"{name}_single", row, row.typed(1), 1)
     parts: Result = {"single": {**single, "devices": 1, "settings": row.typed(1)}}
     yield parts
     parts = {**_on_all(name, row, devices, run), **parts}
     yield _compared(parts, row.target if devices == 2 else None)
     if peers and row.peer is not None:
-        parts["peer"] = run(row.peer, f"{name}_peer", row.config, row.typed(devices), devices)
+        parts["peer"] = run(row.peer, f"{name}_peer", row, row.typed(devices), devices)
         yield _compared(parts, row.target if devices == 2 else None)
 
 
 def _on_all(name: str, row: Row, devices: int, run: Run) -> Result:
     typed = row.typed(devices)
-    measured = run("synthetic", name, row.config, typed, 1)
+    measured = run("synthetic", name, row, typed, 1)
     return {**measured, "mesh": {row.axis: devices}, "config": row.config, "settings": typed}
 
 

@@ -67,6 +67,13 @@ def test_a_row_is_one_device_all_of_them_and_the_peer(machine, capsys):
     assert "speedup 1.9" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("typed", "steps"), [("", 20), ("--steps 3", 3)])
+def test_short_steps_are_measured_more_often(machine, typed, steps):
+    made = machine()
+    assert benchmark.main(f"mesh --only data {typed} --output out.json".split()) == 0
+    assert [options.steps for _, options, _ in made] == [steps] * 3
+
+
 @pytest.mark.parametrize("devices", [2, 8])
 @pytest.mark.parametrize("small", [False, True])
 def test_every_row_can_be_made(small, devices):
