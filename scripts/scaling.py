@@ -10,14 +10,13 @@ rests on. Nothing is run on a GPU.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from stellarbyte_jax.cli.mesh_speed import LARGE, ROWS
 from stellarbyte_jax.cli.parser import Parser
@@ -28,43 +27,16 @@ from stellarbyte_jax.config.mesh import MeshConfig
 
 with imports():
     import jax
-    import numpy as np
 
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.training.plan import Plan, Planner
-    from stellarbyte_jax.training.plan_devices import ASSUMED, DEVICES_OF_A_MACHINE, KINDS
-    from stellarbyte_jax.training.plan_exchange import Exchange
+    from stellarbyte_jax.training.plan_devices import ASSUMED, KINDS
+    from stellarbyte_jax.training.plan_network import Links, cost
 
 MEASURED = Path("benchmarks/scaling.json")
 COUNTS = (8, 64, 256, 1024, 4096)
 BEGIN, END = "<!-- tables: python scripts/scaling.py --write docs/scaling.md -->", "<!-- end of tables -->"
 _HIDEABLE = ("weights", "gradients")  # that products may hide, as in training/plan.py
-
-
-class Protocol(NamedTuple):
-    """Latencies of one way of NCCL's to do a collective, in microseconds.
-
-    Attributes:
-      base: of a call.
-      nvlink: of a step of a ring within a machine.
-      network: of one to another machine.
-      alone: the same where the group has one GPU of each machine.
-      tree: of a step of a tree within a machine; to another one it is ``alone``.
-      share: of the bandwidth.
-    """
-
-    base: float
-    nvlink: float
-    network: float
-    alone: float
-    tree: float
-    share: float
-
-
-# NCCL's own cost model, by which it chooses: hwLat, baseLat and ncclTopoTuneModel in
-# https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc (Simple, LL128).
-PROTOCOLS = (Protocol(8.4, 3.4, 14.0, 14.0, 4.0, 1.0), Protocol(14.0, 1.9, 4.0, 8.5, 1.25, 0.92))
-_TREE_SHARE, _PAT_SHARE = 0.92, 0.75
 
 
 @dataclass(frozen=True)
@@ -88,12 +60,12 @@ ASSUMED_HERE = Guess()
 VARIANTS: dict[str, Guess] = {
     "as assumed": ASSUMED_HERE,
     "network at half": Guess(network=ASSUMED.links / 2),
-    "network at its full rate": Guess(network=1.0),
+    "network at its peak": Guess(network=1.0),
     "latency twice": Guess(latency=2.0),
     "no latency": Guess(latency=0.0),
-    "NVLink twice as measured": Guess(nvlink=2.0),
-    "exchanges cost nothing where products could hide them": Guess(overlap=0.0),
-    "nothing is hidden": Guess(overlap=1.0),
+    "NVLink twice": Guess(nvlink=2.0),
+    "all hidden": Guess(overlap=0.0),
+    "nothing hidden": Guess(overlap=1.0),
 }
 
 
@@ -124,7 +96,8 @@ class Case:
         return load(self.config, typed), mesh.sizes(devices)
 
 
-_WITHIN, _ALL = {"data": -1, "fsdp": 8}, {"data": 1, "fsdp": -1}
+_WITHIN, _ALL, _EXPERTS = {"data": -1, "fsdp": 8}, {"data": 1, "fsdp": -1}, {"data": -1, "expert": 8}
+_CAPACITY = ("model.moe.dispatch=capacity",)
 # Llama 2 70B: Touvron et al. 2023, https://arxiv.org/abs/2307.09288.
 _LARGEST = (
     "model.hidden_size=8192",
@@ -148,24 +121,9 @@ CASES = (
         ({"data": 1, "fsdp": -1, "tensor": 8}, {"data": -1, "fsdp": 8, "tensor": 8}, {"data": -1, "fsdp": 64}, _ALL),
         "large",
     ),
-    Case("1.31B with experts", ROWS["expert"].config, (), 8, ({"data": -1, "expert": 8},), "expert"),
+    Case("1.31B with experts", ROWS["expert"].config, (), 8, (_EXPERTS, _WITHIN), "expert"),
+    Case("1.31B with experts of a capacity", ROWS["expert"].config, _CAPACITY, 8, (_EXPERTS,), "expert, capacity"),
 )
-
-
-class Cost(NamedTuple):
-    """Seconds of a step's exchanges of one kind.
-
-    Attributes:
-      exchange: what is exchanged.
-      link: ``NVLink`` or ``network``, whichever is slower.
-      bytes: seconds for them.
-      latency: seconds beside that.
-    """
-
-    exchange: Exchange
-    link: str
-    bytes: float
-    latency: float
 
 
 @dataclass(frozen=True)
@@ -220,39 +178,21 @@ class Model:
     def step(self, plan: Plan, factor: float, guess: Guess = ASSUMED_HERE) -> Step:
         """A step whose computing takes ``factor`` times what the planner says."""
         computing = factor * (plan.times.products + plan.times.memory)
-        costs = [self.cost(each, plan, guess) for each in plan.exchanges]
-        hideable = sum(c.bytes + c.latency for c in costs if c.exchange.what in _HIDEABLE)
+        rates = self.measured["bus"]["gigabytes_per_second"].items()
+        bus = {kind: 1e9 * guess.nvlink * rate for kind, rate in rates}
+        links = Links(bus, guess.network * self.device.network, guess.latency)
+        costs = [(each, cost(each, plan, links)) for each in plan.exchanges]
+        hideable = sum(found.seconds for each, found in costs if each.what in _HIDEABLE)
         room = ASSUMED.hidden * factor * plan.times.products
         share = self.overlap if guess.overlap is None else guess.overlap
-        counted = (share * min(hideable, room) + max(0.0, hideable - room)) / hideable if hideable else 0.0
+        open_ = share * min(hideable, room) + max(0.0, hideable - room)
         waits: dict[str, float] = {}
-        for c in costs:
-            times = counted if c.exchange.what in _HIDEABLE else 1.0
-            for cause, seconds in ((c.link, c.bytes), ("latency", c.latency)):
-                key = f"{c.exchange.what} over {c.exchange.axis.replace('+', ' and ')}, {cause}"
+        for each, found in costs:
+            times = open_ / hideable if each.what in _HIDEABLE else 1.0
+            for cause, seconds in ((found.link, found.bytes), ("latency", found.latency)):
+                key = f"{each.what} over {each.axis.replace('+', ' and ')}, {cause}"
                 waits[key] = waits.get(key, 0.0) + times * seconds
         return Step(plan, computing, waits)
-
-    def cost(self, exchange: Exchange, plan: Plan, guess: Guess) -> Cost:
-        """Seconds of an exchange by the fastest of NCCL's ways.
-
-        Each GPU of a group has its own network adapter, and NCCL spreads a ring over all of them: where a group has g
-        GPUs of a machine, a byte that each of them sends costs an adapter 1/g. Tokens of an all-to-all are no ring.
-        """
-        n, g = group(exchange.axis, plan.sizes)
-        nvlink = exchange.sent / (guess.nvlink * 1e9 * self.measured["bus"]["gigabytes_per_second"][exchange.kind])
-        crossing = exchange.sent * ((n - g) / (n - 1) if exchange.kind == "all-to-all" else 1 / g) if n > g else 0.0
-        network = crossing / (guess.network * self.device.network)
-        calls, slower = _calls(exchange, plan), max(nvlink if g > 1 else 0.0, network)
-        ways = _ways(exchange.kind, n, g)
-        # The fastest, latency and bytes together.
-        latency, share = min(ways, key=lambda way: calls * guess.latency * way[0] + slower / way[1])
-        return Cost(
-            exchange,
-            "network" if network >= nvlink or g == 1 else "NVLink",
-            slower / share,
-            calls * guess.latency * latency,
-        )
 
     def factor(self, row: str, guess: Guess = ASSUMED_HERE) -> float:
         """By how much the smallest measured run of a row computes longer than the planner says.
@@ -268,10 +208,15 @@ class Model:
             self._factors[row, guess] = (planned.tokens / rate - waits) / planned.computing
         return self._factors[row, guess]
 
+    def single(self, row: str) -> float | None:
+        """Tokens a second that one such GPU was measured to make; None: it was not, or another kind was."""
+        found = self.measured["rates"][row]
+        return found.get("single") if found.get("device") in (None, self.measured["device"]) else None
+
     def _measured_plan(self, row: str, devices: int) -> Plan:
         found = self.measured["rates"][row]
-        run = LARGE[found.get("model", "6.74B")] if row == "large" else ROWS[row]
-        config = load(run.config, run.typed(devices))
+        run = LARGE[found.get("model", "6.74B")] if row == "large" else ROWS[found.get("row", row)]
+        config = load(run.config, [*run.typed(devices), *found.get("settings", ())])
         return Planner(config, KINDS[found.get("device", self.measured["device"])]).plan(config.mesh.sizes(devices))
 
     def checks(self) -> Iterator[tuple[str, float, float]]:
@@ -283,49 +228,6 @@ class Model:
                 yield f"`{row}`, {mesh_name(plan.sizes)}", found["tokens_per_second"], step.rate * plan.devices
 
 
-def group(axis: str, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """GPUs that exchange along an axis, and how many of them one machine has."""
-    names = axis.split("+")
-    grid = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    members = grid[tuple(slice(None) if name in names else 0 for name in sizes)].ravel()
-    return members.size, int((members < DEVICES_OF_A_MACHINE).sum())
-
-
-def _ways(kind: str, n: int, g: int) -> list[tuple[float, float]]:
-    """NCCL's ways to do a collective of n GPUs, g of each machine: seconds of latency, share of the bandwidth."""
-    if kind in ("all-to-all", "collective-permute"):
-        return [(1e-6 * (p.base + (p.network if n > g else p.nvlink)), p.share) for p in PROTOCOLS]
-    machines, rounds = n // g, 2 if kind == "all-reduce" else 1
-    found = []
-    for p in PROTOCOLS:
-        far = p.alone if g == 1 else p.network
-        ring = p.base + rounds * ((n - machines) * p.nvlink + (machines - 1) * far)
-        found.append((1e-6 * ring, p.share))
-        if kind == "all-reduce":
-            tree = p.base + 2 * ((g - 1) * p.tree + math.log2(machines) * p.alone)
-            found.append((1e-6 * tree, _TREE_SHARE * p.share))
-    if kind != "all-reduce" and g == 1:  # PAT, which NCCL has for such groups alone
-        found.append((1e-6 * (8 + math.log2(n) * PROTOCOLS[0].alone / 3.5 + 2.8 * n), _PAT_SHARE))
-    return found
-
-
-def _calls(exchange: Exchange, plan: Plan) -> int:
-    """How often a collective is called in a step: once for all weights of a layer, embedding and head apart."""
-    m, parts = plan.config.model, plan.config.gradient_accumulation_steps
-    L, again, all_again = m.num_hidden_layers, m.remat != "none", m.remat == "full"
-    branches, experts = 1 if m.parallel_residual else 2, len(m.moe_layers)
-    gathers = exchange.kind == "all-gather"
-    if exchange.what == "tokens":
-        times = experts * ((2 + all_again) if gathers else 4 + 2 * again if exchange.kind == "all-to-all" else 2)
-    elif exchange.what == "activations":
-        times = L * branches * (2 + again) + 2 if gathers else L * (branches + 4 + (branches - 1) * all_again) + 2
-    elif exchange.what == "keys and values":
-        times = L * 2 * (plan.sizes["context"] - 1) * (2 + again)
-    else:
-        times = (2 if gathers else 1) * (L + 2)
-    return parts * times
-
-
 def mesh_name(sizes: Mapping[str, int]) -> str:
     """``data=8 fsdp=8``."""
     return " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
@@ -334,13 +236,28 @@ def mesh_name(sizes: Mapping[str, int]) -> str:
 def tables(measured: Mapping[str, Any]) -> str:
     """All tables in Markdown."""
     model = Model(measured)
-    parts = [_checks(model)]
+    parts = [_figures(model), _checks(model)]
     steps = []
     for case in CASES:
         text, found = _table(model, case)
         parts.append(text)
         steps += found
     return "\n\n".join([*parts, _sensitivity(model, steps)])
+
+
+def _figures(model: Model) -> str:
+    m, bus, o = model.measured, model.measured["bus"], model.measured["overlap"]
+    rates = ", ".join(f"{kind} {rate:g}" for kind, rate in bus["gigabytes_per_second"].items())
+    return "\n".join(
+        [
+            f"Measured ({m['date']}, {m['device']}, {m['on']}):",
+            "",
+            f"- Bus bandwidth of {bus['devices']} GPUs of a machine at {bus['mebibytes']} MiB, GB/s: {rates}.",
+            f"- `fsdp` on two GPUs: collectives run {_percent(o['collectives'])} of the time, {_percent(o['alone'])} "
+            f"alone, and slow what runs beside them by {_percent(o['slowed'])} of the step: a second of them costs "
+            f"{model.overlap:.2f} s.",
+        ]
+    )
 
 
 def _checks(model: Model) -> str:
@@ -352,35 +269,33 @@ def _checks(model: Model) -> str:
 
 def _table(model: Model, case: Case) -> tuple[str, list[tuple[Case, Step]]]:
     """A table, and its steps on 1,024 GPUs."""
-    factor, rates, seen = model.factor(case.rate), {}, {}
-    one = model.plan(case, 1, {"data": 1})
-    if one.fits:
-        rates[1] = model.step(one, factor).rate
-    lines, kept = [], []
+    factor = model.factor(case.rate)
+    lines: list[str] = []
+    shown: dict[str, Step] = {}
+    least: int | None = None
     for axes in case.meshes:
+        first: float | None = None
         for count in (n for n in COUNTS if n >= math.prod(size for size in axes.values() if size > 0)):
             try:
                 plan = model.plan(case, count, axes)
             except ConfigError as error:
-                lines.append(f"| {count:,} | refused: {str(error).partition(':')[0]} |")
+                lines.append(_row([f"{count:,}", f"refused: {str(error).partition(':')[0]}", *8 * [""]]))
                 continue
-            if plan.sizes in seen.values():
-                continue
-            seen[len(seen)] = plan.sizes
+            name = mesh_name(plan.sizes)
             if not plan.fits:
-                lines.append(f"| {count:,} | {mesh_name(plan.sizes)}: does not fit in memory |")
+                lines.append(_row([f"{count:,}", f"{name}: does not fit", *8 * [""]]))
                 continue
             step = model.step(plan, factor)
-            rates.setdefault(count, step.rate)
-            lines.append((step, rates))
-            kept += [(case, step)] if count == 1024 else []
-    many = min(n for n in rates if n > 1)
+            first, least = first or step.rate, least or count
+            if name not in shown:
+                lines.append(_line(step, model.single(case.rate), first))
+                shown[name] = step
+    some = next(iter(shown.values()))
+    told = f"{some.tokens // some.plan.devices:,} tokens a GPU, {factor:.3f} of the planner's computing time"
     head = ["GPUs", "mesh", "tokens a step", "step", "waits", "tokens/s", "tokens/s/GPU"]
-    head += [f"of {n} GPU{'s' * (n > 1)}" for n in (1, many)] + ["largest loss"]
-    told = [line if isinstance(line, str) else _line(line[0], rates.get(1), rates[many]) for line in lines]
-    length = one.config.data.sequence_length
-    title = f"### {case.name}: {case.rows * length:,} tokens a GPU, {factor:.3f} of the planner's computing time"
-    return "\n".join([title, "", _row(head), "|---:|---|---:|---:|---:|---:|---:|---:|---:|---|", *told]), kept
+    head += ["of 1 GPU", f"of {least}", "largest loss"]
+    kept = [(case, step) for step in shown.values() if step.plan.devices == 1024]
+    return "\n".join([f"### {case.name}: {told}", "", _row(head), f"|---:|---|{7 * '---:|'}---|", *lines]), kept
 
 
 def _line(step: Step, one: float | None, many: float) -> str:
@@ -410,12 +325,11 @@ def _percent(share: float) -> str:
 
 
 def _sensitivity(model: Model, steps: list[tuple[Case, Step]]) -> str:
-    head = [f"{case.name}, {mesh_name(step.plan.sizes)}" for case, step in steps]
-    lines = ["### Tokens/s/GPU on 1,024 GPUs, one assumption changed", "", _row(["", *head])]
-    lines.append(f"|---|{'---:|' * len(head)}")
-    for name, guess in VARIANTS.items():
-        rates = [model.step(step.plan, model.factor(case.rate, guess), guess).rate for case, step in steps]
-        lines.append(_row([name, *(f"{rate:,.0f}" for rate in rates)]))
+    lines = ["### Tokens/s/GPU on 1,024 GPUs with one assumption changed", "", _row(["run", *VARIANTS])]
+    lines.append(f"|---|{'---:|' * len(VARIANTS)}")
+    for case, step in steps:
+        rates = [model.step(step.plan, model.factor(case.rate, guess), guess).rate for guess in VARIANTS.values()]
+        lines.append(_row([f"{case.name}, {mesh_name(step.plan.sizes)}", *(f"{rate:,.0f}" for rate in rates)]))
     return "\n".join(lines)
 
 
@@ -439,10 +353,8 @@ def renewed(measured: dict[str, Any], mesh: Path | None, doctor: Path | None) ->
             if (name := finding.get("facts", {}).get("collective")) in names:
                 largest = finding["facts"]["measured"][-1]
                 measured["bus"]["gigabytes_per_second"][names[name]] = round(largest["bus_bytes_per_second"] / 1e9, 1)
-                measured["bus"] |= {
-                    "devices": finding["facts"]["devices"],
-                    "mebibytes": round(largest["bytes"] / 2**20),
-                }
+                measured["bus"]["devices"] = finding["facts"]["devices"]
+                measured["bus"]["mebibytes"] = round(largest["bytes"] / 2**20)
     return measured
 
 
