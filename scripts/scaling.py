@@ -391,8 +391,8 @@ def main() -> int:
     text = tables(measured)
     if arguments.write is None:
         print(text)
-        return 0
-    arguments.write.write_text(written(arguments.write.read_text(encoding="utf-8"), text), encoding="utf-8")
+    else:
+        arguments.write.write_text(written(arguments.write.read_text(encoding="utf-8"), text), encoding="utf-8")
     return 0
 
 
