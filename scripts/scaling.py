@@ -4,9 +4,8 @@
     python scripts/scaling.py --write docs/scaling.md          # puts them there
     python scripts/scaling.py --mesh benchmarks/mesh.json --doctor doctor.json   # takes over new measurements first
 
-Measured figures lie in ``benchmarks/scaling.json``. Bytes, operations and memory are the planner's; what is added here
-is how long an exchange takes on a mesh of several machines, latency included. docs/scaling.md says what each figure
-rests on. Nothing is run on a GPU.
+Measured figures lie in ``benchmarks/scaling.json``; bytes, operations and memory are the planner's. docs/scaling.md says
+what each figure rests on. Nothing is run on a GPU.
 """
 
 import argparse
