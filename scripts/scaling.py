@@ -4,7 +4,7 @@
     python scripts/scaling.py --write docs/scaling.md          # puts them there
     python scripts/scaling.py --mesh benchmarks/mesh.json --doctor doctor.json   # takes over new measurements first
 
-Measured figures lie in ``benchmarks/scaling.json``; bytes, operations and memory are the planner's. docs/scaling.md says
+Measured figures: ``benchmarks/scaling.json``. Bytes, operations and memory are the planner's. docs/scaling.md tells
 what each figure rests on. Nothing is run on a GPU.
 """
 
