@@ -101,6 +101,7 @@ def check_mesh(sizes: dict[str, int], model: "ByteConfig", rows: int, parts: int
         )
         _divides("expert", sizes["expert"], model.moe.num_experts, "model.moe.num_experts")
     _check_context(sizes["context"], model, sequence_length)
+    model.moe.check_capacity(rows // parts * sequence_length // (shards * sizes["context"]))
 
 
 def _divides(axis: str, size: int, value: int, name: str, advice: str = "set another size") -> None:

@@ -6,6 +6,7 @@ Without :func:`join` there is one process, and all functions here do nothing.
 import importlib.util
 import os
 import platform
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -60,7 +61,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     name = f"a process that {launcher} started" if given is None else f"process {given.process} of {given.processes}"
     last_words = groups.LastWords(name, _START_SECONDS)
     try:
-        _connect(name, given)
+        _connect(name, given, gpus_of_slurm(os.environ) if launcher == "Slurm" else None)
     except BaseException:
         last_words.none()
         raise
@@ -150,8 +151,15 @@ def _wait_for(given: Given) -> None:
     )
 
 
-def _connect(name: str, given: Given | None) -> None:
-    settings: dict[str, Any] = {}
+def gpus_of_slurm(environment: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of a task that has a machine to itself: all of them. None elsewhere: jax takes the one of the task."""
+    alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    return list(range(int(gpus))) if alone and gpus.isdecimal() and int(gpus) > 1 else None
+
+
+def _connect(name: str, given: Given | None, gpus: list[int] | None = None) -> None:
+    settings: dict[str, Any] = {} if gpus is None else {"local_device_ids": gpus}
     if given is not None:
         settings = {
             "coordinator_address": given.coordinator,

@@ -72,8 +72,9 @@ class ByteTransformer(nn.Module):
             cache, positions_BT = cache.begin(valid_mask_BT, memory)
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(offsets_1T, (B, T))
+        cached = cache is not None and not cache.fresh
         rope = position_scheme(c).frequencies(
-            positions_BT, inputs.segment_ids_BT, valid_mask_BT, cached=cache is not None and not cache.fresh
+            positions_BT, inputs.segment_ids_BT, valid_mask_BT, cached=cached, rows_1T=inputs.rows_1T
         )
         if inputs.segment_ids_BT is not None:
             valid_mask_BT = inputs.segment_ids_BT > 0

@@ -16,6 +16,9 @@ MODEL = ByteConfig(
     intermediate_size=48,
 )
 EXPERTS = MoEConfig(num_experts=6, num_experts_per_tok=2, intermediate_size=16)
+SCARCE = MoEConfig(
+    num_experts=12, num_experts_per_tok=4, intermediate_size=16, dispatch="capacity", capacity_factor=1, min_capacity=1
+)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,14 @@ def test_what_every_axis_divides_is_taken():
         (
             {"context": 2, "changes": {"moe": dataclasses.replace(EXPERTS, dispatch="capacity", overflow=("sticky",))}},
             "mesh.context=2 cuts rows by position, and the overflow step sticky reads the token before",
+        ),
+        (
+            {"data": 8, "length": 4, "changes": {"moe": SCARCE}},  # on one device it would do
+            "moe.capacity_factor 1 gives an expert room for 3 of 8 tokens, less than moe.num_experts_per_tok 4: raise",
+        ),
+        (
+            {"data": 2, "context": 2, "length": 4, "changes": {"moe": SCARCE}, "rows": 4},
+            "moe.capacity_factor 1 gives an expert room for 2 of 4 tokens",
         ),
         (
             {"context": 2, "changes": {"attention_dropout": 0.1}},

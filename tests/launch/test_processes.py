@@ -39,6 +39,34 @@ def test_a_launcher_of_several_processes_is_known_and_one_task_stays_alone(envir
     assert launcher_of(environment) == expected
 
 
+@pytest.mark.parametrize(
+    ("environment", "gpus"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "2"}, [0, 1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_GPUS_ON_NODE": "4"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,2", "SLURM_GPUS_ON_NODE": "4"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
+        ({"SLURM_GPUS_ON_NODE": "4"}, None),
+    ],
+)
+def test_a_task_that_has_a_machine_to_itself_takes_all_its_gpus(environment, gpus, monkeypatch):
+    """JAX alone would take the first of them, and leave the others idle."""
+    for name, value in {**SLURM, **environment}.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+
+    def initialize(**settings):
+        asked.append(settings.get("local_device_ids"))
+        raise RuntimeError("as far as this")
+
+    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
+    with pytest.raises(MendableError, match="as far as this"):
+        processes.join()
+    assert asked == [gpus]
+
+
 def test_kubernetes_needs_its_package(monkeypatch):
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pod 1 of an indexed job.*pip install kubernetes.*--processes 1"):

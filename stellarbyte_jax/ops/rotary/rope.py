@@ -72,14 +72,23 @@ class Rope:
         valid_mask_BT: Bool[Array, "B T"],
         *,
         cached: bool,
+        rows_1T: Int[Array, "1 T"] | None = None,
     ) -> Frequencies:
-        """The frequencies for new tokens; ``cached`` says that earlier tokens of a row are in a cache."""
+        """The frequencies for new tokens.
+
+        Args:
+          positions_BT: position of each token in its document.
+          segment_ids_BT: documents of a row; None: one.
+          valid_mask_BT: which tokens are text.
+          cached: whether earlier tokens of a row are in a cache.
+          rows_1T: index of each token in its row; None: tokens are in order.
+        """
         if self.scaling.name != "dynamic":
             return Frequencies(*scaled_frequencies(self.head_size, self.theta, self.scaling))
         if cached:
             lengths = jnp.max(jnp.where(valid_mask_BT, positions_BT, 0), axis=1, keepdims=True) + 1
         else:
-            lengths = document_lengths(positions_BT, segment_ids_BT, valid_mask_BT)
+            lengths = document_lengths(positions_BT, segment_ids_BT, valid_mask_BT, rows_1T)
         return Frequencies(dynamic_frequencies(lengths, self.head_size, self.theta, self.scaling))
 
     @property
@@ -114,7 +123,9 @@ class Rope:
         self._check_row(S)
         angles_BSP = rotary_angles(positions_BS, frequencies.values)
         indices_BS = rows_BS if self.relative else positions_BS
-        middle_B1 = rows_BS[:, S // 2 : S // 2 + 1]
+        # Not by its place: a mesh may have the tokens in another order.
+        ends_B1 = jnp.min(rows_BS, axis=1, keepdims=True), jnp.max(rows_BS, axis=1, keepdims=True)
+        middle_B1 = (ends_B1[0] + ends_B1[1] + 1) // 2
         scale_q, scale_k = self._factors(rates_P, indices_BS[:, first:], indices_BS, middle_B1)
         q_BTNH = self._apply(frequencies, q_BTNH, angles_BSP[:, first:], scale_q)
         return q_BTNH, self._apply(frequencies, k_BSKH, angles_BSP, scale_k)
@@ -171,11 +182,18 @@ class Rope:
 
 
 def document_lengths(
-    positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None, valid_mask_BT: Bool[Array, "B T"]
+    positions_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"] | None,
+    valid_mask_BT: Bool[Array, "B T"],
+    rows_1T: Int[Array, "1 T"] | None = None,
 ) -> Int[Array, "B T"]:
-    """Length of each token's document within this row."""
+    """Length of each token's document within this row; ``rows_1T``: places in it of tokens that are not in order."""
     if segment_ids_BT is None:
         segment_ids_BT = valid_mask_BT.astype(jnp.int32)
+    if rows_1T is not None:
+        order_T = jnp.argsort(rows_1T[0])
+        in_order_BT = document_lengths(positions_BT[:, order_T], segment_ids_BT[:, order_T], valid_mask_BT[:, order_T])
+        return in_order_BT[:, rows_1T[0]]
     T = positions_BT.shape[1]
     index_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     ends_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)

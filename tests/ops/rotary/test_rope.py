@@ -9,6 +9,7 @@ import pytest
 
 from stellarbyte_jax.ops.rotary import Rope, Scaling, StellarByteRope, XPos
 from stellarbyte_jax.ops.rotary.rope import document_lengths
+from stellarbyte_jax.sharding.ring import dealt_order
 
 H, T = 8, 12
 PLAIN = Scaling(max_positions=16)
@@ -100,6 +101,29 @@ def test_how_long_texts_and_rows_may_be():
         short.rotate(frequencies, q, k, at, at, short.rates)
     with pytest.raises(ValueError, match="12 positions in a row are more than the 6 "):
         short.from_cache(frequencies, q, k, at, at[..., None], short.rates)
+
+
+def test_tokens_that_a_mesh_has_in_another_order_are_rotated_as_in_order():
+    """From another middle than that of the row, factors of long rows would be more than floats hold."""
+    scheme, order = SCHEMES["xpos"], np.asarray(dealt_order(T, 2))
+    q, k = arrays()
+    at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (2, T))
+    frequencies = scheme.frequencies(at, None, jnp.ones((2, T), bool), cached=False)
+    in_order = scheme.rotate(frequencies, q, k, at, at, scheme.rates)
+    dealt = scheme.rotate(frequencies, q[:, order], k[:, order], at[:, order], at[:, order], scheme.rates)
+    for one, other in zip(in_order, dealt, strict=True):
+        np.testing.assert_allclose(other, one[:, order], rtol=1e-5)
+
+
+def test_documents_of_tokens_in_another_order_are_as_long():
+    positions = jnp.asarray([[20, 21, 22, 0, 1, 2, 3, 0]], jnp.int32)
+    ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 3]], jnp.int32)
+    order = np.asarray(dealt_order(8, 2))
+    valid, rows = jnp.ones((1, 8), bool), jnp.asarray(order[None], jnp.int32)
+    expected = document_lengths(positions, ids, valid)
+    np.testing.assert_array_equal(expected, [[23, 23, 23, 4, 4, 4, 4, 1]])
+    found = document_lengths(positions[:, order], ids[:, order], valid, rows)
+    np.testing.assert_array_equal(found, expected[:, order])
 
 
 def test_document_lengths_count_each_document_to_its_end_in_the_row():
