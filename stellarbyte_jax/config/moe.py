@@ -159,6 +159,11 @@ class MoEConfig(Section):
             f"moe.num_experts_per_tok {K} is above the {kept} experts of moe.topk_group {self.topk_group} groups: "
             "raise topk_group",
         )
+        require(
+            self.dynamic_k is None or K > 1,
+            f"moe.dynamic_k {self.dynamic_k} leaves a token fewer of its experts, and moe.num_experts_per_tok is {K}: "
+            "raise it, or leave dynamic_k out",
+        )
         for owner, settings in _BELONG.items():
             name, _, value = owner.partition("=")
             stray = [setting for setting in settings if setting in self.given() and getattr(self, name) != value]
