@@ -56,7 +56,8 @@ from stellarbyte_jax.config.moe import MoEConfig
         ({"num_experts": 0, "gate": "context"}, "moe.num_experts is 0, but gate is given: set moe.num_experts"),
         (
             {"dynamic_k": 0.5, "num_experts_per_tok": 1, "norm_topk_prob": False},
-            "moe.dynamic_k 0.5 leaves a token fewer of its experts, and moe.num_experts_per_tok is 1: raise it, or leave dynamic_k out",
+            "moe.dynamic_k 0.5 leaves a token fewer of its experts, and moe.num_experts_per_tok is 1: raise it, or "
+            "leave dynamic_k out",
         ),
         ({"dynamic_k": 1.5}, "MoEConfig.dynamic_k must be float (in [0, 1]) or none, got 1.5"),
         ({"num_experts_per_tok": 0}, "MoEConfig.num_experts_per_tok must be int (positive, below 2^31), got 0"),
