@@ -57,7 +57,8 @@ class Assumptions:
     H100 comes out within a tenth of the speed in benchmarks/train.json; that does not determine any of them alone.
 
     Attributes:
-      products: share of the peak that matrix products reach.
+      products: share of the peak that products with weights reach.
+      attention: share that attention reaches, of the operations of a causal mask.
       memory: share of the memory's bandwidth that everything else reaches.
       links: share of a link's bandwidth that collectives reach.
       passes: how often a step reads or writes each byte of activations that it could keep (``remat=none``).
@@ -67,6 +68,7 @@ class Assumptions:
     """
 
     products: float = 0.7
+    attention: float = 0.4
     memory: float = 0.85
     links: float = 0.7
     passes: float = 7.0
