@@ -100,7 +100,8 @@ class Ring:
         keys = 2 * tokens * self.kv * self.width + said
         narrow = hops == 1 and self.fused and not self.packed
         gradients = 2 * tokens * self.kv * (hops * (self.width if narrow else _FLOAT32) + self.width)
-        return hops * keys * (forward_passes + 1) + gradients
+        shared = forward_passes - 1  # the first hop of the backward pass, which its two rings have in common
+        return (hops * (forward_passes + 1) - shared) * keys + gradients
 
 
 def _is_fused(config: ByteConfig, positions: int, length: int) -> bool:
