@@ -57,7 +57,15 @@ class Ring:
         kv_heads = config.kv_heads // (1 if config.kv_heads % tensor else tensor)
         width = jnp.dtype(config.compute_dtype).itemsize
         return cls(
-            devices, rows, positions, heads, heads * H, kv_heads * H, width, _is_fused(config, positions, length), packed
+            devices,
+            rows,
+            positions,
+            heads,
+            heads * H,
+            kv_heads * H,
+            width,
+            _is_fused(config, positions, length),
+            packed,
         )
 
     @property

@@ -298,4 +298,3 @@ def bytes_of(tree: Any) -> int:
 def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> int:
     shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     return config.global_batch_size // (config.gradient_accumulation_steps * shards)
-

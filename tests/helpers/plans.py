@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from helpers.training import settings
 from jax.sharding import NamedSharding, PartitionSpec
 
+from helpers.training import settings
 from stellarbyte_jax.config import ByteConfig, DataConfig, MeshConfig, OptimizerConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training.optimizer import make_optimizer
@@ -98,7 +98,11 @@ def _times(text):
     """How often each computation of a program runs, by the known number of turns of loops."""
     calls, name = collections.defaultdict(list), ""
     for line in text.splitlines():
-        if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+)", line)) and not line.startswith("HloModule"):
+        if (
+            line.endswith("{")
+            and (head := re.match(r"(ENTRY )?%?([\w.\-]+)", line))
+            and not line.startswith("HloModule")
+        ):
             name = head[2]
             calls["" if head[1] else None].append((name, 1))
         turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
