@@ -1,4 +1,4 @@
-"""Bytes of attention over rows that a mesh splits by position (``sharding.ring``): held while it runs, and passed on."""
+"""Bytes of attention over rows that a mesh splits by position (``sharding.ring``): held and passed on."""
 
 from dataclasses import dataclass
 
@@ -96,9 +96,9 @@ class Ring:
     def sent(self, forward_passes: int) -> int:
         """What a device passes on in a step.
 
-        Keys and values, with what a mask says of them, go from device to device in each pass, forward and backward. Their
-        gradients, float32 sums, make one hop more, home, for which XLA narrows them to the compute dtype. It does so for
-        the first hop too where they come from a kernel of that dtype and nothing was added to them.
+        Keys and values, with what a mask says of them, go from device to device in each pass, forward and backward.
+        Their gradients, float32 sums, make one hop more, home, for which XLA narrows them to the compute dtype on GPUs.
+        It does so for the first hop too where they come from a kernel of that dtype and nothing was added to them.
 
         Args:
           forward_passes: 1, or 2 where the backward pass computes attention again.
