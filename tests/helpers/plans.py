@@ -1,6 +1,7 @@
 """Runs to plan, their compiled steps on eight devices, and what the programs of these exchange."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from helpers.training import settings
@@ -73,9 +75,26 @@ def _compiled(mesh, model, parts, segments):
         places = shardings(shapes)
         step = jax.jit(step, out_shardings=None if places is None else (places, None), donate_argnums=0)
         options = {"xla_dump_to": dumped, "xla_dump_hlo_pass_re": "spmd", "xla_dump_hlo_as_text": True}
-        program = step.lower(shapes, batch).compile(compiler_options=options)
+        # jax mixes types inside of its attention, backward too.
+        with jax.numpy_dtype_promotion("standard"), _without_cache(run.model.compute_dtype != "float32"):
+            program = step.lower(shapes, batch).compile(compiler_options=options)
         texts = [path.read_text() for path in Path(dumped).glob("*after_spmd-partitioning*")]
         return run, program, texts[-1] if texts else ""
+
+
+@contextlib.contextmanager
+def _without_cache(asked):
+    """A program of the cache is not dumped."""
+    if not asked:
+        yield
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
 
 
 def compiled(mesh, parts=1, segments=False, **model):

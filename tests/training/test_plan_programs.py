@@ -137,6 +137,7 @@ def test_scores_of_a_ring_are_those_of_a_tile():
     assert ring().working == 16384 * 128 * (4 * 4 + 3)  # float32 gradients, copies of three halves in bfloat16
     squares, tile = (4 * 4 * 8 * scores for scores in (4 * 512**2, TILE**2))
     assert ring(packed=True).working - ring().working == squares
+    assert ring(2048, packed=True).working - ring(2048).working == 4 * 4 * 8 * 2 * 512**2, "two squares"
     for refused in ({"attention_logit_softcap": 30.0}, {"sliding_window": 128}, {"attention_implementation": "xla"}):
         assert not ring(**refused).fused
         assert ring(**refused).working - ring().working == tile
