@@ -123,7 +123,7 @@ def _print(planner: Planner, plan: Plan, best: Plan | None, count: int) -> None:
     a = ASSUMED
     console.print(
         f"Weights, optimizer, EMA and router state are exact; the rest is an estimate, times above all: products reach "
-        f"{a.products:.0%} of {short(plan.device.flops)}FLOP/s, memory {a.memory:.0%} of "
+        f"{a.products:.0%} of {short(plan.device.flops)}FLOP/s, attention {a.attention:.0%}, memory {a.memory:.0%} of "
         f"{short(plan.device.bandwidth)}B/s, links {a.links:.0%} of {short(plan.device.nvlink)}B/s (NVLink) and "
         f"{short(plan.device.network)}B/s (network); weights and gradients travel behind {a.hidden:.0%} of products."
     )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.inspect.ring_bytes import Ring
 from stellarbyte_jax.ops.expert_layout import lay_out
 
 _FLOAT32 = 4
@@ -23,7 +24,8 @@ class Cut:
       tensor: heads, channels and the vocabulary; positions between layers.
       context: positions.
       expert: experts; each device gets the tokens of so many.
-      packed: whether rows hold several documents, for which keys and values are repeated for every query head.
+      packed: whether rows hold several documents. For these keys and values are repeated for every query head, but not
+        where positions are cut.
     """
 
     tensor: int = 1
@@ -41,7 +43,7 @@ class Activations:
 
     Attributes:
       kept: by all layers, embedding, final norm and memory, as ``remat`` has it.
-      working: of the layer that computes: what it makes anew, copies of experts' matrices, scores of the ring.
+      working: of the layer that computes: what it makes anew, copies of experts' matrices, blocks of the ring.
       logits: float32 logits and their gradients of a chunk of tokens.
     """
 
@@ -118,6 +120,7 @@ class _Sizes:
       q: channels of all its query heads.
       kv: channels of all its key heads: with fewer heads than devices each has all of them.
       keys: that a query has scores with.
+      ring: of devices that positions are cut over; None where they are not.
     """
 
     cut: Cut
@@ -127,6 +130,7 @@ class _Sizes:
     q: int
     kv: int
     keys: int
+    ring: Ring | None
 
     @classmethod
     def of(cls, config: ByteConfig, rows: int, length: int, cut: Cut) -> "_Sizes":
@@ -135,7 +139,8 @@ class _Sizes:
         kv_heads = config.kv_heads // (1 if config.kv_heads % cut.tensor else cut.tensor)
         stream = rows * here // (1 if here % cut.tensor else cut.tensor)
         H = config.head_size
-        return cls(cut, rows * here, stream, heads, heads * H, kv_heads * H, length)
+        ring = Ring.of(config, rows, length, cut.context, cut.tensor, packed=cut.packed) if cut.context > 1 else None
+        return cls(cut, rows * here, stream, heads, heads * H, kv_heads * H, length, ring)
 
 
 @dataclass(frozen=True)
@@ -188,11 +193,8 @@ def _around_the_mlp(config: ByteConfig, sizes: _Sizes) -> _LayerBytes:
         stream += 2 * D
     inside += (q + kv) * (config.qk_norm + config.xpos_learnable)
     scores = working = 0
-    if sizes.cut.context > 1:
-        inside += q * (_FLOAT32 // c - 1)  # the ring's result is float32
-        half = sizes.tokens // 2
-        # One chunk of queries with one of keys: scores, shares, and the gradients of both.
-        working = 4 * _FLOAT32 * sizes.heads * half * (sizes.keys // sizes.cut.context // 2)
+    if sizes.ring is not None:
+        working = sizes.ring.working
     elif not _is_fused(config):
         scores = sizes.tokens * sizes.heads * sizes.keys * (_FLOAT32 + c)
     elif sizes.cut.packed:

@@ -86,7 +86,7 @@ class Times:
     """Seconds of a step by what they go into; see ``plan_devices.Assumptions``.
 
     Attributes:
-      products: matrix products.
+      products: matrix products, attention's among them.
       memory: activations, logits, weights and the optimizer's state going through the device's memory.
       exchanges: that products do not hide.
     """
@@ -157,14 +157,16 @@ class Plan:
 class Planner:
     """Plans a run for any mesh, parts of its batch, and remat; what these do not change is worked out once."""
 
-    def __init__(self, config: TrainConfig, device: Device):
+    def __init__(self, config: TrainConfig, device: Device, *, packed: bool = True):
         """Works out the shapes of the run's state.
 
         Args:
           config: of the run.
           device: its kind.
+          packed: whether rows may hold several documents, as those of ``data`` do in every arrangement; False: each is
+            one, as in a batch of nothing but tokens.
         """
-        self.config, self.device = config, device
+        self.config, self.device, self.packed = config, device, packed
         self.model = ByteTransformer(config.model)
         self.parameters: ParameterCounts = parameter_counts(self.model)
         self._plain = dataclasses.replace(config.model, remat="none")
@@ -215,10 +217,10 @@ class Planner:
         m, length, parts = config.model, config.data.sequence_length, config.gradient_accumulation_steps
         check_mesh(dict(sizes), m, config.global_batch_size, parts, length)
         rows, state = _rows(config, sizes), self.state_bytes(sizes)
-        kept = activations_of(m, rows, length, _cut(config, sizes))
+        kept = activations_of(m, rows, length, self._cut(sizes))
         uses, _ = partition(param_uses(self.model), trained(self.model))
         weights = of_weights(m, self.placed(sizes).params, uses, sizes)
-        parted = weights.exchanges + of_activations(m, rows, length, sizes)
+        parted = weights.exchanges + of_activations(m, rows, length, sizes, packed=self.packed)
         exchanges = tuple(dataclasses.replace(each, sent=each.sent * parts) for each in parted)
         ahead = 1 + config.data.prefetch
         found = DeviceBytes(
@@ -254,8 +256,10 @@ class Planner:
     ) -> Times:
         m, length, parts = config.model, config.data.sequence_length, config.gradient_accumulation_steps
         devices, tokens = math.prod(sizes.values()), config.global_batch_size * length
-        products = self._flops_done(config) * tokens / devices / (ASSUMED.products * self.device.flops)
-        rows, cut = _rows(config, sizes), _cut(config, sizes)
+        of_weights_, of_attention = self._flops_done(config)
+        products = (of_weights_ / ASSUMED.products + of_attention / ASSUMED.attention) * tokens / devices
+        products /= self.device.flops
+        rows, cut = _rows(config, sizes), self._cut(sizes)
         layers = activations_of(self._plain, rows, length, cut).kept
         passes = ASSUMED.passes + (ASSUMED.passes / 3 if m.remat != "none" else 0)
         logits = tokens / devices * m.padded_vocab_size * _FLOAT32 * ASSUMED.logit_passes
@@ -269,15 +273,18 @@ class Planner:
         open_ = sum(each.seconds(sizes, self.device) for each in exchanges if each.what not in behind)
         return Times(products, memory, open_ + max(0.0, hidden - ASSUMED.hidden * products))
 
-    def _flops_done(self, config: TrainConfig) -> float:
-        """Of a token, with what is computed again."""
-        m, all_ = config.model, self.flops.causal
+    def _flops_done(self, config: TrainConfig) -> tuple[float, float]:
+        """Of a token, with what is computed again: of products with weights, and of attention."""
+        m = config.model
         attention = self.flops.full - self.flops.causal
+        products = self.flops.causal - attention
         if m.remat == "none":
-            return all_
-        if m.remat == "dots":
-            return all_ + attention / 3
-        return all_ + (all_ - 6 * m.padded_vocab_size * m.hidden_size) / 3
+            return products, attention
+        again = products - 6 * m.padded_vocab_size * m.hidden_size if m.remat == "full" else 0
+        return products + again / 3, attention * 4 / 3
+
+    def _cut(self, sizes: Mapping[str, int]) -> Cut:
+        return Cut(sizes["tensor"], sizes["context"], sizes["expert"], packed=self.packed)
 
 
 def bytes_of(tree: Any) -> int:
@@ -291,7 +298,3 @@ def bytes_of(tree: Any) -> int:
 def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> int:
     shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     return config.global_batch_size // (config.gradient_accumulation_steps * shards)
-
-
-def _cut(config: TrainConfig, sizes: Mapping[str, int]) -> Cut:
-    return Cut(sizes["tensor"], sizes["context"], sizes["expert"], packed=config.data.arrangement == "packed")

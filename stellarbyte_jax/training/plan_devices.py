@@ -1,4 +1,12 @@
-"""Devices that a run can be planned for, and what of their peaks a plan counts on."""
+"""Devices that a run can be planned for, and what of their peaks a plan counts on.
+
+Operations and NVLink are those of ``launch.hardware``, which names its sources. Bandwidths of memory are of the same
+pages and sheets: H100 SXM 3.35 TB/s, H200 SXM 4.8 TB/s, A100 80GB SXM 2,039 GB/s. The network is that of the vendor's
+own machines, an adapter for each GPU: DGX H100 and H200 400 Gb/s ("DGX BasePOD Reference Architecture", 2025,
+https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai/latest/), DGX A100
+200 Gb/s ("DGX A100 System User Guide", 2020, https://docs.nvidia.com/dgx/dgxa100-user-guide/). Memory is no figure of a
+data sheet but the whole that nvidia-smi tells of the device, in MiB.
+"""
 
 from dataclasses import dataclass
 
@@ -29,12 +37,6 @@ class Device:
     network: float
 
 
-# Peaks are those of the vendor's data sheets: "NVIDIA H100 Tensor Core GPU" (SXM: 3.35 TB/s, NVLink 900 GB/s both ways
-# together), "NVIDIA H200 Tensor Core GPU" (4.8 TB/s, 900 GB/s), "NVIDIA A100 80GB" (SXM: 2,039 GB/s, 600 GB/s).
-# Memory is what nvidia-smi tells of the whole device: 81,559, 143,771 and 81,920 MiB. The network is that of the
-# vendor's own machines, an adapter for each GPU: "DGX H100" and "DGX H200" 400 Gb/s, "DGX A100" 200 Gb/s.
-
-
 def _device(name: str, bandwidth: float, mebibytes: int, network: float) -> Device:
     peaks = hardware_of(name)
     assert peaks is not None
@@ -54,10 +56,12 @@ class Assumptions:
     """What a plan counts on. All are guesses.
 
     ``products``, ``memory``, ``passes`` and ``logit_passes`` were chosen together, so that configs/pretrain.py on one
-    H100 comes out within a tenth of the speed in benchmarks/train.json; that does not determine any of them alone.
+    H100 comes out near the speed in benchmarks/train.json; that does not determine any of them alone. ``attention`` is
+    what rows of 32,768 tokens reach on an H200, head size 64 (0.38); shorter rows reach less.
 
     Attributes:
-      products: share of the peak that matrix products reach.
+      products: share of the peak that products with weights reach.
+      attention: share that attention reaches, of the operations of a causal mask.
       memory: share of the memory's bandwidth that everything else reaches.
       links: share of a link's bandwidth that collectives reach.
       passes: how often a step reads or writes each byte of activations that it could keep (``remat=none``).
@@ -67,6 +71,7 @@ class Assumptions:
     """
 
     products: float = 0.7
+    attention: float = 0.4
     memory: float = 0.85
     links: float = 0.7
     passes: float = 7.0

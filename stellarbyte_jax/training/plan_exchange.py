@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.activations import expert_rows
+from stellarbyte_jax.inspect.ring_bytes import Ring
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.sharding.rules import entry_axes
 from stellarbyte_jax.training.plan_devices import ASSUMED, DEVICES_OF_A_MACHINE, Device
@@ -55,7 +56,8 @@ class Matrices(NamedTuple):
 
     Attributes:
       exchanges: of one part of an accumulated batch.
-      buffers: whole weights of a layer and of the one that comes next, and the gradients of one, on a device.
+      buffers: whole weights of a layer and of the one that comes next, and the gradients of one, on a device; where
+        layers keep them, those of all.
     """
 
     exchanges: list[Exchange]
@@ -65,6 +67,10 @@ class Matrices(NamedTuple):
 def of_weights(config: ByteConfig, params: Any, uses: Any, sizes: Mapping[str, int]) -> Matrices:
     """Weights that are gathered, and gradients that are summed.
 
+    Weights travel in the compute dtype, as products read them, and so do their gradients; those of the head are summed
+    in float32 (``sharding.cross_entropy``). What is cast behind a gather XLA casts before it on GPUs
+    (``CollectiveQuantizer``).
+
     Args:
       config: of the model.
       params: shapes with shardings of the trained weights, as ``placement.placed`` gives them.
@@ -73,7 +79,7 @@ def of_weights(config: ByteConfig, params: Any, uses: Any, sizes: Mapping[str, i
     """
     c = jnp.dtype(config.compute_dtype).itemsize
     sent: dict[tuple[str, str, str], float] = {}
-    layer, outside = 0, 0
+    layer, outside, kept = 0, 0, 0
 
     def add(kind: str, axes: list[str], what: str, size: float, times: int = 1) -> None:
         n = math.prod(sizes[axis] for axis in axes)
@@ -88,23 +94,38 @@ def of_weights(config: ByteConfig, params: Any, uses: Any, sizes: Mapping[str, i
         here = math.prod(shape.sharding.shard_shape(shape.shape))
         entries = dict(zip(use.axes, shape.sharding.spec, strict=False))
         cut = [axis for axis in ("fsdp", "expert") if axis in entry_axes(entries.get("embed"))]
-        used = c if use.is_matrix and not use.float32 else _FLOAT32
         n = math.prod(sizes[axis] for axis in cut)
+        is_head = "vocab" in use.axes and not use.lookup
+        used = c if (use.is_matrix and not use.float32) or use.lookup else _FLOAT32
         whole = here * n * used
-        add("all-gather", cut, "weights", whole, 1 if use.lookup or "vocab" in use.axes else 2)
-        add("reduce-scatter", cut, "gradients", whole)
+        in_layers = use.axes[0] == "layers"
+        # With remat=none what a layer keeps of a narrower copy is the gathered one; experts are gathered elsewhere.
+        is_kept = config.remat == "none" and in_layers and used < _FLOAT32 and "experts" not in use.axes
+        add("all-gather", cut, "weights", whole, 1 if use.lookup or is_head or is_kept else 2)
+        mixed = [axis for axis in _AXES if sizes[axis] > 1 and axis != "tensor"]  # along which tokens differ
+        head_slope = here * n * _FLOAT32 if is_head or (use.lookup and config.tie_word_embeddings) else 0
+        slope = 0 if is_head else whole
+        if use.lookup and mixed != cut:
+            # Summed once over all tokens, then cut: no collective does both where other axes have tokens too.
+            add("all-reduce", mixed, "gradients", slope, 2)
+            slope = 0
         own = {axis for entry in shape.sharding.spec for axis in entry_axes(entry)}
-        summed = [axis for axis in _AXES if sizes[axis] > 1 and axis not in own and axis != "tensor"]
-        add("all-reduce", summed, "gradients", whole / n, 2)
-        if cut and use.axes[0] == "layers":
+        summed = [axis for axis in mixed if axis not in own]
+        add("reduce-scatter", cut, "gradients", slope + head_slope)
+        add("all-reduce", summed, "gradients", (slope + head_slope) / n, 2)
+        if cut and is_kept:
+            kept += whole
+        elif cut and in_layers:
             layer += whole // shape.shape[0]
         elif cut:
-            outside += whole
-    return Matrices([Exchange(*key, round(size)) for key, size in sent.items()], max(3 * layer, 2 * outside))
+            outside += whole + max(slope, whole if use.lookup else 0) + head_slope
+    return Matrices([Exchange(*key, round(size)) for key, size in sent.items()], kept + max(3 * layer, outside))
 
 
-def of_activations(config: ByteConfig, rows: int, length: int, sizes: Mapping[str, int]) -> list[Exchange]:
-    """Activations of one part of an accumulated batch, of so many rows on a device."""
+def of_activations(
+    config: ByteConfig, rows: int, length: int, sizes: Mapping[str, int], *, packed: bool = True
+) -> list[Exchange]:
+    """Activations of one part of an accumulated batch, of so many rows on a device, ``packed`` or one document each."""
     c, D = jnp.dtype(config.compute_dtype).itemsize, config.hidden_size
     t, x, e = sizes["tensor"], sizes["context"], sizes["expert"]
     tokens = rows * (length // x)
@@ -121,9 +142,8 @@ def of_activations(config: ByteConfig, rows: int, length: int, sizes: Mapping[st
         found.append(Exchange("all-gather", "tensor", "activations", round(gathered * stream)))
         found.append(Exchange("reduce-scatter", "tensor", "activations", round(summed * stream)))
     if x > 1:
-        kv = config.kv_heads // (1 if config.kv_heads % t else t) * config.head_size
-        once = 2 * tokens * kv * ((x - 1) * c * (2 + again) + x * _FLOAT32)
-        found.append(Exchange("collective-permute", "context", "keys and values", L * once))
+        ring = Ring.of(config, rows, length, x, t, packed=packed)
+        found.append(Exchange("collective-permute", "context", "keys and values", L * ring.sent(1 + again)))
     if e > 1 and experts and config.moe.dispatch == "capacity":
         slots = expert_rows(config, tokens).rows * D * c * (e - 1) / e
         found.append(Exchange("all-to-all", "expert", "tokens", round(experts * slots * (4 + 2 * again))))
