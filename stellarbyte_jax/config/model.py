@@ -102,7 +102,8 @@ class ByteConfig(Section):
       compute_dtype: type of activations and matrix products; weights, norms, softmax and loss stay float32
       attention_implementation: auto takes the fastest that supports the settings and says which; a named one is
         taken or refused
-      remat: what the backward pass computes again; full: least memory, about a third more time
+      remat: what the backward pass makes again; weights: those that devices gather; dots: also what is no product of
+        rows with weights; full: all, least memory, about a third more time
       scan_unroll: layers in one step of the loop over layers; none: all; faster steps on small models, longer
         compilation
       cache: key/value cache of generation
@@ -158,7 +159,7 @@ class ByteConfig(Section):
 
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention_implementation: AttentionImplementation = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "weights", "dots", "full"] = "none"
     scan_unroll: PositiveInt | None = 1
     cache: CacheConfig = field(default_factory=CacheConfig)
 

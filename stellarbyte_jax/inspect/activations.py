@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.ring_bytes import Ring
-from stellarbyte_jax.ops.expert_layout import lay_out
+from stellarbyte_jax.ops.expert_layout import block_rows, blocks_of_share, lay_out
 
 _FLOAT32 = 4
 _LOSS_CHUNK = 4096  # tokens whose logits exist at once, the default of ops.cross_entropy
@@ -72,6 +72,7 @@ def activations_of(config: ByteConfig, rows: int, length: int, cut: Cut = WHOLE)
       are parallel), queries, keys, values, attention's result and its normaliser, gate, up and their product. Besides
       ``c (N H + K H)`` each for norms of queries and keys and for learned XPos rates, ``2 c D`` for LayerScale, ``c F``
       for what is no plain SwiGLU, and ``N (4 + c)`` a key where no fused kernel computes attention.
+    - ``weights``: the same; what it does not keep are gathered weights.
     - ``dots``: ``L c (2 D + N H + 2 K H + 2 F)``: each layer's input and what the backward pass needs of the results of
       products: ``D`` less where branches are parallel, ``D`` more with deepnorm.
     - ``full``: ``L c D``: each layer's input. The last two make one layer's own activations anew, as of ``none``.
@@ -79,7 +80,9 @@ def activations_of(config: ByteConfig, rows: int, length: int, cut: Cut = WHOLE)
     A layer with E experts has S rows for all tokens, see :func:`expert_rows`. In place of ``3 F`` it keeps
     ``c S (2 D + 3 F)``, what goes into experts and comes out among it, ``3 F`` of the shared experts, and of the router
     ``4 (D + 2 E)``; with ``dots``, in place of ``2 F``, that of the shared experts and ``4 E``. A context gate keeps
-    its features and layers besides. One layer at a time has the matrices of each block of rows, and their gradients.
+    its features and layers besides. One layer at a time has the matrices of each block of rows, and their
+    gradients; layers that are no loop keep these copies. Devices that share the experts of a dropless layer keep the
+    tokens of all of them.
 
     Besides ``2 c D`` for embedding and final norm, and float32 logits and their gradients, ``8 V`` for each of at most
     4096 tokens. Each of a memory's M slots of a row counts as a token's input, keys and values.
@@ -99,10 +102,12 @@ def activations_of(config: ByteConfig, rows: int, length: int, cut: Cut = WHOLE)
     dense = _dense_layer(config, sizes)
     with_experts = _layer_with_experts(config, sizes) if config.moe_layers else dense
     layers = [with_experts if spec.moe else dense for spec in config.layer_specs]
-    again = [layer.working + (0 if config.remat == "none" else layer.none) for layer in layers]
+    again = [layer.working + (0 if config.remat in ("none", "weights") else layer.none) for layer in layers]
     memory = rows * sum(spec.memory_slots for spec in config.layer_specs) * c * (D + 2 * kv)
     return Activations(
-        kept=sum(getattr(layer, config.remat) for layer in layers) + sizes.stream * 2 * c * D + memory,
+        kept=sum(getattr(layer, "none" if config.remat == "weights" else config.remat) for layer in layers)
+        + sizes.stream * 2 * c * D
+        + memory,
         working=max(again),
         logits=min(_LOSS_CHUNK, sizes.tokens) * 2 * _FLOAT32 * V,
     )
@@ -180,7 +185,12 @@ def _layer_with_experts(config: ByteConfig, sizes: _Sizes) -> _LayerBytes:
         features = D + C + max(1, C // 2) + (D if m.history_decay else 0)
         none += sizes.stream * _FLOAT32 * (3 * features + 5 * inner + C)
         dots += sizes.stream * _FLOAT32 * (features + 3 * inner + C)
+    if cut.expert > 1 and m.dispatch == "dropless":
+        none += c * D * sizes.tokens * cut.expert
     copies = 2 * c * sent.gathered * 2 * D * F
+    if config.scan_unroll is None and config.remat in ("none", "weights"):  # XLA makes one copy for both passes
+        none += c * sent.gathered * 3 * D * F
+        copies //= 2
     return _LayerBytes(around.none + none, around.dots + dots, around.full, around.working + copies)
 
 
@@ -226,13 +236,17 @@ class ExpertRows(NamedTuple):
 def expert_rows(config: ByteConfig, tokens: int, devices: int = 1) -> ExpertRows:
     """Rows of the experts in a training step, as they are laid out for so many tokens of each device.
 
-    Without a capacity each of the devices that share the experts has room for all pairs of their tokens, as if all
-    went to its own experts.
+    Without a capacity each of the devices that share the experts computes all pairs of their tokens that are its own:
+    a share where the loads are even, and as many such shares one after another as it gets.
     """
     m = config.moe
     if m.dispatch == "capacity":
         return ExpertRows(m.num_experts * m.slots(tokens), 0)
     experts_NK = jax.ShapeDtypeStruct((tokens * devices, m.num_experts_per_tok), jnp.int32)
-    layout = jax.eval_shape(lambda experts_NK: lay_out(experts_NK, m.num_experts // devices), experts_NK)
+    each = block_rows(*experts_NK.shape, m.num_experts)
+    layout = jax.eval_shape(lambda experts_NK: lay_out(experts_NK, m.num_experts // devices, each), experts_NK)
     blocks = layout.groups.experts_G
-    return ExpertRows(layout.pairs_S.shape[0], 0 if blocks is None else blocks.shape[0])
+    if blocks is None:
+        return ExpertRows(layout.pairs_S.shape[0], 0)
+    share = blocks_of_share(layout, devices) or blocks.shape[0]
+    return ExpertRows(share * each, share)

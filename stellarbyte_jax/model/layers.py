@@ -62,10 +62,10 @@ class Told(NamedTuple):
     aux: Aux
 
 
-# What the backward pass has of the forward pass. What was gathered from other devices is gathered again: kept, weights
-# would be whole on every device.
+# What the backward pass has of the forward pass, besides all of it. Where weights that were gathered from other devices
+# are kept, those of all layers are whole on every device.
 _POLICIES = {
-    "none": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "all_gather"),
+    "weights": lambda primitive, *_, **__: primitive.name not in ("sharding_constraint", "all_gather"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,
 }
@@ -250,7 +250,7 @@ def run_group(
             carried = jax.tree.map(lambda *xs: jnp.stack(xs), *after) if after else None
             return (x_BTD, None if caches is None else tuple(caches)), Told(tuple(inputs), carried, aux)
 
-        if config.remat == "none" and current_mesh() is None:
+        if config.remat == "none" or (config.remat == "weights" and current_mesh() is None):
             return body
         return jax.checkpoint(body, policy=_POLICIES[config.remat], prevent_cse=False)
 

@@ -3,6 +3,7 @@
 B batch, T positions, N = B T tokens, D model, E experts, K choices a token.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.config import ByteConfig, MoEConfig
 from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.gates import GATES, Seen
 from stellarbyte_jax.model.params import linear, materialise, param
 from stellarbyte_jax.model.state.router import TRACKED, TWIN, TWIN_STEPS, first_values, hidden_twins
 from stellarbyte_jax.ops.balance import Routed
 from stellarbyte_jax.ops.routing import Choices, choose_experts, score_experts
+from stellarbyte_jax.sharding.experts import by_token
 
 _LEAST_TEMPERATURE = 0.3  # the original's
 
@@ -63,6 +65,22 @@ class Tracked(nn.Module):
         return jax.lax.stop_gradient(materialise(param(self, name, init, axes, float32=True, tracked=True), "float32"))
 
 
+def _chosen(config: MoEConfig, tokens: tuple[Array, Array, Array | None], bias_E: Array) -> Choices:
+    scores_NE, mask_N, hidden_NE = tokens
+    return choose_experts(
+        scores_NE,
+        config.num_experts_per_tok,
+        bias_E=bias_E,
+        mask_N=mask_N,
+        hidden_NE=hidden_NE,
+        groups=config.n_group,
+        kept_groups=config.topk_group,
+        threshold=config.dynamic_k,
+        normalize=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
+
+
 class Router(nn.Module):
     """The router of ``config.moe``. All of it is float32, whatever the compute dtype.
 
@@ -91,18 +109,9 @@ class Router(nn.Module):
             clean_NE, logits_NE = (jnp.where(hidden_NE, -jnp.inf, x) for x in (clean_NE, logits_NE))
         scores_NE = score_experts(logits_NE, c.scoring_func)
         mask_N = ctx.tokens.reshape(-1)
-        choices = choose_experts(
-            scores_NE,
-            c.num_experts_per_tok,
-            bias_E=tracked["bias"],
-            mask_N=mask_N,
-            hidden_NE=hidden_NE,
-            groups=c.n_group,
-            kept_groups=c.topk_group,
-            threshold=c.dynamic_k,
-            normalize=c.norm_topk_prob,
-            scale=c.routed_scaling_factor,
-        )
+        bias_E = jax.lax.stop_gradient(tracked["bias"])
+        tokens = (scores_NE, mask_N, hidden_NE)
+        choices = by_token(partial(_chosen, c), x_BTD.shape[:2], tokens, bias_E)
         routed = Routed(clean_NE, scores_NE, choices.experts_NK, mask_N, x_BTD.shape[0])
         return Decision(choices, routed, temperature, tracked["utilization"], history_BD)
 

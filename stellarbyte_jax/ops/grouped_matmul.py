@@ -72,7 +72,8 @@ def _forward(x_GMD: Array, w_EDF: Array, experts_G: Array | None) -> tuple[Array
 
 
 def _backward(kept: tuple[Array, Array, Array | None], dy_GMF: Array) -> tuple[Array, Array, None]:
-    # The gathered matrices are gathered again: kept, they would take more memory than all weights.
+    # The gathered matrices are gathered again: kept, they would take more memory than all weights. Where layers are no
+    # loop and are not computed again, XLA sees that both gathers are the same, and keeps them for the sake of speed.
     x_GMD, w_EDF, experts_G = kept
     dx_GMD = jnp.einsum("gmf,gdf->gmd", dy_GMF, _of_blocks(w_EDF, experts_G))
     dw_GDF = jnp.einsum("gmd,gmf->gdf", x_GMD, dy_GMF)

@@ -130,6 +130,33 @@ def on_devices(
     return Made(*run(x_BTD, tokens, shared, list(weights)))
 
 
+def by_token(function: Callable[[Any, Any], Any], rows: tuple[int, int], tokens: Any, shared: Any) -> Any:
+    """``function(tokens, shared)``, each device for its own tokens: for a top-k the compiler would gather all of them.
+
+    Args:
+      function: of trees; what it makes of a token does not depend on others.
+      rows: B and T.
+      tokens: tree of arrays [B T, ...].
+      shared: tree of arrays that have no gradient.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(tokens, shared)
+    between = spec_of(("batch", "stream"), rows, mesh)
+
+    def in_rows(tree: Any, rows: tuple[int, ...]) -> Any:
+        return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), tree)
+
+    def flat(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+    def local(tokens: Any, shared: Any) -> Any:
+        return in_rows(function(flat(tokens), shared), jax.tree.leaves(tokens)[0].shape[:2])
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(between, PartitionSpec()), out_specs=between, check_vma=False)
+    return flat(run(in_rows(tokens, rows), shared))
+
+
 def _with_width(weight: Array, spec: PartitionSpec, names: tuple[str, ...]) -> Array:
     at = names.index("embed")
     cut = entry_axes(spec[at])

@@ -213,6 +213,8 @@ def _gather(weight: Array, axes: tuple[str, ...]) -> Array:
 
 def _whole(weight: Array, axes: tuple[str, ...]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
+    # Said of the cast weight too, or the compiler keeps that one gathered for the backward pass.
+    weight = jax.lax.with_sharding_constraint(weight, spec_of(axes, weight.shape, mesh))
     return jax.lax.with_sharding_constraint(weight, spec_of(axes, weight.shape, mesh, _IN_USE))
 
 

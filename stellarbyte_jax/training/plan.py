@@ -261,7 +261,7 @@ class Planner:
         products /= self.device.flops
         rows, cut = _rows(config, sizes), self._cut(sizes)
         layers = activations_of(self._plain, rows, length, cut).kept
-        passes = ASSUMED.passes + (ASSUMED.passes / 3 if m.remat != "none" else 0)
+        passes = ASSUMED.passes + (ASSUMED.passes / 3 if m.remat in ("dots", "full") else 0)
         logits = tokens / devices * m.padded_vocab_size * _FLOAT32 * ASSUMED.logit_passes
         # A step reads and writes weights, optimizer and average, and reads gradients; each part reads the weights.
         moved = 2 * (held.weights + held.optimizer + held.ema) + held.gradients + parts * 3 * held.weights
@@ -278,7 +278,7 @@ class Planner:
         m = config.model
         attention = self.flops.full - self.flops.causal
         products = self.flops.causal - attention
-        if m.remat == "none":
+        if m.remat in ("none", "weights"):
             return products, attention
         again = products - 6 * m.padded_vocab_size * m.hidden_size if m.remat == "full" else 0
         return products + again / 3, attention * 4 / 3

@@ -99,8 +99,7 @@ def of_weights(config: ByteConfig, params: Any, uses: Any, sizes: Mapping[str, i
         used = c if (use.is_matrix and not use.float32) or use.lookup else _FLOAT32
         whole = here * n * used
         in_layers = use.axes[0] == "layers"
-        # With remat=none what a layer keeps of a narrower copy is the gathered one; experts are gathered elsewhere.
-        is_kept = config.remat == "none" and in_layers and used < _FLOAT32 and "experts" not in use.axes
+        is_kept = config.remat == "none" and in_layers
         add("all-gather", cut, "weights", whole, 1 if use.lookup or is_head or is_kept else 2)
         mixed = [axis for axis in _AXES if sizes[axis] > 1 and axis != "tensor"]  # along which tokens differ
         head_slope = here * n * _FLOAT32 if is_head or (use.lookup and config.tie_word_embeddings) else 0
@@ -130,7 +129,7 @@ def of_activations(
     t, x, e = sizes["tensor"], sizes["context"], sizes["expert"]
     tokens = rows * (length // x)
     L, experts = config.num_hidden_layers, len(config.moe_layers)
-    again, all_again = config.remat != "none", config.remat == "full"
+    again, all_again = config.remat in ("dots", "full"), config.remat == "full"
     found = []
     if t > 1:
         branches = 1 if config.parallel_residual else 2
@@ -148,9 +147,11 @@ def of_activations(
         slots = expert_rows(config, tokens).rows * D * c * (e - 1) / e
         found.append(Exchange("all-to-all", "expert", "tokens", round(experts * slots * (4 + 2 * again))))
     elif e > 1 and experts:
-        others = tokens * D * c * (e - 1)
-        found.append(Exchange("all-gather", "expert", "tokens", experts * others * (2 + all_again)))
-        found.append(Exchange("reduce-scatter", "expert", "tokens", experts * others * 2))
+        # With each token its experts and their weights, which have a gradient.
+        others, choices = tokens * D * c * (e - 1), tokens * config.moe.num_experts_per_tok * (e - 1)
+        gathered = others * (2 + all_again) + choices * 2 * _FLOAT32 * (1 + all_again)
+        found.append(Exchange("all-gather", "expert", "tokens", experts * gathered))
+        found.append(Exchange("reduce-scatter", "expert", "tokens", experts * (others * 2 + choices * _FLOAT32)))
     return found
 
 

@@ -127,7 +127,7 @@ def ways(kind: str, n: int, g: int) -> list[tuple[float, float]]:
 def calls(exchange: Exchange, plan: Plan) -> int:
     """How often a collective is called in a step, if XLA joins all weights of a layer into one; counted by hand."""
     m, parts = plan.config.model, plan.config.gradient_accumulation_steps
-    L, again, all_again = m.num_hidden_layers, m.remat != "none", m.remat == "full"
+    L, again, all_again = m.num_hidden_layers, m.remat in ("dots", "full"), m.remat == "full"
     branches, experts = 1 if m.parallel_residual else 2, len(m.moe_layers)
     gathers = exchange.kind == "all-gather"
     if exchange.what == "tokens" and exchange.kind == "all-to-all":

@@ -9,7 +9,7 @@ from stellarbyte_jax.config.mesh import MeshConfig, check_mesh
 from stellarbyte_jax.inspect.numbers import of_bytes
 from stellarbyte_jax.training.plan import Plan, Planner
 
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "weights", "dots", "full")
 MOST_DEVICES = 4096
 
 

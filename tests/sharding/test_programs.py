@@ -25,7 +25,7 @@ def eight_devices(monkeypatch):
     monkeypatch.setattr(placement, "devices", jax.devices)
 
 
-def compiled(mesh, **model):
+def compiled(mesh, dtype="float32", **model):
     """The training step, and the shapes of its state."""
     config = ByteConfig(
         vocab_size=64,
@@ -34,7 +34,7 @@ def compiled(mesh, **model):
         num_attention_heads=8,
         intermediate_size=F,
         max_position_embeddings=64,
-        compute_dtype="float32",
+        compute_dtype=dtype,
         **model,
     )
     run = settings(model=config, global_batch_size=ROWS, mesh=MeshConfig(**mesh))
@@ -63,7 +63,19 @@ def weights_of(shapes):
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_gathered_once_or_again_in_the_backward_pass(dtype):
+    """Whatever they are cast to."""
+    found = {}
+    for remat in ("none", "weights", "dots"):
+        with jax.numpy_dtype_promotion("standard"):  # jax mixes types inside of its attention, backward too
+            program, _ = compiled({"fsdp": 8}, remat=remat, scan_unroll=None, dtype=dtype)
+        sizes = exchanged(program)["all-gather"]
+        found[remat] = sizes.count(D * 2 * F), sizes.count(D * F)
+    assert found == {"none": (L, L), "weights": (2 * L, 2 * L), "dots": (2 * L, 2 * L)}
+
+
+@pytest.mark.parametrize("remat", ["weights", "full"])
 def test_weights_that_are_kept_in_parts_are_whole_one_layer_at_a_time(remat):
     program, shapes = compiled({"fsdp": 8}, remat=remat)
     weights = weights_of(shapes)

@@ -16,7 +16,7 @@ from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, shardin
 from stellarbyte_jax.training.plan import Planner
 from stellarbyte_jax.training.plan_devices import device_of
 from stellarbyte_jax.training.plan_exchange import Exchange, within_machine
-from stellarbyte_jax.training.plan_search import search
+from stellarbyte_jax.training.plan_search import REMATS, search
 from stellarbyte_jax.training.plan_search import settings as words
 from stellarbyte_jax.training.state import create_state, state_shapes
 
@@ -101,7 +101,7 @@ def test_every_plan_that_fits_is_slower_than_the_suggestion():
         if math.prod(sizes) != 8:
             continue
         for parts in (1, 2, 4, 8, 16, 32, 64):
-            for remat in ("none", "dots", "full"):
+            for remat in REMATS:
                 mesh = dict(zip(MeshConfig.names(), sizes, strict=True))
                 if 64 % (parts * mesh["data"] * mesh["fsdp"]) == 0:
                     plans.append(planner.plan(mesh, parts=parts, remat=remat))

@@ -66,6 +66,7 @@ def test_more_parts_hold_fewer_activations_and_gradients_twice():
         ({"tensor": 8}, "full"),
         ({"data": 2, "fsdp": 4}, "full"),
         ({"data": 2, "expert": 4}, "none"),
+        ({"data": 2, "expert": 4}, "full"),
     ],
     ids=str,
 )
@@ -75,7 +76,7 @@ def test_exchanges_are_those_of_the_program(mesh, remat):
     run, program, _ = compiled(mesh, remat=remat, **more)
     theirs, ours = volumes(program.as_text()), planned_volumes(plan_of(run))
     for name in ("gathered", "summed"):
-        assert ours[name] == pytest.approx(theirs[name], rel=0.06 if "expert" in mesh else 0.01)
+        assert ours[name] == pytest.approx(theirs[name], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,7 @@ def test_exchanges_are_those_of_the_program(mesh, remat):
     [
         ({"fsdp": 8}, {}),
         ({"data": 2, "fsdp": 4}, {"remat": "full"}),
+        ({"data": 2, "fsdp": 4}, {"remat": "weights"}),
         ({"data": 2, "fsdp": 4}, {"tie_word_embeddings": True}),
     ],
     ids=str,
