@@ -1,4 +1,7 @@
-"""Starting up: the compile cache, a line about the environment, and signals."""
+"""Starting up: the compile cache, a line about the environment, and signals.
+
+jax is imported where it is used: the doctor is to say why it cannot be, and comes through this file.
+"""
 
 import contextlib
 import fcntl
@@ -14,8 +17,6 @@ from pathlib import Path
 from types import CoroutineType, FrameType
 from typing import Self
 
-import jax
-
 from stellarbyte_jax.command import remedy
 from stellarbyte_jax.interrupts import KeepingInterrupts
 
@@ -28,6 +29,8 @@ class CompileCache:
 
     def __init__(self) -> None:
         """Switches the cache on and starts counting what it lacks."""
+        import jax
+
         self.misses = 0
         self.compile_seconds = 0.0
         if not jax.config.values.get("jax_compilation_cache_dir"):
@@ -78,6 +81,8 @@ def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:
 
 def environment_facts() -> dict[str, str | int]:
     """What a run stands on: versions, cores and devices, by name."""
+    import jax
+
     devices = jax.devices()
     return {
         "jax": jax.__version__,
@@ -91,6 +96,8 @@ def environment_facts() -> dict[str, str | int]:
 
 def environment() -> str:
     """One line on what the run stands on."""
+    import jax
+
     devices = jax.devices()
     count = f"{len(devices)} x " if len(devices) > 1 else ""
     return (
