@@ -72,7 +72,7 @@ def test_any_command_says_it(monkeypatch, capsys):
     """Where the first array is made; the error is jax's own, and its frames are left out."""
 
     def fail():
-        assert False  # noqa: B011, PT015
+        assert False  # noqa: B011
 
     exec(compile("def first_array(): assert devices() is not None", "jax", "exec"), told := {"__name__": "jax._src.x"})
     told["devices"] = lambda: None

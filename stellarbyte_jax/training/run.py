@@ -27,7 +27,7 @@ from stellarbyte_jax.training.directory import RunDirectory
 from stellarbyte_jax.training.loads import LoadFile
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.training.placement import devices, mesh_of, on_mesh, placed, replicated, shardings
+from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, replicated, shardings
 from stellarbyte_jax.training.rebalance import Moves, compiled_rebalance, rebalances, tell
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sampler
@@ -99,7 +99,6 @@ def _train(config: TrainConfig) -> Finished:
     began = time.perf_counter()
     script.refuse_worker()
     quiet_libraries()
-    devices()  # what JAX cannot start ends the run before anything else of it
     found = begin.find_tokenizer(begin.complete(config))
     config = found.used
     begin.check_same(config)

@@ -123,9 +123,7 @@ def _gently(settings: Mapping[str, str] = _GENTLE) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _devices(
-    config: TrainConfig, found: gpus.Gpus, machines: int, tell: Callable[[str], None]
-) -> Iterator[Finding]:
+def _devices(config: TrainConfig, found: gpus.Gpus, machines: int, tell: Callable[[str], None]) -> Iterator[Finding]:
     from stellarbyte_jax.launch.doctor.devices import start_and_measure  # with jax
 
     yield from start_and_measure(config, found, machines, tell)

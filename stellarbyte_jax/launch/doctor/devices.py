@@ -1,4 +1,4 @@
-"""The devices that JAX starts: whether it does, whether the run's mesh suits them and the run, and how fast they are."""
+"""The devices that JAX starts: whether it does, whether the run's mesh suits them, and how fast they are."""
 
 from collections.abc import Callable, Iterator
 
