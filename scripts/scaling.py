@@ -21,8 +21,7 @@ from stellarbyte_jax.cli.mesh_speed import LARGE, ROWS
 from stellarbyte_jax.cli.parser import Parser
 from stellarbyte_jax.cli.program import local_path
 from stellarbyte_jax.command import command, imports
-from stellarbyte_jax.config import ConfigError, TrainConfig, load
-from stellarbyte_jax.config.mesh import MeshConfig
+from stellarbyte_jax.config import ConfigError, MeshConfig, TrainConfig, load
 
 with imports():
     import jax

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ParamSpec
 
+from stellarbyte_jax.backend import failed_start
 from stellarbyte_jax.config import ConfigError
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.interrupts import imports, keep_interrupts
@@ -67,6 +68,12 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
         except MENDABLE as error:
             print_error(error)
             return 2 if isinstance(error, ConfigError) else 1
+        except (RuntimeError, AssertionError) as error:
+            problem = failed_start(error)
+            if problem is None:
+                raise
+            print_error(MendableError(": ".join(problem)))
+            return 1
 
     return guarded
 

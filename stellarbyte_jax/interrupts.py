@@ -4,17 +4,38 @@ import _thread
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+from stellarbyte_jax.backend import import_problem
 
 _POLL_SECONDS = 0.001
 
 
 @contextmanager
-def imports():
+def imports() -> Iterator[None]:
     """Ctrl-C inside ends the program without a word: imports take seconds, and would show where they were.
 
-    Does nothing where Ctrl-C is ignored or handled already, nor in another thread than the main one.
+    So it does where jax cannot be imported, after a line that says why. Ctrl-C does what it did where it is ignored or
+    handled already, and in another thread than the main one.
     """
+    with _importable(), _interruptible():
+        yield
+
+
+@contextmanager
+def _importable() -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, RuntimeError, ValueError) as error:
+        problem = import_problem(error)
+        if problem is None:
+            raise
+        sys.exit(f"error: {problem[0]}: {problem[1]}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return

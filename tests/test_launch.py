@@ -110,6 +110,45 @@ def test_the_first_signal_is_a_flag(number, capfd):
     assert f"{signal.Signals(number).name}: saving a checkpoint after this step" in capfd.readouterr().out
 
 
+IN_XLA = """
+import hashlib, os, sys
+from stellarbyte_jax.launch import Interrupt
+if sys.argv[1] == "fork":
+    interrupt = Interrupt()
+    interrupt.__enter__()
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), 15)
+            os._exit(0)
+        os.waitpid(child, 0)
+    print("there", flush=True)
+    os._exit(0)
+with Interrupt():
+    print("there", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # runs no Python, as a collective that never ends
+"""
+
+
+def test_a_second_signal_ends_a_process_that_runs_no_python():
+    process = subprocess.Popen([sys.executable, "-c", IN_XLA, ""], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_signals_of_children_are_not_counted():
+    done = subprocess.run([sys.executable, "-c", IN_XLA, "fork"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.endswith("there\n"), done.stderr
+
+
 def test_a_run_under_nohup_outlives_its_terminal():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -25,18 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     config = load(options.config, options.set, inherit)
     with imports():
-        try:
-            from stellarbyte_jax.launch import CompileCache, quiet_libraries
-            from stellarbyte_jax.launch.doctor import Peers, examine
-        except RuntimeError as error:  # jax, where jaxlib is not its own
-            raise MendableError(f"jax cannot be imported: {error}; pip install -U jax jaxlib") from error
+        from stellarbyte_jax.launch import quiet_libraries
+        from stellarbyte_jax.launch.doctor import Peers, examine
     peers = None
     if options.coordinator is not None:
         peers = Peers.parse(options.coordinator, options.processes, options.process, options.wait)
     elif options.processes is not None or options.process is not None:
         raise MendableError("--processes and --process need --coordinator HOST:PORT: give it too")
     quiet_libraries()
-    CompileCache()
     findings = list(examine(config, peers, lambda text: print(f"... {text}", file=sys.stderr, flush=True)))
     code = int(any(each.level == "fault" for each in findings))
     if options.json:

@@ -22,7 +22,7 @@ with imports():
     from stellarbyte_jax.training.plan import Plan, Planner
     from stellarbyte_jax.training.plan_devices import ASSUMED, KINDS, device_of
     from stellarbyte_jax.training.plan_exchange import within_machine
-    from stellarbyte_jax.training.plan_search import MOST_DEVICES, advice, search, settings
+    from stellarbyte_jax.training.plan_search import MOST_DEVICES, advice, search, settings, would_do
 
 _TAKEN = 0.75  # of a GPU's memory by jax, where nothing else is said (jax's page "GPU memory allocation")
 _WIDTH = 120  # of tables where no terminal says how wide it is
@@ -46,10 +46,8 @@ def print_plan(config: TrainConfig, options: argparse.Namespace) -> int:
     try:
         plan = planner.plan(config.mesh.sizes(count))
     except ConfigError as error:
-        best = search(planner, count).best
-        if best is None:
-            raise
-        raise ConfigError(f"{error}; of {count} devices, --set {settings(best)} would do") from None
+        known = would_do(planner, count)
+        raise ConfigError(str(error) if known is None else f"{error}; {known}") from None
     found = search(planner, count)
     best = found.best
     if options.json:

@@ -1,4 +1,7 @@
-"""Starting up: the compile cache, a line about the environment, and signals."""
+"""Starting up: the compile cache, a line about the environment, and signals.
+
+jax is imported where it is used: the doctor is to say why it cannot be, and comes through this file.
+"""
 
 import contextlib
 import fcntl
@@ -14,10 +17,9 @@ from pathlib import Path
 from types import CoroutineType, FrameType
 from typing import Self
 
-import jax
-
 from stellarbyte_jax.command import remedy
 from stellarbyte_jax.interrupts import KeepingInterrupts
+from stellarbyte_jax.launch.signals import NUMBERS, LeaveAt
 
 
 class CompileCache:
@@ -28,6 +30,8 @@ class CompileCache:
 
     def __init__(self) -> None:
         """Switches the cache on and starts counting what it lacks."""
+        import jax
+
         self.misses = 0
         self.compile_seconds = 0.0
         if not jax.config.values.get("jax_compilation_cache_dir"):
@@ -78,6 +82,8 @@ def _without_abandoned_reads(failure: "sys.UnraisableHookArgs") -> None:
 
 def environment_facts() -> dict[str, str | int]:
     """What a run stands on: versions, cores and devices, by name."""
+    import jax
+
     devices = jax.devices()
     return {
         "jax": jax.__version__,
@@ -91,6 +97,8 @@ def environment_facts() -> dict[str, str | int]:
 
 def environment() -> str:
     """One line on what the run stands on."""
+    import jax
+
     devices = jax.devices()
     count = f"{len(devices)} x " if len(devices) > 1 else ""
     return (
@@ -115,6 +123,7 @@ class Interrupt:
     def __init__(self) -> None:
         """Installs nothing yet: use it as a context manager."""
         self._previous: dict[int, object] = {}
+        self._second = LeaveAt(2, self._leave)
         self.received: int | None = None
 
     @property
@@ -136,12 +145,15 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is not None:
-            os._exit(128 + number)
+        if self.received is not None:  # the second one is not left to this thread, which may be outside of Python
+            return
         self.received = number
         name = signal.Signals(number).name
         text = f"\n{name}: saving a checkpoint after this step, then leaving; a second signal leaves at once\n"
         self._told(text)
+
+    def _leave(self, number: int) -> None:
+        os._exit(128 + number)
 
     def _told(self, text: str) -> None:
         os.write(1, text.encode())  # print would fail where the signal came in the middle of another print
@@ -150,14 +162,16 @@ class Interrupt:
         """Installs the handlers."""
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in NUMBERS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: the run is to outlive its terminal
             self._previous[number] = signal.signal(number, self._handle)
+        self._second.start(self._previous)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Puts the earlier handlers back."""
+        self._second.stop()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

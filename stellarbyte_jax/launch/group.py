@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,10 +15,12 @@ from typing import Any, Self, TypeVar
 
 from stellarbyte_jax.command import MendableError, one_line, print_error
 from stellarbyte_jax.config import ConfigError
+from stellarbyte_jax.launch.signals import NUMBERS, LeaveAt
 
 Value = TypeVar("Value")
 
-_BEAT_SECONDS, _SILENT_SECONDS, _LEAVE_SECONDS = 1.0, 30.0, 10.0
+_BEAT_SECONDS, _SILENT_SECONDS, _LEAVE_SECONDS, _TELL_SECONDS = 1.0, 30.0, 10.0, 2.0
+_GOES_ON = "the same command goes on from the last checkpoint"
 # What libraries say in a process when another one is gone.
 _OF_OTHERS = re.compile(r"gloo|nccl|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED|barrier", re.IGNORECASE)
 _LAST_WORDS = """
@@ -71,7 +74,16 @@ class LastWords:
 
 
 class PeerError(MendableError):
-    """Another process of the run failed or is gone."""
+    """Another process of the run failed or is gone.
+
+    Attributes:
+      code: the status with which this process ends for it.
+    """
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        """Takes the message."""
+        super().__init__(text)
+        self.code = code
 
 
 class Group:
@@ -87,9 +99,12 @@ class Group:
         self._client, self.rank, self.count = client, rank, count
         self._number = 0
         self._watching = threading.Event()
-        self._failure: str | None = None
+        self._failure: PeerError | None = None
         self._code: int | None = None
         self._last_words = last_words
+        self._signals = LeaveAt(1, self.leave)
+        self._handlers: dict[int, Any] = {}
+        self._leaving = False
         atexit.register(self._leave)
 
     @classmethod
@@ -140,14 +155,51 @@ class Group:
         """Returns when all processes are done."""
         self.wait_for_all()
         self._watching.set()
+        self._signals.stop()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
         self.wait_for_all()
 
     def watch(self) -> None:
         """Begins to tell the others that this process is alive, and to look whether they are."""
         threading.Thread(target=self._watch, name="processes", daemon=True).start()
 
+    def leave_at_signals(self) -> None:
+        """From now to the end a signal that nobody handles ends this process as :meth:`leave` does."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        defaults = (signal.SIG_DFL, signal.default_int_handler)
+        numbers = [number for number in NUMBERS if signal.getsignal(number) in defaults]
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        self._signals.start(numbers)
+
+    def leave(self, number: int, which: str = "") -> None:
+        """See :func:`processes.leave`. The main process, which the others need, waits until they left."""
+        code, why = 128 + number, f"left at {which}{signal.Signals(number).name}"
+        if not self._watching.is_set():
+            self._leaving = True
+            self._watching.set()
+            os.write(2, f"\nerror: {self.name} {why}; {_GOES_ON}\n".encode())
+            telling = threading.Thread(target=self._tell_left, args=(f"{code} {why}",), daemon=True)
+            telling.start()  # process 0 may not answer
+            telling.join(_LEAVE_SECONDS if self.rank == 0 else _TELL_SECONDS)
+        self._last_words.none()
+        os._exit(code)
+
+    def _wait_if_leaving(self) -> None:
+        """What the main thread makes of the end of the others is nobody's business where this process leaves."""
+        while self._leaving:
+            time.sleep(_BEAT_SECONDS)
+
+    def _tell_left(self, text: str) -> None:
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"left/{self.rank}", text)
+            self._goodbye()
+
     def fail(self, error: BaseException) -> None:
         """Tells the others of an error that ends this process; the main one, which they need, waits until they left."""
+        self._wait_if_leaving()
         if self._code is not None:
             return
         if not isinstance(error, PeerError) and _OF_OTHERS.search(str(error)):
@@ -165,7 +217,7 @@ class Group:
             beat += 1
             try:
                 self._client.key_value_set(f"beat/{self.rank}", str(beat), allow_overwrite=True)
-                beats, failed = self._entries("beat"), self._entries("failed")
+                beats, failed, left = (self._entries(folder) for folder in ("beat", "failed", "left"))
             except Exception:  # process 0 is gone, and jax ends this one
                 continue
             now = time.monotonic()
@@ -173,23 +225,29 @@ class Group:
                 if text != seen[rank][0]:
                     seen[rank] = (text, now)
             silent = [rank for rank, (_, since) in seen.items() if now - since > _SILENT_SECONDS and rank != self.rank]
-            if failed:
+            if left:
+                rank = min(left)
+                code, _, why = left[rank].partition(" ")
+                self._end_with(PeerError(f"process {rank} of {self.count} {why}; {_GOES_ON}", int(code)))
+            elif failed:
                 rank = min(failed)
-                self._end_with(f"process {rank} of {self.count} failed: {failed[rank]}")
+                self._end_with(PeerError(f"process {rank} of {self.count} failed: {failed[rank]}"))
             elif silent:
                 self._end_with(
-                    f"process {silent[0]} of {self.count} is gone (no sign of life for {_SILENT_SECONDS:.0f} s): it "
-                    "was killed, or its machine or network stopped; the same command goes on from the last checkpoint"
+                    PeerError(
+                        f"process {silent[0]} of {self.count} is gone (no sign of life for {_SILENT_SECONDS:.0f} s): "
+                        f"it was killed, or its machine or network stopped; {_GOES_ON}"
+                    )
                 )
 
-    def _end_with(self, text: str) -> None:
-        self._failure = text
+    def _end_with(self, error: PeerError) -> None:
+        self._failure = error
         if self._watching.wait(2 * _BEAT_SECONDS) or self._code is not None:  # the main thread saw it, and ends
             return
-        print_error(PeerError(text))
+        print_error(error)
         with contextlib.suppress(Exception):
             self._goodbye()
-        self._code = 1
+        self._code = error.code
         self._leave()
 
     def _goodbye(self) -> None:
@@ -201,6 +259,7 @@ class Group:
 
     def _leave(self) -> None:
         """The end of the program; after a failure at once, since jax would wait for the others."""
+        self._wait_if_leaving()
         self._last_words.none()
         if self._code is not None:
             for stream in (sys.stdout, sys.stderr):
@@ -229,7 +288,7 @@ class Group:
         pause = 0.001
         while (found := find()) is None:
             if self._failure is not None:
-                raise PeerError(self._failure)
+                raise self._failure
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
         return found
@@ -241,6 +300,8 @@ current: Group | None = None
 def _status(error: BaseException) -> int:
     """What the program returns after this error, as :func:`command.command` does."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    if isinstance(error, PeerError):
         return error.code
     return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1
 

@@ -70,6 +70,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         if groups.current.rank > 0:
             name_process(groups.current.name)
         groups.current.watch()
+        groups.current.leave_at_signals()
 
 
 def given_by(
@@ -185,6 +186,23 @@ def count() -> int:
 def is_main() -> bool:
     """Whether this one writes and prints what is written and printed once."""
     return groups.current is None or groups.current.rank == 0
+
+
+def name() -> str:
+    """How messages call this process."""
+    return "the process" if groups.current is None else groups.current.name
+
+
+def leave(number: int, which: str = "") -> None:
+    """Ends this process at once at a signal, with the status 128 + ``number``; the others learn of it, and end too.
+
+    Args:
+      number: of the signal.
+      which: one of several it was: ``"a second "``.
+    """
+    if groups.current is not None:
+        groups.current.leave(number, which)
+    os._exit(128 + number)
 
 
 def from_main(make: Callable[[], Value]) -> Value:

@@ -46,8 +46,10 @@ class SharedInterrupt(Interrupt):
         return self._agreed is not None
 
     def _told(self, text: str) -> None:
-        if processes.is_main():
-            super()._told(text)
+        super()._told(text if processes.is_main() else f"\n{processes.name()}: {text.lstrip()}")
+
+    def _leave(self, number: int) -> None:
+        processes.leave(number, "a second ")
 
 
 def make_interrupt(mesh: Mesh) -> Interrupt:

@@ -192,7 +192,9 @@ def check(config: TrainConfig) -> None:
     Raises:
       ValueError, OSError, CheckpointError: the run has no place, no data, no tokenizer or no weights to begin with, or
         could not do what it is to do at its end; the message says where it was looked.
+      MendableError: JAX starts no device.
     """
+    devices()
     run_dir = Path(config.output_dir)
     _check_place(run_dir)
     if config.init_from is not None and not stored_steps(run_dir):

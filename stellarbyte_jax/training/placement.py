@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from stellarbyte_jax.backend import start_problem
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import ConfigError, TrainConfig
 from stellarbyte_jax.config.mesh import check_mesh
@@ -46,8 +47,15 @@ def mesh_of(config: TrainConfig) -> Mesh:
 
 
 def devices() -> list[Any]:
-    """All devices that a run may use."""
-    return jax.devices()
+    """All devices that a run may use.
+
+    Raises:
+      MendableError: JAX has none.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise MendableError(": ".join(start_problem(error))) from error
 
 
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """Which mesh, accumulation and remat suit a run and a number of devices."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from stellarbyte_jax.config import ConfigError
@@ -51,6 +51,27 @@ def search(planner: Planner, devices: int) -> Found:
     return Found(best, smallest)
 
 
+def would_do(planner: Planner, devices: int) -> str | None:
+    """A mesh of so many devices that suits the run, or else of fewer, or of up to twice as many, in words; or None."""
+    best = search(planner, devices).best
+    if best is not None:
+        return f"of {devices} devices, --set {settings(best)} would do"
+    best = _first(planner, range(devices - 1, 0, -1))
+    if best is not None:
+        return f"of {devices} devices, {best.devices} with --set {settings(best)} would do"
+    best = _first(planner, range(devices + 1, min(2 * devices, MOST_DEVICES) + 1))
+    return None if best is None else f"--devices {best.devices} with --set {settings(best)} would do"
+
+
+def _first(planner: Planner, counts: Iterable[int]) -> Plan | None:
+    """The best plan for the first number of devices for which there is one."""
+    config = planner.config
+    # Axes divide the rows, the heads and half of the positions, so their product divides that of these.
+    whole = config.global_batch_size * config.model.num_attention_heads * max(1, config.data.sequence_length // 2)
+    plans = (search(planner, count).best for count in counts if whole % count == 0)
+    return next((plan for plan in plans if plan is not None), None)
+
+
 def settings(plan: Plan) -> str:
     """A plan as words of ``--set``."""
     mesh = [f"mesh.{name}={size}" for name, size in plan.sizes.items() if size > 1 or name == "data"]
@@ -64,10 +85,10 @@ def advice(planner: Planner, devices: int, found: Found) -> str:
     if found.best is not None:
         return f"--set {settings(found.best)} takes {of_bytes(found.best.bytes.total)} of each device"
     if found.smallest is None:
-        rows = planner.config.global_batch_size
+        rows, known = planner.config.global_batch_size, would_do(planner, devices)
         return (
             f"no mesh of {devices} devices divides global_batch_size={rows}, heads, channels and positions: set "
-            f"global_batch_size to a multiple of {devices}, or another --devices"
+            f"global_batch_size to a multiple of {devices}{'' if known is None else f'; {known}'}"
         )
     least = of_bytes(found.smallest.bytes.total)
     told = f"no mesh, accumulation and remat of {devices} x {kind} fits: the least is {least} of {limit} a device"

@@ -90,7 +90,38 @@ def test_meshes_that_divide_nothing_are_told_in_one_line(capsys):
     assert main(["--config", PRETRAIN, "--plan", "--devices", "5000"]) == 2
     assert "--devices 5000: a plan is for at most 4096" in last_error(capsys)
     planner = Planner(load(PRETRAIN), H100)
-    assert "no mesh of 7 devices divides global_batch_size=32" in advice(planner, 7, search(planner, 7))
+    told = advice(planner, 7, search(planner, 7))
+    assert "no mesh of 7 devices divides global_batch_size=32" in told and "; of 7 devices, 4 with --set mesh." in told
+
+
+@pytest.mark.parametrize(
+    ("devices", "words", "used"),
+    [(7, [], 4), (12, ["mesh.tensor=3"], 8), (1000, [], 512), (4093, [], 2048), (9, ["global_batch_size=3"], 8)],
+)
+def test_a_refusal_names_a_mesh_of_fewer_devices_that_would_do(devices, words, used, capsys):
+    """The largest number of them; and what it names is accepted."""
+    assert main(["--config", "quickstart", "--plan", "--devices", str(devices), "--set", "steps=200", *words]) == 2
+    error = last_error(capsys)
+    named = re.search(rf"; of {devices} devices, {used} with --set (.*) would do\n", error)
+    assert named is not None, error
+    again = [*words, *named[1].split()]
+    assert main(["--config", "quickstart", "--plan", "--devices", str(devices), "--set", *again]) == 0
+    assert capsys.readouterr().out.startswith(f"plan for {used} of {devices} x H100")
+    planner = Planner(load("quickstart", words), H100)
+    counts = range(max(used + 1, devices - 40), devices + 1)
+    assert all(search(planner, count).best is None for count in counts), "no filter hides a larger one"
+
+
+def test_a_refusal_names_more_devices_where_fewer_do_not_hold_the_run(capsys):
+    assert main(["--config", PRETRAIN, "--plan", "--devices", "31", "--set", *LARGE]) == 2
+    error = last_error(capsys)
+    assert re.search(r"; --devices 32 with --set mesh\..* would do\n", error), error
+
+
+def test_a_refusal_without_a_way_out_is_told_alone(capsys):
+    assert main(["--config", PRETRAIN, "--plan", "--devices", "3", "--set", *LARGE]) == 2
+    error = last_error(capsys)
+    assert "would do" not in error and error.endswith("set a multiple of 3\n"), error
 
 
 def test_devices_are_those_of_the_mesh_or_those_there(capsys):

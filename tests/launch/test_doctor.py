@@ -79,6 +79,31 @@ def test_the_gpus_of_a_machine_where_jax_has_none(small, tmp_path, monkeypatch, 
     assert [each["check"] for each in faults] == ["devices"] and "jax[cuda12]" in faults[0]["mend"]
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["mesh.fsdp=2", "global_batch_size=7"], "global_batch_size=7 does not divide by 8"),
+        (["mesh.tensor=8", "model.num_attention_heads=6", "model.hidden_size=96"], "cuts model.num_attention_heads=6"),
+        (["mesh.expert=2"], "cuts experts, and the model has none"),
+    ],
+)
+def test_a_mesh_that_training_refuses_is_a_fault(words, what, small, tmp_path, capsys):
+    assert doctor.main(["--json", "--set", f"output_dir={tmp_path}", *words]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (fault,) = [each for each in findings if each["level"] == "fault"]
+    assert fault["check"] == "mesh" and what in fault["what"] and fault["mend"].startswith("set ")
+    assert any(each["check"] == "products" for each in findings), "what there is, is measured"
+
+
+def test_the_mesh_is_that_of_all_machines(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch_doctor, "check_peers", lambda peers: [])
+    words = ["--coordinator", "here:1", "--processes", "2", "--process", "0", "--json", "--set"]
+    assert doctor.main([*words, "mesh.fsdp=16", "global_batch_size=16", f"output_dir={tmp_path}"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [each["what"] for each in findings if each["check"] == "mesh"] == ["mesh.fsdp=16 on 16 devices"]
+    assert {each["facts"]["devices"] for each in findings if each["check"] == "collectives"} == {8}
+
+
 def test_jax_that_cannot_start_is_a_fault(small, tmp_path, monkeypatch, capsys):
     def fail():
         raise RuntimeError("Unable to initialize backend 'cuda'")

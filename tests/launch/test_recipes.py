@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -105,10 +106,28 @@ def test_the_shell_reads_the_script():
     assert subprocess.run(["bash", "-n", str(SBATCH)], capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
-def test_shellcheck_has_nothing_to_say():
-    done = subprocess.run(["shellcheck", "--shell=bash", str(SBATCH)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+def linted(*words):
+    """A linter of the extra "test", which lies beside this interpreter; its status and what it printed."""
+    places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    tool = shutil.which(words[0], path=places)
+    assert tool is not None, f"{words[0]} is not installed: pip install -e '.[test]'"
+    done = subprocess.run([tool, *map(str, words[1:])], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", [SBATCH, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script, tmp_path):
+    assert linted("shellcheck", "--norc", "--shell=bash", script) == (0, "")
+    bad = tmp_path / script.name
+    bad.write_text(script.read_text() + '\nrm -r "$HOME/"$unquoted\n')
+    assert "SC2086" in linted("shellcheck", "--norc", "--shell=bash", bad)[1]
+
+
+def test_hadolint_has_nothing_to_say(tmp_path):
+    assert linted("hadolint", "--no-color", CONTAINER) == (0, "")
+    bad = tmp_path / "Containerfile"
+    bad.write_text(CONTAINER.read_text() + "RUN cd /app && sudo true\n")
+    assert "DL3004" in linted("hadolint", "--no-color", bad)[1]
 
 
 def test_slurm_is_told_what_the_documentation_says():

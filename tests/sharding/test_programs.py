@@ -1,16 +1,20 @@
 """What compiled programs hold and exchange. On eight CPU devices."""
 
+import collections
+import dataclasses
 import math
 import re
 
 import jax
 import numpy as np
 import pytest
+from helpers.collectives import of_loops
 from helpers.training import RECORDER, settings
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stellarbyte_jax.config import ByteConfig, MeshConfig, MoEConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.training import placement
 from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, shardings
 from stellarbyte_jax.training.state import state_shapes
@@ -117,3 +121,78 @@ def test_tokens_go_to_experts_whose_weights_stay(dispatch):
     assert all(size < 8 * expert for size in found["all-gather"])
     if dispatch == "dropless":
         assert ROWS * T * D in found["all-gather"]
+
+
+# Weights of a layer: of queries, keys, values, outputs, and two of the MLP. On CPUs a sum stays whole where a GPU keeps
+# its own part of it, so both kinds of sums count as one.
+WEIGHTS = 6
+EXPERTS = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=F)
+ATTENTION = 4  # weights that are not experts
+
+
+@pytest.mark.parametrize(
+    ("mesh", "moe", "forward", "backward"),
+    [
+        (
+            {"fsdp": 8},
+            None,
+            {("gather", "fsdp"): WEIGHTS},
+            {("gather", "fsdp"): WEIGHTS, ("sum", "fsdp"): WEIGHTS},
+        ),
+        (  # before attention and before the MLP, and after each; backward a sum for each weight that read positions
+            {"tensor": 8},
+            None,
+            {("gather", "tensor"): 2, ("sum", "tensor"): 2},
+            {("gather", "tensor"): 2, ("sum", "tensor"): 3 + 1},
+        ),
+        (  # keys and values: before the loop and in it; backward their gradients too, behind it and home; and weights
+            {"context": 4},
+            None,
+            {("pass", "context"): 2 + 2},
+            {("pass", "context"): 2 + 4 + 2 + 2, ("sum", "context"): WEIGHTS},
+        ),
+        (
+            {"expert": 8},
+            dataclasses.replace(EXPERTS, dispatch="dropless"),  # tokens are gathered, and sums of experts scattered
+            {("gather", "expert"): ATTENTION + 1, ("sum", "expert"): 1},
+            {("gather", "expert"): ATTENTION + 1, ("sum", "expert"): ATTENTION + 1},
+        ),
+        (
+            {"expert": 8},
+            dataclasses.replace(EXPERTS, dispatch="capacity"),  # tokens go to experts and back
+            {("gather", "expert"): ATTENTION, ("all-to-all", "expert"): 2},
+            {("gather", "expert"): ATTENTION, ("all-to-all", "expert"): 2, ("sum", "expert"): ATTENTION},
+        ),
+        (  # each axis does what it does alone
+            {"fsdp": 2, "tensor": 2, "context": 2},
+            None,
+            {("gather", "fsdp"): WEIGHTS, ("gather", "tensor"): 2, ("sum", "tensor"): 2, ("pass", "context"): 2},
+            {
+                ("gather", "fsdp"): WEIGHTS,
+                ("gather", "tensor"): 2,
+                ("sum", "tensor"): 3 + 1,
+                ("pass", "context"): 2 + 2 + 2,
+                ("sum", "fsdp"): WEIGHTS,
+                ("sum", "context"): WEIGHTS,
+            },
+        ),
+    ],
+    ids=["fsdp", "tensor", "context", "dropless", "capacity", "fsdp x tensor x context"],
+)
+def test_collectives_of_a_layer(mesh, moe, forward, backward):
+    """How many arrays a layer exchanges over which axis; those smaller than a device's activations do not count."""
+    mesh = {"data": 1, **mesh}
+    program, _ = compiled(mesh, scan_unroll=1, **({} if moe is None else {"moe": moe}))
+    devices = make_mesh(MeshConfig(**mesh).sizes(math.prod(mesh.values())))
+    found = of_loops(program, devices, "layers/while", smallest=ROWS * T * D // 8)
+    assert [named(each) for each in found] == [forward, backward]
+
+
+NAMES = {"all-gather": "gather", "all-reduce": "sum", "reduce-scatter": "sum", "collective-permute": "pass"}
+
+
+def named(found):
+    counted = collections.Counter()
+    for (kind, axes), count in found.items():
+        counted[NAMES.get(kind, kind), axes] += count
+    return dict(counted)

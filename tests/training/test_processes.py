@@ -99,7 +99,55 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert int(saved.name) < 6
     assert f"SIGTERM: stopped at step {saved.name} of 6" in ended[0].out
     assert {len(each.batches) for each in ended} == {int(saved.name)}
-    assert ended[1].out == ""
+    hint = "SIGTERM: saving a checkpoint after this step, then leaving; a second signal leaves at once"
+    assert ended[1].out == f"\nprocess 1 of 2: {hint}" and hint not in ended[0].out, "said where it came"
+
+
+def test_ctrl_c_in_one_process_stops_all_after_the_same_step(tmp_path):
+    config = write_config(tmp_path)
+    before = "if rank == 1: at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))"
+    ended = run(config, 2, *COMMON, "checkpoint.interval=100", "evaluation.interval=100", before=before)
+    assert_done(ended, 130)
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert f"SIGINT: stopped at step {saved.name} of 6" in ended[0].out
+
+
+TWICE = """
+if rank == RANK:
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.NUMBER)
+    at_step(2, twice)
+"""
+BEFORE_TRAINING = """
+if rank == RANK:
+    from stellarbyte_jax.training import begin
+    begin.complete = lambda config: os.kill(os.getpid(), signal.NUMBER) or __import__("time").sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "rank", "number", "code", "why"),
+    [
+        (TWICE, 1, "SIGTERM", 143, "a second SIGTERM"),
+        pytest.param(TWICE, 1, "SIGINT", 130, "a second SIGINT", marks=pytest.mark.slow),
+        (TWICE, 0, "SIGTERM", 143, "a second SIGTERM"),
+        (BEFORE_TRAINING, 1, "SIGTERM", 143, "SIGTERM"),
+        pytest.param(BEFORE_TRAINING, 0, "SIGINT", 130, "SIGINT", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_leaves_at_once_tells_the_others(before, rank, number, code, why, tmp_path):
+    config = write_config(tmp_path)
+    before = before.replace("RANK", str(rank)).replace("NUMBER", number)
+    ended = run(config, 2, *COMMON, "checkpoint.interval=100", "evaluation.interval=100", before=before)
+    assert_done(ended, code)
+    told = f"process {rank} of 2 left at {why}; the same command goes on from the last checkpoint"
+    for each in ended:
+        said = [line for line in each.err.splitlines() if line]
+        assert len(said) == 1 and told in said[0] and said[0].startswith("error: "), each.err
+    left, other = ended[rank].ended_at, ended[1 - rank].ended_at
+    assert abs(left - other) < 6, "sooner than silence would be noticed"
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_an_error_of_the_main_process_ends_all(tmp_path):

@@ -1,19 +1,20 @@
 """The doctor: what keeps a run from working on this machine, or makes it slow, each in a line."""
 
 import contextlib
+import importlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import jax
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from stellarbyte_jax.config import ConfigError, TrainConfig
-from stellarbyte_jax.launch.doctor import gpus, limits, measure, places, versions
+from stellarbyte_jax.backend import import_problem
+from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.launch import CompileCache
+from stellarbyte_jax.launch.doctor import gpus, limits, places, versions
 from stellarbyte_jax.launch.doctor.finding import Finding, guarded
 from stellarbyte_jax.launch.doctor.peers import Peers, check_peers
-from stellarbyte_jax.sharding import make_mesh
 
 __all__ = ["Finding", "Peers", "examine"]
 
@@ -32,6 +33,8 @@ def examine(config: TrainConfig, peers: Peers | None, tell: Callable[[str], None
     python, required = versions.bounds()
     yield from guarded("python", lambda: versions.check_python(python))
     yield from guarded("packages", lambda: versions.check_packages(required))
+    cannot = list(_import())
+    yield from cannot
     found = gpus.find_gpus()  # before JAX takes memory of them
     yield from guarded("nvidia-smi", lambda: gpus.check_tool(found))
     yield from guarded("driver", lambda: versions.check_driver(found.driver, versions.cuda_of_wheels()))
@@ -39,12 +42,16 @@ def examine(config: TrainConfig, peers: Peers | None, tell: Callable[[str], None
     yield from guarded("gpu state", lambda: gpus.check_state(found))
     yield from _environment(found)
     yield from _places(config)
+    if not cannot:
+        yield from _compile_cache()
     yield from guarded("open files", limits.check_open_files)
     yield from guarded("memory", lambda: limits.check_memory_limit(devices=_device_memory(found)))
     yield from guarded("cores", lambda: limits.check_cores(config.data.workers))
     if peers is not None:
         tell(f"waiting for {peers.host}:{peers.port}")
         yield from guarded("peers", lambda: check_peers(peers))
+    if cannot:
+        return
     tell("XLA_FLAGS" if os.environ.get("XLA_FLAGS") else "devices")
     flags = list(guarded("xla flags", lambda: limits.check_xla_flags(os.environ)))
     yield from flags
@@ -52,7 +59,7 @@ def examine(config: TrainConfig, peers: Peers | None, tell: Callable[[str], None
         yield Finding("warning", "devices", "not started, nor measured: XLA_FLAGS would end this process", "see above")
         return
     with _gently():
-        yield from _devices(config, found, tell)
+        yield from _devices(config, found, 1 if peers is None else peers.processes, tell)
 
 
 def _environment(found: gpus.Gpus) -> Iterator[Finding]:
@@ -76,6 +83,21 @@ def _places(config: TrainConfig) -> Iterator[Finding]:
             ),
         )
     yield from guarded("locks", lambda: places.check_locks(output))
+
+
+def _import() -> Iterator[Finding]:
+    """A fault where jax cannot be imported. What needs it is imported after this."""
+    try:
+        importlib.import_module("jax")
+    except Exception as error:
+        what, mend = import_problem(error) or (f"jax cannot be imported: {error}", "pip install -U jax jaxlib")
+        yield Finding("fault", "jax", what, mend)
+
+
+def _compile_cache() -> Iterator[Finding]:
+    import jax
+
+    CompileCache()
     cache = jax.config.values.get("jax_compilation_cache_dir")
     if cache:
         yield from guarded("compile cache", lambda: places.check_compile_cache(Path(str(cache))))
@@ -101,32 +123,7 @@ def _gently(settings: Mapping[str, str] = _GENTLE) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _devices(config: TrainConfig, found: gpus.Gpus, tell: Callable[[str], None]) -> Iterator[Finding]:
-    try:
-        devices = measure.within(measure.PATIENCE, jax.devices)
-    except measure.HungError as error:
-        yield measure.hung("starting JAX", error)
-        return
-    except RuntimeError as error:
-        mend = versions.pip_command(found.driver) if found.names else "unset JAX_PLATFORMS, or name one that is here"
-        yield Finding("fault", "devices", f"JAX could not start: {error}", mend)
-        return
-    kinds = [device.device_kind for device in devices]
-    local = jax.local_devices()
-    yield from guarded("devices", lambda: gpus.check_devices(found, devices[0].platform, kinds, len(local)))
-    if not found.rows:
-        yield from guarded("gpu memory", lambda: gpus.check_jax_memory(local))
-    try:
-        mesh = make_mesh(config.mesh.sizes(len(devices)), devices)
-    except ConfigError as error:
-        what, _, mend = str(error).rpartition(": ")
-        yield Finding("fault", "mesh", what, mend)
-        return
-    axes = " ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    yield Finding("ok", "mesh", f"{axes} on {len(devices)} devices", facts={"mesh": dict(mesh.shape)})
-    measured = list(guarded("collectives", lambda: measure.measure_collectives(mesh, tell)))
-    yield from measured
-    if not any(each.facts.get("hung") for each in measured):
-        yield from guarded("products", lambda: measure.measure_products(local, tell))
-    if devices[0].platform == "gpu":
-        yield from guarded("cuda", versions.check_cuda)
+def _devices(config: TrainConfig, found: gpus.Gpus, machines: int, tell: Callable[[str], None]) -> Iterator[Finding]:
+    from stellarbyte_jax.launch.doctor.devices import start_and_measure  # with jax
+
+    yield from start_and_measure(config, found, machines, tell)
