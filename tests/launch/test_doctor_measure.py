@@ -102,11 +102,12 @@ def test_a_slow_link_is_a_warning():
     assert link is not None and link.link_bytes == 450e9
     told = {
         seconds: measure.judge_collective("all_reduce", "data", 4, {2**16: 1e-5, 2**28: seconds}, link)
-        for seconds in (1e-3, 2e-3)
+        for seconds in (1e-3, 2e-3, 2.4e-3)
     }
     assert told[1e-3].level == "ok" and "402.7 GB/s of the bus at 256 MiB" in told[1e-3].what
-    assert told[2e-3].level == "warning" and "NVLink 4 gives 450 GB/s" in told[2e-3].what
-    assert told[2e-3].facts["measured"][1]["bus_bytes_per_second"] == pytest.approx(1.5 * 2**28 / 2e-3)
+    assert told[2e-3].level == "ok", "two H200 reach no more in some collectives"
+    assert told[2.4e-3].level == "warning" and "NVLink 4 gives 450 GB/s" in told[2.4e-3].what
+    assert told[2.4e-3].facts["measured"][1]["bus_bytes_per_second"] == pytest.approx(1.5 * 2**28 / 2.4e-3)
     assert measure.judge_collective("all_reduce", "data", 4, {2**16: 1.0}, None).level == "ok"
 
 
