@@ -151,13 +151,13 @@ def test_inside_of_a_shard_map_arrays_are_those_of_one_device():
 
 def test_inside_of_a_shard_map_over_some_axes_the_others_still_split():
     def local(x):
-        assert x.shape == (1, 4)
+        assert x.shape == (4, 4)  # which the axis that is taken divides once more
         return constrain(2 * x, ("batch", "heads"))
 
     spec = PartitionSpec("data")
     with jax.set_mesh(mesh(data=4, tensor=2)):
         run = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, axis_names={"data"}))
-        found = run(jnp.ones((4, 4)))
+        found = run(jnp.ones((16, 4)))
     np.testing.assert_array_equal(found, 2)
     assert found.sharding.spec == PartitionSpec("data", "tensor")
 
