@@ -131,6 +131,20 @@ def test_sizes_are_those_of_the_larger_side(name, monkeypatch):
     assert set(given) == {2**10 if name == "all_gather" else 2**12}
 
 
+def test_the_time_is_that_of_one_collective_of_those_in_a_row(monkeypatch):
+    """GPUs run several of them between two looks at the clock."""
+    mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
+    fake = SimpleNamespace(
+        shape=mesh.shape, size=2, axis_names=mesh.axis_names, devices=np.array([SimpleNamespace(platform="gpu")])
+    )
+    calls = []
+    monkeypatch.setattr(measure, "NamedSharding", lambda _, spec: jax.NamedSharding(mesh, spec))
+    monkeypatch.setattr(measure, "collective_program", lambda *_: lambda x: calls.append(x.shape) or x)
+    monkeypatch.setattr(measure, "_median", lambda work: work() or 20.0)
+    assert measure.time_collective(fake, "fsdp", "all_reduce", 2**12) == 20.0 / len(calls)
+    assert len(calls) > 1
+
+
 def test_every_product_is_counted(monkeypatch):
     made = []
     monkeypatch.setattr(jax, "jit", lambda function: lambda a, b: made.append(a.shape) or a)

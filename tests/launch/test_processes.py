@@ -123,14 +123,40 @@ class Service:
     def key_value_dir_get(self, folder):
         self.beats += 1
         self.kept["beat/2"] = str(self.beats)
-        return [(key, value) for key, value in self.kept.items() if key.startswith(folder)]
+        return [(key, value) for key, value in list(self.kept.items()) if key.startswith(folder)]
+
+    def key_value_try_get(self, key):
+        if key not in self.kept:
+            raise RuntimeError(f"NOT_FOUND: {key}")
+        return self.kept[key]
 
 
 @pytest.fixture
 def member(monkeypatch):
     """Makes a process of three; nothing happens when Python ends."""
     monkeypatch.setattr(group.atexit, "register", lambda function: None)
-    return lambda rank: group.Group(Service(), rank, 3, SimpleNamespace(none=lambda: None))
+    service = Service()
+    return lambda rank: group.Group(service, rank, 3, SimpleNamespace(none=lambda: None))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_an_error_of_one_process_comes_to_all(rank, member):
+    """Twice, since each exchange has keys of its own; without an error there is none."""
+    members, error = [member(each) for each in range(3)], OSError("params/a differs")
+    found = [[], [], []]
+
+    def exchange(one):
+        found[one.rank].append(one.first_error(error if one.rank == rank else None))
+        found[one.rank].append(one.first_error(None))
+
+    threads = [threading.Thread(target=exchange, args=(one,), daemon=True) for one in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[rank] == [error, None]
+    for each in {0, 1, 2} - {rank}:
+        assert str(found[each][0]) == f"process {rank}: params/a differs" and found[each][1] is None
 
 
 def test_a_process_without_a_sign_of_life_ends_the_others(member, monkeypatch):
