@@ -63,22 +63,3 @@ def test_however_uneven_the_loads_are_devices_give_what_one_gives(loads, devices
             jax.device_put(x, rows), jax.device_put(of_choices, rows), jax.device_put(weights, rows)
         )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
-
-
-def test_channels_of_experts_are_added_up_where_positions_are_not_split(monkeypatch):
-    """Rows of 15 do not divide by the devices that have parts of the channels, so that each has them whole."""
-    monkeypatch.setattr(placement, "devices", lambda: jax.devices()[:4])
-    random = np.random.default_rng(0)
-    rows, length = 4, 15
-    experts = jnp.asarray(random.integers(0, E, (rows, length, K)), jnp.int32)
-    weights = [jnp.asarray(random.standard_normal(s), jnp.float32) for s in ((E, D, 2, F), (E, F, D))]
-    x = jnp.asarray(random.standard_normal((rows, length, D)), jnp.float32)
-
-    def loss(x, weights):
-        tokens = Choices(experts, jnp.ones((rows, length, K)), jnp.ones((rows, length)))
-        return jnp.sum(jnp.sin(on_devices(functools.partial(dropless, CONFIG), x, tokens, None, weights, AXES).y_BTD))
-
-    expected = jax.value_and_grad(loss, (0, 1))(x, weights)
-    with on_mesh(mesh_of(settings(model=CONFIG, global_batch_size=rows, mesh=MeshConfig(data=2, tensor=2)))):
-        found = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, weights)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
