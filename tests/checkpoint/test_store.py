@@ -16,6 +16,7 @@ from orbax.checkpoint._src.path import atomicity
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep, first_line
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import CheckpointConfig
+from stellarbyte_jax.launch import processes
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training import resume
 from stellarbyte_jax.training.resume import Progress
@@ -169,3 +170,18 @@ def test_a_checkpoint_is_replaced_when_it_is_whole(checkpointer, monkeypatch):
     checkpointer.wait()
     assert checkpointer.restore(lambda stored: (stored.step, stored.json("data")), print) == (7, 2)
     assert sorted(p.name for p in checkpointer.directory.parent.iterdir()) == ["checkpoints"]
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_step_that_another_process_cannot_read_is_read_by_none(main, checkpointer, monkeypatch):
+    """All go on from one step, and one of them sets the other aside."""
+    for step in (1, 2):
+        checkpointer.save(step, {"params": {"a": np.ones(3)}}, {}, frozen=[])
+    checkpointer.wait()
+    answers, told = [OSError("process 1: params/a differs"), None], []
+    monkeypatch.setattr(processes, "first_error", lambda error: error or answers.pop(0))
+    monkeypatch.setattr(processes, "is_main", lambda: main)
+    assert checkpointer.restore(lambda stored: stored.step, told.append) == 1
+    assert len(told) == 1 and "checkpoint 2 is unreadable (OSError: process 1: params/a differs)" in told[0]
+    assert (checkpointer.directory.parent / "corrupt" / "2").exists() == main
+    assert (checkpointer.directory / "2").exists() != main

@@ -89,6 +89,8 @@ def test_every_row_can_be_made(small, devices):
             alone = load_settings(row.config, row.typed(1))
             assert math.prod(alone.mesh.sizes(devices).values()) == 1
             assert config.global_batch_size == alone.global_batch_size * (devices if row.scaled else 1)
+            shared = config.global_batch_size == alone.global_batch_size
+            assert shared == (row.axis in ("tensor", "context")), "their devices share the work of one"
             axes.add(row.axis)
     assert axes == {"data", "fsdp", "expert", "context", "tensor"}
 

@@ -113,10 +113,25 @@ def test_what_any_of_them_started_is_killed_with_it(program):
     until(lambda: gone(started(1)))
 
 
+def test_nohup_and_the_handlers_of_before_stay():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ends = signal.getsignal(signal.SIGTERM)
+    try:
+        with workers._ended([]):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) != ends
+        assert signal.getsignal(signal.SIGTERM) == ends
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_no_worker_outlives_the_command(number, program):
     environment = program(SLEEPS)
-    command = f"from stellarbyte_jax.cli import workers; workers.run_worker([], environment={environment!r})"
+    # A shell that runs the tests in the background has its children ignore SIGINT.
+    command = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from stellarbyte_jax.cli import workers; workers.run_worker([], environment={environment!r})"
+    )
     source = str(Path(workers.__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", command], env={**os.environ, "PYTHONPATH": source}, stderr=subprocess.DEVNULL

@@ -156,6 +156,10 @@ def test_what_every_axis_divides_is_taken():
             {"context": 2, "changes": {"attention_dropout": 0.1}},
             "mesh.context=2 cuts rows by position, and no weights of attention are dropped there",
         ),
+        (
+            {"context": 2, "changes": {"attention_prune_below": 0.1}},
+            "mesh.context=2 cuts rows by position, and no weights of attention are dropped there",
+        ),
     ],
 )
 def test_what_an_axis_does_not_divide_is_told(settings, told):

@@ -163,6 +163,14 @@ def test_variables_name_the_processes(small, monkeypatch):
         doctor._parse([])
 
 
+def test_what_is_typed_of_the_processes_is_looked_for(small, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch_doctor, "examine", lambda config, peers, tell: seen.append(peers) or [])
+    words = "--json --coordinator node0:7777 --processes 4 --process 3 --wait 7"
+    assert doctor.main([*words.split(), "--set", f"output_dir={tmp_path}"]) == 0
+    assert seen == [launch_doctor.Peers("node0", 7777, 4, 3, 7)]
+
+
 def test_the_module_runs_it():
     def run(*words):
         return subprocess.run(

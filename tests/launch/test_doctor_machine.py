@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 from helpers.doctor import H100, TWO, TWO_H100, install, lines, only
 from packaging.requirements import Requirement
 
+from stellarbyte_jax.launch import doctor
 from stellarbyte_jax.launch.doctor import gpus, limits, places, versions
 from stellarbyte_jax.launch.doctor.finding import Finding, guarded
 
@@ -62,6 +65,15 @@ def test_a_tool_that_fails_is_told_in_its_own_words(tmp_path, monkeypatch):
     assert found.level == "fault" and "is not a valid field" in found.what and "restart" in found.mend
 
 
+def test_a_tool_that_hangs_is_told(tmp_path, monkeypatch):
+    """As nvidia-smi does where a GPU has fallen off the bus."""
+    install(tmp_path, monkeypatch, {})
+    (tmp_path / "bin" / "nvidia-smi").write_text(f"#!{sys.executable}\nimport time\ntime.sleep(2)\n")
+    monkeypatch.setattr(gpus, "_SECONDS", 0.2)
+    found = only(gpus.check_tool(gpus.find_gpus(tmp_path)))
+    assert (found.level, found.what) == ("fault", "nvidia-smi failed: nvidia-smi did not answer within 0.2 s")
+
+
 def test_a_tool_that_lists_nothing(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, {"index,name,driver_version": ""})
     found = gpus.find_gpus()
@@ -103,6 +115,11 @@ def test_devices_against_gpus(found, platform, kinds, environment, level, mend):
     assert told.level == level and told.mend.startswith(mend) and bool(told.mend) == bool(mend)
 
 
+def test_devices_of_other_machines_do_not_stand_for_a_lost_gpu():
+    told = only(gpus.check_devices(TWO, "gpu", [H100] * 4, 1, {}))
+    assert told.level == "fault" and told.mend.startswith("nvidia-smi -L")
+
+
 @pytest.mark.parametrize(
     ("driver", "cuda", "level"),
     [
@@ -133,6 +150,15 @@ def test_versions_against_the_bounds_of_the_project(monkeypatch):
     needs = ["jaxlib<=0.11.0,>=0.11.0", 'jax-cuda12-plugin[with-cuda]<=0.11.0,>=0.11.0; extra == "cuda12"', "numpy>=2"]
     jaxlib, plugin = versions.check_companions(needs)
     assert (jaxlib.level, plugin.level) == ("ok", "fault") and "jax-cuda12-plugin" in plugin.mend
+
+
+def test_bounds_of_what_was_installed_are_without_extras(tmp_path, monkeypatch):
+    """There is no pyproject.toml beside an installed package."""
+    metadata = versions.importlib.metadata
+    asked = ["jax<0.13,>=0.10", 'torch==2.13.0; extra == "torch"', 'tomli; python_version < "3"']
+    monkeypatch.setattr(metadata, "metadata", lambda name: {"Requires-Python": ">=3.11"})
+    monkeypatch.setattr(metadata, "requires", lambda name: asked)
+    assert versions.bounds(tmp_path) == (">=3.11", [Requirement("jax<0.13,>=0.10")])
 
 
 def test_numbers_of_versions_become_versions():
@@ -182,6 +208,9 @@ def test_the_size_of_the_compile_cache(tmp_path, monkeypatch):
     assert places.size_of(tmp_path) == (2000, 2)
     _, told = places.check_compile_cache(tmp_path)
     assert told.level == "ok" and told.facts == {"bytes": 2000}
+    with monkeypatch.context() as patch:  # as where another run cleans up meanwhile
+        patch.setattr(os, "walk", lambda path: [(str(path), [], ["x", "gone"])])
+        assert places.size_of(tmp_path) == (1000, 1)
     monkeypatch.setattr(places, "size_of", lambda path: (21 * 2**30, 5))
     assert [each.level for each in places.check_compile_cache(tmp_path)][1] == "warning"
 
@@ -222,6 +251,8 @@ def test_the_memory_of_the_cgroup(tmp_path):
     told = only(limits.check_memory_limit(second, devices=2**33))
     assert told.level == "warning" and "less than the 8.0 GiB" in told.what
     assert only(limits.check_memory_limit(free, devices=2**33)).level == "ok"
+    rows = ({"memory.total": "81559"}, {"memory.total": "[N/A]"}, {"memory.total": "81559"}, {})
+    assert doctor._device_memory(gpus.Gpus(rows=rows)) == 2 * 81559 * 2**20, "the tool tells MiB"
 
 
 def test_cores_against_workers(tmp_path):
@@ -259,10 +290,25 @@ def test_flags_that_xla_does_not_know():
     assert only(limits.check_xla_flags({})).what == "XLA_FLAGS is not set"
 
 
-def test_an_error_in_a_check_is_a_line():
+def test_flags_under_which_jax_cannot_start(monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no such value\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **settings: failed)
+    told = only(limits.check_xla_flags({"XLA_FLAGS": "--a=b"}))
+    assert told.level == "fault" and told.what.endswith("under XLA_FLAGS=--a=b: RuntimeError: no such value")
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied: '/x'"),
+        (RuntimeError("INTERNAL: no device"), "INTERNAL: no device"),  # as jax's own are
+        (ValueError("no number"), "no number"),
+    ],
+)
+def test_an_error_in_a_check_is_a_line(error, part):
     def check():
         yield Finding("ok", "x", "first")
-        raise PermissionError(13, "Permission denied", "/x")
+        raise error
 
     first, second = guarded("x", check)
-    assert first.what == "first" and second.level == "fault" and "Permission denied: '/x'" in second.what
+    assert first.what == "first" and second.level == "fault" and part in second.what

@@ -46,6 +46,27 @@ def test_peers_that_do_not_come(monkeypatch):
         assert "cannot be opened" in taken.what and "another port" in taken.mend
 
 
+def test_a_peer_that_says_nothing_does_not_hold_the_others(monkeypatch):
+    monkeypatch.setattr(peers, "_PATIENCE", 0.5)
+    port, found = free_port(), []
+    serving = threading.Thread(
+        target=lambda: found.extend(peers.check_peers(peers.Peers("127.0.0.1", port, 2, 0, 60))), daemon=True
+    )
+    serving.start()
+    end = time.monotonic() + 60
+    while True:
+        try:
+            silent = socket.create_connection(("127.0.0.1", port))
+            break
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    with silent:
+        told = list(peers.check_peers(peers.Peers("127.0.0.1", port, 2, 1, 8)))[-1]
+    serving.join(60)
+    assert told.level == "ok" and found[-1].what == f"all 1 peers reached 127.0.0.1:{port}"
+
+
 @pytest.mark.parametrize("answer", [b"nan\n", b"HTTP/1.1 400 Bad Request\r\n", b""])
 def test_another_program_at_the_address_is_told(answer):
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -95,6 +116,41 @@ def test_the_bus_is_counted_as_nccl_tests_count():
     shares = {name: each.bus(4) for name, each in measure.COLLECTIVES.items()}
     others = dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all"), 0.75)
     assert shares == {"all_reduce": 1.5, **others, "ppermute": 1.0}
+
+
+@pytest.mark.parametrize("name", list(measure.COLLECTIVES))
+def test_sizes_are_those_of_the_larger_side(name, monkeypatch):
+    """As nccl-tests count them: of an all-gather, the result, of which a device gives its part."""
+    mesh, given = make_mesh({"fsdp": 4, "tensor": 2}, jax.devices()[:8]), []
+
+    def program(mesh, axis, name):
+        return lambda x: given.append(x.nbytes // 8) or x
+
+    monkeypatch.setattr(measure, "collective_program", program)
+    assert measure.time_collective(mesh, "fsdp", name, 2**12) > 0
+    assert set(given) == {2**10 if name == "all_gather" else 2**12}
+
+
+def test_the_time_is_that_of_one_collective_of_those_in_a_row(monkeypatch):
+    """GPUs run several of them between two looks at the clock."""
+    mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
+    fake = SimpleNamespace(
+        shape=mesh.shape, size=2, axis_names=mesh.axis_names, devices=np.array([SimpleNamespace(platform="gpu")])
+    )
+    calls = []
+    monkeypatch.setattr(measure, "NamedSharding", lambda _, spec: jax.NamedSharding(mesh, spec))
+    monkeypatch.setattr(measure, "collective_program", lambda *_: lambda x: calls.append(x.shape) or x)
+    monkeypatch.setattr(measure, "_median", lambda work: work() or 20.0)
+    assert measure.time_collective(fake, "fsdp", "all_reduce", 2**12) == 20.0 / len(calls)
+    assert len(calls) > 1
+
+
+def test_every_product_is_counted(monkeypatch):
+    made = []
+    monkeypatch.setattr(jax, "jit", lambda function: lambda a, b: made.append(a.shape) or a)
+    monkeypatch.setattr(measure, "_median", lambda work: work() or 2.0)
+    assert measure.time_product(jax.devices()[0], 16) == len(made) * 2 * 16**3 / 2.0
+    assert set(made) == {(16, 16)}
 
 
 def test_a_slow_link_is_a_warning():

@@ -1,6 +1,9 @@
 """Who belongs to a run: options, environment and launchers; and processes that do not find each other."""
 
+import contextlib
 import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
 from helpers.runs import write_config
@@ -116,6 +119,101 @@ def test_one_process_does_nothing(monkeypatch):
     processes.wait_for_all()
     with processes.together():
         pass
+
+
+def test_a_process_that_is_named_alone_stays_alone_under_a_launcher(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_connect", lambda *_: pytest.fail("it looks for others"))
+    processes.join(processes=1)
+    assert group.current is None
+
+
+def test_an_address_of_ipv6_is_tried_without_its_brackets(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        socket, "create_connection", lambda address, timeout: tried.append(address) or contextlib.nullcontext()
+    )
+    processes._wait_for(Given("[::1]:8476", 2, 1))
+    assert tried == [("::1", 8476)]
+
+
+class Service:
+    """jax's coordination service, as far as a group uses it; process 2 is alive."""
+
+    def __init__(self):
+        self.kept, self.beats = {"beat/1": "1", "beat/2": "1"}, 1
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.kept
+        self.kept[key] = value
+
+    def key_value_dir_get(self, folder):
+        self.beats += 1
+        self.kept["beat/2"] = str(self.beats)
+        return [(key, value) for key, value in list(self.kept.items()) if key.startswith(folder)]
+
+    def key_value_try_get(self, key):
+        if key not in self.kept:
+            raise RuntimeError(f"NOT_FOUND: {key}")
+        return self.kept[key]
+
+
+@pytest.fixture
+def member(monkeypatch):
+    """Makes a process of three; nothing happens when Python ends."""
+    monkeypatch.setattr(group.atexit, "register", lambda function: None)
+    service = Service()
+    return lambda rank: group.Group(service, rank, 3, SimpleNamespace(none=lambda: None))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_an_error_of_one_process_comes_to_all(rank, member):
+    """Twice, since each exchange has keys of its own; without an error there is none."""
+    members, error = [member(each) for each in range(3)], OSError("params/a differs")
+    found = [[], [], []]
+
+    def exchange(one):
+        found[one.rank].append(one.first_error(error if one.rank == rank else None))
+        found[one.rank].append(one.first_error(None))
+
+    threads = [threading.Thread(target=exchange, args=(one,), daemon=True) for one in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[rank] == [error, None]
+    for each in {0, 1, 2} - {rank}:
+        assert str(found[each][0]) == f"process {rank}: params/a differs" and found[each][1] is None
+
+
+def test_a_process_without_a_sign_of_life_ends_the_others(member, monkeypatch):
+    monkeypatch.setattr(group, "_BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(group, "_SILENT_SECONDS", 1.0)
+    one, told = member(0), []
+    monkeypatch.setattr(one, "_end_with", lambda text: told.append(text) or one._watching.set())
+    thread = threading.Thread(target=one._watch, daemon=True)
+    thread.start()
+    thread.join(8)
+    one._watching.set()
+    assert len(told) == 1 and told[0].startswith("process 1 of 3 is gone (no sign of life for 1 s): it was killed")
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (RuntimeError("[external/gloo/transport/tcp/pair.cc] Connection closed by peer"), True),
+        (RuntimeError("UNAVAILABLE: failed to connect"), True),
+        (group.PeerError("process 2 of 3 failed: a barrier"), False),  # that is who
+        (OSError("No space left on device"), False),
+    ],
+)
+def test_what_libraries_say_of_a_lost_process_waits_until_it_is_known_who_it_is(error, waits, member, monkeypatch):
+    one, seconds = member(1), []
+    monkeypatch.setattr(one._watching, "wait", seconds.append)
+    one.fail(error)
+    assert seconds == ([50.0] if waits else [])  # longer than the watch takes
+    assert one._client.kept["failed/1"] == str(error) and "gone/1" in one._client.kept
 
 
 def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):

@@ -78,3 +78,17 @@ def test_a_share_is_an_eighth_more_than_even_and_a_block_for_each_expert():
     assert blocks_of_share(layout, 1) is None
     assert blocks_of_share(lay_out(experts[:4], 8, 8), 2) is None, "one block an expert"
     assert blocks_of_share(lay_out(experts[:16], 8, 16), 2) is None, "few pairs"
+
+
+def test_pairs_without_an_expert_have_no_row_in_a_part_that_is_longer_than_the_layout():
+    """Whatever experts make of its empty rows, which lie where the whole layout says that a pair has none."""
+    E, M, blocks = 4, 4, 13
+    experts = jnp.asarray(np.repeat(np.arange(E + 1), (13, 13, 13, 5, 4)).reshape(24, 2), jnp.int32)
+    layout = lay_out(experts, E, M)
+    assert layout.groups.experts_G.size == 16 and parts_of(layout, blocks) == 2
+    found = jnp.zeros((24, 1))
+    for number in range(2):
+        part = part_of(layout, number, blocks)
+        made = jnp.where(part.pairs_S[:, None] < experts.size, 1.0, jnp.nan)
+        found += from_experts(made, part, jnp.ones(experts.shape))
+    np.testing.assert_array_equal(found[:, 0], np.sum(np.asarray(experts) < E, axis=1))

@@ -7,7 +7,7 @@ import pytest
 from helpers.rows_on_a_mesh import AXES, B, H, T, arrays, mask_of, output_and_gradients
 
 from stellarbyte_jax.ops import attention as op
-from stellarbyte_jax.ops.attention import Dropout
+from stellarbyte_jax.ops.attention import Dropout, Mask
 from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.sharding.attention import attention
 from stellarbyte_jax.sharding.ring import dealt_order
@@ -66,6 +66,20 @@ def test_heads_are_split_and_several_devices_may_read_one_of_keys_and_values(N, 
         np.testing.assert_allclose(a, b, atol=2e-5)
     heads = found[0].sharding.shard_shape(found[0].shape)[2]
     assert heads == (N if N % tensor else N // tensor)
+
+
+@pytest.mark.parametrize("K", [4, 2])
+def test_keys_of_a_cache_that_each_head_prunes_for_itself(K):
+    """Slots hold other positions for every head: they are split as the heads are, or not at all."""
+    q, k, v, _ = arrays(8, K)
+    rows = np.random.default_rng(0)
+    slots = np.stack([[rows.permutation(T) for _ in range(K)] for _ in range(B)]).swapaxes(1, 2)
+    slots = jnp.asarray(np.where(slots < T // 2, slots, -1), jnp.int32)
+    mask = Mask(jnp.arange(T, dtype=jnp.int32)[None], slots)
+    expected = op.attention(q, k, v, mask).out_BTNH
+    with jax.set_mesh(make_mesh({**AXES, "tensor": 4, "data": 2})):
+        found = jax.jit(lambda *x: attention(*x, mask).out_BTNH)(q, k, v)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_weights_of_a_cache_are_those_of_one_device():

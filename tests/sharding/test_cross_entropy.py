@@ -20,12 +20,12 @@ KERNEL = jnp.asarray(RANDOM.standard_normal((D, V)), jnp.float32)
 TARGETS = jnp.asarray(RANDOM.integers(-3, WORDS, (B, T)), jnp.int32)
 
 
-def value_and_gradients(function, *args, **options):
+def value_and_gradients(function, *args, x=X, **options):
     def loss(x, kernel):
         total, sums = function(x, kernel, *args, **options)
         return total, sums
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(X, KERNEL)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, KERNEL)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,21 @@ def test_sums_and_gradients_are_those_of_one_device(mesh, options):
     np.testing.assert_allclose(found, total, rtol=1e-6)
     for name, value in sums.items():
         np.testing.assert_allclose(found_sums[name], value, rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(gradients[0], dx, atol=5e-5)
+    np.testing.assert_allclose(gradients[1], dkernel, atol=1e-4)
+
+
+def test_positions_that_devices_do_not_divide_stay_whole():
+    """Rows of 15: each device of the vocabulary has the gradient of all of them."""
+    x, targets = X[:, :15], TARGETS[:, :15]
+
+    def alone(x, kernel):
+        return op.linear_cross_entropy(x.reshape(-1, D), kernel, targets.reshape(-1))
+
+    (total, _), (dx, dkernel) = value_and_gradients(alone, x=x)
+    with jax.set_mesh(make_mesh({**AXES, "data": 2, "tensor": 4})):
+        (found, _), gradients = value_and_gradients(linear_cross_entropy, targets, x=x)
+    np.testing.assert_allclose(found, total, rtol=1e-6)
     np.testing.assert_allclose(gradients[0], dx, atol=5e-5)
     np.testing.assert_allclose(gradients[1], dkernel, atol=1e-4)
 

@@ -49,6 +49,36 @@ def test_tiles_of_a_block_equal_the_whole_row(monkeypatch, kind, softcap, tile):
     compare(kind, 2, softcap)
 
 
+@pytest.mark.parametrize("length", [6, 12])  # their halves, or the halves of these, have three positions
+def test_a_block_is_halved_as_long_as_it_is_even(monkeypatch, length):
+    monkeypatch.setattr(blocks_xla.XlaBlocks, "whole", 2)
+    q, k, v, slope = (x[:, :length] for x in arrays())
+    rows_1T = jnp.arange(length, dtype=jnp.int32)[None]
+    mask = Mask(rows_1T, rows_1T[..., None])
+    queries, keys = blocks_cudnn.Queries(q, rows_1T), blocks_cudnn.Keys(k, v, rows_1T[..., None])
+    queries, keys = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(q), *x.shape[1:])), (queries, keys))
+    whole = output_and_gradients(
+        lambda *x: op.attention(*x, mask, implementation="reference").out_BTNH, (q, k, v), slope
+    )
+    merged = jax.jit(blocks_xla.XlaBlocks().attend_own)(queries, keys)
+    dq, (dk, dv) = jax.jit(blocks_xla.XlaBlocks().gradients_own)(queries, keys, merged, slope)
+    for name, a, b in zip(("output", "q", "k", "v"), (merged.out_BTNH, dq, dk, dv), whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+def test_scores_of_16_bits_are_summed_in_32():
+    """They are merged with those of other blocks, by a log-sum-exp that must not be rounded."""
+    q, k, v, _ = (8 * x.astype(jnp.bfloat16) for x in arrays())
+    rows_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), q.shape[:2])
+
+    def lse(q, k, v):
+        queries, keys = blocks_cudnn.Queries(q, rows_BT), blocks_cudnn.Keys(k, v, rows_BT[..., None])
+        return blocks_xla.XlaBlocks().attend(queries, keys).lse_BTN
+
+    exact = lse(*(x.astype(jnp.float32) for x in (q, k, v)))
+    np.testing.assert_allclose(lse(q, k, v), exact, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 @pytest.mark.parametrize("devices", [2, 4])
 def test_a_ring_of_fused_kernels_equals_the_whole_row(monkeypatch, devices, kind):
@@ -124,6 +154,7 @@ def test_a_program_for_gpus_calls_the_fused_kernels(as_on_a_gpu, caplog, documen
     assert "attention over rows that are split by position: using cudnn" in caplog.text
     for name in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
         assert name in program
+    assert set(re.findall(r"fmha_scale\\22: ([\d.]+)", program)) == {"0.125"}, "64 channels: 64 ** -0.5, both ways"
     kinds = Counter(re.findall(r"mask_type\\22: \\22(\w+)\\22", program))
     # Four pairs of chunks, in the loop and behind it. With documents, also the halves of 4096, 2048 and 1024 tokens.
     assert kinds == ({"PADDING": 2 * (4 + 3)} if documents else {"NO_MASK": 2 * 4, "CAUSAL": 2})

@@ -149,6 +149,19 @@ def test_inside_of_a_shard_map_arrays_are_those_of_one_device():
         jax.shard_map(local, in_specs=spec, out_specs=spec)(jnp.ones((4, 2)))
 
 
+def test_inside_of_a_shard_map_over_some_axes_the_others_still_split():
+    def local(x):
+        assert x.shape == (4, 4)  # which the axis that is taken divides once more
+        return constrain(2 * x, ("batch", "heads"))
+
+    spec = PartitionSpec("data")
+    with jax.set_mesh(mesh(data=4, tensor=2)):
+        run = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, axis_names={"data"}))
+        found = run(jnp.ones((16, 4)))
+    np.testing.assert_array_equal(found, 2)
+    assert found.sharding.spec == PartitionSpec("data", "tensor")
+
+
 def test_a_mesh_does_not_change_the_logits():
     config = dataclasses.replace(BASE, num_attention_heads=8, num_key_value_heads=8, intermediate_size=64)
     model, params = make_model(config)

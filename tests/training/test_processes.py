@@ -2,11 +2,20 @@
 
 import json
 import shutil
+import signal
 
+import jax
 import numpy as np
 import pytest
 from helpers.runs import write_config
 from helpers.several import batches_of, run
+from helpers.training import settings
+
+from stellarbyte_jax.config import ConfigError, MeshConfig
+from stellarbyte_jax.launch import processes
+from stellarbyte_jax.sharding import make_mesh
+from stellarbyte_jax.training import placement
+from stellarbyte_jax.training.agreement import SharedInterrupt
 
 COMMON = (
     "steps=6",
@@ -148,6 +157,25 @@ def test_a_process_that_leaves_at_once_tells_the_others(before, rank, number, co
     left, other = ended[rank].ended_at, ended[1 - rank].ended_at
     assert abs(left - other) < 6, "sooner than silence would be noticed"
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_signal_that_came_to_several_processes_is_that_signal():
+    """Ctrl-C goes to every process of a terminal; what they exchange is known after the next step."""
+    interrupt = SharedInterrupt(make_mesh({"data": 8}))
+    assert not interrupt.came()
+    interrupt.received = signal.SIGINT  # on all eight devices
+    assert not interrupt.came() and interrupt.signal is None
+    assert interrupt.came() and interrupt.exit_code == 130
+
+
+def test_all_processes_take_part_in_the_mesh(monkeypatch):
+    """One without a device in it would wait for the others for ever."""
+    monkeypatch.setattr(placement, "devices", jax.devices)
+    for where, name in ((jax, "process_count"), (processes, "count")):
+        monkeypatch.setattr(where, name, lambda: 2)
+    with pytest.raises(ConfigError, match=r"the mesh uses 1 of the 8 devices of 2 processes, .*: leave mesh\.data=-1"):
+        placement.mesh_of(settings(mesh=MeshConfig(data=1)))
+    assert placement.mesh_of(settings(mesh=MeshConfig(data=4, fsdp=2), global_batch_size=8)).size == 8
 
 
 def test_an_error_of_the_main_process_ends_all(tmp_path):
