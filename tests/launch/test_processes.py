@@ -196,7 +196,7 @@ def test_a_process_without_a_sign_of_life_ends_the_others(member, monkeypatch):
     thread.start()
     thread.join(8)
     one._watching.set()
-    assert len(told) == 1 and told[0].startswith("process 1 of 3 is gone (no sign of life for 1 s): it was killed")
+    assert len(told) == 1 and str(told[0]).startswith("process 1 of 3 is gone (no sign of life for 1 s): it was killed")
 
 
 @pytest.mark.parametrize(
