@@ -187,7 +187,7 @@ def _dealt(function: OfMatrices, deal: Deal, sizes: Mapping[str, int], parts: Ar
     if not axes:
         return function(parts.reshape(each, *deal.whole)).reshape(parts.shape)
     padded = jnp.pad(parts, [(0, deal.devices * each - deal.matrices)] + [(0, 0)] * len(deal.part))
-    got = jax.lax.all_to_all(padded, axes, 0, 0, tiled=True)
+    got = _exchanged(padded, axes)
     got = got.reshape(*(sizes[axis] for axis in axes), each, *deal.part)
     # The devices along the axes that cut a dimension come before what each has of it.
     order = [len(axes)]
@@ -195,4 +195,10 @@ def _dealt(function: OfMatrices, deal: Deal, sizes: Mapping[str, int], parts: Ar
         order += [*(axes.index(axis) for axis in dim.axes), len(axes) + 1 + number]
     got = got.transpose(order)
     made = function(got.reshape(each, *deal.whole)).reshape(got.shape).transpose(np.argsort(order))
-    return jax.lax.all_to_all(made.reshape(padded.shape), axes, 0, 0, tiled=True)[: deal.matrices]
+    return _exchanged(made.reshape(padded.shape), axes)[: deal.matrices]
+
+
+def _exchanged(blocks: Array, axes: MeshAxes) -> Array:
+    """Block j of each device goes to device j: of the first dimension, with the results in the order of devices."""
+    # XLA gives the operands of one exchange different layouts, and refuses them, where there is more than one.
+    return jax.lax.all_to_all(blocks.reshape(-1), axes, 0, 0, tiled=True).reshape(blocks.shape)
