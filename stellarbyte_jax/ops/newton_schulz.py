@@ -12,9 +12,7 @@ ROUNDS = 5
 _AT_ONCE = 2**24
 
 
-def newton_schulz(
-    x_NIO: Float[Array, "N I O"], coefficients: Float[Array, "3"], eps: float
-) -> Float[Array, "N I O"]:
+def newton_schulz(x_NIO: Float[Array, "N I O"], coefficients: Float[Array, "3"], eps: float) -> Float[Array, "N I O"]:
     """Each matrix with singular values near 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
     From ``X / (|X| + eps)`` by five rounds of ``a X + (b A + c A A) X`` with ``A = X X^T``, of the transpose where
@@ -32,8 +30,13 @@ def newton_schulz(
             x = a * x + (b * gram + c * gram @ gram) @ x
         return x
 
-    most = max(1, _AT_ONCE // (I * O))
-    count = max(size for size in range(1, min(N, most) + 1) if N % size == 0)
+    count = at_once(N, I, O)
     if count == N:
         return some(x_NIO)
     return jax.lax.map(some, x_NIO.reshape(N // count, count, I, O)).reshape(N, I, O)
+
+
+def at_once(N: int, I: int, O: int) -> int:  # noqa: E741
+    """How many of ``N`` matrices are computed at once."""
+    most = max(1, _AT_ONCE // (I * O))
+    return max(size for size in range(1, min(N, most) + 1) if N % size == 0)

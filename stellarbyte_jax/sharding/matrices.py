@@ -115,6 +115,11 @@ class Deal:
         rows, columns = (math.prod(dim.size for dim in dims) for dims in (self.short, self.long))
         return rows, columns
 
+    @property
+    def numbers(self) -> int:
+        """In the whole matrices of a device."""
+        return self.each * math.prod(self.whole)
+
 
 def deals(stacks: Sequence[Stack], sizes: Mapping[str, int]) -> list[Deal]:
     """How stacks are dealt out on a mesh of these sizes.

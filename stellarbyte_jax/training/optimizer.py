@@ -80,7 +80,9 @@ def make_optimizer(
     else:
         matrices = muon(uses, eps=o.eps, b1=o.b1, b2=o.b2)
         # Updates are negative here, hence the sign.
-        rule = optax.chain(matrices, optax.add_decayed_weights(-o.weight_decay, decayed), optax.scale_by_schedule(schedule))
+        rule = optax.chain(
+            matrices, optax.add_decayed_weights(-o.weight_decay, decayed), optax.scale_by_schedule(schedule)
+        )
     if model.config.moe.num_experts:  # always, so that a run may change the ratio
         routers = jax.tree_util.tree_map_with_path(lambda path, _: _is_of_router(path), uses)
         rule = optax.chain(rule, optax.masked(optax.scale(o.router_learning_rate_ratio), routers))
