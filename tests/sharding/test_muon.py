@@ -4,15 +4,18 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from helpers.training import flat, settings
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stellarbyte_jax.config import ByteConfig, MeshConfig, MoEConfig, OptimizerConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses, trained
 from stellarbyte_jax.model.trees import partition
-from stellarbyte_jax.sharding.matrices import deals
+from stellarbyte_jax.sharding import make_mesh
+from stellarbyte_jax.sharding.matrices import Stack, deals, each_matrix
 from stellarbyte_jax.training import placement
 from stellarbyte_jax.training.muon import muon, stack_of
 from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, shardings
@@ -141,7 +144,7 @@ def test_updates_are_those_of_optax(name, mesh):
 
 def test_stacks_that_devices_do_not_divide_go_together():
     """Of three layers on four devices q, o; k, v; and both halves of gate and up with down, whichever way round."""
-    model, uses, steps = model_of("dense")
+    _, uses, steps = model_of("dense")
     sizes = {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     hidden = {path: use for path, use in flat(uses).items() if use.is_hidden_matrix}
@@ -154,3 +157,29 @@ def test_stacks_that_devices_do_not_divide_go_together():
     assert (mlp.matrices, mlp.each, mlp.whole) == (9, 3, (32, 64))
     eight = [stack_of(use, (8, *stacks[path].shape[1:]), mesh) for path, use in hidden.items()]
     assert [deal.members for deal in deals(eight, sizes)] == [(i,) for i in range(len(eight))]
+
+
+def test_matrices_are_put_together_in_their_order():
+    """Orthogonalising would not tell: with rows or columns in another order it gives the same in that order."""
+
+    def weighted(x_NIO):
+        i_I, j_O = (jnp.arange(size, dtype=jnp.float32) for size in x_NIO.shape[1:])
+        return x_NIO * (i_I[:, None] + j_O[None, :]) * jnp.sum(x_NIO, axis=(1, 2), keepdims=True)
+
+    random = np.random.default_rng(0)
+    layouts = [
+        ((3, 16, 8, 4), (1,), (2, 3), PartitionSpec(None, ("fsdp", "expert"), "tensor")),
+        ((3, 8, 4, 16), (1, 2), (3,), PartitionSpec(None, "tensor", None, ("fsdp", "expert"))),
+        ((2, 3, 8, 2, 4), (2,), (4,), PartitionSpec("expert", None, "fsdp", None, "tensor")),
+        ((8, 4, 4), (1,), (2,), PartitionSpec("fsdp")),
+    ]
+    arrays = [random.normal(size=shape).astype(np.float32) for shape, *_ in layouts]
+    stacks = [Stack(*layout) for layout in layouts]
+    expected = each_matrix(weighted, arrays, [dataclasses.replace(stack, spec=PartitionSpec()) for stack in stacks])
+    np.testing.assert_allclose(expected[3], jax.jit(weighted)(arrays[3]), rtol=1e-6)
+    mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, stack.spec)) for x, stack in zip(arrays, stacks, strict=True)]
+        found = jax.jit(lambda arrays: each_matrix(weighted, arrays, stacks))(placed)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
