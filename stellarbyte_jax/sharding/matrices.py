@@ -173,8 +173,8 @@ def _on_device(
     *arrays: Array,
 ) -> tuple[Array, ...]:
     """Parts of a device, the dimensions of their stacks in these orders."""
-    orders = [[i for dims in order for i in dims] for order in orders]
-    moved = [x.transpose(order) for x, order in zip(arrays, orders, strict=True)]
+    axes = [[i for dims in order for i in dims] for order in orders]
+    moved = [x.transpose(order) for x, order in zip(arrays, axes, strict=True)]
     flat = [x.reshape(-1, *deal.part) for x in moved]
     parts = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
     parts = _dealt(function, deal, sizes, parts)
@@ -182,7 +182,7 @@ def _on_device(
     pieces = jnp.split(parts, cuts) if len(flat) > 1 else [parts]
     return tuple(
         piece.reshape(x.shape).transpose(np.argsort(order))
-        for piece, x, order in zip(pieces, moved, orders, strict=True)
+        for piece, x, order in zip(pieces, moved, axes, strict=True)
     )
 
 

@@ -164,7 +164,7 @@ def test_matrices_are_put_together_in_their_order():
 
     def weighted(x_NIO):
         i_I, j_O = (jnp.arange(size, dtype=jnp.float32) for size in x_NIO.shape[1:])
-        return x_NIO * (i_I[:, None] + j_O[None, :]) * jnp.sum(x_NIO, axis=(1, 2), keepdims=True)
+        return x_NIO * (i_I[None, :, None] + j_O[None, None, :]) * jnp.sum(x_NIO, axis=(1, 2), keepdims=True)
 
     random = np.random.default_rng(0)
     layouts = [
