@@ -181,8 +181,7 @@ def _on_device(
     cuts = np.cumsum([len(x) for x in flat])[:-1]
     pieces = jnp.split(parts, cuts) if len(flat) > 1 else [parts]
     return tuple(
-        piece.reshape(x.shape).transpose(np.argsort(order))
-        for piece, x, order in zip(pieces, moved, axes, strict=True)
+        piece.reshape(x.shape).transpose(np.argsort(order)) for piece, x, order in zip(pieces, moved, axes, strict=True)
     )
 
 
