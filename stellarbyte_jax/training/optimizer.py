@@ -10,8 +10,8 @@ import optax
 
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained
-from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
+from stellarbyte_jax.training.muon import muon
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -78,16 +78,11 @@ def make_optimizer(
     elif o.name == "lion":
         rule = optax.lion(schedule, o.b1, o.b2, weight_decay=o.weight_decay, mask=decayed)
     else:
-        muon = optax.contrib.muon(
-            1.0,
-            eps=o.eps,
-            adam_b1=o.b1,
-            adam_b2=o.b2,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=jax.tree.map(_muon_dimensions, uses),
+        matrices = muon(uses, eps=o.eps, b1=o.b1, b2=o.b2)
+        # Updates are negative here, hence the sign.
+        rule = optax.chain(
+            matrices, optax.add_decayed_weights(-o.weight_decay, decayed), optax.scale_by_schedule(schedule)
         )
-        # Its own decay of the AdamW part takes no mask. Updates are negative here, hence the sign.
-        rule = optax.chain(muon, optax.add_decayed_weights(-o.weight_decay, decayed), optax.scale_by_schedule(schedule))
     if model.config.moe.num_experts:  # always, so that a run may change the ratio
         routers = jax.tree_util.tree_map_with_path(lambda path, _: _is_of_router(path), uses)
         rule = optax.chain(rule, optax.masked(optax.scale(o.router_learning_rate_ratio), routers))
@@ -109,10 +104,3 @@ def _mixing_types(update: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_of_router(path: tuple[Any, ...]) -> bool:
     return any(key.key == "router" for key in path)
-
-
-def _muon_dimensions(use: WeightUse) -> optax.contrib.MuonDimensionNumbers | None:
-    """The axes between which a matrix is orthogonalised; None for what takes AdamW, the head among it."""
-    if not use.is_hidden_matrix:
-        return None
-    return optax.contrib.MuonDimensionNumbers(reduction_axis=use.contracted, output_axis=use.output)

@@ -24,6 +24,7 @@ from stellarbyte_jax.training.optimizer import make_optimizer
 from stellarbyte_jax.training.placement import placed
 from stellarbyte_jax.training.plan_devices import ASSUMED, Device
 from stellarbyte_jax.training.plan_exchange import Exchange, buffer_bytes, of_activations, of_weights
+from stellarbyte_jax.training.plan_muon import Update, of_update
 from stellarbyte_jax.training.state import state_shapes
 
 _FLOAT32 = 4
@@ -59,7 +60,7 @@ class DeviceBytes:
       carried: likewise.
       batch: rows of this step and of those that are loaded ahead.
       activations: that the forward pass keeps.
-      working: of the layer that computes.
+      working: of the layer that computes, or of an update that needs more than the layers and the loss (Muon).
       logits: of a chunk of tokens, and their gradients.
       collectives: weights and activations of other devices.
     """
@@ -221,7 +222,9 @@ class Planner:
         uses, _ = partition(param_uses(self.model), trained(self.model))
         weights = of_weights(m, self.placed(sizes).params, uses, sizes)
         parted = weights.exchanges + of_activations(m, rows, length, sizes, packed=self.packed)
-        exchanges = tuple(dataclasses.replace(each, sent=each.sent * parts) for each in parted)
+        update = of_update(config.optimizer.name, self.placed(sizes).params, uses, sizes)
+        exchanges = (*(dataclasses.replace(each, sent=each.sent * parts) for each in parted), *update.exchanges)
+        collectives = weights.buffers + buffer_bytes(m, rows, length, sizes)
         ahead = 1 + config.data.prefetch
         found = DeviceBytes(
             weights=state.weights,
@@ -231,12 +234,12 @@ class Planner:
             carried=state.carried,
             batch=ahead * rows * parts * (length // sizes["context"]) * _TOKEN_BYTES,
             activations=kept.kept,
-            working=kept.working,
+            working=max(kept.working, update.buffers - kept.kept - kept.logits - collectives),
             logits=kept.logits,
-            collectives=weights.buffers + buffer_bytes(m, rows, length, sizes),
+            collectives=collectives,
         )
         flops = self.flops.causal * config.global_batch_size * length
-        times = self._times(config, sizes, exchanges, found, kept)
+        times = self._times(config, sizes, exchanges, found, kept, update)
         return Plan(config, dict(sizes), self.device, found, flops, exchanges, times)
 
     def _changed(self, parts: int, remat: Any) -> TrainConfig:
@@ -253,6 +256,7 @@ class Planner:
         exchanges: tuple[Exchange, ...],
         held: DeviceBytes,
         kept: Activations,
+        update: Update,
     ) -> Times:
         m, length, parts = config.model, config.data.sequence_length, config.gradient_accumulation_steps
         devices, tokens = math.prod(sizes.values()), config.global_batch_size * length
@@ -271,7 +275,8 @@ class Planner:
         behind = {"weights", "gradients"}
         hidden = sum(each.seconds(sizes, self.device) for each in exchanges if each.what in behind)
         open_ = sum(each.seconds(sizes, self.device) for each in exchanges if each.what not in behind)
-        return Times(products, memory, open_ + max(0.0, hidden - ASSUMED.hidden * products))
+        updating = update.seconds(self.device)
+        return Times(products + updating, memory, open_ + max(0.0, hidden - ASSUMED.hidden * products))
 
     def _flops_done(self, config: TrainConfig) -> tuple[float, float]:
         """Of a token, with what is computed again: of products with weights, and of attention."""

@@ -20,7 +20,7 @@ from stellarbyte_jax.sharding.rules import entry_axes
 from stellarbyte_jax.training.plan_devices import ASSUMED, DEVICES_OF_A_MACHINE, Device
 
 _FLOAT32 = 4
-_AXES = ("data", "fsdp", "expert", "context", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Exchange:
 def within_machine(axis: str, sizes: Mapping[str, int]) -> bool:
     """Whether devices along an axis are in one machine: those of the last axis of a mesh are neighbours."""
     first = axis.split("+")[0]
-    inside = math.prod(sizes[name] for name in _AXES[_AXES.index(first) :])
+    inside = math.prod(sizes[name] for name in AXES[AXES.index(first) :])
     return inside <= DEVICES_OF_A_MACHINE
 
 
@@ -101,7 +101,7 @@ def of_weights(config: ByteConfig, params: Any, uses: Any, sizes: Mapping[str, i
         in_layers = use.axes[0] == "layers"
         is_kept = config.remat == "none" and in_layers
         add("all-gather", cut, "weights", whole, 1 if use.lookup or is_head or is_kept else 2)
-        mixed = [axis for axis in _AXES if sizes[axis] > 1 and axis != "tensor"]  # along which tokens differ
+        mixed = [axis for axis in AXES if sizes[axis] > 1 and axis != "tensor"]  # along which tokens differ
         head_slope = here * n * _FLOAT32 if is_head or (use.lookup and config.tie_word_embeddings) else 0
         slope = 0 if is_head else whole
         if use.lookup and mixed != cut:

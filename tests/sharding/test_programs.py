@@ -12,10 +12,11 @@ from helpers.collectives import of_loops
 from helpers.training import RECORDER, settings
 from jax.sharding import NamedSharding, PartitionSpec
 
-from stellarbyte_jax.config import ByteConfig, MeshConfig, MoEConfig
+from stellarbyte_jax.config import ByteConfig, MeshConfig, MoEConfig, OptimizerConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.training import placement
+from stellarbyte_jax.training.optimizer import make_optimizer
 from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, shardings
 from stellarbyte_jax.training.state import state_shapes
 from stellarbyte_jax.training.step import make_train_step
@@ -29,8 +30,8 @@ def eight_devices(monkeypatch):
     monkeypatch.setattr(placement, "devices", jax.devices)
 
 
-def compiled(mesh, dtype="float32", **model):
-    """The training step, and the shapes of its state."""
+def compiled(mesh, optimizer=None, dtype="float32", **model):
+    """The training step, of the RECORDER or of an optimizer that is named, and the shapes of its state."""
     config = ByteConfig(
         vocab_size=64,
         hidden_size=D,
@@ -41,13 +42,16 @@ def compiled(mesh, dtype="float32", **model):
         compute_dtype=dtype,
         **model,
     )
-    run = settings(model=config, global_batch_size=ROWS, mesh=MeshConfig(**mesh))
-    network = ByteTransformer(config)
+    run = settings(model=config, global_batch_size=ROWS, mesh=MeshConfig(**{"data": 1, **mesh}))
+    network, rule = ByteTransformer(config), RECORDER
+    if optimizer is not None:
+        run = dataclasses.replace(run, optimizer=OptimizerConfig(name=optimizer))
+        rule = make_optimizer(run, network)
     with on_mesh(mesh_of(run)):
-        shapes = placed(state_shapes(run, network, RECORDER), network, RECORDER)
+        shapes = placed(state_shapes(run, network, rule), network, rule)
         rows = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(("data", "fsdp", "expert")))
         batch = {"tokens": jax.ShapeDtypeStruct((ROWS, T), np.int32, sharding=rows)}
-        step = make_train_step(run, network, RECORDER, lambda _: 0.0)
+        step = make_train_step(run, network, rule, lambda _: 0.0)
         step = jax.jit(step, out_shardings=(shardings(shapes), None), donate_argnums=0)
         return step.lower(shapes, batch).compile(), shapes
 
@@ -196,3 +200,19 @@ def named(found):
     for (kind, axes), count in found.items():
         counted[NAMES.get(kind, kind), axes] += count
     return dict(counted)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"expert": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_muon_has_its_matrices_whole_a_share_on_each_device(mesh):
+    """It gathers nothing: what a device keeps goes out once in parts of matrices, and comes back."""
+    of_experts = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=256)
+    more = {"moe": of_experts} if "expert" in mesh else {}
+    program, shapes = compiled(mesh, "muon", **more)
+    kept = weights_of(shapes) / 8
+    memory = program.memory_analysis()
+    assert memory.argument_size_in_bytes < 4 * 2 * kept * 1.1
+    assert memory.temp_size_in_bytes < 4 * 8 * kept * 0.9
+    found = exchanged(program)
+    assert max(found["all-gather"]) <= D * 2 * F, "one matrix of one layer"
+    assert max(found["all-reduce"]) <= D * 2 * F and not found["collective-permute"]
+    assert 0 < sum(found["all-to-all"]) < 2 * kept
