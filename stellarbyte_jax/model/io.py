@@ -87,9 +87,8 @@ class State:
         return State(memory=None if self.memory is None else self.memory.split(parts))
 
     def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Array]) -> "State":
-        """Of a state between batches: what ``of`` makes of the logical axes of each array, and the array."""
-        assert self.cache is None and self.router is None
-        return State(memory=None if self.memory is None else self.memory.by_axes(of))
+        """Of a state between calls: what ``of`` makes of the logical axes of each array, and the array."""
+        return State(**{name: part.by_axes(of) for name, part in self.parts().items()})
 
     def joined(self) -> "State":
         """Undoes :meth:`split`."""
