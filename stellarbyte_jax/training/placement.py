@@ -17,7 +17,7 @@ from stellarbyte_jax.launch import processes
 from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained
 from stellarbyte_jax.model.params import kept_spec
 from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
-from stellarbyte_jax.sharding import device_mesh, make_mesh, spec_of, split_array
+from stellarbyte_jax.sharding import device_mesh, make_mesh, spec_of
 from stellarbyte_jax.training.state import TrainState
 
 
@@ -130,7 +130,8 @@ def put(array: Any, sharding: NamedSharding) -> jax.Array:
         return array
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
-    return split_array(np.asarray(array), sharding)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def replicated() -> NamedSharding | None:
