@@ -88,7 +88,11 @@ class State:
 
     def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Array]) -> "State":
         """Of a state between calls: what ``of`` makes of the logical axes of each array, and the array."""
-        return State(**{name: part.by_axes(of) for name, part in self.parts().items()})
+        return State(
+            None if self.cache is None else self.cache.by_axes(of),
+            None if self.memory is None else self.memory.by_axes(of),
+            None if self.router is None else self.router.by_axes(of),
+        )
 
     def joined(self) -> "State":
         """Undoes :meth:`split`."""

@@ -28,7 +28,7 @@ def split_array(array: np.ndarray, place: NamedSharding) -> jax.Array:
     devices = place.addressable_devices_indices_map(array.shape)
     parts = [jax.device_put(array[index], device) for device, index in devices.items()]
     made = jax.make_array_from_single_device_arrays(array.shape, place, parts)
-    if place.mesh.devices.flat[0].platform == "cpu":  # where jax takes memory of numpy over
+    if next(iter(devices)).platform == "cpu":  # where jax takes memory of numpy over
         made = jax.jit(jnp.copy, out_shardings=place)(made)
     return jax.block_until_ready(made)
 

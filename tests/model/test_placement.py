@@ -43,7 +43,8 @@ def host(monkeypatch):
     """What the host reads, and the most that devices hold meanwhile beside what they held before."""
     memory = LiveArrays()
     memory.most = 0
-    read, layer, split = directory.WeightFiles.read, tensors._read_layer, hosts.split_array
+    read, split = directory.WeightFiles.read, hosts.split_array
+    layer, whole = tensors._read_layer, tensors._read_leaf
     before = jax.live_arrays()  # held, so that no other array gets the id of one
 
     def watched(array, place):
@@ -54,6 +55,7 @@ def host(monkeypatch):
 
     monkeypatch.setattr(directory.WeightFiles, "read", lambda files, name: memory.copy(read(files, name)))
     monkeypatch.setattr(tensors, "_read_layer", lambda *args: memory.copy(layer(*args)))
+    monkeypatch.setattr(tensors, "_read_leaf", lambda *args: memory.copy(whole(*args)))
     monkeypatch.setattr(placement, "split_array", watched)
     return memory
 
