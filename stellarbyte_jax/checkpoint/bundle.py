@@ -34,6 +34,8 @@ class Bundle:
 def load_bundle(path: str | Path, step: int | None = None, *, revision: str | None = None) -> Bundle:
     """Loads a Hugging Face directory or a name of the hub, a run directory or ``RUN/checkpoints/STEP``.
 
+    Under ``jax.set_mesh`` the weights are read straight into their parts on the mesh.
+
     Args:
       path: the directory, or ``owner/name``; which is which, says :func:`hf.hub.is_hub_name`.
       step: checkpoint of a run; None for the newest, or for the one that ``path`` names.

@@ -58,6 +58,8 @@ class Source:
     def weights(self) -> tuple[ByteConfig, Params]:
         """Settings and weights of the model; of a run the averaged ones, where it keeps an average.
 
+        Under ``jax.set_mesh`` the weights are read straight into their parts on the mesh.
+
         Raises:
           ValueError, CheckpointError: the directory is incomplete or cannot be read.
         """

@@ -9,13 +9,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep, first_line
 from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.model.lazy import LazyArray, lazy
+from stellarbyte_jax.model.placement import weight_places
 from stellarbyte_jax.model.trees import Params, merge, partition
+from stellarbyte_jax.sharding import device_mesh
 
 
 def run_and_step(source: Path, step: int | None = None) -> tuple[Path, int | None]:
@@ -37,14 +40,17 @@ def load_config(run_dir: str | Path, step: int | None = None) -> TrainConfig:
 
 
 def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainConfig, Params]:
-    """Settings and weights (numpy; the average where one was kept) of a run's newest or named checkpoint.
+    """Settings and weights (the average where one was kept) of a run's newest or named checkpoint.
+
+    The weights are arrays of numpy. Under ``jax.set_mesh`` they are read straight into their parts on the mesh, as
+    ``place_weights`` puts them.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
     with _opened(Path(run_dir), step) as stored:
         config = TrainConfig.from_dict(stored.json("config"))
-        return config, _joined(stored.arrays(_items(stored, config.model)))
+        return config, _joined(stored.arrays(_items(stored, config.model, device_mesh())))
 
 
 def load_lazy_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainConfig, Params]:
@@ -139,12 +145,17 @@ def _without_notes() -> Iterator[None]:
         absl.setLevel(level)
 
 
-def _items(stored: StoredStep, config: ByteConfig) -> dict[str, Params]:
+def _items(stored: StoredStep, config: ByteConfig, mesh: Mesh | None = None) -> dict[str, Params]:
     """The items that hold the weights, the averaged ones where there are any, and what must be in them."""
-    # For orbax, an array of numpy asks for one; this one takes no memory.
-    shapes = jax.tree.map(
-        lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), param_shapes(ByteTransformer(config))
-    )
+    model = ByteTransformer(config)
+    if mesh is None:  # for orbax, an array of numpy asks for one; this one takes no memory
+        shapes = jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), param_shapes(model))
+    else:
+        shapes = jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+            param_shapes(model),
+            weight_places(model, mesh),
+        )
     frozen_paths = stored.frozen_paths
     trained, frozen = partition(shapes, lambda path: "/".join(path) not in frozen_paths)
     item = "ema" if stored.has("ema") else "params"

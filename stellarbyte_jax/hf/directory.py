@@ -28,7 +28,7 @@ from stellarbyte_jax.hf.tensors import (
     check_tensors,
     flatten,
     lazy_params,
-    on_device,
+    on_devices,
     put_leaf,
     shapes_of,
     table_entries,
@@ -63,7 +63,8 @@ def from_pretrained(
 ) -> tuple[ByteTransformer, dict[str, Any]]:
     """Reads a Hugging Face directory of a known family (``hf.families``) as a model and its weights.
 
-    Host memory holds the weights once, plus one of their leaves.
+    Under ``jax.set_mesh`` they go straight into their parts, as ``place_weights`` puts them: a device gets its own part
+    alone, and host memory holds one layer of one leaf. Otherwise it holds the weights once, plus one of their leaves.
 
     Args:
       directory: with ``config.json`` and safetensors files, or ``owner/name`` of the hub, whose files are fetched into
@@ -76,14 +77,14 @@ def from_pretrained(
         Whole sections, such as ``rope_scaling`` or ``cache``, as objects or mappings.
 
     Returns:
-      The model and its weights, jax arrays on the default device.
+      The model and its weights, jax arrays split over the mesh that is set, or on the default device.
 
     Raises:
       ValueError: a file is missing, broken or damaged, a setting is not implemented, or tensors are missing, unknown or
         misshapen; the message names them.
     """
     with open_pretrained(directory, revision=revision, dtype=dtype, verify=verify, **overrides) as (model, leaves):
-        return model, on_device(leaves)
+        return model, on_devices(model, leaves)
 
 
 @contextlib.contextmanager
@@ -130,6 +131,7 @@ def save_pretrained(
     overwrite: bool = False,
     training: TrainingFacts | None = None,
     family: str | None = None,
+    write: bool = True,
 ) -> None:
     """Writes a model as a Hugging Face directory that ``AutoModelForCausalLM`` loads.
 
@@ -138,7 +140,8 @@ def save_pretrained(
 
     A ``README.md`` in it says what the model is, as a card of the Hugging Face Hub. The directory appears complete or
     not at all. Tensors are converted and written one after another, those of a leaf after those of another one; a lazy
-    leaf is in memory from its first tensor to its last.
+    leaf is in memory from its first tensor to its last. Of weights that are split over a mesh, a tensor at a time is
+    gathered.
 
     Args:
       directory: to be made.
@@ -151,6 +154,8 @@ def save_pretrained(
       overwrite: an earlier export there is replaced, its README.md too.
       training: facts for the README.md, where the run is known; weights say themselves that they saw plain text alone.
       family: the family's ``model_type``; None to have it chosen.
+      write: whether this process writes. Where the weights lie on the devices of several, all call this with the same
+        arguments, and one of them writes; the others only give it their parts, and hold none.
 
     Raises:
       ValueError: no family can express the model, the weights are another model's or do not fit the dtype, or the
@@ -169,6 +174,10 @@ def save_pretrained(
     entries = leaf_after_leaf(chosen.entries(config, shapes))
     _tell_left_out(chosen, entries, leaves)
     parts = Leaves(leaves, entries)
+    if not write:
+        for piece in (piece for entry in entries for piece in entry.pieces):
+            parts.give(piece)
+        return
     tensors = [
         Tensor(entry.theirs, entry.hf_shape, entry.dtype(to), _reader(entry, parts, entry.dtype(to), reordered))
         for entry in entries

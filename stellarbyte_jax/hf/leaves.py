@@ -8,6 +8,7 @@ import numpy as np
 
 from stellarbyte_jax.hf.table import Entry, Piece
 from stellarbyte_jax.model.lazy import LazyArray
+from stellarbyte_jax.sharding import give_part, part_on_host
 
 
 def leaf_after_leaf(entries: Iterable[Entry]) -> list[Entry]:
@@ -42,4 +43,8 @@ class Leaves:
         self._left[piece.path] -= 1
         if not self._left[piece.path]:
             self._read.pop(piece.path, None)
-        return np.asarray(leaf[piece.index])  # cut first: only this part leaves the device
+        return part_on_host(leaf, piece.index)
+
+    def give(self, piece: Piece) -> None:
+        """Takes part where another process takes this part of a leaf that lies on the devices of several."""
+        give_part(self._leaves[piece.path], piece.index)

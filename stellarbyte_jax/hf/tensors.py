@@ -13,10 +13,12 @@ import numpy as np
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.hf.layout import cast
 from stellarbyte_jax.hf.spelling import Headers
-from stellarbyte_jax.hf.table import Entry, Family
+from stellarbyte_jax.hf.table import Entry, Family, Piece
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.model.lazy import LazyArray
+from stellarbyte_jax.model.placement import place_weights
 from stellarbyte_jax.model.state.router import first_values, is_tracked
+from stellarbyte_jax.sharding import device_mesh
 
 
 class Tensors(Headers, Protocol):
@@ -91,12 +93,15 @@ def check_tensors(
 
 
 def read_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, dtype: np.dtype) -> dict[str, Any]:
-    """:func:`lazy_params` as jax arrays on the default device, from tensors that were checked."""
-    return on_device(lazy_params(entries, model, tensors, dtype))
+    """:func:`lazy_params` as jax arrays, from tensors that were checked; where, says :func:`on_devices`."""
+    return on_devices(model, lazy_params(entries, model, tensors, dtype))
 
 
-def on_device(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of lazy arrays as jax arrays on the default device."""
+def on_devices(model: ByteTransformer, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Lazy weights as jax arrays: split over the mesh that is set (``jax.set_mesh``), else on the default device."""
+    mesh = device_mesh()
+    if mesh is not None:
+        return place_weights(model, dict(leaves), mesh)
     return jax.tree.map(lambda leaf: jax.device_put(leaf.read()), leaves)
 
 
@@ -107,14 +112,17 @@ def lazy_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, 
     routers keep from step to step begins anew where no tensor has it, in float32.
     """
     shapes = shapes_of(param_shapes(model))
-    places: dict[str, list[tuple[Entry, int]]] = {}
+    places: dict[str, list[Part]] = {}
     for entry in entries:
         for number, piece in enumerate(entry.pieces):
             places.setdefault(piece.path, []).append((entry, number))
     params: dict[str, Any] = {}
     for path, parts in places.items():
         shape, to = shapes[path], parts[0][0].dtype(dtype)
-        put_leaf(params, path, LazyArray(shape, to, partial(_read_leaf, parts, shape, tensors, to)))
+        read = partial(_read_leaf, parts, shape, tensors, to)
+        layered = all(piece.index and isinstance(piece.index[0], int) for piece in map(_piece, parts))
+        read_at = partial(_read_layer, parts, shape, tensors, to) if layered else None
+        put_leaf(params, path, LazyArray(shape, to, read, read_at))
     for path in shapes.keys() - places.keys():
         first = first_values(model.config.moe.num_experts)[path.rpartition("/")[2]]
         to = np.dtype(np.float32)
@@ -122,13 +130,35 @@ def lazy_params(entries: list[Entry], model: ByteTransformer, tensors: Tensors, 
     return params
 
 
-def _read_leaf(parts: list[tuple[Entry, int]], shape: tuple[int, ...], tensors: Tensors, dtype: np.dtype) -> np.ndarray:
+Part = tuple[Entry, int]  # a tensor, and which of its pieces
+
+
+def _piece(part: Part) -> Piece:
+    entry, number = part
+    return entry.pieces[number]
+
+
+def _read_leaf(parts: list[Part], shape: tuple[int, ...], tensors: Tensors, dtype: np.dtype) -> np.ndarray:
     leaf = _aligned_zeros(shape, dtype)
-    for entry, number in parts:
-        piece = entry.pieces[number]
-        theirs = cast(tensors.read(entry.theirs)[entry.rows_of(number)], dtype, entry.theirs)
-        leaf[piece.index] = piece.row.layout.from_hf(theirs, piece.shape)
+    for part in parts:
+        leaf[_piece(part).index] = _read_piece(part, tensors, dtype)
     return leaf
+
+
+def _read_layer(parts: list[Part], shape: tuple[int, ...], tensors: Tensors, dtype: np.dtype, layer: int) -> np.ndarray:
+    read = np.zeros(shape[1:], dtype)
+    for part in parts:
+        at, *index = _piece(part).index
+        if at == layer:
+            read[tuple(index)] = _read_piece(part, tensors, dtype)
+    return read
+
+
+def _read_piece(part: Part, tensors: Tensors, dtype: np.dtype) -> np.ndarray:
+    entry, number = part
+    piece = entry.pieces[number]
+    theirs = cast(tensors.read(entry.theirs)[entry.rows_of(number)], dtype, entry.theirs)
+    return piece.row.layout.from_hf(theirs, piece.shape)
 
 
 def check_params(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -20,6 +20,7 @@ from stellarbyte_jax.model.layers import Given, Layers
 from stellarbyte_jax.model.norm import RMSNorm
 from stellarbyte_jax.model.params import Weight, WeightUse, weight_uses
 from stellarbyte_jax.model.positions import position_scheme
+from stellarbyte_jax.model.state.storage import split_by
 from stellarbyte_jax.model.trees import Axes, IsTrainable, Params, Shapes, Uses, all_trainable
 
 
@@ -55,7 +56,7 @@ class ByteTransformer(nn.Module):
         c = self.config
         if not isinstance(inputs, Inputs):
             raise TypeError(f"the network takes Inputs(tokens_BT), got {type(inputs).__name__}")
-        state = State() if state is None else state
+        state = State() if state is None else state.by_axes(split_by)
         check_call(c, inputs, state, train)
         B, T = inputs.tokens_BT.shape
         offsets_1T = jnp.arange(T, dtype=jnp.int32)[None, :] if inputs.rows_1T is None else inputs.rows_1T
@@ -100,7 +101,7 @@ class ByteTransformer(nn.Module):
             cache, memory = cache.end(caches, positions_BT, valid_mask_BT), None
         elif memory is not None:
             memory = memory.update(c, layer_inputs, inputs.segment_ids_BT, T)
-        return Output(hidden_BTD, State(cache, memory, router), aux)
+        return Output(hidden_BTD, State(cache, memory, router).by_axes(split_by), aux)
 
     def head_kernel(self) -> Float[Array, "D V"]:
         """The matrix from hidden states to logits, in the compute dtype. Columns from ``vocab_size`` on are padding."""

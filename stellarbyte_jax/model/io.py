@@ -87,9 +87,12 @@ class State:
         return State(memory=None if self.memory is None else self.memory.split(parts))
 
     def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Array]) -> "State":
-        """Of a state between batches: what ``of`` makes of the logical axes of each array, and the array."""
-        assert self.cache is None and self.router is None
-        return State(memory=None if self.memory is None else self.memory.by_axes(of))
+        """Of a state between calls: what ``of`` makes of the logical axes of each array, and the array."""
+        return State(
+            None if self.cache is None else self.cache.by_axes(of),
+            None if self.memory is None else self.memory.by_axes(of),
+            None if self.router is None else self.router.by_axes(of),
+        )
 
     def joined(self) -> "State":
         """Undoes :meth:`split`."""

@@ -16,11 +16,13 @@ class LazyArray:
       shape: its axes.
       dtype: of its numbers.
       read: gives the numbers as an array of numpy of this shape and dtype; every call reads them anew.
+      read_at: gives one index of the first axis alone; None where the array is read whole.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    read_at: Callable[[int], np.ndarray] | None = None
 
     @property
     def size(self) -> int:

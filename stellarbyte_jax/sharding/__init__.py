@@ -4,7 +4,7 @@ Model code is that of one device. ``jax.set_mesh`` says which mesh there is; :fu
 read it, and do nothing of their own without one.
 """
 
-from stellarbyte_jax.sharding.hosts import on_host
+from stellarbyte_jax.sharding.hosts import device_mesh, give_part, on_host, part_on_host, split_array
 from stellarbyte_jax.sharding.rules import (
     ACTIVATION_AXES,
     AXES,
@@ -29,9 +29,13 @@ __all__ = [
     "axis_size",
     "constrain",
     "current_mesh",
+    "device_mesh",
     "enter",
     "gather",
+    "give_part",
     "make_mesh",
     "on_host",
+    "part_on_host",
     "spec_of",
+    "split_array",
 ]

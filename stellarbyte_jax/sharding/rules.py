@@ -41,6 +41,7 @@ class Rules:
       sequence: positions, of activations inside a layer.
       stream: positions, of activations between layers.
       act_embed: model width, of activations, which need not be split as weights are.
+      slots: places of a cache for the tokens of a row.
     """
 
     layers: MeshAxes = ()
@@ -61,10 +62,11 @@ class Rules:
     sequence: MeshAxes = ("context",)
     stream: MeshAxes = ("context", "tensor")
     act_embed: MeshAxes = ()
+    slots: MeshAxes = ()
 
 
 RULES = Rules()
-ACTIVATION_AXES = ("batch", "sequence", "stream", "act_embed")
+ACTIVATION_AXES = ("batch", "sequence", "stream", "act_embed", "slots")
 WEIGHT_AXES = tuple(field.name for field in fields(Rules) if field.name not in ACTIVATION_AXES)
 
 # As weights are used: whole but for what products themselves are split by.

@@ -29,6 +29,7 @@ from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.inspect.costs import ParameterCounts
 from stellarbyte_jax.launch import LOCK, environment, processes, write_failure
 from stellarbyte_jax.model.state.router import with_twins_of
+from stellarbyte_jax.sharding import device_mesh
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
@@ -254,9 +255,10 @@ def from_weights(
     if config.model.moe.num_experts:
         params = with_twins_of(config.model, params)
     say(f"starting from the weights in {config.init_from}")
-    # Copied, since the step writes into its state: arrays in the memory of a file that was read are no such place.
+    if device_mesh() is None:  # arrays in the memory of numpy are no place for a step to write its state into
+        params = jax.tree.map(jnp.copy, params)
     try:
-        return begin_with(jax.tree.map(jnp.copy, params), config, shapes, optimizer)
+        return begin_with(params, config, shapes, optimizer)
     except FloatingPointError as error:
         raise CheckpointError(f"{config.init_from} cannot begin a run: {error}. Name another checkpoint") from None
 

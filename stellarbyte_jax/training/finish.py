@@ -20,7 +20,6 @@ from stellarbyte_jax.tokenizer.directory import write_json
 from stellarbyte_jax.training import plots, samples, tasks
 from stellarbyte_jax.training.heatmap import HEATMAP, write_heatmap
 from stellarbyte_jax.training.loads import LOADS
-from stellarbyte_jax.training.placement import on_hosts
 from stellarbyte_jax.training.report import REPORT, make_page, write_page
 from stellarbyte_jax.training.samples import Sampler
 from stellarbyte_jax.training.tasks import TaskRounds
@@ -150,11 +149,9 @@ def is_done(config: TrainConfig, step: int, sampler: Sampler, rounds: TaskRounds
 
 def export(config: TrainConfig, model: ByteTransformer, params: Params, training: TrainingFacts | None = None) -> None:
     """Writes ``output_dir/hf`` anew; its model card tells the facts of ``training``."""
-    params = on_hosts(params)
-    if not processes.is_main():
-        return
     target, tokenizer = Path(config.output_dir) / EXPORT, tokenizer_of(config.output_dir, config)
-    save_pretrained(target, model, params, tokenizer=tokenizer, overwrite=True, training=training)
+    writes = processes.is_main()  # the others have parts of the weights
+    save_pretrained(target, model, params, tokenizer=tokenizer, overwrite=True, training=training, write=writes)
 
 
 def _write(note: Path, done: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from stellarbyte_jax.launch import processes
 from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained
 from stellarbyte_jax.model.params import kept_spec
 from stellarbyte_jax.model.trees import IsTrainable, all_trainable, partition
-from stellarbyte_jax.sharding import make_mesh, on_host, spec_of
+from stellarbyte_jax.sharding import device_mesh, make_mesh, spec_of
 from stellarbyte_jax.training.state import TrainState
 
 
@@ -75,7 +75,7 @@ def placed(
     What has a weight's shape lies where the weight does: its average and what the optimizer keeps of it. A ``planned``
     mesh, of devices that need not be there, stands for the one that is set.
     """
-    mesh = planned or _mesh()
+    mesh = planned or device_mesh()
     if mesh is None:
         return shapes
 
@@ -113,7 +113,7 @@ def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 def shardings(shapes: Any) -> Any:
     """Where arrays of :func:`placed` shapes lie, as ``jax.jit`` takes it; None without a mesh."""
-    return None if _mesh() is None else jax.tree.map(lambda shape: shape.sharding, shapes)
+    return None if device_mesh() is None else jax.tree.map(lambda shape: shape.sharding, shapes)
 
 
 def place_batches() -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
@@ -121,7 +121,7 @@ def place_batches() -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
 
     Other threads, which have no mesh set, may call it.
     """
-    mesh = _mesh()
+    mesh = device_mesh()
 
     def place(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         if mesh is None:
@@ -133,32 +133,19 @@ def place_batches() -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
 
 
 def put(array: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has whole, on the devices of all processes: each puts what its own hold."""
+    """An array on the devices of all processes: itself where it lies so, else one that every process has whole."""
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
+        return array
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     whole = np.asarray(array)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def on_hosts(tree: Any) -> Any:
-    """The arrays as they are; where their parts lie on several processes, whole ones of numpy in each.
-
-    All processes have to call it.
-    """
-    if processes.count() == 1:
-        return tree
-    return on_host(tree)
-
-
 def replicated() -> NamedSharding | None:
     """Where what every process reads lies: whole on each device of the mesh that is set; None without one."""
-    mesh = _mesh()
+    mesh = device_mesh()
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
-
-
-def _mesh() -> Mesh | None:
-    mesh = jax.sharding.get_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def _at(shape: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,6 @@
 """The state of a run to and from checkpoints."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from stellarbyte_jax.checkpoint.weights import stored_steps
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.model.io import State
-from stellarbyte_jax.model.trees import Params, partition, paths
+from stellarbyte_jax.model.trees import Params, merge, partition, paths
 from stellarbyte_jax.training.meter import diverged
 from stellarbyte_jax.training.placement import put, shardings
 from stellarbyte_jax.training.state import TrainState
@@ -149,23 +150,34 @@ def begin_with(
 ) -> Resumed:
     """The state before the first step, with these weights and a fresh optimizer.
 
+    On a mesh, weights that lie in their parts already stay where they are; the others are put there.
+
     Raises:
       FloatingPointError: a weight is not finite.
     """
-    found = _finite({"params": weights})
     trained = set(paths(shapes.params))
-    params, frozen = partition(found["params"], lambda path: "/".join(path) in trained)
+    params, frozen = partition(weights, lambda path: "/".join(path) in trained)
     if (places := shardings(shapes)) is not None:
         params, frozen = jax.tree.map(put, (params, frozen), (places.params, places.frozen))
+    _finite({"params": merge(params, frozen)})
+    average = None
+    if shapes.ema is not None:
+        average = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings(shapes.ema))(params)
     state = TrainState(
-        step=jnp.zeros((), jnp.int32),
+        step=jnp.zeros((), jnp.int32, device=shardings(shapes.step)),
         params=params,
         opt_state=jax.jit(optimizer.init, out_shardings=shardings(shapes.opt_state))(params),
-        ema=None if shapes.ema is None else jax.tree.map(jnp.copy, params),
+        ema=average,
         frozen=frozen,
-        carried=State.initial(config.model, config.global_batch_size),
+        carried=first_carried(config, shapes),
     )
     return Resumed(state, Progress(), None, config)
+
+
+def first_carried(config: TrainConfig, shapes: TrainState) -> State:
+    """What is carried from batch to batch before the first one, made where ``shapes`` have it."""
+    initial = functools.partial(State.initial, config.model, config.global_batch_size)
+    return jax.jit(initial, out_shardings=shardings(shapes.carried))()
 
 
 def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig) -> Resumed:
@@ -227,5 +239,8 @@ def _without_empty_leaves(tree: Any) -> dict[str, Any]:
 
 def _with_empty_leaves(found: dict[str, Any], shapes: Any) -> Any:
     leaves, tree = jax.tree.flatten(shapes)
-    filled = [found[str(i)] if str(i) in found else jnp.zeros(s.shape, s.dtype) for i, s in enumerate(leaves)]
+    filled = [
+        found[str(i)] if str(i) in found else jnp.zeros(s.shape, s.dtype, device=shardings(s))
+        for i, s in enumerate(leaves)
+    ]
     return jax.tree.unflatten(tree, filled)

@@ -5,11 +5,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from stellarbyte_jax.checkpoint.store import Checkpointer
@@ -19,7 +19,6 @@ from stellarbyte_jax.inspect.costs import ParameterCounts, parameter_counts
 from stellarbyte_jax.launch import CompileCache, Interrupt, processes, quiet_libraries
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
-from stellarbyte_jax.tokenizer.codec import token_byte_lengths
 from stellarbyte_jax.training import begin, finish, messages, resume, script
 from stellarbyte_jax.training.agreement import make_interrupt
 from stellarbyte_jax.training.console import Reporter, format_metrics
@@ -32,10 +31,10 @@ from stellarbyte_jax.training.rebalance import Moves, compiled_rebalance, rebala
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sampler
 from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
-from stellarbyte_jax.training.step import make_eval_step, make_train_step
+from stellarbyte_jax.training.step import make_train_step
 from stellarbyte_jax.training.tasks import TaskRounds
 from stellarbyte_jax.training.trackers import Together, make_trackers
-from stellarbyte_jax.training.validation import check_comparable, evaluate, measured_on
+from stellarbyte_jax.training.validation import check_comparable, compiled_eval_step, evaluate, measured_on
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class _Run:
     rounds: TaskRounds
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., tuple[dict[str, jax.Array], State]]
+    first_carried: Callable[[], State]
     rebalance: Callable[[TrainState], tuple[TrainState, Moves]] | None
     meter: Meter
 
@@ -199,8 +199,6 @@ def _prepare(
 
     seconds, tokens = resumed.progress.seconds, resumed.progress.tokens
     meter = Meter(config, parameters.active, show, lambda: loader.skipped, seconds, tokens, mesh.size)
-    byte_lengths = token_byte_lengths(config.data.tokenizer)
-    byte_lengths_V = None if byte_lengths is None else jnp.asarray(byte_lengths)
     return _Run(
         config=config,
         named=named,
@@ -225,7 +223,8 @@ def _prepare(
             donate_argnums=0,
             out_shardings=(shardings(shapes), replicated()),
         ),
-        eval_step=jax.jit(make_eval_step(config, model, byte_lengths_V), out_shardings=(replicated(), None)),
+        eval_step=compiled_eval_step(config, model, shapes),
+        first_carried=partial(resume.first_carried, config, shapes),
         rebalance=rebalance,
         meter=meter,
     )
@@ -360,10 +359,9 @@ def _validate(run: _Run, step: int, batches: Loader) -> float | None:
     """Measures the loss and counts it; None where a signal came before that was complete."""
     run.meter.flush()
     with run.meter.paused():
-        state = State.initial(run.config.model, run.config.global_batch_size)
         limit = run.config.evaluation.batches
-        weights = run.state.averaged
-        validated = evaluate(run.eval_step, weights, batches, limit, run.report, state, run.interrupt.came)
+        weights, carried = run.state.averaged, run.first_carried()
+        validated = evaluate(run.eval_step, weights, batches, limit, run.report, carried, run.interrupt.came)
         if validated is None:
             run.progress.unvalidated = True
             run.report.line(f"step {step}/{run.total}  validation broken off: it is done when the run goes on")

@@ -4,13 +4,29 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.files import DataError
 from stellarbyte_jax.data.loader import Loader
+from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
+from stellarbyte_jax.tokenizer.codec import token_byte_lengths
 from stellarbyte_jax.training.console import Reporter
 from stellarbyte_jax.training.metrics import validation_metrics
+from stellarbyte_jax.training.placement import replicated, shardings
+from stellarbyte_jax.training.state import TrainState
+from stellarbyte_jax.training.step import make_eval_step
+
+
+def compiled_eval_step(
+    config: TrainConfig, model: ByteTransformer, shapes: TrainState
+) -> Callable[..., tuple[dict[str, jax.Array], State]]:
+    """The compiled ``step.make_eval_step`` of a run; what it carries stays where ``shapes`` have it."""
+    byte_lengths = token_byte_lengths(config.data.tokenizer)
+    step = make_eval_step(config, model, None if byte_lengths is None else jnp.asarray(byte_lengths))
+    return jax.jit(step, out_shardings=(replicated(), shardings(shapes.carried)))
 
 
 def evaluate(

@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from helpers.variants import BASE, make_model
 
 from stellarbyte_jax import generate, make_mesh, place_weights
-from stellarbyte_jax.config import MoEConfig
+from stellarbyte_jax.config import CacheConfig, MoEConfig
+from stellarbyte_jax.inference import programs
 
 EXPERTS = {"moe": MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=16)}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
@@ -24,3 +26,52 @@ def test_texts_are_those_of_one_device(mesh, changes):
     with jax.set_mesh(split):
         found = generate(model, placed, PROMPTS, max_new_tokens=12)
     assert [list(text) for text in found.sequences] == [list(text) for text in expected.sequences]
+
+
+CACHES = {
+    "full": {},
+    "ring": {"sliding_window": 4, "sink_tokens": 1},
+    "int8": {"cache": CacheConfig(dtype="int8")},
+    "pruned": {"cache": CacheConfig(heavy_hitters=4, recent=4)},
+    "history": {"moe": dataclasses.replace(EXPERTS["moe"], gate="context", history_decay=0.9)},
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_lies_as_the_rules_say_before_and_after_each_block(kind, monkeypatch):
+    """Rows over the data axes, heads over tensor; slots and channels whole."""
+    model, params = make_model(dataclasses.replace(BASE, vocab_size=64, **CACHES[kind]))
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    seen = []
+
+    def look(state):
+        state.by_axes(lambda axes, x: seen.append((axes, x)) or x)
+
+    decode = programs.decode_block
+
+    def watched(model, params, decoding, *args, **kwargs):
+        look(decoding.state)
+        decoded = decode(model, params, decoding, *args, **kwargs)
+        look(decoded[0].state)
+        return decoded
+
+    monkeypatch.setattr(programs, "decode_block", watched)
+    with jax.set_mesh(mesh):
+        generate(model, place_weights(model, params, mesh), [*PROMPTS, [4, 4]], max_new_tokens=12)
+    cuts = {"batch": 4, "kv_heads": 2}
+    assert {axis for axes, _ in seen for axis in axes} >= {"batch", "slots", "kv_heads", "head_dim"}
+    for axes, x in seen:
+        expected = tuple(size // cuts.get(axis, 1) for axis, size in zip(axes, x.shape, strict=True))
+        assert x.sharding.shard_shape(x.shape) == expected, axes
+
+
+def test_a_cache_of_fewer_heads_than_devices_is_whole_on_each():
+    model, params = make_model(dataclasses.replace(BASE, vocab_size=64))
+    mesh = make_mesh({"tensor": 4})
+    placed = place_weights(model, params, mesh)
+    with jax.set_mesh(mesh):
+        _, state = programs.prefill(
+            model, placed, np.ones((3, 8), np.int32), np.full(3, 8, np.int32), None, cache_length=16
+        )
+    keys = state.cache.groups[0][0].storage.keys
+    assert keys.shape[3] == 2 and keys.sharding.shard_shape(keys.shape) == keys.shape

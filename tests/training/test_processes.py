@@ -17,6 +17,10 @@ from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.training import placement
 from stellarbyte_jax.training.agreement import SharedInterrupt
 
+from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights
+from stellarbyte_jax.hf.directory import save_pretrained
+from stellarbyte_jax.model.decoder import ByteTransformer
+
 COMMON = (
     "steps=6",
     "model.hidden_dropout=0",
@@ -76,6 +80,54 @@ def test_two_processes_are_one(alone, tmp_path):
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 1
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("step 6/6  loss") == 1
+
+
+WATCH_EXPORT = """
+from stellarbyte_jax.hf import leaves
+from stellarbyte_jax.sharding import hosts
+gather, taken, given, largest = hosts._gathered, [0], [0], [0]
+def gathered(*args):
+    part = gather(*args)
+    largest[0] = max(largest[0], part.nbytes)
+    return part
+hosts._gathered = gathered
+take, give = leaves.part_on_host, leaves.give_part
+def part_on_host(*args):
+    taken[0] += 1
+    return take(*args)
+def give_part(*args):
+    given[0] += 1
+    return give(*args)
+leaves.part_on_host, leaves.give_part = part_on_host, give_part
+def refuse(*args, **kwargs):
+    raise AssertionError("all of an array is gathered")
+from stellarbyte_jax.training import finish
+exported = finish.export
+def export(*args, **kwargs):
+    from jax.experimental import multihost_utils
+    multihost_utils.process_allgather, before = refuse, multihost_utils.process_allgather
+    exported(*args, **kwargs)
+    multihost_utils.process_allgather = before
+    print("EXPORT", taken[0], given[0], largest[0], file=sys.stderr)
+finish.export = export
+"""
+
+
+def test_an_export_gathers_one_tensor_at_a_time_for_the_process_that_writes(tmp_path):
+    config = write_config(tmp_path)
+    settings = (*COMMON, "steps=1", "schedule.warmup_steps=0", "evaluation.interval=9", "model.num_hidden_layers=6")
+    ended = run(config, 2, *settings, "export_at_end=true", "mesh.fsdp=2", before=WATCH_EXPORT)
+    assert_done(ended)
+    numbers = [each.err.partition("EXPORT ")[2].split() for each in ended]
+    (taken, _, largest), (none, given, _) = (map(int, found[:3]) for found in numbers)
+    stored, params = load_weights(tmp_path / "run")
+    assert taken == given > 0 and none == 0
+    assert largest == 1280 * 16 * 4  # the embedding, which is one tensor
+    target = tmp_path / "again"
+    tokenizer, facts = tmp_path / "run" / "tokenizer", load_training_facts(tmp_path / "run")
+    save_pretrained(target, ByteTransformer(stored.model), params, tokenizer=tokenizer, training=facts)
+    name = "model.safetensors"
+    assert (target / name).read_bytes() == (tmp_path / "run" / "hf" / name).read_bytes()
 
 
 def test_a_run_goes_on_with_more_and_fewer_processes(alone, tmp_path):

@@ -1,6 +1,8 @@
 """A run on a mesh: from the first step to the export, and on another mesh from a checkpoint. On eight CPU devices."""
 
+import dataclasses
 import json
+import math
 import shutil
 
 import jax
@@ -8,7 +10,11 @@ import numpy as np
 import pytest
 from helpers.runs import cli, write_config
 
-from stellarbyte_jax.training import placement
+from stellarbyte_jax.checkpoint.weights import save_initial
+from stellarbyte_jax.config import MemoryConfig, load
+from stellarbyte_jax.hf.directory import save_pretrained
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.training import begin, placement, run
 
 COMMON = (
     "steps=6",
@@ -36,19 +42,19 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, capsys):
     assert "mesh data=1: uses 1 of 8 devices" in capsys.readouterr().out
     expected = losses(tmp_path / "one")
     assert {step for step, _ in expected} == {1, 2, 3, 4, 5, 6}
-    run = tmp_path / "many"
-    split = (*COMMON, f"output_dir={run}", "export_at_end=true", 'sample_prompts=["a"]')
+    many = tmp_path / "many"
+    split = (*COMMON, f"output_dir={many}", "export_at_end=true", 'sample_prompts=["a"]')
     assert cli(config, *split, "mesh.fsdp=2", "mesh.tensor=2") == 0
     assert "mesh data=2 x fsdp=2 x tensor=2: uses 8 of 8 devices" in capsys.readouterr().out
-    first = losses(run)
+    first = losses(many)
     assert first.keys() == expected.keys()
     np.testing.assert_allclose(list(first.values()), list(expected.values()), rtol=1e-4)
-    assert (run / "hf" / "model.safetensors").exists()
-    shutil.rmtree(run / "checkpoints" / "6")
+    assert (many / "hf" / "model.safetensors").exists()
+    shutil.rmtree(many / "checkpoints" / "6")
     assert cli(config, *split, "mesh.data=2", "mesh.context=2") == 0
     out = capsys.readouterr().out
     assert "mesh data=2 x context=2: uses 4 of 8 devices" in out and "resumed at step 3" in out
-    np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=1e-4)
+    np.testing.assert_allclose(list(losses(many).values()), list(expected.values()), rtol=1e-4)
 
 
 def test_a_mesh_that_does_not_fit_is_told_before_anything_is_made(tmp_path, capsys):
@@ -68,3 +74,61 @@ def test_processes_that_were_joined_elsewhere_are_refused(tmp_path, capsys, monk
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "stellarbyte_jax.launch.processes.join" in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["directory", "run"])
+def test_a_run_begins_with_weights_of_which_each_device_holds_its_part(kind, tmp_path, monkeypatch):
+    """Nothing else lies on a device when the state is made, and a warning about donated arrays would be an error."""
+    memory = MemoryConfig(length=8 if kind == "run" else 0)  # which no directory has
+    model = dataclasses.replace(load(str(write_config(tmp_path))).model, memory=memory, num_hidden_layers=6)
+    network = ByteTransformer(model)
+    params = jax.device_get(init_params(network, jax.random.key(1)))
+    source = tmp_path / "weights"
+    if kind == "run":
+        save_initial(source, model, params, str(tmp_path.parent / "byte_tokenizer"))
+    else:
+        save_pretrained(source, network, params, tokenizer=tmp_path.parent / "byte_tokenizer")
+    begun = []
+    original, whole = begin.begin_with, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    before = jax.live_arrays()
+
+    def watched(weights, config, shapes, optimizer):
+        new = [x for x in jax.live_arrays() if not any(x is other for other in before)]
+        parts = [
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in new
+            if jax.devices()[0] in x.sharding.device_set
+        ]
+        begun.append((sum(parts), original(weights, config, shapes, optimizer).state, shapes))
+        return original(weights, config, shapes, optimizer)
+
+    monkeypatch.setattr(begin, "begin_with", watched)
+    settings = (*COMMON, "steps=2", "schedule.warmup_steps=0", "model.compute_dtype=float32", "optimizer.name=adamw")
+    if kind == "run":
+        settings += ("model.memory.length=8", "data.arrangement=contiguous")
+    assert cli(tmp_path / "tiny.py", *settings, "mesh.fsdp=8", f"init_from={source}") == 0
+    ((held, state, shapes),) = begun
+    assert 0 < held < 1.3 * whole / 8  # vectors are whole
+    for leaf, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
+        assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
+    if kind == "run":
+        slots = state.carried.memory.groups[0][0].states
+        assert slots.sharding.shard_shape(slots.shape)[1] == slots.shape[1] // 8  # rows
+
+
+def test_validation_carries_its_memory_in_parts(tmp_path, monkeypatch):
+    seen, original = [], run.evaluate
+
+    def watched(run_eval, params, batches, limit, report, state, stopped):
+        def kept(*args):
+            sums, after = run_eval(*args)
+            seen.extend(jax.tree.leaves((args[2], after)))
+            return sums, after
+
+        return original(kept, params, batches, limit, report, state, stopped)
+
+    monkeypatch.setattr(run, "evaluate", watched)
+    settings = ("steps=1", "schedule.warmup_steps=0", "model.memory.length=8", "data.arrangement=contiguous")
+    assert cli(write_config(tmp_path), *COMMON, *settings, "mesh.fsdp=8") == 0
+    assert len(seen) >= 12 and all(len(leaf.sharding.device_set) == 8 for leaf in seen)
+    assert all(not leaf.is_fully_replicated for leaf in seen)

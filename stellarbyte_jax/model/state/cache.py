@@ -17,7 +17,7 @@ from stellarbyte_jax.model.state.layer_cache import LayerCache, NewTokens
 from stellarbyte_jax.model.state.memory import Memory, checked_rows, with_memory_prefix
 from stellarbyte_jax.model.state.pruned import PrunedCache
 from stellarbyte_jax.model.state.ring import RingCache
-from stellarbyte_jax.model.state.storage import Storage
+from stellarbyte_jax.model.state.storage import ByAxes, Storage
 
 
 @struct.dataclass
@@ -101,6 +101,10 @@ class Cache:
             raise ValueError(f"the cache has {have} rows: name those of {batch_size} to keep with select()")
         rows = [*range(have), *[0] * (batch_size - have)]
         return self.select(rows).reset(jnp.arange(batch_size) >= have)
+
+    def by_axes(self, of: ByAxes) -> Self:
+        """The cache between calls of what ``of`` makes of the logical axes of each array, and the array."""
+        return self._each(lambda cache: cache.by_axes(of), of(("batch",), self.lengths_B))
 
     def _each(self, change: Callable[[LayerCache], LayerCache], lengths_B: Array) -> Self:
         groups = tuple(tuple(change(cache) for cache in places) for places in self.groups)

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from stellarbyte_jax.model.state.layer_cache import CachedKV, NewTokens
-from stellarbyte_jax.model.state.storage import Storage
+from stellarbyte_jax.model.state.storage import ByAxes, Storage
 
 
 @struct.dataclass
@@ -75,6 +75,11 @@ class FullCache:
     def reset(self, rows_B: Bool[Array, " B"]) -> Self:
         """The cache with these rows empty."""
         return self.replace(positions_BS=jnp.where(rows_B[:, None], -1, self.positions_BS))  # type: ignore[attr-defined]
+
+    def by_axes(self, of: ByAxes) -> Self:
+        """The cache between calls of what ``of`` makes of the logical axes of each array, and the array."""
+        positions_BS = of(("batch", "slots"), self.positions_BS)
+        return self.replace(storage=self.storage.by_axes(of), positions_BS=positions_BS)  # type: ignore[attr-defined]
 
     def _write_to(self, new: NewTokens, slots_BT: Array, stored_BT: Array) -> Self:
         """Notes where the call's tokens go, and which positions the slots then hold."""

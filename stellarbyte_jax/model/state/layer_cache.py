@@ -3,6 +3,7 @@
 B batch, T new tokens, S keys, K key/value heads (1 where all are alike), H head size, G query heads of each of them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from flax import struct
@@ -100,4 +101,8 @@ class LayerCache(Protocol):
 
     def reset(self, rows_B: Bool[Array, " B"]) -> Self:
         """The cache with these rows empty."""
+        ...
+
+    def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Array]) -> Self:
+        """The cache between calls of what ``of`` makes of the logical axes of each array, and the array."""
         ...

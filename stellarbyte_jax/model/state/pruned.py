@@ -11,7 +11,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from stellarbyte_jax.model.state.layer_cache import CachedKV, NewTokens
-from stellarbyte_jax.model.state.storage import Storage
+from stellarbyte_jax.model.state.storage import ByAxes, Storage
 from stellarbyte_jax.ops.attention import always_visible
 
 
@@ -131,3 +131,12 @@ class PrunedCache:
         """The cache with these rows empty."""
         positions_RBSK = jnp.where(rows_B[None, :, None, None], -1, self.positions_RBSK)
         return self.replace(positions_RBSK=positions_RBSK)  # type: ignore[attr-defined]
+
+    def by_axes(self, of: ByAxes) -> Self:
+        """The cache between calls of what ``of`` makes of the logical axes of each array, and the array."""
+        axes = ("layers", "batch", "slots", "kv_heads")
+        return self.replace(  # type: ignore[attr-defined]
+            storage=self.storage.by_axes(of),
+            positions_RBSK=of(axes, self.positions_RBSK),
+            scores_RBSK=of(axes, self.scores_RBSK),
+        )

@@ -87,6 +87,12 @@ class RouterState:
         assert self.history_LBD is not None and self.tally is None
         return self.replace(history_LBD=self.history_LBD[:, jnp.asarray(rows)])  # type: ignore[attr-defined]
 
+    def by_axes(self, of: Callable[[tuple[str | None, ...], Array], Array]) -> "RouterState":
+        """The state with what ``of`` makes of the logical axes of the history, and of the history; counts stay."""
+        if self.history_LBD is None:
+            return self
+        return self.replace(history_LBD=of((None, "batch", None), self.history_LBD))  # type: ignore[attr-defined]
+
 
 def tracked_loads(config: ByteConfig, weights: Params) -> Array:
     """The running means of loads [L, E] of all layers with experts, in their order; they add up to one in each.

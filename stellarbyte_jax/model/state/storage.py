@@ -3,13 +3,24 @@
 R layers of a stack, B batch, T tokens, S slots, K key/value heads, H head size.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from stellarbyte_jax.sharding import constrain
+
 # Integers of the same size hold the narrow floats: XLA on a CPU would widen a whole array to update one token of it.
 _BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+_AXES = ("layers", "batch", "slots", "kv_heads", "head_dim")
+ByAxes = Callable[[tuple[str | None, ...], Array], Array]
+
+
+def split_by(axes: tuple[str | None, ...], x: Array) -> Array:
+    """An array of a state as it lies on the mesh that is set: as the rules say of its logical axes."""
+    return constrain(x, axes)
 
 
 @struct.dataclass
@@ -71,17 +82,23 @@ class Storage:
         No two tokens of a row may have the same slot; those whose slot does not exist are not stored.
         """
         rows_B1 = jnp.arange(slots_BT.shape[0], dtype=jnp.int32)[:, None]
-        return jax.tree.map(
+        written = jax.tree.map(
             lambda old, x: old.at[layer, rows_B1, slots_BT].set(x, mode="drop", unique_indices=True), self, new
         )
+        return written.by_axes(split_by)
 
     def replace_layer(self, layer: Int[Array, ""], new: "Storage") -> "Storage":
         """Puts all slots of one layer in."""
-        return jax.tree.map(lambda old, x: jax.lax.dynamic_update_index_in_dim(old, x, layer, axis=0), self, new)
+        put = jax.tree.map(lambda old, x: jax.lax.dynamic_update_index_in_dim(old, x, layer, axis=0), self, new)
+        return put.by_axes(split_by)
 
     def select(self, rows_B: Int[Array, " B"]) -> "Storage":
         """The storage of these rows."""
         return jax.tree.map(lambda x: jnp.take(x, rows_B, axis=1), self)
+
+    def by_axes(self, of: ByAxes) -> "Storage":
+        """A storage of what ``of`` makes of the logical axes of each array, and the array."""
+        return jax.tree.map(lambda x: of(_AXES[: x.ndim], x), self)
 
     def _bits(self, x: Array) -> Array:
         x = x.astype(self.dtype)
