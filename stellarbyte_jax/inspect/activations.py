@@ -243,7 +243,7 @@ def expert_rows(config: ByteConfig, tokens: int, devices: int = 1) -> ExpertRows
     if m.dispatch == "capacity":
         return ExpertRows(m.num_experts * m.slots(tokens), 0)
     experts_NK = jax.ShapeDtypeStruct((tokens * devices, m.num_experts_per_tok), jnp.int32)
-    each = block_rows(*experts_NK.shape, m.num_experts)
+    each = block_rows(tokens * devices, m.num_experts_per_tok, m.num_experts)
     layout = jax.eval_shape(lambda experts_NK: lay_out(experts_NK, m.num_experts // devices, each), experts_NK)
     blocks = layout.groups.experts_G
     if blocks is None:

@@ -217,7 +217,7 @@ def dropless(
     del differ
     E = config.moe.num_experts
     x_ND, choices = exchange.tokens(_flat((x_BTD, tokens)))
-    rows = block_rows(*choices.experts_NK.shape, E)
+    rows = block_rows(x_ND.shape[0], config.moe.num_experts_per_tok, E)
     layout = lay_out(exchange.own(choices.experts_NK, E), E // exchange.devices, rows)
     inputs = (x_ND, weights, choices.weights_NK)
     blocks = blocks_of_share(layout, exchange.devices)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ from jaxtyping import Array, Int
 Part = Callable[[Any, Any, Any], Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sum_of_parts(part: Part, count: Int[Array, ""], inputs: Any, rest: Any) -> Array:
     """``part(0) + ... + part(count - 1)``.
 
@@ -25,6 +24,11 @@ def sum_of_parts(part: Part, count: Int[Array, ""], inputs: Any, rest: Any) -> A
       inputs: tree of arrays; the sum has a gradient with respect to them.
       rest: tree of arrays of whole numbers.
     """
+    return cast(jax.Array, _summed(part, count, inputs, rest))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(part: Part, count: Array, inputs: Any, rest: Any) -> Array:
     return _added(part, count, inputs, rest, part(0, inputs, rest))
 
 
@@ -47,4 +51,4 @@ def _backward(part: Part, kept: tuple[Any, ...], d: Array) -> tuple[None, Any, N
     return None, jax.lax.fori_loop(1, count, add, back(d)[0]), None
 
 
-sum_of_parts.defvjp(_forward, _backward)
+_summed.defvjp(_forward, _backward)

@@ -130,7 +130,7 @@ def on_devices(
     return Made(*run(x_BTD, tokens, shared, list(weights)))
 
 
-def by_token(function: Callable[[Any, Any], Any], rows: tuple[int, int], tokens: Any, shared: Any) -> Any:
+def by_token(function: Callable[[Any, Any], Any], rows: tuple[int, ...], tokens: Any, shared: Any) -> Any:
     """``function(tokens, shared)``, each device for its own tokens: for a top-k the compiler would gather all of them.
 
     Args:

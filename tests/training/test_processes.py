@@ -11,15 +11,14 @@ from helpers.runs import write_config
 from helpers.several import batches_of, run
 from helpers.training import settings
 
+from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights
 from stellarbyte_jax.config import ConfigError, MeshConfig
+from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.launch import processes
+from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.training import placement
 from stellarbyte_jax.training.agreement import SharedInterrupt
-
-from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights
-from stellarbyte_jax.hf.directory import save_pretrained
-from stellarbyte_jax.model.decoder import ByteTransformer
 
 COMMON = (
     "steps=6",
