@@ -433,7 +433,7 @@ def table(kept: dict[str, Any]) -> str:
     if mixed:
         rows += ["", "| experts | bits per byte (lowest to highest) | max/mean load (of one step) | dead | dropped |"]
         rows += ["|---|---|---:|---:|---:|"]
-    for name in (n for n in EXPERT_VARIANTS if n in mixed):
+    for name in sorted(mixed, key=[*EXPERT_VARIANTS, *mixed].index):
         m = mixed[name]
         loads = "- | - | -"
         if "max_load" in m:

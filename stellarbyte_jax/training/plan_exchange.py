@@ -100,7 +100,9 @@ def of_weights(config: ByteConfig, params: Any, uses: Any, sizes: Mapping[str, i
         whole = here * n * used
         in_layers = use.axes[0] == "layers"
         is_kept = config.remat == "none" and in_layers
-        add("all-gather", cut, "weights", whole, 1 if use.lookup or is_head or is_kept else 2)
+        # A tied table is gathered for the lookup and for the head.
+        once = is_head or is_kept or (use.lookup and not config.tie_word_embeddings)
+        add("all-gather", cut, "weights", whole, 1 if once else 2)
         mixed = [axis for axis in AXES if sizes[axis] > 1 and axis != "tensor"]  # along which tokens differ
         head_slope = here * n * _FLOAT32 if is_head or (use.lookup and config.tie_word_embeddings) else 0
         slope = 0 if is_head else whole
@@ -145,7 +147,7 @@ def of_activations(
         found.append(Exchange("collective-permute", "context", "keys and values", L * ring.sent(1 + again)))
     if e > 1 and experts and config.moe.dispatch == "capacity":
         slots = expert_rows(config, tokens).rows * D * c * (e - 1) / e
-        found.append(Exchange("all-to-all", "expert", "tokens", round(experts * slots * (4 + 2 * again))))
+        found.append(Exchange("all-to-all", "expert", "tokens", round(experts * slots * (4 + 2 * all_again))))
     elif e > 1 and experts:
         # With each token its experts and their weights, which have a gradient.
         others, choices = tokens * D * c * (e - 1), tokens * config.moe.num_experts_per_tok * (e - 1)

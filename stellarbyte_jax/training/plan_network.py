@@ -131,7 +131,7 @@ def calls(exchange: Exchange, plan: Plan) -> int:
     branches, experts = 1 if m.parallel_residual else 2, len(m.moe_layers)
     gathers = exchange.kind == "all-gather"
     if exchange.what == "tokens" and exchange.kind == "all-to-all":
-        times = experts * (4 + 2 * again)
+        times = experts * (4 + 2 * all_again)
     elif exchange.what == "tokens":
         times = experts * (2 + (all_again and gathers))
     elif exchange.what == "activations" and gathers:

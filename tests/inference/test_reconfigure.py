@@ -109,7 +109,7 @@ WITH_EXPERTS = ByteTransformer(
 
 def test_tokens_may_go_to_other_experts():
     found = changed(
-        "moe.num_experts_per_tok=1",
+        "moe.num_experts_per_tok=3",
         "moe.dynamic_k=0.5",
         "moe.scoring_func=sigmoid",
         "moe.temperature=0.5",
@@ -119,7 +119,7 @@ def test_tokens_may_go_to_other_experts():
         model=WITH_EXPERTS,
     )
     m = found.moe
-    assert (m.num_experts, m.num_experts_per_tok, m.dynamic_k, m.scoring_func) == (4, 1, 0.5, "sigmoid")
+    assert (m.num_experts, m.num_experts_per_tok, m.dynamic_k, m.scoring_func) == (4, 3, 0.5, "sigmoid")
     assert (m.temperature, m.dispatch, m.noise, found.sliding_window) == (0.5, "capacity", "gumbel", 9)
 
 

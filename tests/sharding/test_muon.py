@@ -110,7 +110,6 @@ def check(found, wanted):
         ("dense", {"fsdp": 8}),
         ("one layer", {"fsdp": 2, "tensor": 2, "data": 2}),
         ("eight layers", {"fsdp": 4, "tensor": 2}),
-        ("experts", {"expert": 8}),
         ("experts", {"expert": 2, "fsdp": 2, "tensor": 2}),
         ("experts in every second layer", {"fsdp": 2, "expert": 4}),
         ("a pool of experts", {"expert": 2, "context": 2, "fsdp": 2}),

@@ -186,7 +186,7 @@ ATTENTION = 4  # weights that are not experts
 def test_collectives_of_a_layer(mesh, moe, forward, backward):
     """How many arrays a layer exchanges over which axis; those smaller than a device's activations do not count."""
     mesh = {"data": 1, **mesh}
-    program, _ = compiled(mesh, scan_unroll=1, **({} if moe is None else {"moe": moe}))
+    program, _ = compiled(mesh, scan_unroll=1, remat="weights", **({} if moe is None else {"moe": moe}))
     devices = make_mesh(MeshConfig(**mesh).sizes(math.prod(mesh.values())))
     found = of_loops(program, devices, "layers/while", smallest=ROWS * T * D // 8)
     assert [named(each) for each in found] == [forward, backward]
@@ -207,7 +207,7 @@ def test_muon_has_its_matrices_whole_a_share_on_each_device(mesh):
     """It gathers nothing: what a device keeps goes out once in parts of matrices, and comes back."""
     of_experts = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=256)
     more = {"moe": of_experts} if "expert" in mesh else {}
-    program, shapes = compiled(mesh, "muon", **more)
+    program, shapes = compiled(mesh, "muon", remat="weights", **more)
     kept = weights_of(shapes) / 8
     memory = program.memory_analysis()
     assert memory.argument_size_in_bytes < 4 * 2 * kept * 1.1

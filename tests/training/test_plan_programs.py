@@ -97,7 +97,7 @@ def test_bfloat16_travels_as_the_program_has_it(mesh, more):
         assert ours[name] == pytest.approx(theirs[name], rel=0.001)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_slots_go_to_their_experts_and_back(remat):
     run, program, _ = compiled({"data": 2, "expert": 4}, remat=remat, moe=CAPACITY)
     assert planned_volumes(plan_of(run))["exchanged"] == volumes(program.as_text())["exchanged"] > 0
