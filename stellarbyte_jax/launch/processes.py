@@ -153,10 +153,13 @@ def _wait_for(given: Given) -> None:
 
 
 def gpus_of_slurm(environment: Mapping[str, str]) -> list[int] | None:
-    """The GPUs of a task that has a machine to itself: all of them. None elsewhere: jax takes the one of the task."""
+    """All GPUs that a task with a machine to itself sees; None elsewhere: jax takes the one of the task."""
     alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    return list(range(int(gpus))) if alone and gpus.isdecimal() and int(gpus) > 1 else None
+    if not alone or "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "") if visible is None else str(len(visible.split(",")))
+    return list(range(int(gpus))) if gpus.isdecimal() and int(gpus) > 1 else None
 
 
 def _connect(name: str, given: Given | None, gpus: list[int] | None = None) -> None:

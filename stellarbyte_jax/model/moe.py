@@ -5,7 +5,7 @@ B batch, T positions, N = B T tokens, D model, F inside an expert, E experts, K 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -36,10 +36,9 @@ from stellarbyte_jax.ops.expert_layout import (
 from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul
 from stellarbyte_jax.ops.parts import sum_of_parts
 from stellarbyte_jax.ops.routing import Choices, place, place_overflow
-from stellarbyte_jax.sharding.experts import Exchange, Made, on_devices
+from stellarbyte_jax.sharding.experts import Exchange, Made, flat, in_rows, on_devices
 from stellarbyte_jax.sharding.rules import of_device
 
-Tree = TypeVar("Tree")
 _OFFERS = 2  # candidates of each step for what had no room
 
 
@@ -182,22 +181,14 @@ def _sent_to_experts(
     """
     choices, E = decision.choices, config.moe.num_experts
     if config.moe.dispatch == "dropless" or not ctx.train:
-        tokens = _in_rows(choices, x_BTD)
+        tokens = in_rows(choices, x_BTD.shape[:2])
         made = on_devices(partial(dropless, config), x_BTD, tokens, None, weights, _EXPERT_AXES)
         return made.y_BTD, Sent(choices.experts_NK, jnp.max(counts_by_expert(choices.experts_NK, E)))
     told = (choices, decision.routed.scores_NE, decision.routed.mask_N)
-    tokens = (_in_rows(told, x_BTD), ctx.positions_BT, ctx.segment_ids_BT)
+    tokens = (in_rows(told, x_BTD.shape[:2]), ctx.positions_BT, ctx.segment_ids_BT)
     shared = (decision.utilization_E, decision.temperature, key)
     made = on_devices(partial(_with_capacity, config, ctx), x_BTD, tokens, shared, weights, _EXPERT_AXES)
     return made.y_BTD, Sent(made.tokens.reshape(choices.experts_NK.shape), made.total)
-
-
-def _in_rows(tree: Tree, x_BTD: Array) -> Tree:
-    return jax.tree.map(lambda x: x.reshape(*x_BTD.shape[:2], *x.shape[1:]), tree)
-
-
-def _flat(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 def dropless(
@@ -216,7 +207,7 @@ def dropless(
     """
     del differ
     E = config.moe.num_experts
-    x_ND, choices = exchange.tokens(_flat((x_BTD, tokens)))
+    x_ND, choices = exchange.tokens(flat((x_BTD, tokens)))
     rows = block_rows(x_ND.shape[0], config.moe.num_experts_per_tok, E)
     layout = lay_out(exchange.own(choices.experts_NK, E), E // exchange.devices, rows)
     inputs = (x_ND, weights, choices.weights_NK)
@@ -254,13 +245,13 @@ def _with_capacity(
     utilization_E, temperature, key = shared
     B, _, D = x_BTD.shape
     E = config.moe.num_experts
-    choices, scores_NE, mask_N = _flat(told)
+    choices, scores_NE, mask_N = flat(told)
     decision = Decision(
         choices, Routed(scores_NE, scores_NE, choices.experts_NK, mask_N, B), temperature, utilization_E, None
     )
     here = ctx.replace(positions_BT=positions_BT, segment_ids_BT=segments_BT)  # type: ignore[attr-defined]
     sent = dispatch_choices(config, decision, here, None if key is None else of_device(key, differ))
-    x_ECD = exchange.to_owners(to_experts(_flat(x_BTD), sent.layout).reshape(E, -1, D))
+    x_ECD = exchange.to_owners(to_experts(flat(x_BTD), sent.layout).reshape(E, -1, D))
     slots_E = jnp.full(x_ECD.shape[0], x_ECD.shape[1], jnp.int32)
     y_SD = run_experts(config, x_ECD.reshape(-1, D), weights, Groups(slots_E, None))
     y_ECD = exchange.from_owners(y_SD.reshape(x_ECD.shape))

@@ -5,7 +5,7 @@ B batch, T positions, D model, E experts, C slots of an expert.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.sharding.rules import MeshAxes, current_mesh, entry_axes, spec_of
+
+Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,16 @@ def on_devices(
     return Made(*run(x_BTD, tokens, shared, list(weights)))
 
 
+def in_rows(tree: Tree, rows: tuple[int, ...]) -> Tree:
+    """Arrays [B T, ...] as [B, T, ...]; ``rows`` are B and T."""
+    return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), tree)
+
+
+def flat(tree: Tree) -> Tree:
+    """Arrays [B, T, ...] as [B T, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
 def by_token(function: Callable[[Any, Any], Any], rows: tuple[int, ...], tokens: Any, shared: Any) -> Any:
     """``function(tokens, shared)``, each device for its own tokens: for a top-k the compiler would gather all of them.
 
@@ -143,12 +155,6 @@ def by_token(function: Callable[[Any, Any], Any], rows: tuple[int, ...], tokens:
     if mesh is None:
         return function(tokens, shared)
     between = spec_of(("batch", "stream"), rows, mesh)
-
-    def in_rows(tree: Any, rows: tuple[int, ...]) -> Any:
-        return jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), tree)
-
-    def flat(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
     def local(tokens: Any, shared: Any) -> Any:
         return in_rows(function(flat(tokens), shared), jax.tree.leaves(tokens)[0].shape[:2])

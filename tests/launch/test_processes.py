@@ -47,6 +47,9 @@ def test_a_launcher_of_several_processes_is_known_and_one_task_stays_alone(envir
     [
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
         ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "2"}, [0, 1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "2,3"}, [0, 1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "2"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "JAX_LOCAL_DEVICE_IDS": "1"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_GPUS_ON_NODE": "4"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "1,2", "SLURM_GPUS_ON_NODE": "4"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
@@ -55,6 +58,7 @@ def test_a_launcher_of_several_processes_is_known_and_one_task_stays_alone(envir
 )
 def test_a_task_that_has_a_machine_to_itself_takes_all_its_gpus(environment, gpus, monkeypatch):
     """JAX alone would take the first of them, and leave the others idle."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name, value in {**SLURM, **environment}.items():
         monkeypatch.setenv(name, value)
     asked = []

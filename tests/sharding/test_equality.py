@@ -10,7 +10,15 @@ import pytest
 from helpers.training import MODEL, RECORDER, flat, packed_batch, rate_at, settings
 
 from stellarbyte_jax.checkpoint.store import Checkpointer
-from stellarbyte_jax.config import DataConfig, LossConfig, MemoryConfig, MeshConfig, MoEConfig, OptimizerConfig
+from stellarbyte_jax.config import (
+    DataConfig,
+    LossConfig,
+    MemoryConfig,
+    MeshConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RopeScaling,
+)
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
 from stellarbyte_jax.training import placement, resume
 from stellarbyte_jax.training.optimizer import make_optimizer
@@ -164,6 +172,25 @@ def test_loss_and_gradients_are_those_of_one_device(name, mesh, parts):
     assert found_metrics.keys() == metrics.keys()
     for metric, value in metrics.items():
         np.testing.assert_allclose(found_metrics[metric], value, rtol=1e-4, atol=1e-6, err_msg=metric)
+
+
+def test_frequencies_of_long_texts_are_those_of_one_device():
+    """Dynamic scaling reads where documents end, and positions are dealt out to devices."""
+    config = config_of("dense", 1, data=DataConfig(sequence_length=16, arrangement="contiguous"))
+    scaling = RopeScaling(name="dynamic", factor=4.0)
+    model = dataclasses.replace(
+        config.model, max_position_embeddings=16, rope_scaling=scaling, initializer_range=0.3, num_hidden_layers=1
+    )
+    config = dataclasses.replace(config, model=model)
+    batch = batch_of(config)
+    batch["positions"] = batch["positions"] * 0 + np.arange(16, dtype=np.int32) + 20
+    batch["segment_ids"] = np.ones_like(batch["positions"])
+    state, losses, _ = on_one_device(config, RECORDER, [batch])
+    found, found_losses, _ = on_many(dataclasses.replace(config, mesh=MeshConfig(data=1, context=2)), RECORDER, [batch])
+    np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
+    for path, gradient in flat(state.opt_state).items():
+        atol = 1e-5 * np.abs(gradient).max()
+        np.testing.assert_allclose(flat(found.opt_state)[path], gradient, atol=atol, err_msg=path)
 
 
 @pytest.mark.slow

@@ -150,26 +150,18 @@ def test_a_run_goes_on_with_more_and_fewer_processes(alone, tmp_path):
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["2", "4", "6"]
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(number, code, tmp_path):
     config = write_config(tmp_path)
-    before = "if rank == 1: at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    before = f"if rank == 1: at_step(2, lambda: os.kill(os.getpid(), signal.{number}))"
     ended = run(config, 2, *COMMON, "checkpoint.interval=100", "evaluation.interval=100", before=before)
-    assert_done(ended, 143)
+    assert_done(ended, code)
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert int(saved.name) < 6
-    assert f"SIGTERM: stopped at step {saved.name} of 6" in ended[0].out
+    assert f"{number}: stopped at step {saved.name} of 6" in ended[0].out
     assert {len(each.batches) for each in ended} == {int(saved.name)}
-    hint = "SIGTERM: saving a checkpoint after this step, then leaving; a second signal leaves at once"
+    hint = f"{number}: saving a checkpoint after this step, then leaving; a second signal leaves at once"
     assert ended[1].out == f"\nprocess 1 of 2: {hint}" and hint not in ended[0].out, "said where it came"
-
-
-def test_ctrl_c_in_one_process_stops_all_after_the_same_step(tmp_path):
-    config = write_config(tmp_path)
-    before = "if rank == 1: at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))"
-    ended = run(config, 2, *COMMON, "checkpoint.interval=100", "evaluation.interval=100", before=before)
-    assert_done(ended, 130)
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert f"SIGINT: stopped at step {saved.name} of 6" in ended[0].out
 
 
 TWICE = """
