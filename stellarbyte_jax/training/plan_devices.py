@@ -87,9 +87,14 @@ def device_of(kind: str) -> Device:
     """The device of a name, or of a name that holds one, as jax and nvidia-smi call them.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is none, or it is another card of the name, with other peaks.
     """
     found = next((device for name, device in KINDS.items() if name in kind.upper()), None)
     if found is None:
         raise ConfigError(f"--device-kind {kind} is not known: choose {', '.join(KINDS)}")
+    if hardware_of(kind.upper().replace("PCIE", "PCIe")) != hardware_of(found.name):
+        raise ConfigError(
+            f"--device-kind {kind} is another card than the {found.name} (SXM) of a machine with eight: a plan for it "
+            f"would be wrong; --device-kind {found.name} plans for that one"
+        )
     return found
