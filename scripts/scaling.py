@@ -163,6 +163,7 @@ class Model:
         o = measured["overlap"]
         self.overlap = (o["alone"] + o["slowed"]) / o["collectives"]
         self._factors: dict[tuple[str, Guess], float] = {}
+        self._measured_plans: dict[tuple[str, int], Plan] = {}
 
     def plan(self, case: Case, devices: int, axes: Mapping[str, int]) -> Plan:
         """What the planner says of a case.
@@ -212,10 +213,14 @@ class Model:
         return found.get("single") if found.get("device") in (None, self.measured["device"]) else None
 
     def _measured_plan(self, row: str, devices: int) -> Plan:
+        if (row, devices) in self._measured_plans:
+            return self._measured_plans[row, devices]
         found = self.measured["rates"][row]
         run = LARGE[found.get("model", "6.74B")] if row == "large" else ROWS[found.get("row", row)]
         config = load(run.config, [*run.typed(devices), *found.get("settings", ())])
-        return Planner(config, KINDS[found.get("device", self.measured["device"])]).plan(config.mesh.sizes(devices))
+        planner = Planner(config, KINDS[found.get("device", self.measured["device"])])
+        self._measured_plans[row, devices] = planner.plan(config.mesh.sizes(devices))
+        return self._measured_plans[row, devices]
 
     def checks(self) -> Iterator[tuple[str, float, float]]:
         """Rows that were measured on one device and on several: name, measured and computed tokens a second."""

@@ -116,12 +116,12 @@ class StoredStep:
         return self._manager.restore(self.step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
 
     def arrays(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
-        """Items as trees of arrays with these shapes, dtypes and shardings.
+        """Items as trees of arrays with these shapes, dtypes and shardings; on one device where there is none.
 
         Raises:
           OSError: an array is not what was written.
         """
-        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        wanted = {name: ocp.args.StandardRestore(jax.tree.map(_somewhere, tree)) for name, tree in shapes.items()}
         found = self._manager.restore(self.step, args=ocp.args.Composite(**wanted))
         for name, checksums in self._facts.get("checksums", {}).items():
             if self._verify and name in shapes:
@@ -145,6 +145,14 @@ class StoredStep:
             return array
 
         return stored_leaves(self.path / item, shapes, read)
+
+
+def _somewhere(wanted: Any) -> Any:
+    """With a place: orbax would look for the devices that the array lay on, which another machine does not have."""
+    if not isinstance(wanted, jax.ShapeDtypeStruct) or wanted.sharding is not None:
+        return wanted
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=one)
 
 
 class Checkpointer:

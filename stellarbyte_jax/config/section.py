@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import sys
@@ -156,7 +157,8 @@ def _required(cls: type[Section]) -> list[str]:
     return [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
 
 
-def hints(cls: type) -> dict[str, Any]:
+@functools.cache  # it evaluates annotations, and every section that is made asks for them
+def hints(cls: type) -> Mapping[str, Any]:
     """The type of each setting of a section."""
     return {n: h for n, h in typing.get_type_hints(cls, include_extras=True).items() if not n.startswith("_")}
 

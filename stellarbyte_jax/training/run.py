@@ -26,12 +26,12 @@ from stellarbyte_jax.training.directory import RunDirectory
 from stellarbyte_jax.training.loads import LoadFile
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
-from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, replicated, shardings
+from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed
+from stellarbyte_jax.training.programs import compiled_create_state, compiled_train_step
 from stellarbyte_jax.training.rebalance import Moves, compiled_rebalance, rebalances, tell
 from stellarbyte_jax.training.resume import Progress, Resumed
 from stellarbyte_jax.training.samples import Sampler
-from stellarbyte_jax.training.state import TrainState, create_state, state_shapes
-from stellarbyte_jax.training.step import make_train_step
+from stellarbyte_jax.training.state import TrainState, state_shapes
 from stellarbyte_jax.training.tasks import TaskRounds
 from stellarbyte_jax.training.trackers import Together, make_trackers
 from stellarbyte_jax.training.validation import check_comparable, compiled_eval_step, evaluate, measured_on
@@ -160,7 +160,7 @@ def _prepare(
     begin.tell_routers_without_slope(config, report.line)
     if resumed is None:
         begin.tell_unused_rows(config, report.line)
-        create = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings(shapes))
+        create = compiled_create_state(config, model, optimizer, shapes)
         resumed = Resumed(create(), Progress(), None, named)
     start = int(resumed.state.step)
     total = max(start, config.steps)
@@ -218,11 +218,7 @@ def _prepare(
         publish=trackers.log,
         sampler=Sampler(config, model, start, interrupt.came, trackers.samples),
         rounds=TaskRounds(config, model, start, interrupt.came, publish_tasks),
-        train_step=jax.jit(
-            make_train_step(config, model, optimizer, schedule),
-            donate_argnums=0,
-            out_shardings=(shardings(shapes), replicated()),
-        ),
+        train_step=compiled_train_step(config, model, optimizer, schedule, shapes),
         eval_step=compiled_eval_step(config, model, shapes),
         first_carried=partial(resume.first_carried, config, shapes),
         rebalance=rebalance,

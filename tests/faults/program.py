@@ -14,6 +14,7 @@ from pathlib import Path
 
 from helpers.runs import ROOT
 from helpers.tiny_documents import save_byte_tokenizer
+from helpers.xla import QUICK
 
 LIMIT = 300  # seconds that a run may take, however busy the machine is
 STEPS = 20
@@ -92,9 +93,10 @@ class Program:
     def __init__(self, place, number, stdout=None):
         self.place = place
         self._out, self._err = place.folder / f"out-{number}", place.folder / f"err-{number}"
-        environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
-        environment |= {
+        environment = {
+            **os.environ,
             "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": QUICK,
             "JAX_COMPILATION_CACHE_DIR": str(place.cache),
             "JAX_PLATFORMS": "cpu",
             "HF_HUB_OFFLINE": "1",

@@ -29,9 +29,9 @@ class Outcome:
 class Round:
     """What a fault works with."""
 
-    def __init__(self, place, draw):
-        self.place, self.draw = place, draw
-        self.problems, self.did = [], [f"workers {place.workers}"]
+    def __init__(self, place):
+        self.place, self.draw = place, random.Random()  # each fault has its own
+        self.problems, self.did = [], []
         self.complete = False  # a program said with 0 that all is done
         self.done = []  # folders of runs that a program called complete
         self._programs, self._endings = [], []
@@ -94,14 +94,19 @@ def reference(folder):
 
 def run_round(folder, kind, number, seed, expected, keep=False):
     """Runs one round; the same kind, number and seed draw the same."""
-    draw = random.Random(f"{seed}/{kind}/{number}")
-    name = "".join(c if c.isalnum() else "-" for c in kind)
-    shutil.rmtree(folder / f"{name}-{number}", ignore_errors=True)
-    place = Place(folder / f"{name}-{number}", folder / "xla", workers=draw.choice((0, 2)))
-    outcome, began = Outcome(kind, number, seed), time.monotonic()
-    round = Round(place, draw)
+    return run_faults(folder, [(kind, number)], seed, expected, keep)
+
+
+def run_faults(folder, faults, seed, expected, keep=False):
+    """Runs a round in which one fault comes after the other, each of a kind with its number."""
+    kinds, number = " then ".join(kind for kind, _ in faults), faults[0][1]
+    name = "".join(c if c.isalnum() else "-" for c in kinds) + f"-{number}"
+    shutil.rmtree(folder / name, ignore_errors=True)
+    place = Place(folder / name, folder / "xla")
+    outcome, began = Outcome(kinds, number, seed), time.monotonic()
+    round = Round(place)
     try:
-        outcome.ran = KINDS[kind](round) is not False
+        outcome.ran = all(_hit(round, *fault, seed) for fault in faults)
         if outcome.ran:
             _finish(round, expected)
     except Exception as error:
@@ -113,6 +118,15 @@ def run_round(folder, kind, number, seed, expected, keep=False):
     if not (keep and outcome.violated):
         place.remove()
     return outcome
+
+
+def _hit(round, kind, number, seed):
+    """Returns whether the fault can be done on this machine."""
+    round.draw = random.Random(f"{seed}/{kind}/{number}")
+    round.place.workers = round.draw.choice((0, 2))
+    round.place.write_config(round.place.run)
+    round.did.append(f"workers {round.place.workers}")
+    return KINDS[kind](round) is not False
 
 
 def _finish(round, expected):

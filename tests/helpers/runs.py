@@ -1,5 +1,6 @@
 """A tiny run, and ways to start, bend and read it."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from helpers.tiny_documents import save_byte_tokenizer
 from helpers.xla import QUICK
@@ -33,7 +35,7 @@ def config():
             cache_dir={cache!r},
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2),
-        schedule=ScheduleConfig(warmup_steps=3),
+        schedule=ScheduleConfig({schedule}),
         evaluation=EvaluationConfig(interval=10, batches=2),
         checkpoint=CheckpointConfig(interval=7, keep_latest=3),
         logging=LoggingConfig(interval=1),
@@ -41,7 +43,7 @@ def config():
 """
 
 
-def write_config(directory):
+def write_config(directory, schedule="warmup_steps=3"):
     """The settings of ``directory/run``; one run continues another that lies beside it: they share a tokenizer."""
     tokenizer = directory.parent / "byte_tokenizer"
     if not tokenizer.exists():
@@ -53,6 +55,7 @@ def write_config(directory):
         valid=corpus,
         tokenizer=str(tokenizer),
         cache=str(directory / "cache"),
+        schedule=schedule,
     )
     path = directory / "tiny.py"
     path.write_text(text)
@@ -73,7 +76,24 @@ def cli(config_file, *settings):
     raise AssertionError("scripts/train.py did not call sys.exit")
 
 
-# Of a program: what is done after a step.
+@contextlib.contextmanager
+def at_step(number, act):
+    """Within it, runs of this process do something after a step."""
+    from stellarbyte_jax.training.console import Reporter  # not before the hook that checks types is there
+
+    shown = Reporter.step
+
+    def step(self, step, *args, **kwargs):
+        shown(self, step, *args, **kwargs)
+        if step == number:
+            act()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "step", step)
+        yield
+
+
+# The same of a program.
 AT_STEP = """from stellarbyte_jax.training.console import Reporter
 def at_step(number, act):
     shown = Reporter.step
@@ -127,6 +147,10 @@ def log_of(run):
 
 def same_weights(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# Of write_config: runs of any number of steps have one program.
+CONSTANT = 'name="constant", warmup_steps=0'
 
 
 def copy_of(straight, tmp_path):

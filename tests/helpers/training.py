@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from stellarbyte_jax.config import ByteConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.model.trees import IsTrainable, all_trainable
 from stellarbyte_jax.training.optimizer import make_optimizer, make_schedule
 from stellarbyte_jax.training.state import TrainState, create_state
@@ -58,6 +58,14 @@ def packed_batch(seed=0, batch=4, length=16) -> dict[str, np.ndarray]:
         "positions": positions,
         "loss_mask": (ids > 0) & (positions > 0) & (random.random((batch, length)) > 0.2),
     }
+
+
+def some_weights(config: ByteConfig, seed=3) -> dict[str, Any]:
+    """Random weights of a network, float32 in numpy's memory; made without a program."""
+    numbers = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: np.float32(0.1) * numbers.standard_normal(leaf.shape, "f4"), param_shapes(ByteTransformer(config))
+    )
 
 
 def rate_at(config: TrainConfig, step: int | jax.Array) -> jax.Array:
@@ -136,7 +144,7 @@ def river_run(directory: Path, model: ByteConfig, tokenizer: str | Path | None =
         global_batch_size=2,
         model=model,
         data=data,
-        schedule=ScheduleConfig(warmup_steps=0),
+        schedule=ScheduleConfig(name="constant", warmup_steps=0),  # any number of steps has one program
     )
     return dataclasses.replace(base, **changes)
 

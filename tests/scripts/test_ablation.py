@@ -71,6 +71,7 @@ def test_a_small_run_is_read_back(ablation, tmp_path):
     """The real thing, once: two steps of a tiny model."""
     tiny = ["steps=2", "schedule.warmup_steps=1", "model.hidden_size=16", "model.num_attention_heads=2"]
     tiny += ["model.num_key_value_heads=2", "global_batch_size=2", "data.sequence_length=32", "evaluation.batches=1"]
+    tiny += ["model.num_hidden_layers=2", "model.intermediate_size=32", "data.workers=0"]
     found = ablation._train(tmp_path / "run", ablation.small("XPos", tiny), ablation.Places(1))
     assert 2 < found["bits_per_byte"] < 9 and found["on"].startswith("jax ")
     wrong = ablation._train(tmp_path / "wrong", ["steps=0"], ablation.Places(1))
@@ -123,7 +124,7 @@ def test_cost_of_smaller_caches(tmp_path, monkeypatch, capsys):
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64
     )
     model = ByteTransformer(config)
-    params = init_params(model, jax.random.key(0))
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     save_pretrained(tmp_path / "hf", model, params, tokenizer=ROOT / "tokenizer")
     quality = script("cache_quality")
     monkeypatch.setattr(

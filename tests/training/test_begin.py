@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.hf_models import assert_same_tree
 from helpers.tiny_documents import save_byte_tokenizer
-from helpers.training import RIVER, river_run
+from helpers.training import RIVER, river_run, some_weights
 
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
@@ -29,7 +29,7 @@ from stellarbyte_jax.config import (
 )
 from stellarbyte_jax.data.sources import DataError
 from stellarbyte_jax.hf.directory import save_pretrained
-from stellarbyte_jax.model.decoder import ByteTransformer, init_params, param_shapes
+from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training import begin
 from stellarbyte_jax.training.loss import batch_loss
 from stellarbyte_jax.training.run import train
@@ -57,7 +57,7 @@ def config():
         model=ByteConfig(vocab_size=500, hidden_size=8, num_hidden_layers=1, num_attention_heads=1),
         data=DataConfig(train=({train!r},), sequence_length=16, workers=0, cache_dir={cache!r}, tokenizer="nowhere"),
         optimizer=OptimizerConfig(learning_rate=1e-30),
-        schedule=ScheduleConfig(warmup_steps=0),
+        schedule=ScheduleConfig(name="constant", warmup_steps=0),
     )
 """
 
@@ -66,13 +66,6 @@ def config():
 def promotion():
     with jax.numpy_dtype_promotion("standard"):  # optax mixes float and integer types inside
         yield
-
-
-def weights_of(config: ByteConfig):
-    numbers = np.random.default_rng(3)
-    return jax.tree.map(
-        lambda leaf: np.float32(0.1) * numbers.standard_normal(leaf.shape, "f4"), param_shapes(ByteTransformer(config))
-    )
 
 
 @pytest.fixture
@@ -94,19 +87,38 @@ def run(tmp_path, tokenizer) -> Path:
     """A run with a window in its second layer, which no Hugging Face family has, and weights alone."""
     mixed = dataclasses.replace(MODEL, sliding_window=8, layer_types=("full_attention", "sliding_attention"))
     shutil.copytree(tokenizer, tmp_path / "old" / "tokenizer")
-    save_initial(tmp_path / "old", mixed, weights_of(MODEL), str(tokenizer), add_bos=False)
+    save_initial(tmp_path / "old", mixed, some_weights(MODEL), str(tokenizer), add_bos=False)
     return tmp_path / "old"
 
 
 @pytest.fixture
 def hf(tmp_path, tokenizer) -> Path:
-    save_pretrained(tmp_path / "hf", ByteTransformer(MODEL), weights_of(MODEL), tokenizer=tokenizer)
+    save_pretrained(tmp_path / "hf", ByteTransformer(MODEL), some_weights(MODEL), tokenizer=tokenizer)
     return tmp_path / "hf"
 
 
 def settings(tmp_path, tokenizer, **changes) -> TrainConfig:
     model = changes.pop("model", MODEL)
-    return river_run(tmp_path, model, tokenizer, **{"output_dir": str(tmp_path / "new"), **changes})
+    changes = {"output_dir": str(tmp_path / "new"), "optimizer": NO_CHANGE, **changes}
+    return river_run(tmp_path, model, tokenizer, **changes)
+
+
+@pytest.fixture
+def only_begun(monkeypatch):
+    """Begins a run, and ends it where its data would be opened, after which it says nothing new of its settings."""
+
+    class EnoughError(Exception):
+        pass
+
+    def opened(*_):
+        raise EnoughError
+
+    def begun(config):
+        with monkeypatch.context() as patch, pytest.raises(EnoughError):
+            patch.setattr(begin, "open_loader", opened)
+            train(config)
+
+    return begun
 
 
 def test_settings_are_those_of_the_newest_checkpoint_that_can_be_read(run):
@@ -126,7 +138,7 @@ def test_a_run_begins_with_another_ones_weights_and_goes_on_with_its_own(run, tm
     assert f"starting from the weights in {run}\n" in printed
     assert f"init_from={run} steps=4" in printed.partition("next:")[2]
     stored, weights = load_weights(tmp_path / "new")
-    assert_same_tree(weights, weights_of(MODEL))
+    assert_same_tree(weights, some_weights(MODEL))
     expected = dataclasses.replace(
         MODEL, sliding_window=8, layer_types=("full_attention", "sliding_attention"), hidden_dropout=0.5
     )
@@ -162,10 +174,10 @@ def test_another_init_from_on_a_run_with_checkpoints_is_told_to_count_for_nothin
 @pytest.mark.parametrize("kind", ["hf", "old", "old/checkpoints/0"])
 def test_a_model_that_is_left_out_is_that_of_the_weights(kind, hf, run, tmp_path):
     source = str(tmp_path / kind)
-    config = settings(tmp_path, None, init_from=source, model=ByteConfig(), optimizer=NO_CHANGE, steps=1)
+    config = settings(tmp_path, None, init_from=source, model=ByteConfig(), steps=1)
     assert train(config).exit_code == 0
     stored, weights = load_weights(tmp_path / "new")
-    assert_same_tree(weights, weights_of(MODEL))
+    assert_same_tree(weights, some_weights(MODEL))
     assert (stored.model.rms_norm_eps, stored.model.max_position_embeddings) == (1e-6, 32)
     assert Path(stored.data.tokenizer) == (hf if kind == "hf" else run / "tokenizer")
 
@@ -182,7 +194,7 @@ def test_settings_with_a_model_must_fit_the_weights(hf, tmp_path, tokenizer):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path, tokenizer):
-    weights = weights_of(MODEL)
+    weights = some_weights(MODEL)
     weights["final_norm"]["scale"][0] = np.nan
     save_initial(tmp_path / "old", MODEL, weights, str(tokenizer))
     with pytest.raises(CheckpointError, match=r"old cannot begin a run: params of it hold numbers that are not finite"):
@@ -278,19 +290,16 @@ def test_rows_that_no_token_uses_are_told(rows, multiple, tokens, told, tmp_path
     ] * int(told)
 
 
-def test_a_run_tells_of_such_routers(tmp_path, tokenizer, capsys):
-    model = dataclasses.replace(MODEL, moe={"num_experts": 3, "num_experts_per_tok": 1, "intermediate_size": 8})
-    assert train(settings(tmp_path, tokenizer, model=model, steps=1)).exit_code == 0
-    assert "model.moe.norm_topk_prob=false lets them learn" in capsys.readouterr().out
-
-
-def test_a_run_of_its_own_vocabulary_tells_unused_rows_and_one_of_given_weights_does_not(tmp_path, tokenizer, capsys):
+def test_a_run_of_its_own_vocabulary_tells_unused_rows_and_one_of_given_weights_does_not(
+    tmp_path, tokenizer, capsys, only_begun
+):
     wide = dataclasses.replace(MODEL, vocab_size=500)
-    assert train(settings(tmp_path, tokenizer, model=wide, steps=1)).exit_code == 0
+    only_begun(settings(tmp_path, tokenizer, model=wide))
     assert "model.vocab_size=288 leaves them out" in capsys.readouterr().out
-    later = settings(tmp_path, tokenizer, model=wide, output_dir=str(tmp_path / "more"), steps=1)
-    assert train(dataclasses.replace(later, init_from=str(tmp_path / "new"))).exit_code == 0
-    assert "leaves them out" not in capsys.readouterr().out
+    save_initial(tmp_path / "old", wide, some_weights(wide), str(tokenizer))
+    only_begun(settings(tmp_path, tokenizer, model=wide, init_from=str(tmp_path / "old")))
+    printed = capsys.readouterr().out
+    assert "starting from the weights" in printed and "leaves them out" not in printed
 
 
 ONE_WEIGHT = (
@@ -300,37 +309,44 @@ ONE_WEIGHT = (
 
 
 @pytest.mark.parametrize(
-    ("moe", "told"),
+    ("moe", "told", "slope"),
     [
-        ({"num_experts": 3, "num_experts_per_tok": 1}, True),
-        ({"num_experts": 3, "num_experts_per_tok": 1, "norm_topk_prob": False}, False),
-        ({"num_experts": 3}, False),
-        ({"num_experts": 1, "num_experts_per_tok": 1}, False),  # has nothing to learn
+        ({"num_experts": 3, "num_experts_per_tok": 1}, True, False),
+        ({"num_experts": 3, "num_experts_per_tok": 1, "norm_topk_prob": False}, False, True),
+        ({"num_experts": 3}, False, None),
+        ({"num_experts": 1, "num_experts_per_tok": 1}, False, None),  # has nothing to learn
     ],
 )
-def test_routers_that_the_text_does_not_reach_are_told(moe, told, tmp_path):
+def test_routers_that_the_text_does_not_reach_are_told(moe, told, slope, tmp_path):
     model = dataclasses.replace(MODEL, moe=moe)
+    said: list[str] = []
+    begin.tell_routers_without_slope(settings(tmp_path, "words", model=model), said.append)
+    assert said == [ONE_WEIGHT] * told
+    if slope is None:
+        return
     network, batch = ByteTransformer(model), {"tokens": jnp.arange(12, dtype=jnp.int32).reshape(1, 12)}
 
     def loss(params):
         return batch_loss(network, params, batch, LossConfig(), train=True)[0]
 
-    router = jax.jit(jax.grad(loss))(init_params(network, jax.random.key(0)))["layers"]["0"]["moe"]["router"]
-    assert (np.abs(router["kernel"]).max() > 1e-6) == (not told and moe["num_experts"] > 1)
-    said: list[str] = []
-    begin.tell_routers_without_slope(settings(tmp_path, "words", model=model), said.append)
-    assert said == [ONE_WEIGHT] * told
+    router = jax.jit(jax.grad(loss))(some_weights(model))["layers"]["0"]["moe"]["router"]
+    assert (np.abs(router["kernel"]).max() > 1e-6) == slope
 
 
-def test_a_run_tells_of_routers_that_the_text_does_not_reach(tmp_path, tokenizer, capsys):
-    model = dataclasses.replace(MODEL, vocab_size=288, moe={"num_experts": 3, "num_experts_per_tok": 1})
-    assert train(settings(tmp_path, tokenizer, model=model, steps=1)).exit_code == 0
+def test_a_run_tells_of_routers_that_the_text_does_not_reach(tmp_path, tokenizer, capsys, only_begun):
+    model = dataclasses.replace(MODEL, moe={"num_experts": 3, "num_experts_per_tok": 1, "intermediate_size": 8})
+    only_begun(settings(tmp_path, tokenizer, model=model))
     assert capsys.readouterr().out.count(ONE_WEIGHT) == 1
 
 
 def test_a_run_in_a_thread_trains_without_signals(tmp_path, tokenizer):
     ended = []
-    thread = threading.Thread(target=lambda: ended.append(train(settings(tmp_path, tokenizer))))
+
+    def act():
+        with jax.numpy_dtype_promotion("standard"):  # which is of a thread, and of its programs
+            ended.append(train(settings(tmp_path, tokenizer)))
+
+    thread = threading.Thread(target=act)
     thread.start()
     thread.join()
     assert [(end.exit_code, end.step) for end in ended] == [(0, 2)]

@@ -1,14 +1,12 @@
 """The directory of a run: a start that fails leaves none, and one that was there as it was."""
 
-import os
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from helpers.runs import ROOT, child, cli, data_setting, one_error
+from helpers.runs import ROOT, at_step, cli, data_setting, one_error
 
 from stellarbyte_jax.data.shards import prepare
 from stellarbyte_jax.data.text import TextFormat
@@ -96,12 +94,13 @@ def test_a_run_keeps_what_a_failed_start_of_it_finds(config_file, straight, tmp_
     assert kept and all(before[path] == after[path] for path in kept)
 
 
-def test_what_came_after_the_first_step_is_kept(config_file, tmp_path):
-    done = child(config_file, "def fail():\n    raise ValueError('at step 2')\nat_step(2, fail)")
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (
-        1,
-        f"error: at step 2 (details: {tmp_path / 'run' / 'train.log'})",
-    )
+def test_what_came_after_the_first_step_is_kept(config_file, tmp_path, capsys):
+    def fail():
+        raise ValueError("at step 2")
+
+    with at_step(2, fail):
+        assert cli(config_file) == 1
+    assert one_error(capsys, f"error: at step 2 (details: {tmp_path / 'run' / 'train.log'})")
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
 
 
@@ -133,14 +132,8 @@ def test_of_a_run_that_is_moved_away_the_folder_stays(tmp_path):
 def test_a_directory_in_use_is_left_to_its_user(tmp_path):
     with RunDirectory(tmp_path / "run").locked():
         (tmp_path / "run" / "mine").touch()
-        code = (
-            "import pathlib, sys\nfrom stellarbyte_jax.training.directory import RunDirectory\n"
-            "with RunDirectory(pathlib.Path(sys.argv[1])).locked(): pass"
-        )
-        command = [sys.executable, "-c", code, str(tmp_path / "run")]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert "is in use by process" in done.stderr
+        with pytest.raises(OSError, match="is in use by process"), RunDirectory(tmp_path / "run").locked():
+            raise AssertionError
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["mine", "run.lock"]
 
 

@@ -61,7 +61,7 @@ def test_losses_are_the_trusted_ones(tmp_path):
         apart = jax.jit(lambda: init_params(model, jax.random.key(config.seed)))()
     with make_loader(config.data, split="train", batch_size=4, seed=0) as batches:
         optimizer = make_optimizer(config, model)
-        state = create_state(config, model, optimizer).replace(params=stacked(apart))
+        state = jax.jit(lambda: create_state(config, model, optimizer))().replace(params=stacked(apart))
         step = make_train_step(config, model, optimizer, make_schedule(config))
         # The trusted numbers are of XLA's usual machine code; the other tests do with less of it.
         step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 3})

@@ -7,12 +7,13 @@ import signal
 import jax
 import numpy as np
 import pytest
-from helpers.runs import write_config
+from helpers.runs import cli, write_config
 from helpers.several import batches_of, run
 from helpers.training import settings
 
 from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights
 from stellarbyte_jax.config import ConfigError, MeshConfig
+from stellarbyte_jax.data.loader import Loader
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.launch import processes
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -48,37 +49,29 @@ def assert_done(ended, code=0):
     assert [each.code for each in ended] == [code] * len(ended), "\n".join(each.err for each in ended)
 
 
+def run_here(config, *settings):
+    """A run of this process alone; the batches that it trains on, int [batches, rows, length]."""
+    batches, following = [], Loader.__next__
+
+    def recorded(self):
+        batch = following(self)
+        if not self._restart:  # training
+            batches.append(np.asarray(batch["tokens"]))
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "__next__", recorded)
+        assert cli(config, *settings) == 0
+    return np.array(batches)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """One process: its directory, numbers and batches."""
     config = write_config(tmp_path_factory.mktemp("alone"))
-    ended = run(config, 1, *COMMON)
-    assert_done(ended)
+    batches = run_here(config, *COMMON)
     directory = config.parent / "run"
-    return directory, numbers(directory), batches_of(ended)
-
-
-def test_two_processes_are_one(alone, tmp_path):
-    config = write_config(tmp_path)
-    opened = (
-        "[p for p in (os.path.realpath(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')) if '/run/' in p]"
-    )
-    before = f"if rank == 1: at_step(3, lambda: print('OPEN', {opened}, file=sys.stderr))"
-    settings = (*COMMON, "export_at_end=true", 'sample_prompts=["a"]', "mesh.fsdp=2")
-    ended = run(config, 2, *settings, before=before)
-    assert_done(ended)
-    _, expected, batches = alone
-    assert_same_run(numbers(tmp_path / "run"), expected)
-    np.testing.assert_array_equal(batches_of(ended), batches)
-    own = [set().union(*(batch.keys() for batch in each.batches)) for each in ended]
-    assert own == [{0, 1}, {2, 3}]  # each process puts its rows, and no others, on its devices
-    main, other = ended
-    assert "of 2 processes" in main.out and "sample: a|" in main.out and "data.train holds text" in main.out
-    assert (other.out, other.err) == ("", "OPEN []")  # it prints nothing, and has no file of the run open
-    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
-    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 1
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert log.count("step 6/6  loss") == 1
+    return directory, numbers(directory), batches
 
 
 WATCH_EXPORT = """
@@ -112,13 +105,34 @@ finish.export = export
 """
 
 
-def test_an_export_gathers_one_tensor_at_a_time_for_the_process_that_writes(tmp_path):
+def test_two_processes_are_one(alone, tmp_path):
     config = write_config(tmp_path)
-    settings = (*COMMON, "steps=1", "schedule.warmup_steps=0", "evaluation.interval=9", "model.num_hidden_layers=6")
-    ended = run(config, 2, *settings, "export_at_end=true", "mesh.fsdp=2", before=WATCH_EXPORT)
+    opened = (
+        "[p for p in (os.path.realpath(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')) if '/run/' in p]"
+    )
+    before = f"if rank == 1: at_step(3, lambda: print('OPEN', {opened}, file=sys.stderr))"
+    settings = (*COMMON, "export_at_end=true", 'sample_prompts=["a"]', "mesh.fsdp=2")
+    ended = run(config, 2, *settings, before=f"{before}\n{WATCH_EXPORT}")
     assert_done(ended)
-    numbers = [each.err.partition("EXPORT ")[2].split() for each in ended]
-    (taken, _, largest), (none, given, _) = (map(int, found[:3]) for found in numbers)
+    _, expected, batches = alone
+    assert_same_run(numbers(tmp_path / "run"), expected)
+    np.testing.assert_array_equal(batches_of(ended), batches)
+    own = [set().union(*(batch.keys() for batch in each.batches)) for each in ended]
+    assert own == [{0, 1}, {2, 3}]  # each process puts its rows, and no others, on its devices
+    main, other = ended
+    assert "of 2 processes" in main.out and "sample: a|" in main.out and "data.train holds text" in main.out
+    said, _, export = other.err.partition("\nEXPORT ")
+    assert (other.out, said) == ("", "OPEN []")  # it prints nothing, and has no file of the run open
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 1
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("step 6/6  loss") == 1
+    gathers_one_tensor_at_a_time(tmp_path, main.err.partition("EXPORT ")[2].split(), export.split())
+
+
+def gathers_one_tensor_at_a_time(tmp_path, main, other):
+    """For the process that writes; the file is that of one process."""
+    (taken, _, largest), (none, given, _) = map(int, main), map(int, other)
     stored, params = load_weights(tmp_path / "run")
     assert taken == given > 0 and none == 0
     assert largest == 1280 * 16 * 4  # the embedding, which is one tensor
@@ -129,39 +143,28 @@ def test_an_export_gathers_one_tensor_at_a_time_for_the_process_that_writes(tmp_
     assert (target / name).read_bytes() == (tmp_path / "run" / "hf" / name).read_bytes()
 
 
-def test_a_run_goes_on_with_more_and_fewer_processes(alone, tmp_path):
+def test_a_run_goes_on_with_more_and_fewer_processes_and_a_signal_to_one_stops_all_after_the_same_step(
+    alone, tmp_path, capsys
+):
     config = write_config(tmp_path)
     directory, expected, batches = alone
     copy = tmp_path / "run"
     shutil.copytree(directory, copy)
     for step in (4, 6):
         shutil.rmtree(copy / "checkpoints" / str(step))
-    four = run(config, 4, *COMMON)
-    assert_done(four)
-    assert "resumed at step 2" in four[0].out
-    np.testing.assert_array_equal(batches_of(four), batches[2:])
+    before = "if rank == 1: at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    two = run(config, 2, *COMMON, "checkpoint.interval=100", before=before)
+    assert_done(two, 143)
+    stopped = max(int(path.name) for path in (copy / "checkpoints").iterdir())
+    assert 3 <= stopped < 6
+    assert "resumed at step 2" in two[0].out and f"SIGTERM: stopped at step {stopped} of 6" in two[0].out
+    assert {len(each.batches) for each in two} == {stopped - 2}
+    hint = "SIGTERM: saving a checkpoint after this step, then leaving; a second signal leaves at once"
+    assert two[1].out == f"\nprocess 1 of 2: {hint}" and hint not in two[0].out, "said where it came"
+    np.testing.assert_array_equal(batches_of(two), batches[2:stopped])
+    np.testing.assert_array_equal(run_here(config, *COMMON), batches[stopped:])
+    assert f"resumed at step {stopped}" in capsys.readouterr().out
     assert_same_run(numbers(copy), expected)
-    shutil.rmtree(copy / "checkpoints" / "6")
-    two = run(config, 2, *COMMON)
-    assert_done(two)
-    assert "resumed at step 4" in two[0].out
-    np.testing.assert_array_equal(batches_of(two), batches[4:])
-    assert_same_run(numbers(copy), expected)
-    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["2", "4", "6"]
-
-
-@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_to_one_process_stops_all_after_the_same_step(number, code, tmp_path):
-    config = write_config(tmp_path)
-    before = f"if rank == 1: at_step(2, lambda: os.kill(os.getpid(), signal.{number}))"
-    ended = run(config, 2, *COMMON, "checkpoint.interval=100", "evaluation.interval=100", before=before)
-    assert_done(ended, code)
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert int(saved.name) < 6
-    assert f"{number}: stopped at step {saved.name} of 6" in ended[0].out
-    assert {len(each.batches) for each in ended} == {int(saved.name)}
-    hint = f"{number}: saving a checkpoint after this step, then leaving; a second signal leaves at once"
-    assert ended[1].out == f"\nprocess 1 of 2: {hint}" and hint not in ended[0].out, "said where it came"
 
 
 TWICE = """
@@ -182,7 +185,6 @@ if rank == RANK:
 @pytest.mark.parametrize(
     ("before", "rank", "number", "code", "why"),
     [
-        (TWICE, 1, "SIGTERM", 143, "a second SIGTERM"),
         pytest.param(TWICE, 1, "SIGINT", 130, "a second SIGINT", marks=pytest.mark.slow),
         (TWICE, 0, "SIGTERM", 143, "a second SIGTERM"),
         (BEFORE_TRAINING, 1, "SIGTERM", 143, "SIGTERM"),
@@ -272,7 +274,7 @@ def test_experts_that_begin_with_weights_are_those_of_one_process(alone, tmp_pat
     dense = (*COMMON, "steps=2", "schedule.warmup_steps=0", f"init_from={directory}", 'sample_prompts=["a","bc"]')
     ended = run(config, 2, *dense, "mesh.tensor=2", "mesh.data=2", devices=2)
     assert_done(ended)
-    assert_done(run(config, 1, *dense, f"output_dir={tmp_path / 'one'}"))
+    run_here(config, *dense, f"output_dir={tmp_path / 'one'}")
     assert_same_run(numbers(tmp_path / "run"), numbers(tmp_path / "one"))
     texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("run", "one")]
     assert texts[0] == texts[1]
@@ -284,7 +286,7 @@ def test_experts_that_begin_with_weights_are_those_of_one_process(alone, tmp_pat
         "model.moe.num_experts_per_tok=2",
     )
     assert_done(run(config, 2, *experts, "mesh.expert=2", f"output_dir={tmp_path / 'e2'}"))
-    assert_done(run(config, 1, *experts, f"output_dir={tmp_path / 'e1'}"))
+    run_here(config, *experts, f"output_dir={tmp_path / 'e1'}")
     assert_same_run(numbers(tmp_path / "e2"), numbers(tmp_path / "e1"))
     loads = [(tmp_path / name / "router_load.jsonl").read_text() for name in ("e2", "e1")]
     assert loads[0] == loads[1]

@@ -1,13 +1,15 @@
 """Overloaded experts are split and idle ones merged: which, with what they have, and that nothing else changes."""
 
 import dataclasses
+import os
 import re
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.runs import child, cli, log_of, same_weights, write_config
+from helpers.runs import CONSTANT, at_step, cli, log_of, same_weights, write_config
 from helpers.training import MODEL, flat, packed_batch, settings, start
 from helpers.variants import run, some_tokens
 
@@ -277,8 +279,9 @@ def test_a_run_with_splits_resumes_bit_by_bit(tmp_path, capsys):
     assert {"3", "6"} <= {step for step, _ in lines} <= {"3", "6"}
     assert "split into" in (straight / "run" / "train.log").read_text()
     file = write_config(stopped)
-    ended = child(file, "at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))", *RUN)
-    assert ended.returncode == 143, ended.stderr
+    with at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert cli(file, *RUN) == 143
+    capsys.readouterr()
     assert cli(file, *RUN) == 0
     assert re.search(r"resumed at step [67] ", capsys.readouterr().out)
     assert log_of(stopped / "run") == log_of(straight / "run")
@@ -293,7 +296,7 @@ def test_a_run_may_begin_or_end_to_split_experts_and_change_when(tmp_path, capsy
     """With the weights of another run, whose routers keep no twins, or have some."""
     plain = [setting for setting in RUN if not re.search("rebalance|split|merge|twin", setting)]
     (tmp_path / "a").mkdir()
-    file = write_config(tmp_path / "a")
+    file = write_config(tmp_path / "a", CONSTANT)
     assert cli(file, *plain, "steps=3", f"output_dir={tmp_path / 'plain'}") == 0
     begun = (f"init_from={tmp_path / 'plain'}", f"output_dir={tmp_path / 'splits'}", "steps=6")
     assert cli(file, *RUN, *begun) == 0

@@ -3,15 +3,21 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
+import resource
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.runs import child, cli, copy_of, log_of, one_error, same_weights
-from helpers.training import settings
+from helpers.processes import until
+from helpers.runs import at_step, cli, copy_of, log_of, one_error, same_weights
+from helpers.training import first_state, settings
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint._src.path import atomicity
 
 from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
@@ -19,30 +25,36 @@ from stellarbyte_jax.config import DataConfig, EvaluationConfig
 from stellarbyte_jax.hf.directory import from_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training import resume
+from stellarbyte_jax.training import run as run_module
 from stellarbyte_jax.training.meter import DivergedError
 from stellarbyte_jax.training.optimizer import make_optimizer
-from stellarbyte_jax.training.state import create_state, state_shapes
+from stellarbyte_jax.training.state import state_shapes
 
-DIES_WHILE_SAVING = """
-from orbax.checkpoint._src.path import atomicity
-finalize = atomicity.AtomicRenameTemporaryPath.finalize
-async def dies(self, *args, **kwargs):
-    if "/{step}." in str(self.get()):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return await finalize(self, *args, **kwargs)
-atomicity.AtomicRenameTemporaryPath.finalize = dies
-"""
-# What stops the process, its status, and the step from which the next one goes on if no signal is answered.
-INTERRUPTIONS = {
-    "kill -9 two steps after a checkpoint": (
-        "at_step(9, lambda: (saved(7), os.kill(os.getpid(), signal.SIGKILL)))",
-        -9,
-        7,
-    ),
-    "SIGTERM": ("at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM))", 143, None),
-    "kill -9 in the middle of a save": (DIES_WHILE_SAVING.format(step=14), -9, None),
-    "SIGINT": ("at_step(17, lambda: os.kill(os.getpid(), signal.SIGINT))", 130, None),
-}
+
+@contextlib.contextmanager
+def killed_while_saving(run, step):
+    """Within it, a run saves a checkpoint of this step; what a kill at its end would have left is what is left."""
+    finalize, left = atomicity.AtomicRenameTemporaryPath.finalize, run.with_name("left")
+
+    async def dies(self, *args, **kwargs):
+        if f"/{step}." in str(self.get()) and not left.exists():
+            with contextlib.suppress(shutil.Error):  # of files that other threads move
+                shutil.copytree(run, left)
+        return await finalize(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", dies)
+        yield
+    shutil.rmtree(run)
+    left.rename(run)
+
+
+def term():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_names_of_checkpoints_tell_whether_a_run_may_be_over(tmp_path):
@@ -67,54 +79,68 @@ def test_a_run_that_an_older_version_began_goes_on_without_totals(config_file, t
     def without_totals(progress):
         return {name: x for name, x in dataclasses.asdict(progress).items() if name not in ("seconds", "tokens")}
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, at_step(4, term):
         patch.setattr(resume, "asdict", without_totals)
-        assert cli(config_file, "steps=4") == 0
-    assert cli(config_file, "steps=6") == 0
+        assert cli(config_file) == 143
+    (step,) = map(int, os.listdir(tmp_path / "run" / "checkpoints"))
+    assert step < 20 and cli(config_file) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     told = {line["step"]: ("wall_seconds" in line, "tokens" in line) for line in lines}
-    assert told == {step: (step <= 4, step <= 4) for step in range(1, 7)}
+    assert told == {each: (each <= step, each <= step) for each in range(1, 21)}
 
 
-def test_resume_is_exact(config_file, straight, tmp_path, capsys):
+@contextlib.contextmanager
+def a_signal_in_validation(batch):
+    """Within it, SIGTERM comes before the n-th batch of all that are validated; gives the batches that were begun."""
+    evaluate, begun = run_module.evaluate, []
+
+    def interrupted(eval_step, *args):
+        def step(*values):
+            begun.append(None)
+            if len(begun) == batch:
+                term()
+            return eval_step(*values)
+
+        return evaluate(step, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "evaluate", interrupted)
+        yield begun
+
+
+def test_resume_is_exact(config_file, straight, tmp_path, capfd):
     """A run that is stopped in one way after the other ends as one that is never stopped."""
     run, step = tmp_path / "run", 0
-    for how, (before, code, resumed_at) in INTERRUPTIONS.items():
-        stopped = child(config_file, before)
-        assert stopped.returncode == code, stopped.stderr
-        assert "Traceback" not in stopped.stderr + stopped.stdout
-        assert (f"resumed at step {step} " in stopped.stdout) == (step > 0), how
-        if how.startswith("SIG"):
-            assert stopped.stdout.count(f"{how}: saving a checkpoint") == 1
-            step = int(re.search(r"stopped at step ([0-9]+) of 20", stopped.stdout)[1])
-            assert "the same command goes on from there" in stopped.stdout
-        assert any("tmp" in p.name for p in (run / "checkpoints").iterdir()) == ("middle" in how)
-        step = resumed_at or step
+    for how in (
+        a_signal_in_validation(1),  # of step 10, whose checkpoint is written again when that is made up for
+        killed_while_saving(run, 10),
+        at_step(12, interrupt),
+        killed_while_saving(run, 14),
+    ):
+        with how:
+            code = cli(config_file)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err + out
+        assert (f"resumed at step {step} " in out) == (step > 0), how
+        if code != 0:
+            name = {143: "SIGTERM", 130: "SIGINT"}[code]
+            assert out.count(f"{name}: saving a checkpoint") == 1
+            step = int(re.search(r"stopped at step ([0-9]+) of 20", out)[1])
+            assert step == 10 if code == 143 else 12 <= step < 14
+            assert "the same command goes on from there" in out
+        elif step == 10:
+            assert (run / "replaced" / "10").exists() and not (run / "checkpoints" / "10").exists()
+        assert any("tmp" in p.name for p in (run / "checkpoints").iterdir()) == (code == 0)
+    assert max(log_of(run)[0]) >= 14, "steps that are lost"
     assert cli(config_file) == 0
-    assert f"resumed at step {step} " in capsys.readouterr().out
+    assert f"resumed at step {step} " in capfd.readouterr().out
     assert log_of(run) == log_of(straight)
     (seconds, tokens), (_, expected) = totals_of(run), totals_of(straight)
     assert seconds == sorted(seconds) and seconds[0] > 0, "time never goes backwards"
     assert tokens == expected and len(tokens) == len(seconds) == 22
     (config, params), (_, expected) = load_weights(run), load_weights(straight)
     assert config.steps == 20 and same_weights(params, expected)
-    assert not any("tmp" in p.name for p in (run / "checkpoints").iterdir())
-
-
-IN_VALIDATION = """
-from stellarbyte_jax.training import run
-evaluate, calls = run.evaluate, []
-def interrupted(eval_step, params, batches, limit, report, state, stopped):
-    def step(*values):
-        calls.append(None)
-        if len(calls) == {batch}:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return eval_step(*values)
-    found = evaluate(step, params, batches, limit, report, state, stopped)
-    print("batches:", len(calls))
-    return found
-run.evaluate = interrupted
-"""
+    assert not any("tmp" in p.name for p in (run / "checkpoints").iterdir()) and not (run / "replaced").exists()
 
 
 @pytest.mark.parametrize(("batch", "step", "times"), [(1, 10, 2), (3, 20, 1)])
@@ -123,11 +149,12 @@ def test_a_signal_ends_a_validation_which_is_done_when_the_run_goes_on(
 ):
     run = tmp_path / "run"
     for _ in range(times):  # also where it comes again while the validation is made up for
-        stopped = child(config_file, IN_VALIDATION.format(batch=batch))
-        assert stopped.returncode == 143, stopped.stderr
-        assert f"batches: {batch}\n" in stopped.stdout
-        assert f"step {step}/20  validation broken off" in stopped.stdout
-        assert f"SIGTERM: stopped at step {step} of 20" in stopped.stdout
+        with a_signal_in_validation(batch) as begun:
+            assert cli(config_file) == 143
+        out = capsys.readouterr().out
+        assert len(begun) == batch
+        assert f"step {step}/20  validation broken off" in out
+        assert f"SIGTERM: stopped at step {step} of 20" in out
         assert step not in log_of(run)[1]
         batch = 1
     stored = {p: p.stat().st_mtime_ns for p in (run / "checkpoints" / str(step)).iterdir()}
@@ -144,8 +171,9 @@ def test_a_signal_ends_a_validation_which_is_done_when_the_run_goes_on(
 
 
 def test_a_validation_that_was_broken_off_counts_for_the_best_and_for_patience(config_file, tmp_path, capsys):
-    settings = ("steps=14", "checkpoint.keep_latest=1", "checkpoint.interval=4", "evaluation.interval=3")
-    assert child(config_file, IN_VALIDATION.format(batch=1), *settings).returncode == 143
+    settings = ("checkpoint.keep_latest=1", "checkpoint.interval=4", "evaluation.interval=3")
+    with a_signal_in_validation(1):
+        assert cli(config_file, *settings) == 143
     worse = ("optimizer.learning_rate=1", "evaluation.patience=3")
     assert cli(config_file, *settings, *worse) == 0
     assert "stopped early at step 12: 3 validations without a better loss" in capsys.readouterr().out
@@ -154,23 +182,21 @@ def test_a_validation_that_was_broken_off_counts_for_the_best_and_for_patience(c
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["12", "3"]
 
 
-def test_a_checkpoint_whose_replacement_was_killed_comes_back(config_file, straight, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert child(config_file, IN_VALIDATION.format(batch=1)).returncode == 143
-    assert child(config_file, DIES_WHILE_SAVING.format(step=10)).returncode == -9
-    assert (run / "replaced" / "10").exists() and not (run / "checkpoints" / "10").exists()
-    assert cli(config_file) == 0
-    assert "resumed at step 10 " in capsys.readouterr().out
-    assert log_of(run) == log_of(straight)
-    assert not (run / "replaced").exists()
+def test_a_second_signal_leaves_at_once(config_file, tmp_path, monkeypatch):
+    left = []
 
+    def leave(status):  # the process, which goes on here
+        left.append((status, list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))))
 
-def test_a_second_signal_leaves_at_once(config_file, tmp_path):
-    twice = "at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])"
-    done = child(config_file, twice)
-    assert done.returncode == 130
-    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
-    assert "Traceback" not in done.stderr
+    def twice():
+        interrupt()
+        interrupt()
+        until(lambda: left, 60)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with at_step(3, twice):
+        cli(config_file)
+    assert left == [(130, [])]
 
 
 def test_a_corrupt_checkpoint_is_set_aside(straight, config_file, tmp_path, capsys):
@@ -198,9 +224,10 @@ def test_an_emptied_checkpoint_is_set_aside(straight, config_file, tmp_path, cap
 def test_the_end_of_a_run_is_done_later_where_a_signal_kept_it_from_being_done(config_file, tmp_path, capsys):
     """In its last step; and it is done for a complete run that was not asked for it before."""
     end, run = ("export_at_end=true", "sample_prompts=a"), tmp_path / "run"
-    stopped = child(config_file, "at_step(20, lambda: os.kill(os.getpid(), signal.SIGTERM))", *end)
-    assert stopped.returncode == 143, stopped.stderr
-    assert "stopped at step 20 of 20; the same command does what is left to do after it" in stopped.stdout
+    with at_step(20, term):
+        assert cli(config_file, *end) == 143
+    out = capsys.readouterr().out
+    assert "stopped at step 20 of 20; the same command does what is left to do after it" in out
     assert not (run / "hf").exists()
     (run / ".hf.partial-1").mkdir()  # of an export that was killed, whose number another process has now
     assert cli(config_file) == 0  # the last validation is left too
@@ -215,16 +242,18 @@ def test_the_end_of_a_run_is_done_later_where_a_signal_kept_it_from_being_done(c
     assert "sample: a|" not in capsys.readouterr().out
 
 
-def test_what_was_made_of_weights_that_are_trained_again_is_made_again(config_file, tmp_path, capsys):
+def test_what_was_made_of_weights_that_are_trained_again_is_made_again(straight, config_file, tmp_path, capsys):
     """Also at a step of the same number, as where the newest checkpoint was damaged."""
-    run, end = tmp_path / "run", ("steps=4", "export_at_end=true", "sample_prompts=a", "evaluation.interval=2")
-    assert cli(config_file, *end, "checkpoint.interval=2") == 0
-    shutil.rmtree(run / "checkpoints" / "4" / "params")
+    run, end = copy_of(straight, tmp_path), ("export_at_end=true", "sample_prompts=a")
+    assert cli(config_file, *end) == 0
+    before = from_pretrained(run / "hf")[1]["embed"]["embedding"]
+    shutil.rmtree(run / "checkpoints" / "20" / "params")
     capsys.readouterr()
-    assert cli(config_file, *end, "optimizer.learning_rate=0.1") == 0
+    assert cli(config_file, *end, "optimizer.learning_rate=1") == 0
     out = capsys.readouterr().out
-    assert "resumed at step 2" in out and "sample: a|" in out
+    assert "resumed at step 14" in out and "sample: a|" in out
     exported = from_pretrained(run / "hf")[1]["embed"]["embedding"]
+    assert not np.array_equal(exported, before)
     np.testing.assert_array_equal(exported, load_weights(run)[1]["embed"]["embedding"])
 
 
@@ -232,7 +261,7 @@ def test_a_checkpoint_that_holds_nan_is_set_aside(tmp_path, monkeypatch):
     config = settings()
     model = ByteTransformer(config.model)
     optimizer = make_optimizer(config, model)
-    good = create_state(config, model, optimizer)
+    good = first_state(config)
     said = []
     with contextlib.closing(Checkpointer(tmp_path, config.checkpoint)) as checkpointer:
 
@@ -254,6 +283,20 @@ def test_a_checkpoint_that_holds_nan_is_set_aside(tmp_path, monkeypatch):
     assert int(found.state.step) == 1 and same_weights(found.state.params, good.params)
     assert len(said) == 1 and "checkpoint 2 is unreadable" in said[0]
     assert "optimizer of it hold numbers that are not finite" in said[0]
+
+
+def test_a_state_that_lay_on_several_devices_goes_on_on_one(tmp_path):
+    config = settings()
+    model = ByteTransformer(config.model)
+    optimizer = make_optimizer(config, model)
+    several = NamedSharding(Mesh(jax.devices(), "data"), PartitionSpec())
+    with contextlib.closing(Checkpointer(tmp_path, config.checkpoint)) as checkpointer:
+        state = jax.device_put(first_state(config).replace(step=jnp.asarray(1, jnp.int32)), several)
+        resume.save(checkpointer, config, state, 1, {}, resume.Progress())
+        checkpointer.wait()
+        found = resume.restore(checkpointer, config, state_shapes(config, model, optimizer), optimizer, print)
+    assert {device for leaf in jax.tree.leaves(found.state) for device in leaf.devices()} == {jax.devices()[0]}
+    assert same_weights(found.state.params, state.params)
 
 
 def poisoned(state):
@@ -291,64 +334,69 @@ def test_a_checkpoint_of_other_settings_is_refused(setting, parts, straight, con
     assert one_error(capsys, *parts)
 
 
-def test_a_longer_run_goes_on(straight, config_file, tmp_path, capsys):
-    run = copy_of(straight, tmp_path)
-    assert cli(config_file, "steps=22") == 0
-    assert "resumed at step 20" in capsys.readouterr().out
-    assert set(log_of(run)[0]) == set(range(1, 23))
-
-
 def test_a_disk_too_small_for_a_checkpoint(straight, config_file, tmp_path, capsys, monkeypatch):
     run = copy_of(straight, tmp_path)
+    shutil.rmtree(run / "checkpoints" / "20")
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert cli(config_file, "steps=22") == 1
+    assert cli(config_file) == 1
     assert one_error(
         capsys,
         "a checkpoint could not be written",
         "it takes 0.4 MiB, and 0.1 MiB are free",
-        "Step 20 is the last complete one",
+        "Step 14 is the last complete one",
     )
     monkeypatch.undo()
-    assert same_weights(load_weights(run)[1], load_weights(straight)[1])
+    assert same_weights(load_weights(run)[1], load_weights(straight, 14)[1])
 
 
-def test_a_disk_that_fills_up_while_saving(config_file, tmp_path):
+def test_a_disk_that_fills_up_while_saving(config_file, tmp_path, capfd):
     """The limit on the size of a file stands in for the disk; the earlier checkpoint stays usable."""
-    assert cli(config_file, "steps=7", "evaluation.interval=100") == 0
-    before = load_weights(tmp_path / "run")[1]
-    full = child(
-        config_file,
-        "import resource; at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))",
-        "evaluation.interval=100",
-    )
-    assert full.returncode == 1
-    errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "a checkpoint could not be written" in errors[0], full.stderr
+    run, before, limits = tmp_path / "run", [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        until((run / "checkpoints" / "7").exists)
+        before.append(load_weights(run)[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    try:
+        with at_step(8, fill):
+            code = cli(config_file, "evaluation.interval=100")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capfd.readouterr().err
+    assert code == 1
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "a checkpoint could not be written" in errors[0], said
     assert "Step 7 is the last complete one" in errors[0], errors[0]
-    assert "_SignalingThread" not in full.stderr, full.stderr
-    assert same_weights(before, load_weights(tmp_path / "run")[1])
+    assert "_SignalingThread" not in said, said
+    assert same_weights(before[0], load_weights(run)[1])
 
 
-def test_nothing_is_said_or_made_before_the_last_checkpoint_is_on_disk(config_file, tmp_path, capsys, monkeypatch):
+def test_nothing_is_said_or_made_before_the_last_checkpoint_is_on_disk(
+    straight, config_file, tmp_path, capsys, monkeypatch
+):
     def wait(self):
         raise CheckpointError("it could not be written")
 
+    shutil.rmtree(copy_of(straight, tmp_path) / "checkpoints" / "20")
     monkeypatch.setattr(Checkpointer, "wait", wait)
-    assert cli(config_file, "steps=4", "export_at_end=True") == 1
+    assert cli(config_file, "export_at_end=True") == 1
     out, err = capsys.readouterr()
-    assert "step 4/4  loss" in out and "summary" not in out
+    assert "step 20/20  loss" in out and "summary" not in out
     assert err.startswith("error: it could not be written") and len(err.splitlines()) == 1
     assert not (tmp_path / "run" / "hf").exists()
 
 
-def test_a_directory_that_is_moved_is_told_before_anything_is_made_in_its_place(config_file, tmp_path):
+def test_a_directory_that_is_moved_is_told_before_anything_is_made_in_its_place(config_file, tmp_path, capsys):
     """The export of the end would make it anew, and the run would end as if all were well."""
-    run, moved = str(tmp_path / "run"), str(tmp_path / "moved")
-    ended = child(config_file, f"at_step(2, lambda: os.rename({run!r}, {moved!r}))", "steps=4", "export_at_end=True")
-    assert ended.returncode == 1
-    assert ended.stderr.startswith(f"error: {run} is no longer there: the directory was moved or removed"), ended.stderr
-    assert not (tmp_path / "run").exists()
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    late = ("checkpoint.interval=100", "evaluation.interval=100", "export_at_end=True")
+    with at_step(2, lambda: run.rename(moved)):
+        assert cli(config_file, *late) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {run} is no longer there: the directory was moved or removed"), err
+    assert not run.exists()
 
 
 def test_training_starts_from_converted_weights(straight, config_file, tmp_path, capsys):
@@ -356,7 +404,7 @@ def test_training_starts_from_converted_weights(straight, config_file, tmp_path,
     config, params = load_weights(straight)
     spelt = dataclasses.replace(config.model, num_key_value_heads=2, head_dim=8)
     save_initial(tmp_path / "run", spelt, params)
-    assert cli(config_file, "steps=3", "optimizer.learning_rate=1e-9") == 0
+    assert cli(config_file, "checkpoint.interval=100", "evaluation.interval=100") == 0
     assert "starting from the weights in" in capsys.readouterr().out
     first = {run: log_of(run)[0][1][0] for run in (straight, tmp_path / "run")}
     assert first[tmp_path / "run"] < first[straight] - 0.2

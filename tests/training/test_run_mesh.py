@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 from helpers.runs import cli, write_config
+from helpers.training import some_weights
 
 from stellarbyte_jax.checkpoint.weights import save_initial
 from stellarbyte_jax.config import MemoryConfig, load
 from stellarbyte_jax.hf.directory import save_pretrained
-from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training import begin, placement, run
 
 COMMON = (
@@ -43,8 +44,8 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, capsys):
     expected = losses(tmp_path / "one")
     assert {step for step, _ in expected} == {1, 2, 3, 4, 5, 6}
     many = tmp_path / "many"
-    split = (*COMMON, f"output_dir={many}", "export_at_end=true", 'sample_prompts=["a"]')
-    assert cli(config, *split, "mesh.fsdp=2", "mesh.tensor=2") == 0
+    split, end = (*COMMON, f"output_dir={many}"), ("export_at_end=true", 'sample_prompts=["a"]')
+    assert cli(config, *split, *end, "mesh.fsdp=2", "mesh.tensor=2") == 0
     assert "mesh data=2 x fsdp=2 x tensor=2: uses 8 of 8 devices" in capsys.readouterr().out
     first = losses(many)
     assert first.keys() == expected.keys()
@@ -76,13 +77,29 @@ def test_processes_that_were_joined_elsewhere_are_refused(tmp_path, capsys, monk
     assert not (tmp_path / "run").exists()
 
 
+def what_validation_carries(monkeypatch):
+    """The arrays that validations of runs are given, and give back, from batch to batch."""
+    seen, original = [], run.evaluate
+
+    def watched(run_eval, params, batches, limit, report, state, stopped):
+        def kept(*args):
+            sums, after = run_eval(*args)
+            seen.extend(jax.tree.leaves((args[2], after)))
+            return sums, after
+
+        return original(kept, params, batches, limit, report, state, stopped)
+
+    monkeypatch.setattr(run, "evaluate", watched)
+    return seen
+
+
 @pytest.mark.parametrize("kind", ["directory", "run"])
 def test_a_run_begins_with_weights_of_which_each_device_holds_its_part(kind, tmp_path, monkeypatch):
     """Nothing else lies on a device when the state is made, and a warning about donated arrays would be an error."""
     memory = MemoryConfig(length=8 if kind == "run" else 0)  # which no directory has
     model = dataclasses.replace(load(str(write_config(tmp_path))).model, memory=memory, num_hidden_layers=6)
     network = ByteTransformer(model)
-    params = jax.device_get(init_params(network, jax.random.key(1)))
+    params = some_weights(model)
     source = tmp_path / "weights"
     if kind == "run":
         save_initial(source, model, params, str(tmp_path.parent / "byte_tokenizer"))
@@ -99,13 +116,17 @@ def test_a_run_begins_with_weights_of_which_each_device_holds_its_part(kind, tmp
             for x in new
             if jax.devices()[0] in x.sharding.device_set
         ]
-        begun.append((sum(parts), original(weights, config, shapes, optimizer).state, shapes))
-        return original(weights, config, shapes, optimizer)
+        found = original(weights, config, shapes, optimizer)
+        begun.append((sum(parts), found.state, shapes))
+        return found
 
     monkeypatch.setattr(begin, "begin_with", watched)
-    settings = (*COMMON, "steps=2", "schedule.warmup_steps=0", "model.compute_dtype=float32", "optimizer.name=adamw")
+    settings = (*COMMON, "steps=1", "schedule.warmup_steps=0", "model.compute_dtype=float32", "optimizer.name=adamw")
     if kind == "run":
         settings += ("model.memory.length=8", "data.arrangement=contiguous")
+        validated = what_validation_carries(monkeypatch)
+    else:
+        settings += ("data.validation=[]", "evaluation.interval=500", "evaluation.batches=50")
     assert cli(tmp_path / "tiny.py", *settings, "mesh.fsdp=8", f"init_from={source}") == 0
     ((held, state, shapes),) = begun
     assert 0 < held < 1.3 * whole / 8  # vectors are whole
@@ -114,21 +135,5 @@ def test_a_run_begins_with_weights_of_which_each_device_holds_its_part(kind, tmp
     if kind == "run":
         slots = state.carried.memory.groups[0][0].states
         assert slots.sharding.shard_shape(slots.shape)[1] == slots.shape[1] // 8  # rows
-
-
-def test_validation_carries_its_memory_in_parts(tmp_path, monkeypatch):
-    seen, original = [], run.evaluate
-
-    def watched(run_eval, params, batches, limit, report, state, stopped):
-        def kept(*args):
-            sums, after = run_eval(*args)
-            seen.extend(jax.tree.leaves((args[2], after)))
-            return sums, after
-
-        return original(kept, params, batches, limit, report, state, stopped)
-
-    monkeypatch.setattr(run, "evaluate", watched)
-    settings = ("steps=1", "schedule.warmup_steps=0", "model.memory.length=8", "data.arrangement=contiguous")
-    assert cli(write_config(tmp_path), *COMMON, *settings, "mesh.fsdp=8") == 0
-    assert len(seen) >= 12 and all(len(leaf.sharding.device_set) == 8 for leaf in seen)
-    assert all(not leaf.is_fully_replicated for leaf in seen)
+        assert len(validated) >= 12 and all(len(leaf.sharding.device_set) == 8 for leaf in validated)
+        assert all(not leaf.is_fully_replicated for leaf in validated), "its memory lies in parts too"

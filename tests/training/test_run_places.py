@@ -12,6 +12,7 @@ import jax
 import pytest
 from helpers.runs import one_error
 from helpers.tiny_documents import save_byte_tokenizer
+from helpers.training import some_weights
 
 from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.store import CheckpointError
@@ -20,7 +21,7 @@ from stellarbyte_jax.cli import convert, generate
 from stellarbyte_jax.cli.train import main
 from stellarbyte_jax.config import ByteConfig, DataConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.hf.directory import save_pretrained
-from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training.run import train
 
 MODEL = ByteConfig(
@@ -63,7 +64,7 @@ def settings(folder: Path, tokenizer: str, steps: int = 1, **changes: Any) -> Tr
         steps=steps,
         global_batch_size=2,
         data=data,
-        schedule=ScheduleConfig(warmup_steps=0),
+        schedule=ScheduleConfig(name="constant", warmup_steps=0),  # any number of steps has one program
         **({"model": MODEL} | changes),
     )
 
@@ -162,8 +163,7 @@ def test_a_name_of_the_hub_for_the_tokenizer_of_a_run_goes_on_with_it(folder, mo
 
 def test_a_run_records_what_it_began_with(folder, capsys):
     words = save_byte_tokenizer(folder / "words")
-    params = jax.jit(lambda: init_params(ByteTransformer(MODEL), jax.random.key(0)))()
-    save_pretrained(folder / "hf", ByteTransformer(MODEL), params, tokenizer=words)
+    save_pretrained(folder / "hf", ByteTransformer(MODEL), some_weights(MODEL), tokenizer=words)
     train(settings(folder, words, init_from=str(folder / "hf")))
     chat = shutil.copytree(folder / "hf", folder / "chat")
     shutil.rmtree(folder / "hf")
@@ -199,8 +199,7 @@ def test_an_export_warns_of_chats_wherever_it_lies(folder, capsys):
 
 def test_a_run_that_began_with_converted_weights_records_theirs(folder, monkeypatch):
     words = save_byte_tokenizer(folder / "words")
-    params = jax.jit(lambda: init_params(ByteTransformer(MODEL), jax.random.key(0)))()
-    save_pretrained(folder / "hf", ByteTransformer(MODEL), params, tokenizer=words)
+    save_pretrained(folder / "hf", ByteTransformer(MODEL), some_weights(MODEL), tokenizer=words)
     monkeypatch.chdir(folder)
     assert convert.main(["from-hf", "hf", "run"]) == 0
     train(settings(folder, words))

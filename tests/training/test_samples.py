@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import json
+import os
 import re
+import signal
 
 import jax
 import numpy as np
 import pytest
-from helpers.runs import child, cli, log_of, same_weights, write_config
+from helpers.runs import cli, log_of, same_weights, write_config
 from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import one_layer
 
@@ -187,18 +189,12 @@ def test_the_advice_for_a_long_prompt_is_followed_with_success(run, tokens, scal
 
 
 SAMPLED = ('sample_prompts=["春", "Call me"]', "sample_interval=7")
-IN_SAMPLES = """
-from stellarbyte_jax.training import finish, samples
-generate = samples.generate_text
-def interrupted(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return generate(*args, **kwargs)
-samples.generate_text = interrupted
-"""
 
 
 @pytest.mark.slow
-def test_samples_change_nothing_in_a_run_and_are_of_its_averaged_weights(config_file, straight, tmp_path, capsys):
+def test_samples_change_nothing_in_a_run_and_are_of_its_averaged_weights(
+    config_file, straight, tmp_path, capsys, monkeypatch
+):
     """One run is stopped by a signal in its first round, and goes on; both train as a run without samples."""
     assert cli(config_file, *SAMPLED) == 0
     out = capsys.readouterr().out
@@ -227,13 +223,20 @@ def test_samples_change_nothing_in_a_run_and_are_of_its_averaged_weights(config_
 
     (tmp_path / "other").mkdir()
     other = write_config(tmp_path / "other")
-    stopped = child(other, IN_SAMPLES, *SAMPLED)
-    assert stopped.returncode == 143, stopped.stderr
-    assert stopped.stdout.count("sample: ") == 1 and "stopped at step 7 of 20" in stopped.stdout
-    run = tmp_path / "other" / "run"
-    assert not (run / "samples.jsonl").exists()
-    stopped = child(other, IN_SAMPLES, *SAMPLED)  # while the round is made up for
-    assert stopped.returncode == 143 and "stopped at step 7 of 20" in stopped.stdout
+    run, generate = tmp_path / "other" / "run", samples.generate_text
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return generate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "generate_text", interrupted)
+        assert cli(other, *SAMPLED) == 143
+        out = capsys.readouterr().out
+        assert out.count("sample: ") == 1 and "stopped at step 7 of 20" in out
+        assert not (run / "samples.jsonl").exists()
+        assert cli(other, *SAMPLED) == 143  # while the round is made up for
+        assert "stopped at step 7 of 20" in capsys.readouterr().out
     assert cli(other, *SAMPLED) == 0
     assert lines_of(run) == lines and log_of(run) == log_of(straight)
     assert same_weights(load_weights(run)[1], load_weights(straight)[1])

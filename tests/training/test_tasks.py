@@ -2,14 +2,16 @@
 
 import functools
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers.runs import child, cli, log_of, same_weights
+from helpers.runs import cli, log_of, same_weights
 from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import one_layer
 
@@ -146,20 +148,6 @@ def test_settings_of_tasks_without_any_are_refused(run, name):
     assert run(evaluation=EvaluationConfig(tasks=("a",), **{name: 3})).data.validation == ()
 
 
-STAND_IN = """
-from stellarbyte_jax.evaluation.tasks import Result
-from stellarbyte_jax.training import tasks
-def evaluate(lm, names, limit):
-    bundle, progress = lm
-    {before}
-    progress("loglikelihood", 1, 2)
-    import jax
-    norm = sum(float(abs(x).sum()) for x in jax.tree.leaves(bundle.params))
-    return [Result("a", "norm", norm, None, limit)]
-tasks.check = lambda config: None
-tasks.as_lm = lambda bundle, batch_size, progress: (bundle, progress)
-tasks.evaluate_tasks = evaluate
-"""
 TASKS = ("evaluation.tasks=a", "evaluation.tasks_interval=7", "evaluation.tasks_limit=4")
 
 
@@ -167,14 +155,26 @@ def test_tasks_change_nothing_in_a_run_and_see_its_averaged_weights(
     config_file, straight, tmp_path, capsys, monkeypatch
 ):
     """The run is stopped by a signal in its first round, goes on, and trains as one without tasks."""
-    stopped = child(config_file, STAND_IN.format(before="os.kill(os.getpid(), signal.SIGTERM)"), *TASKS)
-    assert stopped.returncode == 143, stopped.stderr
-    assert "tasks broken off" in stopped.stdout and "stopped at step 7 of 20" in stopped.stdout
+
+    def stand_in(before):
+        def evaluate(lm, names, limit):
+            bundle, progress = lm
+            before()
+            progress("loglikelihood", 1, 2)
+            norm = sum(float(abs(x).sum()) for x in jax.tree.leaves(bundle.params))
+            return [Result("a", "norm", norm, None, limit)]
+
+        monkeypatch.setattr(tasks, "check", lambda config: None)
+        monkeypatch.setattr(tasks, "as_lm", lambda bundle, batch_size, progress: (bundle, progress))
+        monkeypatch.setattr(tasks, "evaluate_tasks", evaluate)
+
+    stand_in(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli(config_file, *TASKS) == 143
+    out = capsys.readouterr().out
+    assert "tasks broken off" in out and "stopped at step 7 of 20" in out
     run = tmp_path / "run"
     assert lines_of(run) == []
-    for name in ("check", "as_lm", "evaluate_tasks"):
-        monkeypatch.setattr(tasks, name, getattr(tasks, name))  # put back after the test
-    exec(STAND_IN.format(before="pass"), {})
+    stand_in(lambda: None)
     assert cli(config_file, *TASKS) == 0
     out = capsys.readouterr().out
     assert [line["step"] for line in lines_of(run)] == [7, 14, 20]
