@@ -143,7 +143,9 @@ def param(
     made = jnp.asarray(nn.meta.unbox(module.get_variable("params", name)))  # numpy arrays are weights too
     if made.shape != shape:
         asked = ", ".join(f"{axis} {size}" for axis, size in axes.items())
-        raise ValueError(f"weight {name} has shape {made.shape}, the config asks for {shape} ({asked}): give its weights")
+        raise ValueError(
+            f"weight {name} has shape {made.shape}, the config asks for {shape} ({asked}): give its weights"
+        )
     return made
 
 

@@ -166,11 +166,11 @@ def _some_weights(config):
         with mock.patch.object(nn.initializers, "normal", normal):
             return init_params(ByteTransformer(config), jax.random.key(0))
 
-    means, ends = (initial(np.float32(x)) for x in (0, 1))
+    means, ends = (jax.tree.map(np.asarray, initial(np.float32(x))) for x in (0, 1))
     random = np.random.default_rng(1)
 
     def drawn(mean, end):
-        spread = np.hypot(np.asarray(end) - mean, 0.1)
+        spread = np.hypot(end - mean, np.float32(0.1))
         return jnp.asarray(mean + spread * random.standard_normal(mean.shape, np.float32))
 
     return jax.tree.map(drawn, means, ends)

@@ -14,7 +14,6 @@ from stellarbyte_jax.model.decoder import head_kernel
 from stellarbyte_jax.model.io import Inputs, State
 from stellarbyte_jax.model.state.cache import make_cache
 
-
 # All tests of a variant call its programs with arrays of this shape, and compile each of them once.
 TOKENS = np.asarray(some_tokens(2, 20))
 
@@ -44,7 +43,7 @@ def test_logits_equal_numpy(network):
     np.testing.assert_allclose(logits[0, :11], decoder(model.config, params, TOKENS[0, :11]), atol=3e-5)
     if not model.config.moe.num_experts:  # rows of experts are added up in another order
         other_end = np.concatenate([TOKENS[:, :7], TOKENS[:, -2:6:-1], TOKENS[:, :1]], axis=1)
-        np.testing.assert_array_equal(run(model, params, other_end)[:, :7], logits[:, :7])
+        np.testing.assert_array_equal(np.asarray(run(model, params, other_end))[:, :7], logits[:, :7])
 
 
 def test_gradients_in_bfloat16_reach_every_weight_and_no_token_feels_a_later_one(network):
@@ -65,20 +64,20 @@ def test_gradients_in_bfloat16_reach_every_weight_and_no_token_feels_a_later_one
 
 def test_packed_documents_equal_documents_alone(network):
     model, params = network
-    alone = run(model, params, TOKENS)
+    alone = np.asarray(run(model, params, TOKENS))
     first, second = TOKENS[0, :7], TOKENS[1, :9]
     padding = TOKENS[0, :4]
     rows = np.stack([np.concatenate(parts) for parts in ((first, second, padding), (second, first, padding))])
     ids = np.asarray([[1] * 7 + [2] * 9 + [0] * 4, [1] * 9 + [2] * 7 + [0] * 4], np.int32)
     positions = np.asarray([[*range(7), *range(9), *range(4)], [*range(9), *range(7), *range(4)]], np.int32)
     packing = {"positions_BT": jnp.asarray(positions), "segment_ids_BT": jnp.asarray(ids)}
-    packed = run(model, params, rows, **packing)
+    packed = np.asarray(run(model, params, rows, **packing))
     for found, document in ((packed[0, :7], 0), (packed[0, 7:16], 1), (packed[1, :9], 1), (packed[1, 9:16], 0)):
         np.testing.assert_allclose(found, alone[document, : len(found)], atol=2e-5)
     rows[0, 2] = (rows[0, 2] + 1) % BASE.vocab_size
-    changed = run(model, params, rows, **packing)
+    changed = np.asarray(run(model, params, rows, **packing))
     np.testing.assert_array_equal(changed[0, 7:16], packed[0, 7:16])
-    assert np.any(np.asarray(changed[0, 2]) != np.asarray(packed[0, 2]))
+    assert np.any(changed[0, 2] != packed[0, 2])
 
 
 @pytest.mark.parametrize("variant", ["llama", "tied"])
@@ -104,6 +103,7 @@ def test_cached_decoding_equals_the_full_pass(network):
     full = np.asarray(run(model, params, TOKENS))
     prompt = jnp.asarray([6, 3], jnp.int32)
     found, state = run_on(model, params, TOKENS[:, :6], cache=make_cache(model.config, 2, 24), lengths_B=prompt)
+    found = np.asarray(found)
     np.testing.assert_allclose(found[0], full[0, :6], atol=2e-5)
     np.testing.assert_allclose(found[1, :3], full[1, :3], atol=2e-5)
     for done in range(8):
@@ -112,7 +112,7 @@ def test_cached_decoding_equals_the_full_pass(network):
         np.testing.assert_allclose(found, full[np.arange(2), at], atol=2e-5)
     np.testing.assert_array_equal(state.cache.lengths_B, [14, 11])
     chunk = np.stack([TOKENS[0, 14:20], TOKENS[1, 11:17]])
-    found, _ = run_on(model, params, chunk, cache=state.cache, router=state.router)
+    found = np.asarray(run_on(model, params, chunk, cache=state.cache, router=state.router)[0])
     np.testing.assert_allclose(found[0], full[0, 14:20], atol=2e-5)
     np.testing.assert_allclose(found[1], full[1, 11:17], atol=2e-5)
 
