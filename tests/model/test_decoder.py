@@ -24,6 +24,17 @@ def network(request):
     return make(request.param)
 
 
+def of_documents(model, params, rows, *lengths):
+    """Logits of rows [2, 20] of documents of so many tokens, of one where nothing is said, and of padding."""
+    ids, positions = np.zeros((2, 20), np.int32), np.zeros((2, 20), np.int32)
+    for row, documents in enumerate(lengths or [(20,), (20,)]):
+        ends = np.cumsum(documents)
+        for number, (end, length) in enumerate(zip(ends, documents, strict=True), 1):
+            ids[row, end - length : end], positions[row, end - length : end] = number, np.arange(length)
+    packing = {"positions_BT": jnp.asarray(positions), "segment_ids_BT": jnp.asarray(ids)}
+    return np.asarray(run(model, params, rows, **packing))
+
+
 @partial(jax.jit, static_argnums=0)
 def slopes(model, params, factors_BT):
     """Of the sum of losses of tokens, each times its factor."""
@@ -38,12 +49,12 @@ def slopes(model, params, factors_BT):
 def test_logits_equal_numpy(network):
     """Of the first tokens of a row, whatever follows."""
     model, params = network
-    logits = np.asarray(run(model, params, TOKENS))
+    logits = of_documents(model, params, TOKENS)
     assert logits.shape == (2, 20, BASE.vocab_size)
     np.testing.assert_allclose(logits[0, :11], decoder(model.config, params, TOKENS[0, :11]), atol=3e-5)
     if not model.config.moe.num_experts:  # rows of experts are added up in another order
         other_end = np.concatenate([TOKENS[:, :7], TOKENS[:, -2:6:-1], TOKENS[:, :1]], axis=1)
-        np.testing.assert_array_equal(np.asarray(run(model, params, other_end))[:, :7], logits[:, :7])
+        np.testing.assert_array_equal(of_documents(model, params, other_end)[:, :7], logits[:, :7])
 
 
 def test_gradients_in_bfloat16_reach_every_weight_and_no_token_feels_a_later_one(network):
@@ -64,18 +75,15 @@ def test_gradients_in_bfloat16_reach_every_weight_and_no_token_feels_a_later_one
 
 def test_packed_documents_equal_documents_alone(network):
     model, params = network
-    alone = np.asarray(run(model, params, TOKENS))
+    alone = of_documents(model, params, TOKENS)
     first, second = TOKENS[0, :7], TOKENS[1, :9]
     padding = TOKENS[0, :4]
     rows = np.stack([np.concatenate(parts) for parts in ((first, second, padding), (second, first, padding))])
-    ids = np.asarray([[1] * 7 + [2] * 9 + [0] * 4, [1] * 9 + [2] * 7 + [0] * 4], np.int32)
-    positions = np.asarray([[*range(7), *range(9), *range(4)], [*range(9), *range(7), *range(4)]], np.int32)
-    packing = {"positions_BT": jnp.asarray(positions), "segment_ids_BT": jnp.asarray(ids)}
-    packed = np.asarray(run(model, params, rows, **packing))
+    packed = of_documents(model, params, rows, (7, 9), (9, 7))
     for found, document in ((packed[0, :7], 0), (packed[0, 7:16], 1), (packed[1, :9], 1), (packed[1, 9:16], 0)):
         np.testing.assert_allclose(found, alone[document, : len(found)], atol=2e-5)
     rows[0, 2] = (rows[0, 2] + 1) % BASE.vocab_size
-    changed = np.asarray(run(model, params, rows, **packing))
+    changed = of_documents(model, params, rows, (7, 9), (9, 7))
     np.testing.assert_array_equal(changed[0, 7:16], packed[0, 7:16])
     assert np.any(changed[0, 2] != packed[0, 2])
 
@@ -84,6 +92,7 @@ def test_packed_documents_equal_documents_alone(network):
 def test_bfloat16_is_close_to_float32(variant):
     model, params = make(variant)
     exact = np.asarray(run(model, params, TOKENS))
+    np.testing.assert_allclose(exact, of_documents(model, params, TOKENS), atol=2e-5)  # one document, without saying so
     rounded, out = call(make(variant, compute_dtype="bfloat16")[0], params, Inputs(jnp.asarray(TOKENS)))
     assert rounded.dtype == jnp.float32 and np.any(rounded != rounded.astype(jnp.bfloat16).astype(jnp.float32))
     assert out.hidden_BTD.dtype == jnp.bfloat16
@@ -100,7 +109,7 @@ def test_a_row_too_long_for_xpos_is_refused():
 def test_cached_decoding_equals_the_full_pass(network):
     """Ragged prompts, then single tokens, then a chunk of several, past the window's edge and round the ring."""
     model, params = network
-    full = np.asarray(run(model, params, TOKENS))
+    full = of_documents(model, params, TOKENS)
     prompt = jnp.asarray([6, 3], jnp.int32)
     found, state = run_on(model, params, TOKENS[:, :6], cache=make_cache(model.config, 2, 24), lengths_B=prompt)
     found = np.asarray(found)

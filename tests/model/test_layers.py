@@ -111,7 +111,7 @@ def test_several_groups_equal_one():
 
 @pytest.mark.parametrize(
     ("lengths", "sizes"),
-    [((3, 0, 7, 4), (1, 2, 1)), ((3, 0, 7, 3, 0, 7, 3, 0), (1,) * 8)],
+    [((3, 0, 7, 4), (1, 2, 1)), ((3, 0, 7, 3, 0, 7, 3, 0), (6, 2))],
     ids=["one period", "a tail"],
 )
 def test_several_groups_carry_the_memory_of_one(lengths, sizes):
@@ -148,8 +148,8 @@ def test_several_groups_carry_the_memory_of_one(lengths, sizes):
 
 
 def test_layers_after_the_last_whole_period_come_after_the_scan():
-    """Logits against numpy; gradients and cached decoding against layers that each are a group of their own."""
-    settings, alone = {**CUT_SHORT, "sliding_window": 4, "sink_tokens": 1}, (1,) * 5
+    """Logits against numpy; cached decoding against it, gradients against a last layer that is a group of its own."""
+    settings, alone = {**CUT_SHORT, "sliding_window": 4, "sink_tokens": 1}, (4, 1)
     model, params = make_model(dataclasses.replace(BASE, **settings))
     tokens = some_tokens(2, 10)
     program = jax.make_jaxpr(lambda p: forward(model, p, Inputs(tokens)).hidden_BTD)(params).jaxpr
@@ -179,7 +179,7 @@ def test_scan_unroll_and_remat_change_nothing():
         return jax.jit(jax.value_and_grad(mean_nll), static_argnums=1)(params, model, tokens)
 
     plain = loss_and_slope()
-    for settings in ({"scan_unroll": None, "remat": "full"}, {"scan_unroll": 2, "remat": "dots"}):
+    for settings in ({"scan_unroll": None, "remat": "full"}, {"remat": "dots"}):
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(loss_and_slope(**settings)), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
