@@ -139,7 +139,7 @@ def param(
     shape = tuple(axes.values())
     if module.is_initializing() or not module.has_variable("params", name):
         return jnp.asarray(module.param(name, _first, init, shape, use))
-    # Module.param would trace the initializer for its shape: half of the time that tracing a network takes.
+    # Module.param would trace the initializer for its shape: nearly half of the time that tracing a network takes.
     made = jnp.asarray(nn.meta.unbox(module.get_variable("params", name)))  # numpy arrays are weights too
     if made.shape != shape:
         asked = ", ".join(f"{axis} {size}" for axis, size in axes.items())
