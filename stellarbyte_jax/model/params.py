@@ -122,7 +122,7 @@ def param(
       tracked: whether it is a number that training keeps.
 
     Raises:
-      ValueError: an axis is none of ``sharding.WEIGHT_AXES``.
+      ValueError: an axis is none of ``sharding.WEIGHT_AXES``, or the given weight has another shape.
     """
     unknown = [axis for axis in axes if axis not in WEIGHT_AXES]
     if unknown:
@@ -136,8 +136,17 @@ def param(
         float32,
         tracked,
     )
-    made = module.param(name, _first, init, tuple(axes.values()), use)
-    return jnp.asarray(made)  # numpy arrays are weights too
+    shape = tuple(axes.values())
+    if module.is_initializing() or not module.has_variable("params", name):
+        return jnp.asarray(module.param(name, _first, init, shape, use))
+    # Module.param would trace the initializer for its shape: nearly half of the time that tracing a network takes.
+    made = jnp.asarray(nn.meta.unbox(module.get_variable("params", name)))  # numpy arrays are weights too
+    if made.shape != shape:
+        asked = ", ".join(f"{axis} {size}" for axis, size in axes.items())
+        raise ValueError(
+            f"weight {name} has shape {made.shape}, the config asks for {shape} ({asked}): give its weights"
+        )
+    return made
 
 
 def _first(key: Array, init: nn.initializers.Initializer, shape: tuple[int, ...], use: WeightUse) -> Weight:

@@ -1,8 +1,10 @@
 """One layer with experts, with weights and tokens to call it with."""
 
 import dataclasses
+import functools
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,13 +38,15 @@ def context(valid, starts=None, train=True):
 
 
 def weights_of(config, seed=0):
+    made, random = _initial(config), np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.5 * random.standard_normal(x.shape) + x, "float32"), made)
+
+
+@functools.cache
+def _initial(config):
     ctx = context(np.ones((1, 1), bool), train=False)
-    made = MoE(config).init(jax.random.key(0), jnp.zeros((1, 1, D)), ctx, LayerState())["params"]
-    boxes, tree = jax.tree.flatten(made, is_leaf=lambda x: hasattr(x, "use"))
-    random = np.random.default_rng(seed)
-    return tree.unflatten(
-        [jnp.asarray(0.5 * random.standard_normal(x.value.shape) + x.value, "float32") for x in boxes]
-    )
+    initial = jax.jit(lambda x: MoE(config).init(jax.random.key(0), x, ctx, LayerState())["params"])
+    return jax.tree.map(np.asarray, nn.meta.unbox(initial(np.zeros((1, 1, D), np.float32))))
 
 
 @partial(jax.jit, static_argnums=0)

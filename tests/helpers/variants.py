@@ -1,10 +1,14 @@
 """Tiny networks that between them use every setting of the decoder, for tests that all must pass."""
 
 import dataclasses
+import functools
 from functools import partial
+from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, forward, forward_step, init_params, logits, trained
@@ -84,7 +88,7 @@ VARIANTS = {
             "routed_scaling_factor": 1.5,
         },
         "sliding_window": 5,
-        "layer_types": ("sliding_attention", "full_attention") * 2,
+        "layer_types": ("full_attention", *("sliding_attention",) * 3),
     },
     "experts in every second layer, by context, priority and temperature": {
         "moe": {
@@ -139,13 +143,37 @@ def make(variant, **more):
     return model, params if model.config.moe.rebalance_interval is None else with_twins(params, ((1, 4), (2, 5)))
 
 
+# What no weight depends on: variants that differ in these alone have the same ones.
+OF_NO_WEIGHT = dict.fromkeys(("hidden_dropout", "residual_dropout", "attention_dropout", "drop_path"), 0.0)
+OF_NO_WEIGHT |= {"compute_dtype": "float32", "remat": "none", "scan_unroll": 1, "attention_implementation": "auto"}
+
+
 def make_model(config):
     """The model and weights of which every one matters: biases and norms start as constants."""
-    model = ByteTransformer(config)
-    leaves, tree = jax.tree.flatten(init(model))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(tree, leaves)
+    kept = _some_weights(dataclasses.replace(config, **OF_NO_WEIGHT))
+    return ByteTransformer(config), jax.tree.map(lambda x: x, kept)  # dicts of its own, to write into
+
+
+@functools.cache
+def _some_weights(config):
+    """Initial weights and a little more; random numbers are numpy's, of which each shape compiles nothing."""
+
+    @jax.jit
+    def initial(deviations):
+        def normal(std):
+            return lambda key, shape, dtype: jnp.full(shape, std * deviations, dtype)
+
+        with mock.patch.object(nn.initializers, "normal", normal):
+            return init_params(ByteTransformer(config), jax.random.key(0))
+
+    means, ends = (jax.tree.map(np.asarray, initial(np.float32(x))) for x in (0, 1))
+    random = np.random.default_rng(1)
+
+    def drawn(mean, end):
+        spread = np.hypot(end - mean, np.float32(0.1))
+        return jnp.asarray(mean + spread * random.standard_normal(mean.shape, np.float32))
+
+    return jax.tree.map(drawn, means, ends)
 
 
 def with_twins(params, pairs, steps=3.0):
@@ -155,10 +183,10 @@ def with_twins(params, pairs, steps=3.0):
         name = path[-1].key
         if name not in ("twin", "twin_steps"):
             return x
+        x = np.array(x)
         for one, other in pairs:
-            numbers = (other, one) if name == "twin" else (steps, steps)
-            x = x.at[::2, jnp.asarray([one, other])].set(jnp.asarray(numbers, jnp.float32))
-        return x
+            x[::2, [one, other]] = (other, one) if name == "twin" else steps
+        return jnp.asarray(x)
 
     return jax.tree_util.tree_map_with_path(changed, params)
 
@@ -174,10 +202,13 @@ def init(model):
 
 
 def some_tokens(*shape, seed=2):
-    return jax.random.randint(jax.random.key(seed), shape, 0, BASE.vocab_size, jnp.int32)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, BASE.vocab_size, shape, dtype=np.int32))
 
 
 def mean_nll(params, model, tokens_BT):
     """Mean negative log-likelihood of each token but the first."""
     logits_BTV = call(model, params, Inputs(tokens_BT))[0]
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits_BTV[:, :-1]), tokens_BT[:, 1:, None], axis=-1))
+
+
+slopes_of_nll = jax.jit(jax.grad(mean_nll), static_argnums=1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.training import MODEL, flat, nested
-from helpers.variants import BASE, VARIANTS, call, init, make
+from helpers.variants import BASE, VARIANTS, call, make
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.costs import count_parameters, flops_per_token, parameter_counts
@@ -20,15 +20,16 @@ from stellarbyte_jax.model.io import Inputs
 def test_every_weight_is_counted_once(variant):
     model = ByteTransformer(dataclasses.replace(BASE, **VARIANTS[variant]))
     counts = parameter_counts(model)
-    params = nested({path: x for path, x in flat(init(model)).items() if "/tracked/" not in path})
-    assert counts.total == counts.trainable == sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+    params = nested({path: x for path, x in flat(param_shapes(model)).items() if "/tracked/" not in path})
+    assert counts.total == counts.trainable == sum(leaf.size for leaf in jax.tree.leaves(params))
     stacks = params["layers"]
     layers = [
-        sum(np.size(leaf[0]) for leaf in jax.tree.leaves(stacks[str(stack)])) for stack, _ in model.config.layer_places
+        sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(stacks[str(stack)]))
+        for stack, _ in model.config.layer_places
     ]
     assert [sum(parts.values()) for parts in counts.layers] == layers
     assert counts.total == sum(layers) + sum(counts.outside.values())
-    pool = sum(np.size(leaf) for leaf in jax.tree.leaves(stacks.get("pool", {})))
+    pool = sum(leaf.size for leaf in jax.tree.leaves(stacks.get("pool", {})))
     assert counts.outside.get("experts", 0) == pool
     if not model.config.moe.num_experts:
         assert counts.active == counts.total
@@ -39,7 +40,7 @@ def test_active_weights_are_those_that_one_token_feels(variant):
     """By the gradient of one token's logits: which experts of which layers have any."""
     model, params = make(variant)
     tokens_BT = jnp.asarray([[5]], jnp.int32)
-    felt = jax.grad(lambda params: jnp.sum(call(model, params, Inputs(tokens_BT))[0] ** 2))(params)
+    felt = jax.jit(jax.grad(lambda params: jnp.sum(call(model, params, Inputs(tokens_BT))[0] ** 2)))(params)
     active = 0
     for path, x in flat(felt).items():
         if "/experts/" in path:

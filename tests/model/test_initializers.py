@@ -1,6 +1,7 @@
 """Initial weights by their role."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,9 +11,13 @@ from helpers.variants import BASE
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params
 
 
+def drawn(config, seed):
+    return jax.tree.map(np.asarray, jax.jit(partial(init_params, ByteTransformer(config)))(jax.random.key(seed)))
+
+
 def test_initial_weights():
     """Deviation 0.02; what writes into the residual stream is smaller by sqrt(2 layers)."""
-    params = init_params(ByteTransformer(dataclasses.replace(BASE, hidden_size=128, head_dim=32)), jax.random.key(5))
+    params = drawn(dataclasses.replace(BASE, hidden_size=128, head_dim=32), 5)
     layer = params["layers"]["0"]
     assert np.std(layer["attn"]["q"]) == pytest.approx(0.02, rel=0.05)
     assert np.std(layer["attn"]["o"]) == pytest.approx(0.02 / 8**0.5, rel=0.05)
@@ -26,7 +31,7 @@ def test_deviations_of_each_scheme(scheme):
     L, D, F = 8, 128, 512
     config = dataclasses.replace(BASE, num_hidden_layers=L, hidden_size=D, head_dim=32, intermediate_size=F)
     config = dataclasses.replace(config, num_key_value_heads=4, initialization=scheme)
-    params = init_params(ByteTransformer(config), jax.random.key(4))
+    params = drawn(config, 4)
     layer, small = params["layers"]["0"], 0.02 / (2 * L) ** 0.5
     beta = (8 * L) ** -0.25
     square, wide = (2 / (D + D)) ** 0.5, (2 / (D + F)) ** 0.5

@@ -26,7 +26,8 @@ EQUAL = {
 
 
 @pytest.mark.parametrize(
-    ("settings", "rows"), [("dropless", (1, 1)), *((name, rows) for name in EQUAL for rows in ((3, 7), (2, 90)))]
+    ("settings", "rows"),
+    [*(("dropless", rows) for rows in ((1, 1), (3, 7), (2, 90))), *((name, (3, 7)) for name in [*EQUAL][1:])],
 )
 def test_layer_and_gradients_equal_a_loop_over_experts(settings, rows):
     """Of tokens, experts, router and temperature. The tokens differ in how rows of experts are laid out."""
@@ -45,8 +46,8 @@ def test_layer_and_gradients_equal_a_loop_over_experts(settings, rows):
         out = dense_experts.moe(config, weights, x.reshape(-1, D), jnp.asarray(valid.reshape(-1)))[0]
         return jnp.sum(out * slope), out
 
-    (_, found), slopes = jax.value_and_grad(ours, (0, 1), has_aux=True)(weights, x)
-    (_, expected), expected_slopes = jax.value_and_grad(loop, (0, 1), has_aux=True)(weights, x)
+    (_, found), slopes = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(weights, x)
+    (_, expected), expected_slopes = jax.jit(jax.value_and_grad(loop, (0, 1), has_aux=True))(weights, x)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(slopes), jax.tree.leaves(expected_slopes), strict=True):
         if "tracked" in jax.tree_util.keystr(path):
@@ -173,7 +174,7 @@ STEPS = {
     "overflow",
     [(), ("next_best",), ("cold",), ("sticky",), ("next_best", "cold"), ("cold", "next_best"), ("sticky", "cold")],
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_what_has_no_room_goes_where_the_settings_say(overflow, seed):
     """Documents of a row, padding between; an expert that most tokens want."""
     config = config_of(**CAPACITY, num_experts_per_tok=1, norm_topk_prob=False, overflow=overflow)

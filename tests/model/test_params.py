@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,16 @@ def test_a_spec_that_does_not_fit_and_unknown_axes_are_refused():
         Wrong().init(jax.random.key(0))
 
 
+def test_a_weight_of_another_shape_is_refused():
+    module = Linear("BD,DF->BF", (("embed", 6), ("mlp", 5)))
+    with pytest.raises(
+        ValueError, match=r"weight w has shape \(6, 4\), the config asks for \(6, 5\) \(embed 6, mlp 5\)"
+    ):
+        module.apply({"params": {"w": jnp.zeros((6, 4))}}, jnp.ones((2, 6)))
+    with pytest.raises(flax.errors.ScopeParamNotFoundError, match="w"):
+        module.apply({"params": {"other": jnp.zeros((6, 4))}}, jnp.ones((2, 6)))
+
+
 def test_kernel_is_the_matrix_of_linear():
     class Kernel(nn.Module):
         @nn.compact
@@ -192,6 +203,7 @@ def test_the_use_of_every_weight_of_every_variant():
         model, params = make(variant)
         uses = uses_of(model.config)
         assert uses.keys() == by_path(params).keys()
+        assert jax.tree.map(np.shape, param_shapes(model)) == jax.tree.map(np.shape, params)
         for path, use in uses.items():
             path = re.sub(r"^layers/\d+/", "layers/0/", path)
             expected = TABLE[path]

@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.variants import BASE, call, init, mean_nll, some_tokens
+from helpers.variants import BASE, call, init, slopes_of_nll, some_tokens
 
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import Aux, Inputs, LayerState, Mean
@@ -69,7 +68,7 @@ def spread_through_depth(layers=100, **settings):
     params = init(model)
     tokens = some_tokens(2, 16)
 
-    slope = jax.jit(jax.grad(mean_nll), static_argnums=1)(params, model, tokens)["layers"]["0"]["attn"]["o"]
+    slope = np.asarray(slopes_of_nll(params, model, tokens)["layers"]["0"]["attn"]["o"])
     norms = np.sqrt(np.sum(np.square(slope), axis=(1, 2, 3)))
     hidden = call(model, params, Inputs(tokens))[1].hidden_BTD
     return float(jnp.std(hidden)), norms

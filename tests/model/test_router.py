@@ -1,8 +1,10 @@
 """Routers: what is drawn in training, what is not drawn elsewhere, and what is computed in float32."""
 
 import dataclasses
+import functools
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,17 +33,19 @@ def config_of(**moe):
 
 def weights_of(config, **values):
     """Weights of a router, of which these are given."""
-    ctx = context(jnp.zeros((1, 1, D)), False)
-    made = jax.tree.map(
-        lambda box: box.value,
-        Router(config).init(jax.random.key(0), jnp.zeros((1, 1, D)), ctx, None)["params"],
-        is_leaf=lambda x: hasattr(x, "use"),
-    )
+    made = jax.tree.map(lambda x: x, initial(config))
     for name, value in values.items():
         at, leaf = (made["tracked"], name) if name in made["tracked"] else (made, name)
         assert at[leaf].shape == np.shape(value)
         at[leaf] = jnp.asarray(value, "float32")
     return made
+
+
+@functools.cache
+def initial(config):
+    x = jnp.zeros((1, 1, D))
+    made = jax.jit(lambda x: Router(config).init(jax.random.key(0), x, context(x, False), None)["params"])
+    return nn.meta.unbox(made(x))
 
 
 def context(x, train):

@@ -81,9 +81,11 @@ def attention_alone(path):
 
 CASES = {
     "adamw": ({}, not_embedding),
-    "accumulation": ({"gradient_accumulation_steps": 2}, not_embedding),
     "muon": ({"optimizer": OptimizerConfig(name="muon", learning_rate=1e-2)}, not_embedding),
-    "ema, some weights of a layer": ({"ema_decay": 0.5}, attention_alone),
+    "accumulation, ema, some weights of a layer": (
+        {"gradient_accumulation_steps": 2, "ema_decay": 0.5},
+        attention_alone,
+    ),
 }
 
 

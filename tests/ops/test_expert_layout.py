@@ -97,10 +97,9 @@ def test_slots_are_rows(seed):
         assert layout.rows_NK[n, k] == taken[n, k] * capacity + placed.slots_NK[n, k]
 
 
-@pytest.mark.parametrize("block", [1, 4, 16])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "block"), [(0, 4), (1, 1), (1, 4), (2, 16)])
 def test_rows_go_to_experts_and_come_back(seed, block):
-    """Equal to a loop over tokens, all gradients too; empty rows are zero, whatever experts make of them."""
+    """Equal to sums over the choices of tokens, gradients too; empty rows are zero, whatever experts make of them."""
     N, K, E, D = 16, 3, 5, 4
     random, experts = drawn(N, K, E, seed)
     weights = random.random((N, K)).astype(np.float32)  # of pairs without an expert too
@@ -115,16 +114,13 @@ def test_rows_go_to_experts_and_come_back(seed, block):
         made = rows * factors[np.minimum(of_row, E - 1)]
         return from_experts(jnp.where(empty[:, None], jnp.nan, made), layout, weights)
 
-    def loop(x, weights, factors):
-        out = []
-        for n in range(N):
-            parts = [weights[n, k] * x[n] * factors[experts[n, k]] for k in range(K) if experts[n, k] < E]
-            out.append(sum(parts, jnp.zeros(D)))
-        return jnp.stack(out)
+    def plainly(x, weights, factors):
+        chosen = jnp.asarray(experts[:, :, None] == np.arange(E), jnp.float32)
+        return jnp.einsum("nk,nke,nd,ed->nd", weights, chosen, x, factors)
 
     arguments = jnp.asarray(x), jnp.asarray(weights), jnp.asarray(factors)
-    np.testing.assert_allclose(ours(*arguments), loop(*arguments), atol=1e-6)
-    slopes = [jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), (0, 1, 2))(*arguments) for f in (ours, loop)]
+    np.testing.assert_allclose(ours(*arguments), plainly(*arguments), atol=1e-6)
+    slopes = [jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), (0, 1, 2))(*arguments) for f in (ours, plainly)]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *slopes)
 
 

@@ -14,8 +14,10 @@ def cube(number, inputs, rest):
     return (x * (number + rest[0])) ** 3 * scale["of all"]
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize(
+    ("wrapped", "count"),
+    [(lambda f: f, 2), *((jax.jit, count) for count in (1, 2, 5)), (jax.checkpoint, 1), (jax.checkpoint, 5)],
+)
 def test_as_many_parts_as_are_counted_and_their_gradients(count, wrapped):
     inputs, rest = (jnp.array([0.5, -2.0]), {"of all": jnp.array(3.0)}), [jnp.array(2)]
 
@@ -39,8 +41,9 @@ def times_factors(inputs, layout):
     return from_experts(to_experts(x, layout) * factors_S, layout, weights)
 
 
-@pytest.mark.parametrize("loads", ["even", "all of one expert", "none"])
-@pytest.mark.parametrize("blocks", [1, 3, 7])
+@pytest.mark.parametrize(
+    ("loads", "blocks"), [*(("even", blocks) for blocks in (1, 3, 7)), ("all of one expert", 3), ("none", 3)]
+)
 def test_parts_of_a_layout_add_up_to_it(loads, blocks):
     """Whatever the loads, values and all gradients; the sizes of the parts' groups too."""
     N, K, E, D, M = 24, 2, 4, 3, 4

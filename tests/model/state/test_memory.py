@@ -1,6 +1,7 @@
 """Segment memory: equal to one long pass, without gradients, of one document only, carried exactly."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -30,10 +31,24 @@ KINDS = {
 
 def make(length=M, memory=None, **settings):
     memory = MemoryConfig(length=length, **(memory or {}))
-    model = ByteTransformer(dataclasses.replace(BASE, memory=memory, **settings))
+    plain = dataclasses.replace(BASE, **settings)
+    return ByteTransformer(dataclasses.replace(plain, memory=memory)), weights_of(plain)
+
+
+@functools.cache
+def weights_of(config):
     # Larger weights make attention choose; post-norm ones begin large.
-    factor = 1 if settings.get("residual_scaling") == "deepnorm" else 3
-    return model, jax.tree.map(lambda x: factor * x, init(model))
+    factor = np.float32(1 if config.residual_scaling == "deepnorm" else 3)
+    return jax.tree.map(lambda x: jnp.asarray(factor * np.asarray(x)), init(ByteTransformer(config)))
+
+
+# Most tests call the programs of the same shapes: two rows of 24 tokens, and of segments of 8.
+TOKENS = np.asarray(some_tokens(2, 24))
+
+
+def whole(model, params, *rows):
+    """Logits of rows of up to 24 tokens without earlier ones; what follows them changes none."""
+    return np.asarray(run(model, params, np.stack([np.pad(row, (0, 24 - len(row))) for row in rows])))
 
 
 def in_segments(model, params, tokens, length, memory=None, **more):
@@ -44,31 +59,29 @@ def in_segments(model, params, tokens, length, memory=None, **more):
         out, state = run_on(model, params, tokens[:, at : at + length], memory=memory, **cut)
         memory = state.memory
         parts.append(out)
-    return jnp.concatenate(parts, axis=1), memory
+    return np.concatenate(parts, axis=1), memory
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [4, 8])
+@pytest.mark.parametrize(("kind", "length"), [("rope", 4), *((kind, 8) for kind in KINDS)])
 def test_segments_equal_one_pass(kind, length):
     """Segments shorter and longer than the memory."""
     model, params = make(**KINDS[kind])
-    tokens = some_tokens(2, 24)
-    full = run(model, params, tokens)
-    found, memory = in_segments(model, params, tokens, length)
+    full = whole(model, params, *TOKENS)
+    found, memory = in_segments(model, params, TOKENS, length)
     np.testing.assert_allclose(found, full, atol=3e-5)
     np.testing.assert_array_equal(memory.lengths_B, [24, 24])
-    forgetful = jnp.concatenate([run(model, params, tokens[:, at : at + length]) for at in range(0, 24, length)], 1)
-    assert np.abs(forgetful - full)[:, length:].max() > 1e-3
+    alone = [in_segments(model, params, TOKENS[:, at : at + length], length)[0] for at in range(0, 24, length)]
+    assert np.abs(np.concatenate(alone, axis=1) - full)[:, length:].max() > 1e-3
 
 
 def test_each_layer_has_its_own_length():
     model, params = make(length=(3, 0, 7, 0))
-    tokens = some_tokens(2, 16)
+    tokens = some_tokens(4, 16)
     out, memory = in_segments(model, params, tokens, 8)
     assert memory.slots == (3, 0, 7, 0)
     places = enumerate(memory.groups[0])
     only_first = memory.replace(groups=(tuple(LayerMemory(x.states, x.valid_BM & (i == 0)) for i, x in places),))
-    a, b = (run_on(model, params, tokens[:, :4], memory=m)[0] for m in (memory, only_first))
+    a, b = (run_on(model, params, tokens[:, :8], memory=m)[0] for m in (memory, only_first))
     assert np.abs(a - b).max() > 1e-4
     assert np.all(np.isfinite(out))
 
@@ -112,16 +125,15 @@ def test_a_document_does_not_see_the_one_before(length):
     segments[2, 14:16] = 2  # ids count within a segment: the one that ends with token 15 holds two documents
     found, memory = in_segments(model, params, tokens, length, positions_BT=positions, segment_ids_BT=segments)
     np.testing.assert_array_equal(memory.lengths_B, [24, 16, 10])
+    alone = whole(model, params, *(np.asarray(tokens)[row, start:] for row, start in enumerate(starts)))
     for row, start in enumerate(starts):
-        alone = run(model, params, tokens[row : row + 1, start:])
-        np.testing.assert_allclose(found[row, start:], alone[0], atol=3e-5)
+        np.testing.assert_allclose(found[row, start:], alone[row, : 24 - start], atol=3e-5)
 
 
 def test_memory_and_cache_are_one_view():
     """Prefill behind a memory, then single tokens: as if all had been one text."""
-    model, params = make(position_embedding="xpos", xpos_scale_base=8.0)
-    tokens = some_tokens(2, 24)
-    full = run(model, params, tokens)
+    model, params = make(**KINDS["xpos, grouped, parallel"])
+    tokens, full = TOKENS, whole(model, params, *TOKENS)
     _, memory = in_segments(model, params, tokens[:, :8], 8)
     logits, state = run_on(model, params, tokens[:, 8:13], memory=memory, cache=make_cache(model.config, 2, 16))
     assert state.memory is None
@@ -132,20 +144,21 @@ def test_memory_and_cache_are_one_view():
 
 
 def test_a_memory_that_is_not_full_leaves_no_trace_in_the_cache():
-    """Row 0 has read three tokens of its document, row 1 none: what the other slots hold is not to be seen."""
+    """Row 0 has read four tokens of its document, row 1 none: what the other slots hold is not to be seen."""
     model, params = make()
-    tokens = some_tokens(2, 12)
-    _, memory = in_segments(model, params, tokens[:, :3], 3)
+    tokens = TOKENS
+    _, memory = in_segments(model, params, tokens[:, :4], 4)
     (place,) = memory.groups[0]
     states = jnp.where(place.valid_BM[None, :, :, None], place.states, 7.0)
     junk = memory.replace(groups=((place.replace(states=states),),))
     alone = junk.reset(jnp.asarray([False, True]))
-    full = run(model, params, tokens)[0], run(model, params, tokens[:, 3:])[1]
-    logits, state = run_on(model, params, tokens[:, 3:5], memory=alone, cache=make_cache(model.config, 2, 16))
-    for at in range(5, 12):
-        np.testing.assert_allclose(logits[0, -1], full[0][at - 1], atol=3e-5)
-        np.testing.assert_allclose(logits[1, -1], full[1][at - 4], atol=3e-5)
-        logits, state = run_on(model, params, tokens[:, at : at + 1], cache=state.cache)
+    full = whole(model, params, tokens[0], tokens[1, 4:])
+    logits, state = run_on(model, params, tokens[:, 4:6], memory=alone, cache=make_cache(model.config, 2, 16))
+    logits = np.asarray(logits)[:, -1]
+    for at in range(6, 13):
+        np.testing.assert_allclose(logits[0], full[0, at - 1], atol=3e-5)
+        np.testing.assert_allclose(logits[1], full[1, at - 5], atol=3e-5)
+        logits, state = step(model, params, tokens[:, at], state)
 
 
 def test_compressed_slots_are_means_of_what_left():
@@ -181,26 +194,24 @@ def test_compressed_slots_are_means_of_what_left():
 
 def test_compressed_slots_reach_further_than_the_window():
     model, params = make(length=8, memory={"recent_share": 0.5})
-    tokens = some_tokens(1, 24)
-    other = tokens.at[0, :4].set((tokens[0, :4] + 1) % BASE.vocab_size)
-    ends = [in_segments(model, params, t, 8)[0][0, -1] for t in (tokens, other)]
-    narrow, weights = make(length=4)
-    narrow_ends = [in_segments(narrow, weights, t, 8)[0][0, 8] for t in (tokens, other)]
+    texts = np.stack([TOKENS[0], TOKENS[0]])
+    texts[1, :4] = (texts[1, :4] + 1) % BASE.vocab_size
+    ends = in_segments(model, params, texts, 8)[0][:, -1]
     assert np.abs(ends[0] - ends[1]).max() > 1e-5
-    assert np.abs(narrow_ends[0] - narrow_ends[1]).max() > 1e-6  # windows of 4 layers reach 16 tokens back
-    last = [in_segments(narrow, weights, t, 8)[0][0, -1] for t in (tokens, other)]
-    np.testing.assert_array_equal(*last)
+    narrow = in_segments(*make(length=4), texts, 8)[0]
+    assert np.abs(narrow[0, 8] - narrow[1, 8]).max() > 1e-6  # windows of 4 layers reach 16 tokens back
+    np.testing.assert_array_equal(narrow[0, -1], narrow[1, -1])
 
 
 def test_compressed_memory_goes_into_the_cache_too():
     model, params = make(length=8, memory={"recent_share": 0.5})
-    tokens = some_tokens(2, 24)
+    tokens = TOKENS
     _, memory = in_segments(model, params, tokens[:, :16], 8)
-    expected, _ = run_on(model, params, tokens[:, 16:20], memory=memory)
+    expected = np.asarray(run_on(model, params, tokens[:, 16:24], memory=memory)[0])
     _, state = run_on(model, params, tokens[:, 16:18], memory=memory, cache=make_cache(model.config, 2, 16))
-    for at in range(2):
-        logits, state = run_on(model, params, tokens[:, 18 + at : 19 + at], cache=state.cache)
-        np.testing.assert_allclose(logits[:, 0], expected[:, 2 + at], atol=3e-5)
+    for at in range(2, 5):
+        logits, state = step(model, params, tokens[:, 16 + at], state)
+        np.testing.assert_allclose(logits, expected[:, at], atol=3e-5)
 
 
 def test_batches_of_another_size():
@@ -237,19 +248,19 @@ def test_split_and_joined_rows():
 
 def test_the_loss_carries_it():
     model, params = make()
-    tokens = np.asarray(some_tokens(2, 16))
+    tokens = TOKENS[:, :16]
     state = State(memory=Memory.create(model.config, 2))
-    sums = []
+    sums, program = [], jax.jit(partial(batch_loss, model, loss=LossConfig()))
     for at in (0, 8):
         batch = {
             "tokens": tokens[:, at : at + 8],
             "positions": np.broadcast_to(np.arange(at, at + 8, dtype=np.int32), (2, 8)),
             "segment_ids": np.ones((2, 8), np.int32),
         }
-        total, _, out = jax.jit(partial(batch_loss, model, loss=LossConfig()))(params, batch, state=state)
+        total, _, out = program(params, batch, state=state)
         state = out.state
         sums.append(float(total))
-    logits = run(model, params, jnp.asarray(tokens))
+    logits = whole(model, params, *tokens)[:, :16]
     nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:, :-1])), tokens[:, 1:, None], 2)[..., 0]
     assert sums[0] == pytest.approx(nll[:, :7].sum(), rel=1e-5)
     assert sums[1] == pytest.approx(nll[:, 8:].sum(), rel=1e-5)
@@ -269,26 +280,28 @@ def test_a_memory_that_does_not_belong_here_is_refused():
 def test_compressed_slots_of_the_document_before_are_forgotten():
     """The new document begins in the middle of a segment, or at its edge."""
     model, params = make(length=8, memory={"recent_share": 0.5})
-    tokens = some_tokens(1, 32)
+    tokens = TOKENS
     _, before = in_segments(model, params, tokens[:, :16], 8)
     assert np.all(before.groups[0][0].valid_BM)
-    segments = jnp.asarray([[1] * 3 + [2] * 5], jnp.int32)
-    positions = jnp.asarray([[16, 17, 18, 0, 1, 2, 3, 4]], jnp.int32)
+    segments = jnp.asarray([[1] * 3 + [2] * 5] * 2, jnp.int32)
+    positions = jnp.asarray([[16, 17, 18, 0, 1, 2, 3, 4]] * 2, jnp.int32)
     given = {"positions_BT": positions, "segment_ids_BT": segments}
     _, state = run_on(model, params, tokens[:, 16:24], memory=before, **given)
     (found,) = state.memory.groups[0]
-    np.testing.assert_array_equal(found.valid_BM, [[False, False, False, True] + [True] * 4])
-    _, alone = run_on(model, params, tokens[:, 19:24], memory=Memory.create(model.config, 1))
+    np.testing.assert_array_equal(found.valid_BM, [[False, False, False, True] + [True] * 4] * 2)
+    _, alone = run_on(model, params, tokens[:, 19:24], memory=Memory.create(model.config, 2))
     (expected,) = alone.memory.groups[0]
-    np.testing.assert_allclose(found.states[:, :, 3:], expected.states[:, :, 3:], atol=3e-5)
+    after, alone = (np.asarray(x.states)[:, :, 3:] for x in (found, expected))
+    np.testing.assert_allclose(after, alone, atol=3e-5)
     np.testing.assert_array_equal(found.valid_BM, expected.valid_BM)
     # At a segment's edge the first position says so, and slots that begin empty are filled without the old ones.
     ends = [
-        run_on(model, params, tokens[:, 16:24], memory=m, positions_BT=jnp.arange(8, dtype=jnp.int32)[None])
-        for m in (before, Memory.create(model.config, 1))
+        run_on(model, params, tokens[:, 16:24], memory=m, positions_BT=jnp.asarray([range(8)] * 2, jnp.int32))
+        for m in (before, Memory.create(model.config, 2))
     ]
     np.testing.assert_allclose(ends[0][0], ends[1][0], atol=3e-5)
     (found,), (expected,) = (end.memory.groups[0] for _, end in ends)
     np.testing.assert_array_equal(found.valid_BM, expected.valid_BM)
     valid = np.asarray(found.valid_BM)[0]
-    np.testing.assert_allclose(found.states[:, 0, valid], expected.states[:, 0, valid], atol=3e-5)
+    found, expected = (np.asarray(x.states)[:, :, valid] for x in (found, expected))
+    np.testing.assert_allclose(found, expected, atol=3e-5)

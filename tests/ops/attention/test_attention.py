@@ -163,9 +163,16 @@ def test_equals_the_definition(name, implementation, request):
 
 
 @pytest.mark.parametrize(
-    "options", [{"softcap": 0.7}, {"prune_below": 0.3}, {"softcap": 2.0, "prune_below": 0.3}], ids=str
+    ("name", "options"),
+    [
+        ("causal", {"softcap": 0.7}),
+        ("causal", {"prune_below": 0.3}),
+        ("window, always visible, packed, grouped", {"softcap": 2.0, "prune_below": 0.3}),
+        ("slots that differ by head", {"softcap": 0.7}),
+        ("slots that differ by head", {"softcap": 2.0, "prune_below": 0.3}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("name", ["causal", "window, always visible, packed, grouped", "slots that differ by head"])
 def test_soft_cap_and_pruning_equal_the_definition(name, options):
     q, k, v, g, mask = inputs(CASES[name][0], **CASES[name][1])
     expected = numpy_attention(q, k, v, mask, g, **options)
