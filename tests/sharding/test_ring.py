@@ -42,7 +42,7 @@ def compare(kind, devices, softcap=None):
 
 
 @pytest.mark.parametrize(  # the last tile is filled up, or full
-    ("kind", "softcap", "tile"), [("plain", None, 4), ("packed, window, sinks", 2.0, 3)]
+    ("kind", "softcap", "tile"), [("plain", None, 3), ("packed, window, sinks", 2.0, 4)]
 )
 def test_tiles_of_a_block_equal_the_whole_row(monkeypatch, kind, softcap, tile):
     monkeypatch.setattr(blocks_xla, "TILE", tile)
