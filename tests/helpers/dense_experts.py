@@ -1,4 +1,4 @@
-"""A decoder with experts again, in plain jax: a loop over layers, in each a loop over experts that compute every token.
+"""A decoder with experts again, in plain jax: a loop over layers, in each of which all experts compute every token.
 
 What it has can be differentiated, so that whole gradients have something to be compared with. It knows linear gates,
 softmax or sigmoid scores and a bias; no groups, no noise, no capacity.
@@ -42,9 +42,8 @@ def route(c, w, x, mask):
 def moe(c, w, x, mask):
     """Output [N, D] of a layer with experts, and what its losses are of."""
     logits, scores, chosen, weights = route(c, w["router"], x, mask)
-    out = jnp.zeros_like(x)
-    for e in range(c.moe.num_experts):
-        out = out + weights[:, e, None] * gated(x, w["experts"]["gate_up"][e], w["experts"]["down"][e])
+    each = jax.vmap(gated, (None, 0, 0))(x, w["experts"]["gate_up"], w["experts"]["down"])
+    out = jnp.einsum("ne,end->nd", weights, each)
     if "shared" in w:
         out = out + gated(x, w["shared"]["gate_up"], w["shared"]["down"])
     return out, (logits, scores, chosen)
@@ -125,17 +124,21 @@ def decoder(c, weights, batch, before):
 @jax.numpy_dtype_promotion("standard")
 def total_loss(config, weights, batch, parts):
     """What a step of training minimises, and the balance losses by name: means over layers and parts."""
-    c, moe_layers = config.model, len(config.model.moe_layers)
-    before, nll, targets, told = jnp.zeros((moe_layers, c.moe.num_experts)), 0.0, 0, []
-    for part in range(parts):
-        of_part = {name: x[part::parts] for name, x in batch.items()}
-        logits, by_layer, counts = decoder(c, weights, of_part, before)
-        before, told = before + counts, told + by_layer
+    c = config.model
+
+    def one(carry, of_part):
+        before, nll, targets = carry
+        logits, told, counts = decoder(c, weights, of_part, before)
         ids = of_part["segment_ids"]
         wanted = of_part["loss_mask"][:, 1:] & (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
         log_p = jax.nn.log_softmax(logits[:, :-1])
         picked = jnp.take_along_axis(log_p, of_part["tokens"][:, 1:, None], axis=-1)[..., 0]
-        nll, targets = nll - jnp.where(wanted, picked, 0).sum(), targets + wanted.sum()
-    values = {name: sum(x[name] for x in told) / len(told) for name in told[0]}
+        values = {name: sum(x[name] for x in told) / len(told) for name in told[0]}
+        return (before + counts, nll - jnp.where(wanted, picked, 0).sum(), targets + wanted.sum()), values
+
+    cut = {name: jnp.stack([x[part::parts] for part in range(parts)]) for name, x in batch.items()}
+    before = jnp.zeros((len(c.moe_layers), c.moe.num_experts))
+    (before, nll, targets), told = jax.lax.scan(one, (before, jnp.zeros(()), jnp.zeros((), jnp.int32)), cut)
+    values = {name: x.mean() for name, x in told.items()}
     balance = sum(getattr(config.loss, name) * value for name, value in values.items())
     return nll / targets + balance, (values, before)

@@ -38,7 +38,6 @@ def run_of(mesh, *, optimizer="adamw", ema=None, parts=1, rows=64, length=32, **
         intermediate_size=512,
         max_position_embeddings=max(64, length),
         compute_dtype="float32",
-        scan_unroll=None,
     )
     return settings(
         model=dataclasses.replace(base, **model),
@@ -57,7 +56,7 @@ def plan_of(run, *, packed=True):
 
 @functools.cache
 def _compiled(mesh, model, parts, segments):
-    """The program as the CPU runs it, and the text of what it was when it had been partitioned."""
+    """The program as the CPU runs it; of bfloat16 also the text of what it was when it had been partitioned."""
     run = run_of(dict(mesh), parts=parts, **dict(model))
     network = ByteTransformer(run.model)
     optimizer = make_optimizer(run, network)
@@ -74,10 +73,11 @@ def _compiled(mesh, model, parts, segments):
         step = make_train_step(run, network, optimizer, lambda _: 0.0)
         places = shardings(shapes)
         step = jax.jit(step, out_shardings=None if places is None else (places, None), donate_argnums=0)
+        narrow = run.model.compute_dtype != "float32"
         options = {"xla_dump_to": dumped, "xla_dump_hlo_pass_re": "spmd", "xla_dump_hlo_as_text": True}
         # jax mixes types inside of its attention, backward too.
-        with jax.numpy_dtype_promotion("standard"), _without_cache(run.model.compute_dtype != "float32"):
-            program = step.lower(shapes, batch).compile(compiler_options=options)
+        with jax.numpy_dtype_promotion("standard"), _without_cache(narrow):
+            program = step.lower(shapes, batch).compile(compiler_options=options if narrow else None)
         texts = [path.read_text() for path in Path(dumped).glob("*after_spmd-partitioning*")]
         return run, program, texts[-1] if texts else ""
 

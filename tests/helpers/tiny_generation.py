@@ -24,10 +24,29 @@ BASE = ByteConfig(
 PROMPTS = [[5, 9, 2, 7, 7, 1, 8, 4], [3], list(range(1, 20))]
 
 
+# Settings that no weight depends on: networks that differ in them alone have the same ones.
+_WITHOUT_WEIGHTS = {
+    "cache",
+    "layer_types",
+    "max_position_embeddings",
+    "memory",
+    "rope_scaling",
+    "sink_tokens",
+    "sliding_window",
+    "xpos_scale_base",
+}
+
+
 @functools.cache
 def make(**changes):
-    model = ByteTransformer(dataclasses.replace(BASE, **changes))
-    return model, jax.jit(lambda: init_params(model, jax.random.key(3)))()
+    of_weights = {name: x for name, x in changes.items() if name not in _WITHOUT_WEIGHTS}
+    return ByteTransformer(dataclasses.replace(BASE, **changes)), _weights(tuple(of_weights.items()))
+
+
+@functools.cache
+def _weights(changes):
+    model = ByteTransformer(dataclasses.replace(BASE, **dict(changes)))
+    return jax.jit(lambda: init_params(model, jax.random.key(3)))()
 
 
 def continue_to(length, model, params, prompts, **settings):

@@ -29,7 +29,7 @@ PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
 
 def make(**changes):
     model = ByteTransformer(dataclasses.replace(BASE, **changes))
-    return model, init_params(model, jax.random.key(1))
+    return model, jax.jit(lambda: init_params(model, jax.random.key(1)))()
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,7 @@ def full_logits(model, params, tokens):
 
 VARIANTS = {
     "gqa": {},
-    "window": {"sliding_window": 5},
     "alternating": {"sliding_window": 5, "layer_types": ("sliding_attention", "full_attention")},
-    "xpos": {"position_embedding": "xpos", "xpos_scale_base": 16.0},
     "tied": {"tie_word_embeddings": True, "qk_norm": True, "attention_bias": True, "rope_pairing": "interleaved"},
 }
 

@@ -20,18 +20,16 @@ LINEAR, YARN, LLAMA3, DYNAMIC = (
 )
 # What a text of LONG tokens needs in a model of TRAINED positions.
 VARIANTS = {
-    "window": {"sliding_window": 11},
     "window, more sinks than a chunk": {"sliding_window": 3, "sink_tokens": 6},
+    "window, yarn": {"sliding_window": 11, "rope_scaling": YARN, "max_position_embeddings": LONG},
     "some layers with window and sinks, xpos": {
         "sliding_window": 5,
         "sink_tokens": 2,
         "layer_types": ("sliding_attention", "full_attention"),
         "position_embedding": "xpos",
+        "xpos_scale_base": 8.0,
     },
-    "xpos": {"position_embedding": "xpos", "xpos_scale_base": 8.0},
     "linear": {"rope_scaling": LINEAR},
-    "yarn": {"rope_scaling": YARN, "max_position_embeddings": LONG},
-    "llama3": {"rope_scaling": LLAMA3, "max_position_embeddings": LONG},
     "the original's own, window": {
         "position_embedding": "stellarbyte",
         "mlp_style": "stellarbyte",
@@ -40,7 +38,11 @@ VARIANTS = {
     },
     "memory": {"memory": MemoryConfig(length=4)},
     "memory of some layers, xpos": {"memory": MemoryConfig(length=(4, 0)), "position_embedding": "xpos"},
-    "heavy hitters, room for all": {"cache": CacheConfig(heavy_hitters=40, recent=24)},
+    "heavy hitters, room for all, llama3": {
+        "cache": CacheConfig(heavy_hitters=40, recent=24),
+        "rope_scaling": LLAMA3,
+        "max_position_embeddings": LONG,
+    },
     "heavy hitters, window, sinks": {
         "cache": CacheConfig(heavy_hitters=40, recent=24),
         "sliding_window": 3,

@@ -11,36 +11,40 @@ from stellarbyte_jax import generate, make_mesh, place_weights
 from stellarbyte_jax.config import CacheConfig, MoEConfig
 from stellarbyte_jax.inference import programs
 
-EXPERTS = {"moe": MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=16)}
+EXPERTS = MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=16)
+SMALL = dataclasses.replace(BASE, vocab_size=64, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
 
 
-@pytest.mark.parametrize(("mesh", "changes"), [({"tensor": 4}, {}), ({"expert": 2, "tensor": 2}, EXPERTS)])
-def test_texts_are_those_of_one_device(mesh, changes):
-    model, params = make_model(dataclasses.replace(BASE, vocab_size=64, **changes))
+def test_texts_are_those_of_one_device():
+    """A dense layer and one with experts; several devices read one head of keys and values."""
+    moe = dataclasses.replace(EXPERTS, first_k_dense_replace=1)
+    model, params = make_model(dataclasses.replace(SMALL, moe=moe))
     expected = generate(model, params, PROMPTS, max_new_tokens=12)
-    split = make_mesh(mesh)
+    split = make_mesh({"expert": 2, "tensor": 4})
     placed = place_weights(model, params, split)
     query = placed["layers"]["0"]["attn"]["q"]
-    assert query.sharding.shard_shape(query.shape)[2] == query.shape[2] // mesh["tensor"]
+    assert query.sharding.shard_shape(query.shape)[2] == query.shape[2] // 4
     with jax.set_mesh(split):
         found = generate(model, placed, PROMPTS, max_new_tokens=12)
     assert [list(text) for text in found.sequences] == [list(text) for text in expected.sequences]
 
 
 CACHES = {
-    "full": {},
-    "ring": {"sliding_window": 4, "sink_tokens": 1},
-    "int8": {"cache": CacheConfig(dtype="int8")},
-    "pruned": {"cache": CacheConfig(heavy_hitters=4, recent=4)},
-    "history": {"moe": dataclasses.replace(EXPERTS["moe"], gate="context", history_decay=0.9)},
+    "full, ring and history": {
+        "sliding_window": 4,
+        "sink_tokens": 1,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "moe": dataclasses.replace(EXPERTS, gate="context", history_decay=0.9),
+    },
+    "pruned, of 8 bits": {"cache": CacheConfig(heavy_hitters=4, recent=4, dtype="int8")},
 }
 
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_cache_lies_as_the_rules_say_before_and_after_each_block(kind, monkeypatch):
     """Rows over the data axes, heads over tensor; slots and channels whole."""
-    model, params = make_model(dataclasses.replace(BASE, vocab_size=64, **CACHES[kind]))
+    model, params = make_model(dataclasses.replace(SMALL, **CACHES[kind]))
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     seen = []
 
@@ -66,7 +70,7 @@ def test_a_cache_lies_as_the_rules_say_before_and_after_each_block(kind, monkeyp
 
 
 def test_a_cache_of_fewer_heads_than_devices_is_whole_on_each():
-    model, params = make_model(dataclasses.replace(BASE, vocab_size=64))
+    model, params = make_model(SMALL)
     mesh = make_mesh({"tensor": 4})
     placed = place_weights(model, params, mesh)
     with jax.set_mesh(mesh):

@@ -234,12 +234,12 @@ def test_programs_of_all_lengths_are_bounded():
         return next(size for size in (32, 40, 48, 56, 64) if size >= length)
 
     assert programs_of(model, params, lengths=(1, 7, 20, 30), new=(1, 2), **short) == (1, 0, 1)
-    lengths, new = (29, 31, 33, 34, 38, 40, 45), (1, 3, 10, 19)
+    lengths, new = (31, 33, 38, 40), (1, 10)
     pairs = {(up(length), up(length + steps)) for length in lengths for steps in new}
-    assert len(pairs) == 11, "28 calls"
-    assert programs_of(model, params, lengths=lengths, new=new, **short) == (11, 0, 5)
+    assert len(pairs) == 5, "8 calls"
+    assert programs_of(model, params, lengths=lengths, new=new, **short) == (5, 0, 4)
     assert programs_of(model, params, lengths=(3, 9, 17), new=(4, 5, 13, 14), **short) == (1, 0, 1)
-    assert programs_of(model, params, lengths=(3, 10), new=(4, 9, 33, 36, 38, 52)) == (5, 0, 9)
+    assert programs_of(model, params, lengths=(3, 10), new=(4, 33, 36, 38)) == (3, 0, 5)
 
 
 def test_programs_of_prompts_in_parts_do_not_depend_on_their_length():

@@ -232,9 +232,7 @@ def test_the_script_goes_on_past_the_trained_length(kind, script, directories, t
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["rope_scaling.name=yarn", "rope_scaling.factor=2"],
         ["rope_scaling.name=llama3", "rope_scaling.factor=2", "max_position_embeddings=100"],
-        ["rope_scaling.name=dynamic", "rope_scaling.factor=2"],
         ["cache.heavy_hitters=8", "cache.recent=8"],
         ["memory.length=8"],
     ],

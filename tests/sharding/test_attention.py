@@ -13,9 +13,19 @@ from stellarbyte_jax.sharding.attention import attention
 from stellarbyte_jax.sharding.ring import dealt_order
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("kind", ["plain", "packed", "window", "packed, window, sinks"])
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize(
+    ("devices", "kind", "softcap"),
+    [
+        (2, "plain", None),
+        (8, "plain", 2.0),
+        (2, "packed", 2.0),
+        (8, "packed", None),
+        (2, "window", None),
+        (8, "window", 2.0),
+        (2, "packed, window, sinks", 2.0),
+        (8, "packed, window, sinks", None),
+    ],
+)
 def test_rows_that_are_split_by_position(devices, kind, softcap):
     *given, slope = arrays()
     order = dealt_order(T, devices)

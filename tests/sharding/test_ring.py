@@ -41,8 +41,9 @@ def compare(kind, devices, softcap=None):
         np.testing.assert_allclose(a, b[:, order], atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("tile", [3, 4])  # the last tile is filled up, or full
-@pytest.mark.parametrize(("kind", "softcap"), [("plain", None), ("packed, window, sinks", 2.0)])
+@pytest.mark.parametrize(  # the last tile is filled up, or full
+    ("kind", "softcap", "tile"), [("plain", None, 3), ("packed, window, sinks", 2.0, 4)]
+)
 def test_tiles_of_a_block_equal_the_whole_row(monkeypatch, kind, softcap, tile):
     monkeypatch.setattr(blocks_xla, "TILE", tile)
     monkeypatch.setattr(blocks_xla.XlaBlocks, "whole", tile)
@@ -79,8 +80,7 @@ def test_scores_of_16_bits_are_summed_in_32():
     np.testing.assert_allclose(lse(q, k, v), exact, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed"])
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize(("devices", "kind"), [(2, "packed"), (4, "packed"), (4, "plain")])
 def test_a_ring_of_fused_kernels_equals_the_whole_row(monkeypatch, devices, kind):
     """With kernels of the same contract, on squares of documents that are smaller than a device's tokens."""
     calls = []

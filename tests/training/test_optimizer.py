@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers.training import assert_close, flat, nested, packed_batch, settings, start
+from helpers.training import assert_close, first_state, flat, nested, packed_batch, settings
 from helpers.update_rules import AdamW, Lion, Muon, clipped, each_matrix
-from helpers.variants import VARIANTS, make, some_tokens, weights_alone
+from helpers.variants import BASE, VARIANTS
 
 from stellarbyte_jax.config import ByteConfig, LossConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
-from stellarbyte_jax.model.trees import merge, partition, paths
+from stellarbyte_jax.model.trees import paths
 from stellarbyte_jax.training.loss import batch_loss
 from stellarbyte_jax.training.optimizer import make_optimizer
 
@@ -80,11 +80,15 @@ def two_steps(config, rule=None, **network):
     optimizer = make_optimizer(config, model)
     start, *grads = (random_weights(model, seed) for seed in range(3))
     params, state = nested(start), optimizer.init(nested(start))
-    update = jax.jit(optimizer.update)
+
+    @jax.jit
+    def update(grad, state, params):
+        updates, state = optimizer.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
     found, expected = [], []
     for rate, grad in zip(RATES, grads, strict=True):
-        updates, state = update(nested(grad), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = update(nested(grad), state, params)
         found.append(params)
         if rule is not None:
             start = rule.step(start, grad, rate)
@@ -195,25 +199,27 @@ def test_muon_orthogonalises_each_expert_of_a_pool_on_its_own():
     check(*two_steps(run_config(name="muon"), rule, **network), rtol=1e-4, atol=2e-5)
 
 
+def updates_of(model, weights, grads, rules):
+    """The first update of each of these optimizers, and what it keeps then; all in one program."""
+    made = [make_optimizer(settings(model=model.config, optimizer=rule), model) for rule in rules]
+
+    @jax.jit
+    def run(weights, grads):
+        return [optimizer.update(grads, optimizer.init(weights), weights) for optimizer in made]
+
+    return run(nested(weights), nested(grads))
+
+
 @pytest.mark.parametrize("variant", [name for name, changes in VARIANTS.items() if "moe" in changes])
 def test_every_optimizer_takes_a_step_of_layers_with_experts(variant):
     """With finite numbers and other weights; what routers keep is none of the optimizer's."""
-    model, params = make(variant)
-    weights = weights_alone(model, params)
-    tokens_BT = some_tokens(2, 8)
-    batch = {"tokens": tokens_BT}
-
-    def loss(weights):
-        return batch_loss(model, merge(weights, rest), batch, LossConfig())[0]
-
-    rest = partition(params, lambda path: "tracked" in path)[0]
-    grads = jax.jit(jax.grad(loss))(weights)
-    for name in ("adamw", "lion", "muon"):
-        config = dataclasses.replace(run_config(name=name, eps=1e-8), model=model.config)
-        optimizer = make_optimizer(config, model)
-        state = optimizer.init(weights)
+    model = ByteTransformer(dataclasses.replace(BASE, **VARIANTS[variant]))
+    weights, grads = (random_weights(model, seed) for seed in range(2))
+    names = ("adamw", "lion", "muon")
+    found = updates_of(model, weights, grads, [OptimizerConfig(name=name) for name in names])
+    for name, (updates, state) in zip(names, found, strict=True):
         assert not any("tracked" in path for path in paths(state)), name
-        updates, _ = jax.jit(optimizer.update)(grads, state, weights)
+        assert flat(updates).keys() == weights.keys()
         for path, update in flat(updates).items():
             assert np.isfinite(update).all() and np.any(np.asarray(update) != 0), (name, path)
 
@@ -221,16 +227,10 @@ def test_every_optimizer_takes_a_step_of_layers_with_experts(variant):
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 def test_routers_may_learn_at_a_rate_of_their_own(name):
     """Their updates alone are smaller, with what the optimizer keeps as it was."""
-    variant = "experts in every second layer, by context, priority and temperature"
-    model, params = make(variant)
-    weights = weights_alone(model, params)
-    grads = jax.tree.map(lambda x: 0.1 * jax.numpy.cos(7 * x), weights)
-    found = []
-    for ratio in (1.0, 0.25):
-        rule = OptimizerConfig(name=name, router_learning_rate_ratio=ratio)
-        optimizer = make_optimizer(dataclasses.replace(run_config(), model=model.config, optimizer=rule), model)
-        found.append(jax.jit(optimizer.update)(grads, optimizer.init(weights), weights))
-    (plain, kept), (slow, still_kept) = found
+    model = ByteTransformer(dataclasses.replace(EVERY_KIND, **ROUTED))
+    weights, grads = (random_weights(model, seed) for seed in range(2))
+    rules = [OptimizerConfig(name=name, router_learning_rate_ratio=ratio) for ratio in (1.0, 0.25)]
+    (plain, kept), (slow, still_kept) = updates_of(model, weights, grads, rules)
     jax.tree.map(np.testing.assert_array_equal, still_kept, kept)
     routers = 0
     for path, update in flat(plain).items():
@@ -273,12 +273,24 @@ def test_gradients_are_clipped_by_their_norm_together():
     check(*two_steps(clipping, rule), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
-def test_every_optimizer_learns(name):
-    rate = {"adamw": 1e-2, "lion": 3e-3, "muon": 1e-2}[name]
-    state, step = start(settings(optimizer=OptimizerConfig(name=name, learning_rate=rate)))
-    losses = []
-    for _ in range(40):
-        state, metrics = step(state, packed_batch())
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.5 * losses[0]
+def test_every_optimizer_learns():
+    config, batch = settings(), {name: jax.numpy.asarray(x) for name, x in packed_batch().items()}
+    model = ByteTransformer(config.model)
+
+    @jax.jit
+    @jax.value_and_grad
+    def slopes(params):
+        total, sums, _ = batch_loss(model, params, batch, LossConfig())
+        return total / sums["tokens"]
+
+    for name, rate in {"adamw": 1e-2, "lion": 3e-3, "muon": 1e-2}.items():
+        rule = dataclasses.replace(config, optimizer=OptimizerConfig(name=name, learning_rate=rate))
+        optimizer = make_optimizer(rule, model)
+        params, update = first_state(config).params, jax.jit(optimizer.update)
+        state, losses = optimizer.init(params), []
+        for _ in range(40):
+            loss, grads = slopes(params)
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(float(loss))
+        assert losses[-1] < 0.5 * losses[0], name
