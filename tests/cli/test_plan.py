@@ -20,7 +20,7 @@ PRETRAIN = str(Path(__file__).parents[2] / "configs" / "pretrain.py")
 H100 = KINDS["H100"]
 LARGE = (
     "model.hidden_size=8192 model.num_hidden_layers=80 model.num_attention_heads=64 model.num_key_value_heads=8 "
-    "model.intermediate_size=28672 global_batch_size=1024 model.vocab_size=128256 data.sequence_length=2048"
+    "model.intermediate_size=28672 global_batch_size=64 model.vocab_size=128256 data.sequence_length=2048"
 ).split()
 
 
@@ -75,7 +75,7 @@ def last_error(capsys):
 def test_a_run_that_does_not_fit_is_told_in_one_line(monkeypatch, capsys):
     assert main(["--config", PRETRAIN, "--plan", "--devices", "64", "--set", *LARGE]) == 1
     error = last_error(capsys)
-    assert error.startswith("error: this run takes 1.7") and "--set mesh.data=1 mesh.fsdp=" in error
+    assert error.startswith("error: this run takes 1.07 TiB") and "--set mesh.data=2 mesh.fsdp=" in error
     found = {}
 
     def kept(planner, devices):
