@@ -46,6 +46,7 @@ def save_peer(directory: Path, name: str, *, fused: bool = False, **more: Any) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family, settings, _ = MODELS[name]
+    torch.set_num_threads(1)  # threads cost more than such a model
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SMALL | settings | more)))
     for path, weight in model.named_parameters():
