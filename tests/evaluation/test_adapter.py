@@ -33,11 +33,19 @@ from stellarbyte_jax.evaluation.tasks import check_tasks, evaluate_tasks, quiet,
 
 @pytest.fixture(scope="module", autouse=True)
 def managers():
-    """Of the tasks that lm-eval knows: it reads thousands of files for each."""
+    """Of the tasks that lm-eval knows two folders, since it would read thousands of files."""
     from lm_eval import tasks
 
+    make, folder = tasks.TaskManager, Path(tasks.__file__).parent
+
+    @functools.cache
+    def made(include_defaults=True, include_path=None):
+        if include_defaults:
+            include_path = [str(folder / name) for name in ("arc", "hellaswag")]
+        return make(include_path=include_path, include_defaults=False)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "TaskManager", functools.cache(tasks.TaskManager))
+        patch.setattr(tasks, "TaskManager", made)
         yield
 
 
