@@ -20,12 +20,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "num_experts": 6,
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 24,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "mlp_only_layers": [0, 3],
             "head_dim": 16,
         },
         {
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "head_dim": 16,
             "qk_norm": True,
             "moe": {
