@@ -3,13 +3,13 @@
 import functools
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.hf_experts import routers_anew
 from helpers.hf_models import random_model
+from helpers.short_tokenizer import save_short_tokenizer
 from packaging.version import Version
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -87,15 +87,7 @@ def family_of(place: Path) -> str:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our own tokenizer with its first thousand merges: the same rules, read in a thirtieth of the time."""
-    place = shutil.copytree(shipped("tokenizer"), tmp_path_factory.mktemp("short") / "tokenizer")
-    held = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
-    model = held["model"]
-    first = len(model["vocab"]) - len(model["merges"])  # ids of merges are in their order
-    model["merges"] = model["merges"][:1000]
-    model["vocab"] = {piece: number for piece, number in model["vocab"].items() if number < first + 1000}
-    (place / "tokenizer.json").write_text(json.dumps(held), encoding="utf-8")
-    return place
+    return save_short_tokenizer(tmp_path_factory.mktemp("short") / "tokenizer")
 
 
 @functools.cache
