@@ -172,12 +172,17 @@ class Planner:
         self.parameters: ParameterCounts = parameter_counts(self.model)
         self._plain = dataclasses.replace(config.model, remat="none")
         self._on: dict[tuple[int, ...], Any] = {}
+        self._fixed: dict[tuple[int, ...], tuple[StateBytes, Update]] = {}
         self._configs: dict[tuple[int, str], TrainConfig] = {}
 
     @cached_property
     def _shapes(self) -> Any:
         optimizer = make_optimizer(self.config, self.model)
         return optimizer, state_shapes(self.config, self.model, optimizer)
+
+    @cached_property
+    def _uses(self) -> Any:
+        return partition(param_uses(self.model), trained(self.model))[0]
 
     @cached_property
     def flops(self) -> FlopsPerToken:
@@ -203,6 +208,14 @@ class Planner:
             carried=bytes_of((state.frozen, state.carried, state.step)),
         )
 
+    def _whatever_the_parts(self, sizes: Mapping[str, int]) -> tuple[StateBytes, Update]:
+        """What neither parts of a batch nor remat change: a search tries many of both on each mesh."""
+        key = tuple(sizes.values())
+        if key not in self._fixed:
+            update = of_update(self.config.optimizer.name, self.placed(sizes).params, self._uses, sizes)
+            self._fixed = {key: (self.state_bytes(sizes), update)}
+        return self._fixed[key]
+
     def plan(self, sizes: Mapping[str, int], *, parts: int | None = None, remat: str | None = None) -> Plan:
         """The run on a mesh.
 
@@ -217,12 +230,10 @@ class Planner:
         config = self._changed(parts or self.config.gradient_accumulation_steps, remat or self.config.model.remat)
         m, length, parts = config.model, config.data.sequence_length, config.gradient_accumulation_steps
         check_mesh(dict(sizes), m, config.global_batch_size, parts, length)
-        rows, state = _rows(config, sizes), self.state_bytes(sizes)
+        rows, (state, update) = _rows(config, sizes), self._whatever_the_parts(sizes)
         kept = activations_of(m, rows, length, self._cut(sizes))
-        uses, _ = partition(param_uses(self.model), trained(self.model))
-        weights = of_weights(m, self.placed(sizes).params, uses, sizes)
+        weights = of_weights(m, self.placed(sizes).params, self._uses, sizes)
         parted = weights.exchanges + of_activations(m, rows, length, sizes, packed=self.packed)
-        update = of_update(config.optimizer.name, self.placed(sizes).params, uses, sizes)
         exchanges = (*(dataclasses.replace(each, sent=each.sent * parts) for each in parted), *update.exchanges)
         collectives = weights.buffers + buffer_bytes(m, rows, length, sizes)
         ahead = 1 + config.data.prefetch

@@ -128,7 +128,7 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(run, tmp_path):
     random, set_aside = np.random.default_rng(0), 0
     files = sorted(p for p in (directory / "checkpoints" / "2").rglob("*") if p.is_file() and p.stat().st_size)
     sizes = np.asarray([p.stat().st_size for p in files])
-    for number in range(24):
+    for number in range(16):
         copy = tmp_path / str(number)
         shutil.copytree(directory, copy)
         # Every second one by size, so that arrays are hit; the others by file, so that descriptions are.
@@ -144,8 +144,8 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(run, tmp_path):
         told = [line for line in said if "list of its items" not in line]
         assert (step == 1) == (len(told) == 1) and all("is unreadable" in line for line in said)
         set_aside += step == 1
-        gc.collect()  # what is abandoned ends here, and not in another test
-    assert set_aside > 5
+    gc.collect()  # what is abandoned ends here, and not in another test
+    assert set_aside > 4
 
 
 def test_a_validation_loss_without_a_checksum_is_read_as_it_is(run, tmp_path):

@@ -1,8 +1,5 @@
 """``convert`` holds one array of a model at a time, and what it cannot read changes nothing."""
 
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,35 +73,3 @@ def test_a_damaged_run_leaves_the_earlier_directory(
     assert f"{where}: OSError: params/layers/0/mlp/gate_up differs from its checksum" in error and "\n" not in error
     assert_same_tree(from_pretrained(tmp_path / "hf")[1], params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
-
-
-def peak_of(*arguments: Any) -> int:
-    """The most bytes of its own that a command had in memory, those of mapped files left out."""
-    command = [sys.executable, "-m", "stellarbyte_jax", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        try:
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        except OSError:
-            break
-        peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))])
-        time.sleep(0.01)
-    assert process.wait() == 0
-    return peak
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells the memory of a process there")
-def test_a_command_needs_less_memory_than_the_model_has(tmp_path: Path) -> None:
-    """Its largest array has 0.5 GB of 1.4 GB, and what else is needed does not grow with the model."""
-    model, params = random_model(
-        hidden_size=1024, intermediate_size=2560, num_hidden_layers=24, num_attention_heads=16,
-        num_key_value_heads=16, vocab_size=32000,
-    )  # fmt: skip
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert 1.2e9 < size < 1.5e9
-    save_initial(tmp_path / "run", model.config, params, str(tmp_path / "no-tokenizer"))
-    del params
-    assert peak_of("convert", "to-hf", tmp_path / "run", tmp_path / "hf", "--max-shard-size", "250MB") < 0.9 * size
-    assert peak_of("convert", "from-hf", tmp_path / "hf", tmp_path / "back") < 0.9 * size

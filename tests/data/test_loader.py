@@ -516,11 +516,16 @@ def test_workers_end_with_the_program_and_leave_signals_to_it(data, tmp_path, ho
         until(lambda: not any(alive(c) for c in children))
 
 
-def test_what_a_test_starts_ends_with_it(data, tmp_path):
+def test_what_a_test_starts_ends_with_it(tmp_path):
     """Also where it fails or is interrupted in the middle."""
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    with pytest.raises(KeyboardInterrupt), running(program, json.dumps(data.to_dict()), "go on") as process:
+    program.write_text(
+        "import subprocess, time\n"
+        "children = [subprocess.Popen(['sleep', '600']) for _ in range(2)]\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with pytest.raises(KeyboardInterrupt), running(program) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         started = [process.pid, *_children(process.pid)]
         raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """Metrics of whole tasks beside lm-eval's own backend for transformers, where lm-eval is installed."""
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -30,6 +31,24 @@ from stellarbyte_jax.evaluation.adapter import as_lm  # noqa: E402
 from stellarbyte_jax.evaluation.tasks import check_tasks, evaluate_tasks, quiet, to_json  # noqa: E402
 
 
+@pytest.fixture(scope="module", autouse=True)
+def managers():
+    """Of the tasks that lm-eval knows two folders, since it would read thousands of files."""
+    from lm_eval import tasks
+
+    make, folder = tasks.TaskManager, Path(tasks.__file__).parent
+
+    @functools.cache
+    def made(include_defaults=True, include_path=None):
+        if include_defaults:
+            include_path = [str(folder / name) for name in ("arc", "hellaswag")]
+        return make(include_path=include_path, include_defaults=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TaskManager", made)
+        yield
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Files of tasks, and an exported Llama of 256 positions with random weights; its tokens are bytes."""
@@ -49,6 +68,7 @@ def peer(places):
         return HFLM(pretrained=str(places[0]), dtype="float32", device="cpu", batch_size=1)
 
 
+# Six examples of every task: as many rows, and so the same programs, in all tests.
 def ours(places, batch_size=8):
     bundle = load_bundle(places[0])
     float32 = reconfigure(bundle.model, ["compute_dtype=float32"])
@@ -161,7 +181,7 @@ def test_metrics_of_filtered_answers_name_their_filter(places, tmp_path):
     settings = json.loads(Path(places[1]["status_name"]).read_text())
     filters = [{"name": "last", "filter": [{"function": "take_first"}]}]
     (tmp_path / "filtered.json").write_text(json.dumps(settings | {"task": "filtered", "filter_list": filters}))
-    found = evaluate_tasks(ours(places), [str(tmp_path / "filtered.json")], limit=1)
+    found = evaluate_tasks(ours(places), [str(tmp_path / "filtered.json")], limit=6)
     assert [result.metric for result in found] == ["exact_match/last", "bleu/last"]
 
 
@@ -193,7 +213,7 @@ def test_whatever_a_metric_of_a_task_is_can_be_written(places, tmp_path):
         "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items())
         + f"process_results: !function utils.scores\nmetric_list:\n{metrics}"
     )
-    written = to_json(evaluate_tasks(ours(places), [str(path)], limit=2), {"model": "m"})
+    written = to_json(evaluate_tasks(ours(places), [str(path)], limit=6), {"model": "m"})
 
     def refused(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -213,13 +233,13 @@ def test_rounds_repeat_each_other_and_leave_random_numbers_alone(places):
     model = ours(places)
     random.seed(7)
     np.random.seed(7)
-    first = evaluate_tasks(model, tasks, limit=3)
+    first = evaluate_tasks(model, tasks, limit=6)
     assert all(isinstance(result.stderr, float) for result in first), "also of BLEU, where it is drawn"
     drawn = random.random(), np.random.random()
     random.seed(7)
     np.random.seed(7)
     assert drawn == (random.random(), np.random.random())
-    assert evaluate_tasks(ours(places), tasks, limit=3) == first
+    assert evaluate_tasks(ours(places), tasks, limit=6) == first
 
 
 @pytest.mark.parametrize("bars", [True, False])

@@ -103,7 +103,7 @@ EXPERTS = {
     "mixtral": st.fixed_dictionaries({"num_experts": st.integers(2, 4)}, optional={"intermediate_size": st.just(5)}),
     "qwen3_moe": ANY_LAYERS,
 }
-FEWER = settings(max_examples=settings().max_examples // 8)  # each writes and reads two directories
+FEWER = settings(max_examples=settings().max_examples // 12)  # each writes and reads two directories
 
 
 @st.composite

@@ -63,28 +63,56 @@ def _fetch(command: list[str]) -> None:
         pytest.skip(f"llama.cpp's converter is not available: pip cannot fetch it: {last[:300]}")
 
 
-def python(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """A program with the converter's packages."""
+def python(*command: str | Path, given: str = "") -> subprocess.CompletedProcess[str]:
+    """A program with the converter's packages, and what stands on its input."""
     converter()
     environment = os.environ | {"PYTHONPATH": str(CACHE / "packages"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, input=given)
+
+
+def convert_all(
+    jobs: Sequence[tuple[Path, Path, *tuple[str, ...]]], program: str = "convert_hf_to_gguf.py"
+) -> list[str]:
+    """Writes a float32 GGUF file of each directory, in one process, which takes long to start.
+
+    Args:
+      jobs: a directory, its file, and more options of the converter.
+      program: the converter, or one that stands for it.
+
+    Returns:
+      The last line that the converter printed about each, which tells of a failure.
+    """
+    words = [[str(job[0]), "--outfile", str(job[1]), "--outtype", "f32", *job[2:]] for job in jobs]
+    done = python(gguf_programs.__file__, "convert", converter() / program, given=json.dumps(words))
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(jobs), done.stderr[-2000:]
+    for job, (good, said) in zip(jobs, answers, strict=True):
+        assert good == job[1].exists(), said[-2000:]
+    return [said.strip().splitlines()[-1] for _, said in answers]
 
 
 def convert(directory: Path, target: Path, *options: str, program: str = "convert_hf_to_gguf.py") -> str:
-    """Writes ``target`` in float32; returns the last line that the converter printed, which tells of a failure."""
-    done = python(converter() / program, directory, "--outfile", target, "--outtype", "f32", *options)
-    last = done.stderr.strip().splitlines()[-1]
-    assert (done.returncode == 0) == target.exists(), done.stderr[-2000:]
+    """The same for one directory."""
+    [last] = convert_all([(directory, target, *options)], program)
     return last
 
 
-def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The metadata and the tensors of a GGUF file, as the ``gguf`` package reads them."""
-    found = file.with_suffix(".npz")
-    done = python(gguf_programs.__file__, "read", file, found)
+def read_all(files: Sequence[Path]) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """The metadata and the tensors of GGUF files, as the ``gguf`` package reads them."""
+    done = python(gguf_programs.__file__, "read", *files)
     assert done.returncode == 0, done.stderr[-2000:]
-    with np.load(found) as tensors:
-        return json.loads(done.stdout), dict(tensors)
+    found = []
+    for file, line in zip(files, done.stdout.splitlines(), strict=True):
+        with np.load(file.with_suffix(".npz")) as tensors:
+            found.append((json.loads(line), dict(tensors)))
+    return found
+
+
+def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The same of one file."""
+    [found] = read_all([file])
+    return found
 
 
 def save_pieces(directory: Path) -> Path:
@@ -94,9 +122,14 @@ def save_pieces(directory: Path) -> Path:
     return directory
 
 
+def has_runtime() -> bool:
+    """Whether llama.cpp's runtime is installed."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
 def require_runtime() -> None:
     """Skips where llama.cpp's runtime is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
+    if not has_runtime():
         pytest.skip(f"llama.cpp's runtime is not there: pip install llama-cpp-python=={RELEASE} (needs a C++ compiler)")
 
 

@@ -1,19 +1,43 @@
 """Programs that ``gguf_files`` runs, each with the packages that it needs: ``gguf_programs.py NAME ARGUMENTS``."""
 
+import contextlib
+import io
 import json
+import logging
+import runpy
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
 
 
-def read(file: str, target: str) -> None:
-    """Prints the metadata as JSON and writes the tensors as npz."""
+def convert(program: str) -> None:
+    """Runs the converter once for each list of arguments on standard input, and prints what it wrote to its errors."""
+    sys.path.insert(0, str(Path(program).parent))
+    for words in json.load(sys.stdin):
+        said = io.StringIO()
+        logging.getLogger().handlers.clear()  # which would write to what the errors of the last one were
+        sys.argv = [program, *words]
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                runpy.run_path(program, run_name="__main__")
+                code: object = None
+            except SystemExit as end:
+                code = end.code
+            except Exception:
+                code = traceback.format_exc()
+        print(json.dumps([not code, said.getvalue() + (code if isinstance(code, str) else "")]))
+
+
+def read(*files: str) -> None:
+    """Prints the metadata of each file as JSON and writes its tensors beside it, as npz."""
     from gguf import GGUFReader
 
-    held = GGUFReader(file)
-    np.savez(target, **{tensor.name: np.asarray(tensor.data) for tensor in held.tensors})
-    print(json.dumps({name: field.contents() for name, field in held.fields.items()}))
+    for file in files:
+        held = GGUFReader(file)
+        np.savez(Path(file).with_suffix(".npz"), **{tensor.name: np.asarray(tensor.data) for tensor in held.tensors})
+        print(json.dumps({name: field.contents() for name, field in held.fields.items()}))
 
 
 def train(corpus: str, target: str) -> None:
@@ -70,4 +94,4 @@ def compute(file: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    {"read": read, "train": train, "compute": compute}[sys.argv[1]](*sys.argv[2:])
+    {"convert": convert, "read": read, "train": train, "compute": compute}[sys.argv[1]](*sys.argv[2:])

@@ -20,12 +20,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "num_experts": 6,
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 24,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "mlp_only_layers": [0, 3],
             "head_dim": 16,
         },
         {
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "head_dim": 16,
             "qk_norm": True,
             "moe": {
@@ -46,6 +46,7 @@ def save_peer(directory: Path, name: str, *, fused: bool = False, **more: Any) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family, settings, _ = MODELS[name]
+    torch.set_num_threads(1)  # threads cost more than such a model
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SMALL | settings | more)))
     for path, weight in model.named_parameters():

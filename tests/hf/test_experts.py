@@ -26,7 +26,7 @@ PROMPTS = [TOKENS[0, :5].tolist(), TOKENS[1, :9].tolist()]
 
 
 def assert_same_numbers(directory: Path, model: Any, params: Any) -> None:
-    """Logits, those of a padded batch, and 32 greedy tokens after prompts of two lengths."""
+    """Logits, those of a padded batch, and greedy tokens after prompts of two lengths."""
     import torch
 
     peer = load_peer(directory)
@@ -43,14 +43,14 @@ def assert_same_numbers(directory: Path, model: Any, params: Any) -> None:
     rows = torch.tensor([[0] * 4 + PROMPTS[0], PROMPTS[1]])
     with torch.no_grad():
         texts = peer.generate(
-            rows, attention_mask=(rows > 0).long(), max_new_tokens=32, do_sample=False, eos_token_id=None
+            rows, attention_mask=(rows > 0).long(), max_new_tokens=20, do_sample=False, eos_token_id=None
         )
-    assert texts[:, 9:].tolist() == generate(model, params, PROMPTS, max_new_tokens=32).sequences
+    assert texts[:, 9:].tolist() == generate(model, params, PROMPTS, max_new_tokens=20).sequences
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["listed", "fused"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "fused"), [("mixtral", False), ("qwen3_moe", True)])
 def test_models_of_transformers_compute_the_same_here(name: str, fused: bool, tmp_path: Path) -> None:
+    """In the one spelling or the other, which another test shows to be the same weights."""
     peer = save_peer(tmp_path / "peer", name, fused=fused)
     names = load_file(peer / "model.safetensors")
     assert any(".experts.gate_up_proj" in key for key in names) == fused

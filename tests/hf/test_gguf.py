@@ -215,29 +215,24 @@ def _theirs(name: str, family: str) -> str:
 
 @pytest.fixture(scope="module")
 def converted(pieces: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """By name: the model, its weights, the export and the GGUF file; each is made once."""
+    """By name: the model, its weights, the export, the GGUF file and what it holds."""
     made: dict[str, Any] = {}
-
-    def make(name: str) -> Any:
-        if name not in made:
-            family, settings = (SAME | DROPPED)[name]
-            folder = tmp_path_factory.mktemp("model")
-            model, params = _export(folder / "hf", family, settings, pieces)
-            last = gguf_files.convert(folder / "hf", folder / "f32.gguf")
-            assert "successfully exported" in last, last
-            made[name] = model, params, folder / "hf", folder / "f32.gguf"
-        return made[name]
-
-    return make
+    # What is dropped is seen in the runtime alone.
+    for name, (family, settings) in (SAME | DROPPED if gguf_files.has_runtime() else SAME).items():
+        folder = tmp_path_factory.mktemp("model")
+        made[name] = *_export(folder / "hf", family, settings, pieces), folder / "hf", folder / "f32.gguf"
+    told = gguf_files.convert_all([parts[2:] for parts in made.values()])
+    assert all("successfully exported" in last for last in told), dict(zip(made, told, strict=True))
+    held = gguf_files.read_all([file for *_, file in made.values()])
+    return {name: (*parts, found) for (name, parts), found in zip(made.items(), held, strict=True)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_the_converter_reads_every_family(name: str, converted: Any, pieces: Path) -> None:
     family, _ = SAME[name]
-    model, _, directory, file = converted(name)
-    config = model.config
-    held, found = gguf_files.read(file)
+    model, _, directory, _, (held, tensors_of_file) = converted[name]
+    config, found = model.config, dict(tensors_of_file)
     architecture = {"mistral": "llama", "mixtral": "llama"}.get(family, family)
     assert held["general.architecture"] == architecture
     stated = {key.removeprefix(f"{architecture}."): value for key, value in held.items()}
@@ -279,9 +274,9 @@ def test_the_converter_reads_every_family(name: str, converted: Any, pieces: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
-def test_the_runtime_computes_the_same(name: str, converted: Any, pieces: Path) -> None:
+def test_the_runtime_computes_the_same(name: str, request: pytest.FixtureRequest, pieces: Path) -> None:
     gguf_files.require_runtime()
-    model, params, _, file = converted(name)
+    model, params, _, file, _ = request.getfixturevalue("converted")[name]
     found = gguf_files.compute(file, TOKENS[0].tolist(), new_tokens=24, texts=TEXTS)
     assert "error" not in found, found
     ours = run(model, params, TOKENS)[0]
@@ -294,9 +289,9 @@ def test_the_runtime_computes_the_same(name: str, converted: Any, pieces: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DROPPED)
-def test_what_is_dropped_is_what_the_document_says(name: str, converted: Any) -> None:
+def test_what_is_dropped_is_what_the_document_says(name: str, request: pytest.FixtureRequest) -> None:
     gguf_files.require_runtime()
-    model, params, _, file = converted(name)
+    model, params, _, file, _ = request.getfixturevalue("converted")[name]
     found = gguf_files.compute(file, TOKENS[0].tolist())["logits"]
     away = np.abs(found - run(model, params, TOKENS)[0]).max(-1)
     assert away.max() > 1e-2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.hf_models import NEEDS_TORCH, SMALL, assert_same_tree, random_model
+from helpers.torch_exports import PARTS, Exports, load, logits_of, modules_in
 from helpers.training import settings, start
 from helpers.variants import run
 
@@ -72,14 +74,16 @@ MODELS: dict[str, dict[str, Any]] = {
 OWN = {"yarn", "yarn, all", "llama3", "linear", "dynamic"}  # that another family expresses without this
 CACHED = [name for name in MODELS if name != "dynamic"]  # whose cache agrees with a full pass in the first layer alone
 THEIR_WARNINGS = pytest.mark.filterwarnings("ignore::FutureWarning")  # of one part of transformers about another
+# Texts of many tokens: one model for each position scheme, scaling and kind of window.
+LONG = ("the original, learned", "sinks, mixed", "interleaved xpos", "tied, padded, geglu", "yarn, all", "llama3")
+LONG += ("linear",)
 TOKENS_BT = np.random.default_rng(0).integers(1, 96, (2, 24), dtype=np.int32)
 
 
-@pytest.fixture(autouse=True)
-def modules(tmp_path, monkeypatch):
-    """Where transformers keeps copies of modelling files."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+@pytest.fixture(autouse=True, scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
+    with modules_in(tmp_path_factory.mktemp("exports")) as folder:
+        yield Exports(folder, export)
 
 
 def make(name: str, **changes: Any) -> tuple[Any, Any]:
@@ -93,33 +97,24 @@ def export(name: str, directory: Path, **changes: Any) -> tuple[Any, Any]:
     return model, params
 
 
-def load(directory: Path, **options: Any) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options)
-    assert type(model).__name__ == "StellarByteForCausalLM"
-    return model.eval()
+def ours_of(name: str) -> np.ndarray:
+    return np.asarray(run(*make(name), TOKENS_BT))
 
 
-def logits_of(peer: Any, tokens_BT: np.ndarray, **options: Any) -> np.ndarray:
-    with torch.no_grad():
-        tokens = torch.from_numpy(np.asarray(tokens_BT, np.int64)).to(peer.device)
-        return peer(tokens, **options).logits.float().cpu().numpy()
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_ours(name: str, attention: str, tmp_path: Path) -> None:
-    model, params = export(name, tmp_path / "hf")
-    peer = load(tmp_path / "hf", attn_implementation=attention)
-    ours = np.asarray(run(model, params, TOKENS_BT))
+def test_logits_are_ours(name: str, exports: Exports) -> None:
+    ours = ours_of(name)
     assert np.abs(ours).max() > 1
-    np.testing.assert_allclose(logits_of(peer, TOKENS_BT), ours, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(logits_of(peer, TOKENS_BT, use_cache=False), ours, atol=1e-5, rtol=0)
+    for attention in ("sdpa", "eager"):
+        peer = exports.peer(name, attention)
+        np.testing.assert_allclose(logits_of(peer, TOKENS_BT), ours, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(logits_of(peer, TOKENS_BT, use_cache=False), ours, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_it_comes_back_equal(name: str, tmp_path: Path) -> None:
-    model, params = export(name, tmp_path / "hf")
-    back, back_params = from_pretrained(tmp_path / "hf", compute_dtype="float32")
+def test_it_comes_back_equal(name: str, exports: Exports) -> None:
+    model, params = make(name)
+    back, back_params = from_pretrained(exports.directory(name), compute_dtype="float32")
     expected = dataclasses.replace(model.config, head_dim=model.config.head_size, vocab_size_multiple=1)
     scaling = expected.rope_scaling
     if scaling.name in ("yarn", "llama3") and scaling.original_max_position_embeddings is None:
@@ -131,21 +126,16 @@ def test_it_comes_back_equal(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_every_cache_continues_a_text(name: str, tmp_path: Path) -> None:
+def test_every_cache_continues_a_text(name: str, exports: Exports) -> None:
     """Token by token, in parts, and from the end of a window on."""
-    model, params = export(name, tmp_path / "hf")
-    peer = load(tmp_path / "hf")
-    ours = np.asarray(run(model, params, TOKENS_BT))
+    peer, ours = exports.peer(name), ours_of(name)
     caches = (
         transformers.DynamicCache(config=peer.config),
         transformers.DynamicCache(),
         transformers.StaticCache(config=peer.config, max_cache_len=30),
     )
     for cache in caches:
-        parts = [
-            logits_of(peer, TOKENS_BT[:, start:end], past_key_values=cache)
-            for start, end in ((0, 7), (7, 10), *((t, t + 1) for t in range(10, 24)))
-        ]
+        parts = [logits_of(peer, TOKENS_BT[:, start:end], past_key_values=cache) for start, end in PARTS]
         np.testing.assert_allclose(np.concatenate(parts, axis=1), ours, atol=1e-5, rtol=0)
 
 
@@ -153,13 +143,16 @@ def test_every_cache_continues_a_text(name: str, tmp_path: Path) -> None:
     ("name", "length"),
     [
         ("the project's own config", 128),
-        *((name, 20) for name in CACHED if name not in OWN),
-        *(pytest.param(name, 128, marks=pytest.mark.slow) for name in CACHED if name != "the project's own config"),
+        *((name, 20) for name in CACHED if name not in {*OWN, "the project's own config"}),
+        *(pytest.param(name, 128, marks=pytest.mark.slow) for name in LONG),
     ],
 )
-def test_greedy_texts_of_a_ragged_batch_are_ours(name: str, length: int, tmp_path: Path) -> None:
-    model, params = export(name, tmp_path / "hf", max_position_embeddings=160)
-    peer = load(tmp_path / "hf")
+def test_greedy_texts_of_a_ragged_batch_are_ours(name: str, length: int, exports: Exports, tmp_path: Path) -> None:
+    changes = {"max_position_embeddings": 160} if length > 50 else {}
+    model, params = make(name, **changes)
+    if changes:
+        export(name, tmp_path / "hf", **changes)
+    peer = load(tmp_path / "hf" if changes else exports.directory(name))
     prompts = [TOKENS_BT[0, :5].tolist(), TOKENS_BT[1, :9].tolist()]
     ours = [list(row) for row in generate(model, params, prompts, max_new_tokens=length).sequences]
     padded = torch.tensor([[0] * (9 - len(prompt)) + prompt for prompt in prompts])
@@ -169,24 +162,20 @@ def test_greedy_texts_of_a_ragged_batch_are_ours(name: str, length: int, tmp_pat
         assert theirs[:, 9:].tolist() == ours
 
 
-def test_padding_on_either_side_changes_nothing(tmp_path: Path) -> None:
-    export("sinks, mixed", tmp_path / "hf")
-    peer = load(tmp_path / "hf")
-    whole = logits_of(peer, TOKENS_BT)
+def test_padding_on_either_side_changes_nothing(exports: Exports) -> None:
+    whole = logits_of(exports.peer("sinks, mixed"), TOKENS_BT)
     for left, right in ((6, 0), (0, 6), (2, 3)):
         tokens = np.pad(TOKENS_BT, ((0, 0), (left, right)))
         mask = torch.from_numpy((tokens > 0).astype(np.int64))
         for attention in ("sdpa", "eager"):
-            peer.config._attn_implementation = attention
-            found = logits_of(peer, tokens, attention_mask=mask)
+            found = logits_of(exports.peer("sinks, mixed", attention), tokens, attention_mask=mask)
             assert np.isfinite(found).all()
             np.testing.assert_allclose(found[:, left : left + 24], whole, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["sinks", "the original", "dynamic", "the project's own config"])
-def test_positions_that_begin_anew_are_another_text(name: str, tmp_path: Path) -> None:
-    export(name, tmp_path / "hf")
-    peer = load(tmp_path / "hf")
+def test_positions_that_begin_anew_are_another_text(name: str, exports: Exports) -> None:
+    peer = exports.peer(name)
     first, second = TOKENS_BT[:1, :10], TOKENS_BT[1:, :14]
     packed = np.concatenate([first, second], axis=1)
     positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
@@ -201,24 +190,24 @@ def test_positions_that_begin_anew_are_another_text(name: str, tmp_path: Path) -
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of one part of torch about another
 @pytest.mark.parametrize("name", ["the project's own config", "windows, interleaved"])
-def test_it_compiles_as_one_graph(name: str, tmp_path: Path) -> None:
-    model, params = export(name, tmp_path / "hf")
-    peer = load(tmp_path / "hf")
-    ours = np.asarray(run(model, params, TOKENS_BT))
+def test_it_compiles_as_one_graph(name: str, exports: Exports) -> None:
+    """Of two layers, with and without a window, since each is compiled anew."""
+    peer = load(exports.directory(name))
+    peer.model.layers = peer.model.layers[:2]
+    whole = logits_of(peer, TOKENS_BT)
     compiled = torch.compile(peer, fullgraph=True, backend="eager")
-    np.testing.assert_allclose(logits_of(compiled, TOKENS_BT, use_cache=False), ours, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(logits_of(compiled, TOKENS_BT, use_cache=False), whole, atol=1e-5, rtol=0)
     cache = transformers.StaticCache(config=peer.config, max_cache_len=30)
     parts = [logits_of(peer, TOKENS_BT[:, :9], past_key_values=cache)]
-    for t in range(9, 24):
+    for t in range(9, 16):
         position = torch.full((2, 1), t)
         parts.append(logits_of(compiled, TOKENS_BT[:, t : t + 1], past_key_values=cache, position_ids=position))
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), ours, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole[:, :16], atol=1e-5, rtol=0)
     torch._dynamo.reset()
 
 
-def test_compiled_generation_has_masks_of_one_length(tmp_path: Path) -> None:
-    export("deepnorm, cap", tmp_path / "hf")
-    peer = load(tmp_path / "hf")
+def test_compiled_generation_has_masks_of_one_length(exports: Exports) -> None:
+    peer = exports.peer("deepnorm, cap")
     cache = transformers.StaticCache(config=peer.config, max_cache_len=30)
     mask = peer.create_masks_for_generate(attention_mask=torch.ones(2, 7, dtype=torch.long), past_key_values=cache)
     assert mask.shape == (2, 30) and mask.sum() == 14
@@ -227,14 +216,14 @@ def test_compiled_generation_has_masks_of_one_length(tmp_path: Path) -> None:
 
 @THEIR_WARNINGS
 @pytest.mark.parametrize("name", ["the project's own config", "deepnorm, cap", "the original, learned"])
-def test_gradients_are_ours_with_and_without_checkpointing(name: str, tmp_path: Path) -> None:
+def test_gradients_are_ours_with_and_without_checkpointing(name: str, exports: Exports, tmp_path: Path) -> None:
     """Of every weight, by way of our own export."""
-    model, params = export(name, tmp_path / "hf")
+    model, params = make(name)
     batch = {"tokens": jnp.asarray(TOKENS_BT)}
-    grads = jax.grad(lambda p: batch_loss(model, p, batch, LossConfig())[0] / (2 * 23))(params)
+    grads = jax.jit(jax.grad(lambda p: batch_loss(model, p, batch, LossConfig())[0] / (2 * 23)))(params)
     save_pretrained(tmp_path / "grads", model, grads)
     expected = load(tmp_path / "grads").state_dict()
-    peer = load(tmp_path / "hf").train()
+    peer = load(exports.directory(name)).train()
     tokens = torch.from_numpy(TOKENS_BT.astype(np.int64))
     for checkpointed in (False, True):
         if checkpointed:
@@ -293,10 +282,9 @@ def test_twenty_steps_of_the_trainer_are_ours(tmp_path: Path) -> None:
 
 
 @THEIR_WARNINGS
-def test_lora_of_peft_trains_it(tmp_path: Path) -> None:
+def test_lora_of_peft_trains_it(exports: Exports) -> None:
     peft = pytest.importorskip("peft", reason="pip install peft")
-    export("the project's own config", tmp_path / "hf")
-    peer = load(tmp_path / "hf")
+    peer = load(exports.directory("the project's own config"))
     tuned = peft.get_peft_model(peer, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4))
     adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name, w in tuned.named_parameters() if w.requires_grad}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -314,23 +302,21 @@ def test_lora_of_peft_trains_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits_of(tuned.merge_and_unload(), TOKENS_BT), before, atol=1e-4)
 
 
-def test_layers_may_lie_on_several_devices(tmp_path: Path) -> None:
+def test_layers_may_lie_on_several_devices(exports: Exports, tmp_path: Path) -> None:
     """What every layer reads is brought to where the layer is; ``meta`` stands for another device."""
     pytest.importorskip("accelerate", reason="device_map needs it")
-    model, params = export("sinks, mixed", tmp_path / "hf")
-    peer = load(tmp_path / "hf", device_map="auto")
-    np.testing.assert_allclose(logits_of(peer, TOKENS_BT), np.asarray(run(model, params, TOKENS_BT)), atol=1e-5)
+    ours, hf = ours_of("sinks, mixed"), exports.directory("sinks, mixed")
+    np.testing.assert_allclose(logits_of(load(hf, device_map="auto"), TOKENS_BT), ours, atol=1e-5)
     spread = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     spread |= {f"model.layers.{i}": "cpu" if i != 1 else "disk" for i in range(3)}
-    peer = load(tmp_path / "hf", device_map=spread, offload_folder=str(tmp_path / "offload"))
-    np.testing.assert_allclose(logits_of(peer, TOKENS_BT), np.asarray(run(model, params, TOKENS_BT)), atol=1e-5)
+    peer = load(hf, device_map=spread, offload_folder=str(tmp_path / "offload"))
+    np.testing.assert_allclose(logits_of(peer, TOKENS_BT), ours, atol=1e-5)
 
 
-def test_it_is_saved_again_by_transformers(tmp_path: Path) -> None:
+def test_it_is_saved_again_by_transformers(exports: Exports, tmp_path: Path) -> None:
     """Fine-tuned elsewhere, read here."""
-    model, params = export("sinks, mixed", tmp_path / "hf")
-    peer = load(tmp_path / "hf")
-    peer.save_pretrained(tmp_path / "again")
+    model, params = make("sinks, mixed")
+    exports.peer("sinks, mixed").save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "modeling_stellarbyte.py").is_file()
     back, back_params = from_pretrained(tmp_path / "again", compute_dtype="float32")
     assert back.config.windows == model.config.windows and back.config.sink_tokens == 1
@@ -351,9 +337,10 @@ def test_learned_rates_stay_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["xpos_rate"], expected)
 
 
-def test_fresh_weights_are_those_of_the_settings(tmp_path: Path) -> None:
-    export("the project's own config", tmp_path / "hf")
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+def test_fresh_weights_are_those_of_the_settings(exports: Exports) -> None:
+    config = transformers.AutoConfig.from_pretrained(
+        exports.directory("the project's own config"), trust_remote_code=True
+    )
     peer = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     layer = peer.model.layers[0]
     assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -374,9 +361,8 @@ def test_dropout_and_drop_path_act_in_training_alone(tmp_path: Path) -> None:
         assert torch.equal(*quiet) and not torch.equal(*noisy), name
 
 
-def test_hidden_states_and_weights_are_given_where_asked(tmp_path: Path) -> None:
-    export("xpos", tmp_path / "hf")
-    peer = load(tmp_path / "hf")
+def test_hidden_states_and_weights_are_given_where_asked(exports: Exports) -> None:
+    peer = exports.peer("xpos")
     tokens = torch.from_numpy(TOKENS_BT.astype(np.int64))
     with torch.no_grad():
         found = peer(tokens, output_hidden_states=True, output_attentions=True)
@@ -399,10 +385,9 @@ def test_hidden_states_and_weights_are_given_where_asked(tmp_path: Path) -> None
         (lambda peer, x: peer(x.repeat(1, 200)), "4800 tokens are more than the 1277 that XPos can rotate at once"),
     ],
 )
-def test_what_it_cannot_do_is_an_error(tmp_path: Path, call: Any, message: str) -> None:
-    export("the project's own config", tmp_path / "hf")
+def test_what_it_cannot_do_is_an_error(call: Any, message: str, exports: Exports) -> None:
     with pytest.raises(ValueError, match=message):
-        call(load(tmp_path / "hf"), torch.from_numpy(TOKENS_BT.astype(np.int64)))
+        call(exports.peer("the project's own config"), torch.from_numpy(TOKENS_BT.astype(np.int64)))
 
 
 def test_a_setting_of_another_value_is_refused(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.hf_models import NEEDS_TORCH, edit_config, edit_tensors, random_model, small_config
+from helpers.torch_exports import load, modules_in
 from helpers.variants import run
 
 from stellarbyte_jax.hf.directory import save_pretrained
@@ -26,11 +28,10 @@ TOKENS_BT = np.random.default_rng(0).integers(1, 96, (2, 24), dtype=np.int32)
 TOKENS = torch.from_numpy(TOKENS_BT.astype(np.int64))
 
 
-@pytest.fixture(autouse=True)
-def modules(tmp_path, monkeypatch):
-    """Where transformers keeps copies of modelling files."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+@pytest.fixture(autouse=True, scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with modules_in(tmp_path_factory.mktemp("modules")):
+        yield
 
 
 def settings_of(**settings: Any) -> Any:
@@ -46,12 +47,6 @@ def exported(directory: Path, **settings: Any) -> tuple[Any, Any]:
     model, params = random_model(**settings)
     save_pretrained(directory, model, params, family="stellarbyte", ids={"pad_token_id": 0})
     return model, params
-
-
-def load(directory: Path, **options: Any) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options)
-    assert type(model).__name__ == "StellarByteForCausalLM"
-    return model.eval()
 
 
 @pytest.mark.parametrize(
