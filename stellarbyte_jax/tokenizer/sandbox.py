@@ -28,7 +28,7 @@ _BUILT_IN = (str, bytes, bytearray, int, float, list, tuple, dict)
 
 
 class GenerationTag(Extension):
-    """``{% generation %}`` marks what an assistant says; here it changes nothing."""
+    """``{% generation %}`` marks what an assistant says; its places are noted where the environment looks for them."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -39,7 +39,32 @@ class GenerationTag(Extension):
         return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
     def _content(self, caller: Callable[[], str]) -> str:
-        return caller()
+        said = caller()
+        written = self.environment.written
+        if written is not None:
+            begin = sum(map(len, written.pieces))
+            written.marked.append((begin, begin + len(said)))
+        return said
+
+
+class Written:
+    """The text of a rendering while it is made.
+
+    Attributes:
+      pieces: of the text so far.
+      marked: begin and end of each block of ``{% generation %}``.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.pieces: list[str] = []
+        self.marked: list[tuple[int, int]] = []
+
+    def follow(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The same pieces, which are kept."""
+        for piece in pieces:
+            self.pieces.append(piece)
+            yield piece
 
 
 class _Counting(NodeTransformer):
@@ -95,6 +120,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
     Attributes:
       budget: of the rendering that is going on.
+      written: of it, where the places of what an assistant says are asked for.
     """
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
@@ -102,6 +128,7 @@ class Environment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         """As Jinja's own; the budget is there before anything is compiled."""
         self.budget = costs.Budget()
+        self.written: Written | None = None
         # Not optimized: what is computed while compiling, such as a list of a filter, would cost its readers nothing.
         super().__init__(finalize=self._written, optimized=False, **options)
 
