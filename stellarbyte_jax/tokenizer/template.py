@@ -48,7 +48,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         tools: Sequence[Any] | None = None,
-        traced: Callable[[Mapping[str, Any]], bool] = lambda message: True,
+        traced: Callable[[int | None], bool] = lambda number: True,
     ) -> str:
         """The text of a conversation, ``provenance.Traced`` where a message brought some of it.
 
@@ -56,7 +56,7 @@ class ChatTemplate:
           messages: with ``role`` and what else the template reads.
           add_generation_prompt: whether the beginning of a reply follows.
           tools: descriptions of the functions that may be called.
-          traced: whether what a message brings is to be followed; descriptions of tools always are where messages are.
+          traced: whether what the message of a number, from 0, brings is to be followed; None stands for the tools.
 
         Raises:
           ValueError: the template refuses the messages, or fails.
@@ -72,22 +72,22 @@ class ChatTemplate:
           ValueError: the template refuses the messages, or fails.
         """
         written = Written()
-        return self._rendered(messages, False, tools, lambda message: True, written), written.marked
+        return self._rendered(messages, False, tools, lambda number: True, written), written.marked
 
     def _rendered(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         tools: Sequence[Any] | None,
-        traced: Callable[[Mapping[str, Any]], bool],
+        traced: Callable[[int | None], bool],
         written: Written | None,
     ) -> str:
         try:
             self._environment.budget.start((*messages, *(tools or ())))
             self._environment.written = written
             pieces = self._template.generate(
-                messages=[trace(message) if traced(message) else message for message in messages],
-                tools=None if tools is None else [trace(tool) for tool in tools],
+                messages=[trace(message) if traced(number) else message for number, message in enumerate(messages)],
+                tools=None if tools is None else trace(tools) if traced(None) else list(tools),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,

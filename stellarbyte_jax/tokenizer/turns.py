@@ -83,7 +83,7 @@ class TurnEncoder:
 
     def _said_by(self, messages: Sequence[Mapping[str, Any]], number: int, tools: Sequence[Any] | None) -> Spans:
         """Places of what one message brings to the text of all."""
-        alone = functools.partial(operator.is_, messages[number])
+        alone = functools.partial(operator.eq, number)
         return said(self._template.render(messages, add_generation_prompt=False, tools=tools, traced=alone))
 
     def _replies(self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> Spans:

@@ -45,7 +45,7 @@ def ends_of_texts(config: TrainConfig, tokenizer: Tokenizer) -> list[int]:
     ends = stop_ids(tokenizer.path, tokenizer.eos_id)
     if config.data.format == "chat" and (end := _end_of_reply(tokenizer)) is not None and end not in ends:
         ends.append(end)
-    return ends
+    return [i for i in ends if 0 <= i < config.model.vocab_size]  # an end that the model has no row for never comes
 
 
 def _end_of_reply(tokenizer: Tokenizer) -> int | None:

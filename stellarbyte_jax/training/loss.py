@@ -138,8 +138,8 @@ def by_reply(losses_2BT: jax.Array, targets_BT: jax.Array, replies_BT: jax.Array
         "cross_entropy": jnp.sum(losses_2BT[0]),
         "correct": jnp.sum(losses_2BT[1]),
         "tokens": jnp.sum(counted_BT),
-        "reply_losses": jnp.sum(mine_KBT * losses_2BT[0], axis=(1, 2)),
-        "reply_tokens": jnp.sum(mine_KBT * counted_BT, axis=(1, 2)),
+        "reply_losses": jnp.sum(mine_KBT * losses_2BT[:1], axis=(1, 2)),
+        "reply_tokens": jnp.sum(mine_KBT * counted_BT[None], axis=(1, 2)),
     }
 
 
