@@ -18,6 +18,8 @@ from stellarbyte_jax.tokenizer.codec import Tokenizer, load_tokenizer
 from stellarbyte_jax.tokenizer.template import ChatTemplate
 from stellarbyte_jax.tokenizer.turns import TurnEncoder
 
+_SKIP = "data.on_error=skip"
+
 
 def template_source(chat: ChatConfig, tokenizer: Tokenizer) -> tuple[str, str]:
     """The chat template, and where it is from.
@@ -125,9 +127,9 @@ class EncodeConversations:
         try:
             return self._shortened(ConversationFormat(self.chat.field).dialogue(source.value(row)))
         except BadRecordError as error:
-            raise unusable(source, row, error) from error
+            raise unusable(source, row, error, _SKIP) from error
         except ValueError as error:  # of the template
-            raise unusable(source, row, BadRecordError(str(error))) from error
+            raise unusable(source, row, BadRecordError(str(error)), _SKIP) from error
 
     def _shortened(self, dialogue: Dialogue) -> _Made:
         """A conversation that fits, or what is left of it."""

@@ -18,9 +18,8 @@ _WAITING = 64  # conversations among which the next one of a row is looked for
 class WholeConversations(DocumentBatches):
     """Batches of rows with whole conversations; see ``batches.batch_arrays``.
 
-    A row begins with the conversation that waits longest, and takes of those that wait, 64 at most, again and again
-    the longest that fits, of equal ones the first. The rest of it is padding. The last batch is filled up with padding
-    rows.
+    A row takes, of the 64 conversations that wait longest, again and again the first that fits, so that shares of a
+    mixture hold in every stretch. The rest of it is padding. The last batch is filled up with padding rows.
 
     The loss is that of replies, or of all where ``prompts`` is true. Batches have ``replies`` int32 [B, T] besides: of
     each token the number of the reply that it belongs to, 0 for none.
@@ -89,7 +88,7 @@ class WholeIterator(BatchIterator):
         self._reopen()
         for row in range(rows):
             for _ in range(dataset.max_documents):
-                one = self._take(length - used_B[row], first=not used_B[row])
+                one = self._take(length - used_B[row])
                 if one is None:
                     break
                 begin, end = used_B[row], used_B[row] + len(one.tokens)
@@ -103,15 +102,13 @@ class WholeIterator(BatchIterator):
             batch["loss_mask"] &= replies_BT > 0
         return {**batch, "replies": replies_BT}
 
-    def _take(self, room: int, *, first: bool) -> _Waiting | None:
+    def _take(self, room: int) -> _Waiting | None:
         """The next conversation of a row with so much room; None where none fits."""
         while len(self._waiting) < _WAITING and (one := self._read_on()) is not None:
             self._waiting.append(one)
-        fitting = [n for n, one in enumerate(self._waiting) if len(one.tokens) <= room]
-        if not fitting:
-            return None
-        number = fitting[0] if first else max(fitting, key=lambda n: (len(self._waiting[n].tokens), -n))
-        return self._waiting.pop(number)
+        fitting = (number for number, one in enumerate(self._waiting) if len(one.tokens) <= room)
+        number = next(fitting, None)
+        return None if number is None else self._waiting.pop(number)
 
     def _read_on(self) -> _Waiting | None:
         """The next conversation that is not left out, None where there is none."""

@@ -59,17 +59,17 @@ def test_each_conversation_is_whole_in_one_row_once(lengths):
     assert sorted(seen) == np.flatnonzero(lengths).tolist()
 
 
-def test_rows_take_the_longest_that_fits():
+def test_rows_take_the_first_that_fits():
     batch, rest = _batches([10, 3, 7, 5, 6, 2], rows=2)
-    assert rest["segment_ids"].sum() == 2
+    assert rest["segment_ids"].sum() == 6
     rows = [[int(t) // 1000 for t in row if t != PAD] for row in batch["tokens"]]
-    assert [list(dict.fromkeys(row)) for row in rows] == [[1, 5], [2, 3, 4]]
+    assert [list(dict.fromkeys(row)) for row in rows] == [[1, 2, 6], [3, 4]]
 
 
 def test_rows_are_nearly_full(lengths):
     batches = list(_batches(lengths, length=32, most=16))
     used = sum((batch["segment_ids"] > 0).sum() for batch in batches[:-1])
-    assert used / (3 * 32 * (len(batches) - 1)) > 0.99
+    assert used / (3 * 32 * (len(batches) - 1)) > 0.97
 
 
 def test_prompts_are_in_the_loss_where_asked_for(lengths):
