@@ -216,7 +216,7 @@ def test_mixtures(form, written, tmp_path):
     del state["stream"]["weights"], state["stream"]["format"]  # of an earlier version
     with (
         make_loader(data, split="train", batch_size=2, seed=3) as loader,
-        pytest.raises(DataError, match=r"was (\[\]|text) and is now"),
+        pytest.raises(DataError, match=r"was (\[\]|'text') and is now"),
     ):
         loader.restore(state)
 
