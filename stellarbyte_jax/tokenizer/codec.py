@@ -308,9 +308,7 @@ def _places(pieces: Sequence[tuple[str, int, int]], offsets: Sequence[tuple[int,
             return begin + inside
         return end if is_end or inside >= len(piece) else begin  # a stand-in is one token
 
-    return [
-        (place(begin, False), place(end, True)) if begin < end else (place(begin, False),) * 2 for begin, end in offsets
-    ]
+    return [(place(begin, False), place(end, True) if begin < end else place(begin, False)) for begin, end in offsets]
 
 
 def _load_unchanged(path: str, fingerprint: str) -> Tokenizer:

@@ -40,7 +40,7 @@ class GenerationTag(Extension):
 
     def _content(self, caller: Callable[[], str]) -> str:
         said = caller()
-        written = self.environment.written
+        written: Written | None = getattr(self.environment, "written", None)
         if written is not None:
             begin = sum(map(len, written.pieces))
             written.marked.append((begin, begin + len(said)))

@@ -27,7 +27,12 @@ def clock(monkeypatch):
 def make(skipped=0):
     shown = []
     config = settings(steps=50, logging=LoggingConfig(interval=2))
-    made = Meter(config, 1000, lambda step, metrics, due: shown.append((step, metrics, due)), lambda: {"skipped_lines": skipped} if skipped else {})
+    made = Meter(
+        config,
+        1000,
+        lambda step, metrics, due: shown.append((step, metrics, due)),
+        lambda: {"skipped_lines": skipped} if skipped else {},
+    )
     return made, shown, config.global_batch_size * config.data.sequence_length
 
 
