@@ -68,7 +68,7 @@ class EncodeConversations:
     """Conversation numbers to one group, as ``encode.EncodeDocuments`` makes them of texts.
 
     ``lengths`` int64 has an entry for each number, 0 for what is left out. ``replies`` int32 [n] says of each token
-    which reply it belongs to, from 1, and 0 where it is not learnt as one. ``skipped`` counts unusable lines,
+    which reply it belongs to, from 1, 0 for none and -1 for one that is not learnt. ``skipped`` counts unusable lines,
     ``shortened`` conversations that lost their last turns, and ``left_out`` those of which nothing fits.
     """
 
@@ -135,6 +135,8 @@ class EncodeConversations:
         """A conversation that fits, or what is left of it."""
         messages, limit = dialogue.messages, self.sequence_length
         ids, replies = self._turns(dialogue, messages)
+        if max(replies, default=0) < 1:
+            raise BadRecordError("the chat template marks nothing of what is to be learnt with {% generation %}")
         if len(ids) <= limit:
             return _made(ids, replies, None)
         if self.chat.too_long == "raise":
@@ -145,7 +147,7 @@ class EncodeConversations:
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         for last in reversed(answers[:-1]) if self.chat.too_long == "shorten" else ():
             ids, replies = self._turns(dialogue, messages[: last + 1])
-            if len(ids) <= limit and any(replies):
+            if len(ids) <= limit and max(replies) > 0:
                 return _made(ids, replies, "shortened")
         return _made([], [], "left_out")
 
@@ -155,7 +157,7 @@ class EncodeConversations:
         learnt = {turn for turn, n in enumerate(answers, 1) if n not in dialogue.silent}
         if self.chat.replies == "last":
             learnt &= {len(answers)}
-        return turns.ids, [reply if reply in learnt else 0 for reply in turns.replies]
+        return turns.ids, [reply if reply in learnt or not reply else -1 for reply in turns.replies]
 
 
 @functools.lru_cache(maxsize=2)

@@ -21,8 +21,8 @@ class WholeConversations(DocumentBatches):
     A row takes, of the 64 conversations that wait longest, again and again the first that fits, so that shares of a
     mixture hold in every stretch. The rest of it is padding. The last batch is filled up with padding rows.
 
-    The loss is that of replies, or of all where ``prompts`` is true. Batches have ``replies`` int32 [B, T] besides: of
-    each token the number of the reply that it belongs to, 0 for none.
+    The loss is that of replies, and of what is none where ``prompts`` is true. Batches have ``replies`` int32 [B, T]
+    besides: of each token the number of the reply that it belongs to, 0 for none, -1 for one that is not learnt.
 
     The state is the place of the next conversation and those of the ones that wait. Batches depend on nothing else, so
     a state fits any number of workers and of rows.
@@ -98,8 +98,7 @@ class WholeIterator(BatchIterator):
         if not used_B.any():
             return None
         batch = batch_arrays(tokens_BT, begins_BT, used_B, np.zeros(rows, np.int64))
-        if not self._prompts:
-            batch["loss_mask"] &= replies_BT > 0
+        batch["loss_mask"] &= replies_BT >= (0 if self._prompts else 1)
         return {**batch, "replies": replies_BT}
 
     def _take(self, room: int) -> _Waiting | None:

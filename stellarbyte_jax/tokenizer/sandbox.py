@@ -34,6 +34,7 @@ class GenerationTag(Extension):
 
     def parse(self, parser: Any) -> nodes.Node:
         """A block whose content is kept."""
+        self.environment.marks_replies = True  # type: ignore[attr-defined]
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
@@ -43,7 +44,7 @@ class GenerationTag(Extension):
         written: Written | None = getattr(self.environment, "written", None)
         if written is not None:
             begin = sum(map(len, written.pieces))
-            written.marked.append((begin, begin + len(said)))
+            written.marked.append((begin, said))
         return said
 
 
@@ -52,13 +53,13 @@ class Written:
 
     Attributes:
       pieces: of the text so far.
-      marked: begin and end of each block of ``{% generation %}``.
+      marked: begin and text of each block of ``{% generation %}``; within a macro it begins elsewhere.
     """
 
     def __init__(self) -> None:
         """Nothing yet."""
         self.pieces: list[str] = []
-        self.marked: list[tuple[int, int]] = []
+        self.marked: list[tuple[int, str]] = []
 
     def follow(self, pieces: Iterable[str]) -> Iterator[str]:
         """The same pieces, which are kept."""
@@ -121,6 +122,7 @@ class Environment(ImmutableSandboxedEnvironment):
     Attributes:
       budget: of the rendering that is going on.
       written: of it, where the places of what an assistant says are asked for.
+      marks_replies: whether a template that was compiled has ``{% generation %}``.
     """
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
@@ -129,6 +131,7 @@ class Environment(ImmutableSandboxedEnvironment):
         """As Jinja's own; the budget is there before anything is compiled."""
         self.budget = costs.Budget()
         self.written: Written | None = None
+        self.marks_replies = False
         # Not optimized: what is computed while compiling, such as a list of a filter, would cost its readers nothing.
         super().__init__(finalize=self._written, optimized=False, **options)
 

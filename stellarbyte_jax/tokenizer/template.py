@@ -1,15 +1,11 @@
 """Chat templates: Jinja sources that make a prompt of messages, with what ``transformers`` gives them to work with."""
 
-import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.tokenizer.provenance import trace
 from stellarbyte_jax.tokenizer.sandbox import Written, make_environment
-
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTemplate:
@@ -37,10 +33,10 @@ class ChatTemplate:
         except Exception as error:  # also what Python's own compiler says of generated code
             raise ValueError(f"the chat template of {where} is not valid: {_line(error)}") from None
 
-    @functools.cached_property
+    @property
     def marks_replies(self) -> bool:
         """Whether it says by ``{% generation %}`` what an assistant writes."""
-        return _GENERATION.search(self.source) is not None
+        return self._environment.marks_replies
 
     def render(
         self,
@@ -69,10 +65,17 @@ class ChatTemplate:
         """The text of a whole conversation, and the places in it that ``{% generation %}`` marks.
 
         Raises:
-          ValueError: the template refuses the messages, or fails.
+          ValueError: the template refuses the messages, fails, or marks what it does not write there and then.
         """
         written = Written()
-        return self._rendered(messages, False, tools, lambda number: True, written), written.marked
+        text = self._rendered(messages, False, tools, lambda number: True, written)
+        places = [(begin, begin + len(said)) for begin, said in written.marked]
+        if any(text[begin:end] != said for (begin, end), (_, said) in zip(places, written.marked, strict=True)):
+            raise ValueError(
+                f"the chat template of {self._where} has {{% generation %}} in a macro, a set block or a filter, so "
+                "that the place of a reply in the text is not known: move it out of there"
+            )
+        return text, places
 
     def _rendered(
         self,

@@ -64,9 +64,11 @@ class TurnEncoder:
         ids, at = self._tokenizer.encode_with_places(plain, said(text), self._template.source)
         ends = [end for _, end in places]
         replies = []
-        for begin, end in at:
+        for token, (begin, end) in zip(ids, at, strict=True):
             number = bisect.bisect_right(ends, begin)  # the first reply that ends after the token begins
             touches = number < len(places) and places[number][0] < max(end, begin + 1)
+            # A special token of the prompt may take the spaces with which a reply begins.
+            touches = touches and (places[number][0] <= begin or token not in self._tokenizer.control_ids)
             replies.append(numbers[number] if touches else 0)
         return Turns(ids, replies)
 
@@ -75,8 +77,8 @@ class TurnEncoder:
     ) -> list[int]:
         """The number of the reply that each marked place belongs to: a template may mark several of one."""
         replies = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
-        if len(places) == len(replies):
-            return list(range(1, len(places) + 1))
+        if len(replies) == 1:
+            return [1] * len(places)
         ends = [spans[-1][1] if (spans := self._said_by(messages, n, tools)) else 0 for n in replies]
         ends = list(itertools.accumulate(ends, max))
         return [min(bisect.bisect_right(ends, begin) + 1, len(replies)) for begin, _ in places]
@@ -103,7 +105,9 @@ class TurnEncoder:
             before = max((e for _, e in everything if e <= begin), default=0)
             after = min((b for b, _ in everything if b >= end), default=len(plain))
             prompt = self._prompt(messages[:number], tools)
-            begin = before + len(prompt) if plain[before:begin].startswith(prompt) else begin
+            # The prompt may go on with what the reply spells too, such as <think>.
+            prompted = plain.startswith(prompt, before) and before + len(prompt) <= end
+            begin = before + len(prompt) if prompted else begin
             found.append((begin, end + self._length_of_end(plain[end:after])))
         return tuple(found)
 

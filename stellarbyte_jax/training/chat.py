@@ -55,8 +55,9 @@ def _end_of_reply(tokenizer: Tokenizer) -> int | None:
     turns = TurnEncoder(tokenizer, template).encode(
         [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     )
-    last = max((at for at, reply in enumerate(turns.replies) if reply), default=None)
-    end = None if last is None else turns.ids[last]
+    learnt = [token for token, reply in zip(turns.ids, turns.replies, strict=True) if reply]
+    # A template may mark the newline after the end too.
+    end = next((i for i in reversed(learnt) if i in tokenizer.control_ids or tokenizer.decode([i]).strip()), None)
     if end not in tokenizer.control_ids:
         _log.warning(
             "warning: the chat template of %s writes no special token after a reply: the model cannot learn where to "
