@@ -85,6 +85,26 @@ def test_prompts_are_learnt_where_they_have_a_weight_and_never_in_validation(wri
     np.testing.assert_array_equal(validated["loss_mask"], validated["replies"] > 0)
 
 
+@pytest.mark.parametrize("replies", ["all", "last"])
+def test_a_reply_that_is_not_learnt_has_no_weight_of_prompts(replies, written):
+    record = conversation("1+1?", "3", "No.", "2")
+    if replies == "all":
+        record["messages"][1]["weight"] = 0
+    (batch,), _ = batches(written([record], chat={"prompt_weight": 0.5, "replies": replies}))
+    rest = TOKENIZER.decode(batch["tokens"][0][batch["loss_mask"][0]].tolist())
+    assert "3" not in rest and "No." in rest and "2" in rest
+    assert set(batch["replies"][0].tolist()) == {-1, 0, 2}
+
+
+def test_a_template_that_marks_nothing_is_an_error(written, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{% if 0 %}{% generation %}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template marks nothing of what is to be learnt"):
+        batches(written(TALK, chat={"template": str(template)}))
+
+
 def test_a_template_of_ones_own(written, tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<|SEOS|>{% endfor %}")

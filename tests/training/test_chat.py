@@ -89,6 +89,16 @@ def test_a_template_without_an_end_is_told(run, tmp_path, caplog):
     assert "writes no special token after a reply" in caplog.text
 
 
+def test_the_end_of_a_reply_may_be_marked_with_a_newline(run, tmp_path):
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|SEOS|>{% else %}"
+        "{% generation %}{{ '<|SBOS|>' + m.content + '<|PAD|>\n' }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    config = compose(run[0], overrides=[f"data.chat.template={tmp_path / 't.jinja'}"])
+    tokenizer = tokenizer_of_run(config)
+    assert ends_of_texts(config, tokenizer) == [tokenizer.eos_id, tokenizer.pad_id]
+
+
 def test_the_set_in_the_repository_is_read(tmp_path):
     config = load(str(ROOT / "configs" / "sft.py"), [])
     assert config.data.format == "chat" and config.init_from == "runs/quickstart"
