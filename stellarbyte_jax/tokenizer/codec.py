@@ -306,7 +306,7 @@ def _places(pieces: Sequence[tuple[str, int, int]], offsets: Sequence[tuple[int,
         inside = offset - begins[number]
         if len(piece) == end - begin:
             return begin + inside
-        return end if is_end or inside >= len(piece) else begin  # a stand-in is one token
+        return end if is_end else begin  # a stand-in is one token
 
     return [(place(begin, False), place(end, True) if begin < end else place(begin, False)) for begin, end in offsets]
 

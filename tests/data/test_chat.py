@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from stellarbyte_jax.config import ChatConfig, ConfigError, DataConfig
+from stellarbyte_jax.data.encode import document_groups
 from stellarbyte_jax.data.loader import make_loader
 from stellarbyte_jax.data.shards import prepare
 from stellarbyte_jax.data.sources import DataError
@@ -142,6 +143,19 @@ def test_a_conversation_that_does_not_fit_loses_whole_turns(written):
         batches(written([LONG], sequence_length=32))
 
 
+def test_a_conversation_is_left_out_where_nothing_to_learn_would_stay(written):
+    silent = {"messages": [{**m, "weight": int(n > 4)} for n, m in enumerate(LONG["messages"])]}
+    found, counts = batches(written([silent, *TALK], shuffle=False, sequence_length=120))
+    assert sorted(text[0] for text in learnt(found)) == sorted("H24鲸") and counts == {"left_out_conversations": 1}
+
+
+def test_each_time_that_a_conversation_comes_is_counted(written):
+    data = written([LONG], epochs=None, weights=(1.0,), sequence_length=120)
+    with make_loader(data, split="train", batch_size=2, seed=0) as loader:
+        next(loader)
+        assert loader.counts == {"shortened_conversations": 64}, "those that wait"
+
+
 def test_a_bad_line_is_named_or_skipped(written):
     bad = [*TALK[:2], conversation("Hi"), *TALK[2:]]
     with pytest.raises(DataError, match=r"a.jsonl:3: no message is the assistant's.*; mend the line or leave such"):
@@ -150,6 +164,43 @@ def test_a_bad_line_is_named_or_skipped(written):
     assert len(learnt(found)) == 4 and counts == {"skipped_lines": 1}
     with pytest.raises(DataError, match=r"a.jsonl:1: field 'messages' is empty"):
         make_loader(written([{"messages": []}, *TALK]), split="train", batch_size=2, seed=0)
+
+
+def test_the_first_line_of_each_file_is_read_at_once(written, tmp_path):
+    written([{"messages": []}], name="b.jsonl")
+    data = written([*TALK], train=tuple(str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")))
+    with pytest.raises(DataError, match=r"b.jsonl:1: field 'messages' is empty"):
+        make_loader(data, split="train", batch_size=2, seed=0)
+
+
+def test_a_tokenizer_that_was_made_again_is_read_again(written, tmp_path):
+    template = tmp_path / "t.jinja"
+    for end in ("<|SEOS|>", "<|PAD|>"):
+        template.write_text("{% for m in messages %}{{ m.content }}" + end + "{% endfor %}")
+        found, _ = batches(written(TALK[:1], chat={"template": str(template)}))
+        assert learnt(found) == ["Hello." + end]
+
+
+def test_a_state_is_of_the_replies_that_are_learnt(written):
+    with make_loader(written(TALK), split="train", batch_size=2, seed=0) as loader:
+        state = loader.state()
+    last = written(TALK, chat={"replies": "last"})
+    with (
+        make_loader(last, split="train", batch_size=2, seed=0) as loader,
+        pytest.raises(DataError, match="replies was 'all' and is now 'last'"),
+    ):
+        loader.restore(state)
+
+
+def test_mixtures_are_shuffled_anew_each_time_and_validation_is_not_mixed(written):
+    groups = document_groups(0, seed=1, parts=[(0, 20)], weights=[1.0])
+    seen = [*groups[0], *groups[1]]
+    first, second = seen[:20], seen[20:40]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != list(range(20)) and first != second
+    data = written(TALK, epochs=None, weights=(1.0,), name="a.jsonl")
+    found, _ = batches(data, "validation")
+    assert len(learnt(found)) == 4
 
 
 def test_what_cannot_hold_conversations_is_refused(written, tmp_path):

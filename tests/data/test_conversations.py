@@ -67,6 +67,14 @@ def test_messages_with_weight_0_are_not_learnt():
     assert ConversationFormat().dialogue({"messages": [TURN[0], {**TURN[1], "weight": 1}]}).silent == set()
 
 
+def test_parts_are_joined_and_what_is_blank_is_left_out():
+    parts = [{"type": "text", "text": text} for text in ("Hel", "lo.")]
+    found = ConversationFormat().dialogue({"messages": [TURN[0], {**TURN[1], "content": parts}], "tools": []})
+    assert found.messages == TURN and found.tools is None
+    assert ConversationFormat().dialogue({"prompt": "Hi", "completion": "Hello.", "input": "x"}).messages == TURN
+    assert ConversationFormat().dialogue({"instruction": "Hi", "output": "Hello.", "system": " "}).messages == TURN
+
+
 BAD = {
     "no conversation": ({"text": "x"}, r"no conversation: neither .* the fields here are: text; data.chat.field"),
     "a number": (3, r"a JSON object or a list of messages, not 3"),

@@ -77,6 +77,21 @@ def test_replies_are_what_transformers_marks(kind, tmp_path):
     assert ends == [0, 1, 0, 2, 0, 3]
 
 
+def test_text_that_the_model_makes_a_special_token_of_moves_nothing(tmp_path):
+    """It becomes pieces, which have its place."""
+    words = written(tmp_path, normalizers.Replace(" ", "▁"))
+    library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode("fi").tokens == ["fi"]
+    library.add_special_tokens([AddedToken("fi", normalized=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    words = load_tokenizer(tmp_path)
+    talk = [{"role": "user", "content": "fi of fi"}, {"role": "assistant", "content": "it fi"}]
+    for source in (PLAIN, MARKED):
+        turns = turns_of(words, source, talk)
+        assert words._plain.token_to_id("fi") not in turns.ids
+        assert learnt(words, turns) == "it▁fi<|end|>"
+
+
 def test_a_special_token_of_the_prompt_is_not_learnt(tmp_path):
     """Where it takes the spaces with which a reply begins, as that of Phi 3 does."""
     words = written(tmp_path, normalizers.Replace(" ", "▁"), rstrip=True)
@@ -125,3 +140,11 @@ def test_marks_belong_to_the_reply_that_says_them(words):
         )
         turns = turns_of(words, source, TALK[:2] * 2)
         assert set(turns.replies) == {0, (at + 1) // 2}
+
+
+def test_marks_of_the_first_reply_are_its_own_where_the_second_is_not_written(words):
+    halves = (
+        "{% generation %}{{ m.content[:1] }}{% endgeneration %}{% generation %}{{ m.content[1:] }}{% endgeneration %}"
+    )
+    turns = turns_of(words, BEGIN + "{% if loop.index0 == 1 %}" + halves + "{% endif %}" + END, TALK[:2] * 2)
+    assert set(turns.replies) == {1}

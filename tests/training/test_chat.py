@@ -1,5 +1,6 @@
 """A run of conversations: what it validates, samples and leaves to those who use its weights."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from helpers.runs import ROOT, cli, write_config
 from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.config import compose, load
 from stellarbyte_jax.tokenizer.chat import Conversation
-from stellarbyte_jax.training.chat import ends_of_texts, prompt_ids, tokenizer_of_run
+from stellarbyte_jax.training.chat import ends_of_texts, ids_of_run, prompt_ids, tokenizer_of_run
 
 TEMPLATE = (
     "{% for m in messages %}<|SBOS|>{{ m.role }}\n{{ m.content }}{{ '<|PAD|>' if m.role == 'assistant' else '<|SEOS|>' }}"
@@ -97,6 +98,16 @@ def test_the_end_of_a_reply_may_be_marked_with_a_newline(run, tmp_path):
     config = compose(run[0], overrides=[f"data.chat.template={tmp_path / 't.jinja'}"])
     tokenizer = tokenizer_of_run(config)
     assert ends_of_texts(config, tokenizer) == [tokenizer.eos_id, tokenizer.pad_id]
+
+
+def test_other_ends_stay_and_those_without_a_row_are_left_out(run):
+    config, _ = run
+    tokenizer = tokenizer_of_run(config)
+    kept = ids_of_run(config, {"eos_token_id": 7, "pad_token_id": 1})
+    assert kept == {"eos_token_id": [7, tokenizer.eos_id, tokenizer.pad_id], "pad_token_id": 1}
+    ends = (tokenizer.eos_id, tokenizer.pad_id)
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=max(ends)))
+    assert ends_of_texts(small, tokenizer) == [min(ends)]
 
 
 def test_the_set_in_the_repository_is_read(tmp_path):
