@@ -12,7 +12,8 @@ from stellarbyte_jax.tokenizer.chat import Conversation
 from stellarbyte_jax.training.chat import ends_of_texts, ids_of_run, prompt_ids, tokenizer_of_run
 
 TEMPLATE = (
-    "{% for m in messages %}<|SBOS|>{{ m.role }}\n{{ m.content }}{{ '<|PAD|>' if m.role == 'assistant' else '<|SEOS|>' }}"
+    "{% for m in messages %}<|SBOS|>{{ m.role }}\n{{ m.content }}"
+    "{{ '<|PAD|>' if m.role == 'assistant' else '<|SEOS|>' }}"
     "{% endfor %}{% if add_generation_prompt %}<|SBOS|>assistant\n{% endif %}"
 )
 
