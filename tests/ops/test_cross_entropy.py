@@ -98,3 +98,5 @@ def test_losses_of_tokens_are_what_is_summed(chunk_size):
     each = -np.asarray(jax.nn.log_softmax(scores))[np.arange(6), targets] * (np.asarray(targets) >= 0)
     np.testing.assert_allclose(found[0], each, rtol=1e-5)
     np.testing.assert_array_equal(found[1], scores.argmax(-1) == np.asarray(targets))
+    slope = jax.grad(lambda x: token_losses(x, kernel, targets, vocab_size=7, chunk_size=chunk_size).sum())(x)
+    assert not np.any(slope), "they are for reporting"
