@@ -97,7 +97,8 @@ def saw_plain_text(config: TrainConfig, step: int) -> bool:
 
     What came before a run that began with other weights is not known, nor what a template makes of its records.
     """
-    return step > 0 and config.init_from is None and config.data.template is None
+    data = config.data
+    return step > 0 and config.init_from is None and data.template is None and data.format == "text"
 
 
 def stored_steps(run_dir: str | Path) -> list[int]:

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from stellarbyte_jax.config.data import DataConfig
 from stellarbyte_jax.config.foreign import absent, clipped, json_object, shown
 from stellarbyte_jax.config.paths import expanded
-from stellarbyte_jax.config.run import DataConfig, TrainConfig
+from stellarbyte_jax.config.run import TrainConfig
 from stellarbyte_jax.config.section import ConfigError, Section, fits, hints, is_section, require, spell, unknown_name
 
 AnySection = TypeVar("AnySection", bound=Section)

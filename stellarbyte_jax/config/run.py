@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stellarbyte_jax.config.data import DataConfig
 from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.config.mesh import MeshConfig
 from stellarbyte_jax.config.model import ByteConfig
@@ -17,61 +18,6 @@ from stellarbyte_jax.config.section import (
     Share,
     require,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
-    """Documents, and how they become [batch, sequence_length] arrays.
-
-    Attributes:
-      train: paths or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt files, or of directories
-        of prepared shards or of a data set of Hugging Face datasets (save_to_disk)
-      validation: the same, of texts to validate with; none: no validation
-      tokenizer: directory of the tokenizer, or owner/name of the hub
-      text_documents: what a document of a .txt file is: the file, or each paragraph, which blank lines part
-      fields: fields of a record that are its text, joined by a newline
-      template: text of a record, such as "Question: {question} Answer: {answer}"; none: fields are joined
-      sequence_length: tokens of a row
-      arrangement: packed: each row holds what comes next; contiguous: row b continues row b of the batch
-        before, which memory needs
-      add_bos: documents begin with the token bos
-      add_eos: documents end with the token eos
-      max_documents_per_sequence: a row that would hold more documents is closed early and padded
-      shuffle: documents come in another order each epoch
-      epochs: times that each document is read; none: as many as the steps need
-      on_error: what a bad line does: raise ends the run, skip leaves it out and counts it in the log
-      workers: processes that tokenize; 0: the training process does; batches do not depend on it
-      prefetch: batches prepared ahead of the device
-      cache_dir: directory of decompressed files and line indexes; none: ~/.cache/stellarbyte_jax
-    """
-
-    train: tuple[str, ...] = ()
-    validation: tuple[str, ...] = ()
-    tokenizer: str = "tokenizer"
-    text_documents: Literal["file", "paragraph"] = "file"
-    fields: tuple[str, ...] = ("text",)
-    template: str | None = None
-    sequence_length: PositiveInt = 1024
-    arrangement: Literal["packed", "contiguous"] = "packed"
-    add_bos: bool = True
-    add_eos: bool = True
-    max_documents_per_sequence: PositiveInt = 16
-    shuffle: bool = True
-    epochs: PositiveInt | None = None
-    on_error: Literal["raise", "skip"] = "raise"
-    workers: NonNegativeInt = 1
-    prefetch: PositiveInt = 2
-    cache_dir: str | None = None
-
-    _paths = ("train", "validation", "tokenizer", "cache_dir")
-
-    def _check(self) -> None:
-        require(self.sequence_length >= 2, "data.sequence_length must be at least 2: one token predicts the next")
-        require(len(self.fields) > 0, "data.fields must name at least one field")
-        require(
-            self.template is None or "fields" not in self.given(),
-            "data.template names the fields that it reads itself: leave data.fields out",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

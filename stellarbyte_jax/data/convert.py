@@ -44,7 +44,7 @@ def write_atomically(target: Path, write: Callable[[BinaryIO], Any]) -> None:
             Path(name).unlink(missing_ok=True)
 
 
-def _from_gzip(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
+def _from_gzip(path: Path, out: BinaryIO, columns: Sequence[str] | None) -> None:
     import gzip
 
     try:
@@ -54,7 +54,7 @@ def _from_gzip(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
         raise DataError(f"{path}: damaged or not gzip ({clipped(str(error))}); fetch the file again") from error
 
 
-def _from_zstd(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
+def _from_zstd(path: Path, out: BinaryIO, columns: Sequence[str] | None) -> None:
     try:
         import zstandard
     except ImportError as error:
@@ -76,21 +76,21 @@ def _from_zstd(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
         raise DataError(f"{path}: the zstd stream is cut off; fetch the file again")
 
 
-def _from_parquet(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
+def _from_parquet(path: Path, out: BinaryIO, columns: Sequence[str] | None) -> None:
     _write_records(_parquet_batches(path, columns), out)
 
 
-def _from_arrow(path: Path, out: BinaryIO, columns: Sequence[str]) -> None:
+def _from_arrow(path: Path, out: BinaryIO, columns: Sequence[str] | None) -> None:
     _write_records(_arrow_batches(path, columns), out)
 
 
 def _write_records(batches: Iterator[Any], out: BinaryIO) -> None:
     for batch in batches:
         for record in _records(batch):
-            out.write(_NOT_UTF8 if record is None else json.dumps(record).encode() + b"\n")
+            out.write(_NOT_UTF8 if record is None else json.dumps(record, default=str).encode() + b"\n")
 
 
-def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+def _parquet_batches(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
     """The rows of a Parquet file. What fails in writing them is not caught here: it is no fault of the file."""
     try:
         import pyarrow as pa
@@ -102,12 +102,12 @@ def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
             if file.metadata.num_rows == 0:  # its columns may be of any type, or missing
                 return
             _check_columns(path, file.schema_arrow, columns)
-            yield from file.iter_batches(batch_size=1024, columns=list(columns))
+            yield from file.iter_batches(batch_size=1024, columns=None if columns is None else list(columns))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({clipped(str(error))})") from error
 
 
-def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+def _arrow_batches(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
     """The rows of a stream of Arrow record batches, of which ``columns`` alone are read."""
     try:
         import pyarrow as pa
@@ -126,7 +126,8 @@ def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
             if not complete:
                 raise DataError(f"{path}: the Arrow stream is cut off; copy the file again")
             file.seek(0)
-            options = pa.ipc.IpcReadOptions(included_fields=[schema.names.index(name) for name in columns])
+            read = range(len(schema.names)) if columns is None else [schema.names.index(name) for name in columns]
+            options = pa.ipc.IpcReadOptions(included_fields=list(read))
             with pa.ipc.open_stream(file, options=options) as stream:
                 for batch in stream:
                     for begin in range(0, batch.num_rows, 1024):
@@ -148,11 +149,13 @@ def _has_rows(file: Any, schema: Any) -> bool:
         return any(batch.num_rows for batch in stream)
 
 
-def _check_columns(path: Path, schema: Any, columns: Sequence[str]) -> None:
-    """Raises DataError where a column is missing, is there twice or holds no strings."""
+def _check_columns(path: Path, schema: Any, columns: Sequence[str] | None) -> None:
+    """Raises DataError where a column is missing, is there twice or holds no strings; None asks for none."""
     import pyarrow as pa
 
     present = schema.names
+    if columns is None:
+        return
     missing = [c for c in columns if c not in present]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {listed(present)}; name one of these")
@@ -182,7 +185,7 @@ def _records(batch: Any) -> Iterator[dict[str, Any] | None]:
             yield record
 
 
-CONVERTERS: dict[str, Callable[[Path, BinaryIO, Sequence[str]], None]] = {
+CONVERTERS: dict[str, Callable[[Path, BinaryIO, Sequence[str] | None], None]] = {
     ".jsonl.gz": _from_gzip,
     ".jsonl.zst": _from_zstd,
     ".parquet": _from_parquet,

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import grain
 import numpy as np
@@ -22,25 +22,38 @@ _KEPT_BYTES = 1 << 26
 _OBJECT_BYTES = 256  # of an array and its entry, besides the tokens
 
 
-class _Encoded:
-    """Tokens of documents that this process encoded, by number: of all while they fit, then of the last group.
+class Sized(Protocol):
+    """What knows its bytes, as an array does."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many."""
+        ...
+
+
+_Made = TypeVar("_Made", bound=Sized)
+
+
+class Encoded(Generic[_Made]):
+    """What this process made of documents, by number: of all while they fit, then of the last group.
 
     Contiguous rows take the few documents of a small corpus many times for one batch, of one epoch after the other.
     A copy that travels to another process is empty.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, np.ndarray] = {}
+        """Nothing yet."""
+        self._kept: dict[int, _Made] = {}
         self._bytes = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Encoded, ()
+        return Encoded, ()
 
-    def get(self, number: int) -> np.ndarray | None:
-        """The tokens of a document, int32 [n]; None where they are not kept."""
+    def get(self, number: int) -> _Made | None:
+        """What was made of a document; None where it is not kept."""
         return self._kept.get(number)
 
-    def keep(self, group: Mapping[int, np.ndarray]) -> None:
+    def keep(self, group: Mapping[int, _Made]) -> None:
         """Keeps the documents of a group."""
         self._bytes += sum(ids.nbytes + _OBJECT_BYTES for number, ids in group.items() if number not in self._kept)
         if self._bytes <= _KEPT_BYTES:
@@ -62,7 +75,7 @@ class EncodeDocuments:
     bos: int | None  # None: not added
     eos: int | None
     on_error: Literal["raise", "skip"] = "raise"
-    _encoded: _Encoded = field(default_factory=_Encoded, init=False, repr=False, compare=False)
+    _encoded: Encoded[np.ndarray] = field(default_factory=Encoded, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _tokenizer.cache_clear()  # that of the same directory may have been trained again
@@ -111,19 +124,34 @@ def _tokenizer(path: str) -> Any:
     return load_tokenizer(path)
 
 
-def document_groups(count: int, *, seed: int | None = None, epochs: int | None = 1) -> grain.MapDataset:
+def document_groups(
+    count: int,
+    *,
+    seed: int | None = None,
+    epochs: int | None = 1,
+    parts: Sequence[tuple[int, int]] = (),
+    weights: Sequence[float] = (),
+) -> grain.MapDataset:
     """Groups of document numbers in reading order: a random access dataset of lists of ints.
 
     Args:
       count: how many documents there are.
       seed: of the shuffle, which differs from epoch to epoch; None: in order.
       epochs: how often each document comes; None: endless.
+      parts: with ``weights``: first document of each part, and the one after its last.
+      weights: share of each part among the documents, in any stretch of them as nearly as can be; each part is
+        repeated for ever. None: all documents are one.
     """
-    documents = grain.MapDataset.range(count)
-    if seed is not None:
-        documents = documents.shuffle(seed=seed % 2**32)
+    if weights:
+        mixed = [_shuffled(grain.MapDataset.range(*part), seed).repeat(None) for part in parts]
+        return grain.MapDataset.mix(mixed, weights=list(weights)).batch(GROUP_DOCUMENTS, batch_fn=list)
+    documents = _shuffled(grain.MapDataset.range(count), seed)
     # A group ends with its epoch, so that more epochs go on where fewer ended.
     return documents.batch(GROUP_DOCUMENTS, batch_fn=list).repeat(epochs)
+
+
+def _shuffled(documents: grain.MapDataset, seed: int | None) -> grain.MapDataset:
+    return documents if seed is None else documents.shuffle(seed=seed % 2**32)
 
 
 def iterate_groups(groups: grain.MapDataset, workers: int) -> Workers | Generator[Any, None, None]:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,19 +14,23 @@ import grain
 
 from stellarbyte_jax.config import DataConfig
 from stellarbyte_jax.config.foreign import digits, listed, shown
-from stellarbyte_jax.data.contiguous import ContiguousDocuments
-from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, EncodeDocuments, document_groups, iterate_groups
-from stellarbyte_jax.data.packing import PackDocuments
+from stellarbyte_jax.data.encode import GROUP_DOCUMENTS, document_groups, iterate_groups
 from stellarbyte_jax.data.patterns import expand
-from stellarbyte_jax.data.sources import Corpus, DataError, ShardSource, open_corpus
-from stellarbyte_jax.data.text import TextFormat, read_text
+from stellarbyte_jax.data.records import no_target, records_of
+from stellarbyte_jax.data.sources import DataError, open_corpus
+from stellarbyte_jax.data.text import TextFormat
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
 _STATE_FORMAT = 1
 _TEXT = ("fields", "template")  # of a state: together they say what a text is, which may be spelled in several ways
-_ARRANGEMENTS = {"packed": PackDocuments, "contiguous": ContiguousDocuments}
+_COUNTS = {
+    "skipped": "skipped_lines",
+    "shortened": "shortened_conversations",
+    "left_out": "left_out_conversations",
+}
+_EARLIER: dict[str, Any] = {"format": "text", "weights": []}  # of states that are older than these settings
 
 
 class Loader:
@@ -118,10 +122,11 @@ class Loader:
                         "new run"
                     )
                 continue
-            if saved.get(name) != now and not (name in _TEXT and _text(saved) == _text(self._stream)):
+            before = saved.get(name, _EARLIER.get(name))
+            if before != now and not (name in _TEXT and _text(saved) == _text(self._stream)):
                 say = digits if name == "tokenizer" else shown
                 raise DataError(
-                    f"cannot continue the data where it stopped: {name} was {say(saved.get(name))} and is now "
+                    f"cannot continue the data where it stopped: {name} was {say(before)} and is now "
                     f"{say(now)}; keep the data and its settings as they were, or start a "
                     "new run"
                 )
@@ -153,6 +158,12 @@ class Loader:
     def skipped(self) -> int:
         """Unusable lines that ``on_error="skip"`` left out so far."""
         return self._iterator.get_state()["skipped"]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was not read as it is so far, by the name of its metric: unusable lines, and conversations too long."""
+        state = self._iterator.get_state()
+        return {metric: state[name] for name, metric in _COUNTS.items() if state.get(name)}
 
     @property
     def epoch(self) -> float:
@@ -216,11 +227,11 @@ def make_loader(
     if vocab_size is not None:
         check_vocabulary(tokenizer, vocab_size)
     train = split == "train"
-    text = TextFormat(data.fields, data.template)
+    records = records_of(data, tokenizer)
     corpus = open_corpus(
         data.train if train else data.validation,
         setting=f"data.{split}",
-        columns=text.columns,
+        columns=records.columns,
         fingerprint=tokenizer.fingerprint,
         text_documents=data.text_documents,
         cache_dir=data.cache_dir,
@@ -228,26 +239,21 @@ def make_loader(
     if not train:
         _tell_overlap(data)
     if data.on_error == "raise":
-        check_first_records(corpus, text)
+        records.check_first(corpus)
     shuffle = data.shuffle and train
     groups = document_groups(
         len(corpus),
         seed=seed if shuffle else None,
         epochs=data.epochs if train else 1,
+        parts=corpus.parts,
+        weights=data.weights if train else (),
     )
-    encode = EncodeDocuments(
-        corpus,
-        text,
-        data.tokenizer,
-        bos=tokenizer.require("bos") if data.add_bos else None,
-        eos=tokenizer.require("eos") if data.add_eos else None,
-        on_error=data.on_error,
-    )
-    encoded = groups.map(encode)
+    encoded = groups.map(records.encoder(corpus))
     if not train:
-        check_targets(encoded, data.validation)
-    batches = _ARRANGEMENTS[data.arrangement](
+        check_targets(encoded, data)
+    batches = records.rows(
         encoded,
+        train,
         batch_size=batch_size,
         sequence_length=data.sequence_length,
         max_documents=data.max_documents_per_sequence,
@@ -266,11 +272,10 @@ def make_loader(
         "files": hashlib.sha256(json.dumps(corpus.listing).encode()).hexdigest()[:16],
         "shuffle_seed": seed if shuffle else None,
         "tokenizer": tokenizer.fingerprint,
-        "fields": list(text.columns),
-        "template": data.template,
-        "add_bos": data.add_bos,
-        "add_eos": data.add_eos,
+        **records.stream(),
         "group_documents": GROUP_DOCUMENTS,
+        "format": data.format,
+        "weights": list(data.weights) if train else [],
     }
     if corpus.has_plain:  # states that are older than the setting have none
         stream["text_documents"] = data.text_documents
@@ -311,18 +316,7 @@ def _tell_few_documents(documents: int, rows: int) -> None:
         )
 
 
-def check_first_records(corpus: Corpus, text: TextFormat) -> None:
-    """Reads one record of each file, so that a wrong field name is found before training starts.
-
-    Raises:
-      DataError: a record is unusable.
-    """
-    for source in corpus.sources:
-        if not isinstance(source, ShardSource):
-            read_text(source, 0, text)
-
-
-def check_targets(groups: grain.MapDataset, files: Sequence[str]) -> None:
+def check_targets(groups: grain.MapDataset, data: DataConfig) -> None:
     """Reads on to the first document with a token to predict, which is nearly always among the first few.
 
     Raises:
@@ -330,10 +324,7 @@ def check_targets(groups: grain.MapDataset, files: Sequence[str]) -> None:
     """
     with contextlib.closing(iterate_groups(groups, workers=0)) as made:
         if not any((group["lengths"] > 1).any() for group in made):
-            raise DataError(
-                f"data.validation={listed(files)} holds no token to predict: its documents are empty, one token long "
-                "or skipped; name other files, or none, and leave the settings of evaluation and keep_best out"
-            )
+            raise no_target(data)
 
 
 def measure_loader(data: DataConfig, *, batch_size: int, seconds: float) -> dict[str, float]:

@@ -70,9 +70,21 @@ class LineSource:
           BadRecordError: the line is not UTF-8 or not one JSON object.
           DataError: the file became shorter.
         """
+        value = self.value(row)
+        if not isinstance(value, dict):
+            raise BadRecordError(f"a line must hold a JSON object with the fields, not a {type(value).__name__}")
+        return value
+
+    def value(self, row: int) -> Any:
+        """What the line of the given row says in JSON.
+
+        Raises:
+          BadRecordError: the line is not UTF-8 or no JSON.
+          DataError: the file became shorter.
+        """
         line = _open_lines(self.path, self.index).read(row).rstrip()  # blank lines may follow
         try:
-            value = json.loads(line.decode())
+            return json.loads(line.decode())
         except json.JSONDecodeError as error:
             raise BadRecordError(
                 f"not valid JSON ({error.msg}); a line must hold one whole JSON object", error.colno
@@ -83,9 +95,6 @@ class LineSource:
             raise BadRecordError("JSON nested too deeply") from error
         except ValueError as error:  # Python reads no integer of more than 4,300 digits
             raise BadRecordError("JSON with an integer of more than 4,300 digits") from error
-        if not isinstance(value, dict):
-            raise BadRecordError(f"a line must hold a JSON object with the fields, not a {type(value).__name__}")
-        return value
 
     def location(self, row: int, column: int | None = None, line: int = 0) -> str:
         """``file:line`` or ``file:line:column`` of a row, for messages."""
@@ -124,14 +133,27 @@ _Source = TypeVar("_Source", bound=RecordSource | ShardSource)
 class Corpus:
     """All documents of a list of sources under one index."""
 
-    def __init__(self, sources: Sequence[RecordSource | ShardSource]):
-        """Joins the sources in their order."""
+    def __init__(self, sources: Sequence[RecordSource | ShardSource], entries: Sequence[int] = ()):
+        """Joins the sources in their order.
+
+        Args:
+          sources: of documents.
+          entries: how many of them each entry of a setting names, in their order; none: it is one entry.
+        """
         self.sources = tuple(sources)
+        self._entries = tuple(entries) or (len(self.sources),)
         self._ends = np.cumsum([s.documents for s in self.sources]).tolist()
 
     def __len__(self) -> int:
         """Documents in all sources."""
         return self._ends[-1]
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Of each entry of the setting the number of its first document, and the one after its last."""
+        ends = [0, *self._ends]
+        after = list(itertools.accumulate(self._entries, initial=0))
+        return [(ends[begin], ends[end]) for begin, end in itertools.pairwise(after)]
 
     @property
     def listing(self) -> list[tuple[str, int]]:
@@ -175,7 +197,7 @@ def open_corpus(
     patterns: Sequence[str],
     *,
     setting: str,
-    columns: Sequence[str],
+    columns: Sequence[str] | None,
     fingerprint: str,
     text_documents: Literal["file", "paragraph"] = "file",
     cache_dir: str | Path | None = None,
@@ -186,7 +208,7 @@ def open_corpus(
       patterns: paths or globs of files with one of ``SUFFIXES`` or ``TEXT_SUFFIX``, or of directories that
         scripts/prepare_data.py or ``save_to_disk`` of the datasets package made.
       setting: the name of the setting that they come from, for messages.
-      columns: the fields that will be read; only these are taken from Parquet and Arrow files.
+      columns: the fields that will be read, of texts; only these are taken from Parquet and Arrow files. None: all.
       fingerprint: of the tokenizer in use; prepared shards of another one are refused.
       text_documents: what a document of a text file is, the file or each paragraph.
       cache_dir: where indexes and converted files are kept, see :func:`cache_path`.
@@ -199,6 +221,7 @@ def open_corpus(
     _open_shard.cache_clear()  # files of the same names may have been made again
     cache = cache_path(cache_dir)
     sources: list[RecordSource | ShardSource] = []
+    entries: list[int] = []
     for pattern in given(patterns, setting):
         opened: list[RecordSource | ShardSource] = []
         for path in expand(pattern, setting):
@@ -210,8 +233,10 @@ def open_corpus(
                 opened.append(open_text(path, cache, text_documents))
             else:
                 opened.append(open_lines(path, cache, columns))
-        sources += with_text(opened, pattern, setting)
-    return Corpus(sources)
+        held = with_text(opened, pattern, setting)
+        sources += held
+        entries.append(len(held))
+    return Corpus(sources, entries)
 
 
 def with_text(opened: Sequence[_Source], pattern: str, setting: str) -> list[_Source]:
@@ -260,10 +285,10 @@ def open_text(path: Path, cache: Path, documents: Literal["file", "paragraph"] =
     return PlainSource(str(path), size, str(index), Lines(str(path), str(index)).count)
 
 
-def _key(path: Path, columns: Sequence[str] = ()) -> str:
+def _key(path: Path, columns: Sequence[str] | None = ()) -> str:
     """What names a file, as it is now, in the cache, and the columns that are taken from it."""
     status = path.stat()
-    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, *sorted(columns)]
+    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, *("*" if columns is None else sorted(columns))]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
 
 
@@ -280,7 +305,7 @@ def _check_index(index: Path) -> None:
         raise DataError(f"{index} is damaged ({error}); delete it, it is made again") from error
 
 
-def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
+def open_lines(path: Path, cache: Path, columns: Sequence[str] | None) -> LineSource:
     """Opens a file of records; converts it and indexes its lines where that is still to be done.
 
     A file without rows, or whose lines are blank, has no documents.
@@ -288,7 +313,7 @@ def open_lines(path: Path, cache: Path, columns: Sequence[str]) -> LineSource:
     Args:
       path: with one of ``SUFFIXES``.
       cache: directory of indexes and converted files.
-      columns: the fields that will be read; only these are taken from Parquet files.
+      columns: the fields that will be read, of texts; only these are taken from Parquet files. None: all.
 
     Raises:
       DataError: the file is corrupt or of an unknown kind, or the cache cannot be written.

@@ -33,6 +33,7 @@ def linear_cross_entropy(
     x_XD: Float[Array, "X D"],
     kernel_DV: Float[Array, "D V"],
     targets_X: Int[Array, " X"],
+    weights_X: Float[Array, " X"] | None = None,
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -41,6 +42,7 @@ def linear_cross_entropy(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Sum over tokens of the cross-entropy of ``softmax(x kernel)``; tokens with a negative target count nothing.
 
+    Where ``weights_X`` are given, a token counts as much as its weight says in all sums; no gradient reaches them.
     Columns of the kernel from ``vocab_size`` on are padding, which has no probability.
 
     ``(1 - s) * -log p(target) + s * mean_v(-log p(v)) + z * log(Z)^2`` for label smoothing s and z-loss z. The product
@@ -52,7 +54,25 @@ def linear_cross_entropy(
       z-loss), ``correct`` (tokens whose most probable token is the target) and ``tokens`` (targets that count).
     """
     terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size)
-    return named_sums(_linear_cross_entropy(x_XD, kernel_DV, targets_X, terms))
+    return named_sums(_linear_cross_entropy(x_XD, kernel_DV, targets_X, weights_X, terms))
+
+
+def token_losses(
+    x_XD: Float[Array, "X D"],
+    kernel_DV: Float[Array, "D V"],
+    targets_X: Int[Array, " X"],
+    *,
+    vocab_size: int | None = None,
+    chunk_size: int = 4096,
+    vocab_axis: str | None = None,
+) -> Float[Array, "2 X"]:
+    """Of each token the cross-entropy, and 1 where its most probable token is the target; 0 where it has no target.
+
+    Of what is summed by :func:`linear_cross_entropy`, without a gradient.
+    """
+    terms = Terms(0.0, 0.0, vocab_size or kernel_DV.shape[1], chunk_size)
+    found_SC2 = _in_chunks(x_XD, kernel_DV, targets_X, terms, None, False, vocab_axis)[1]
+    return jax.lax.stop_gradient(found_SC2.reshape(-1, 2)[: x_XD.shape[0]].T)
 
 
 def named_sums(sums_4: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -60,22 +80,24 @@ def named_sums(sums_4: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""
     return sums_4[0], {"cross_entropy": sums_4[1], "correct": sums_4[2], "tokens": sums_4[3]}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear_cross_entropy(x_XD, kernel_DV, targets_X, terms):
-    return cross_entropy_in_chunks(x_XD, kernel_DV, targets_X, terms, gradients=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _linear_cross_entropy(x_XD, kernel_DV, targets_X, weights_X, terms):
+    return cross_entropy_in_chunks(x_XD, kernel_DV, targets_X, terms, weights_X=weights_X, gradients=False)[0]
 
 
-def _forward(x_XD, kernel_DV, targets_X, terms):
-    sums_4, dx_XD, dkernel_DV = cross_entropy_in_chunks(x_XD, kernel_DV, targets_X, terms, gradients=True)
+def _forward(x_XD, kernel_DV, targets_X, weights_X, terms):
+    sums_4, dx_XD, dkernel_DV = cross_entropy_in_chunks(
+        x_XD, kernel_DV, targets_X, terms, weights_X=weights_X, gradients=True
+    )
     assert dx_XD is not None and dkernel_DV is not None
     return sums_4, (dx_XD, dkernel_DV.astype(kernel_DV.dtype))
 
 
-def scaled_gradients(terms: Terms, residuals: tuple[Array, Array], slope_4: Array) -> tuple[Array, Array, None]:
+def scaled_gradients(terms: Terms, residuals: tuple[Array, Array], slope_4: Array) -> tuple[Array, Array, None, None]:
     """The backward pass of a loss whose forward pass kept its gradients for tokens and kernel."""
     del terms
     dx, dkernel_DV = residuals
-    return dx * slope_4[0].astype(dx.dtype), dkernel_DV * slope_4[0].astype(dkernel_DV.dtype), None
+    return dx * slope_4[0].astype(dx.dtype), dkernel_DV * slope_4[0].astype(dkernel_DV.dtype), None, None
 
 
 _linear_cross_entropy.defvjp(_forward, scaled_gradients)
@@ -88,6 +110,7 @@ def cross_entropy_in_chunks(
     terms: Terms,
     *,
     gradients: bool,
+    weights_X: Float[Array, " X"] | None = None,
     vocab_axis: str | None = None,
 ) -> tuple[Float[Array, "4"], Float[Array, "X D"] | None, Float[Array, "D V"] | None]:
     """The sums of :func:`linear_cross_entropy` (loss, cross-entropy, hits, targets), and gradients of the first.
@@ -98,12 +121,29 @@ def cross_entropy_in_chunks(
       targets_X: of the whole vocabulary.
       terms: what is minimised.
       gradients: whether to make them.
+      weights_X: how much each token counts; None: 1.
       vocab_axis: mesh axis that the columns are split over. Sums are those of all columns; the gradient of the tokens
         is that of the columns here, to be summed over the axis.
 
     Returns:
       The sums, and where asked for the gradients of tokens, in their dtype, and of the kernel, float32.
     """
+    sums_4, dx_SCD, dkernel_DV = _in_chunks(x_XD, kernel_DV, targets_X, terms, weights_X, gradients, vocab_axis)
+    if not gradients:
+        return sums_4, None, None
+    return sums_4, dx_SCD.reshape(-1, x_XD.shape[1])[: x_XD.shape[0]].astype(x_XD.dtype), dkernel_DV
+
+
+def _in_chunks(
+    x_XD: Array,
+    kernel_DV: Array,
+    targets_X: Array,
+    terms: Terms,
+    weights_X: Array | None,
+    gradients: bool,
+    vocab_axis: str | None,
+) -> tuple[Array, Array, Array]:
+    """Sums; with gradients those of tokens [S, C, D] and of the kernel, else losses and hits [S, C, 2] of tokens."""
     X, D = x_XD.shape
     V = kernel_DV.shape[1]
     first = jnp.zeros((), jnp.int32) if vocab_axis is None else V * jax.lax.axis_index(vocab_axis)
@@ -115,6 +155,7 @@ def cross_entropy_in_chunks(
     padding = chunks * C - X
     x_SCD = jnp.pad(x_XD, ((0, padding), (0, 0))).reshape(chunks, C, D)
     targets_SC = jnp.pad(targets_X, (0, padding), constant_values=-1).reshape(chunks, C)
+    weights_SC = None if weights_X is None else jnp.pad(weights_X, (0, padding)).reshape(chunks, C)
 
     def total(x: Array) -> Array:
         return x if vocab_axis is None else jax.lax.psum(x, vocab_axis)
@@ -124,9 +165,11 @@ def cross_entropy_in_chunks(
 
     def step(carry, chunk):
         sums_4, dkernel_DV = carry
-        x_CD, targets_C = chunk
+        x_CD, targets_C, weights_C = chunk
         logits_CV = jnp.einsum("CD,DV->CV", x_CD, kernel_DV, preferred_element_type=jnp.float32)
         counts_C = (targets_C >= 0).astype(jnp.float32)
+        if weights_C is not None:
+            counts_C = counts_C * weights_C
         target_CV = columns_V[None, :] == targets_C[:, None]
         if padded:
             logits_CV = jnp.where(real_V[None, :], logits_CV, _IMPOSSIBLE)
@@ -149,7 +192,7 @@ def cross_entropy_in_chunks(
             [jnp.sum(loss_C * counts_C), jnp.sum(nll_C * counts_C), jnp.sum(correct_C * counts_C), jnp.sum(counts_C)]
         )
         if not gradients:
-            return (sums_4 + new, dkernel_DV), None
+            return (sums_4 + new, dkernel_DV), jnp.stack([nll_C * counts_C, correct_C * counts_C], axis=-1)
         p_CV = jnp.exp(logits_CV - log_z_C[:, None])
         one_hot_CV = target_CV.astype(jnp.float32)
         dlogits_CV = p_CV * (1 + 2 * terms.z_loss * log_z_C[:, None]) - (1 - terms.label_smoothing) * one_hot_CV
@@ -162,7 +205,7 @@ def cross_entropy_in_chunks(
 
     zero = jnp.zeros((D, V) if gradients else (), jnp.float32)
     with jax.named_scope("linear_cross_entropy"):
-        (sums_4, dkernel_DV), dx_SCD = jax.lax.scan(step, (jnp.zeros(4, jnp.float32), zero), (x_SCD, targets_SC))
-    if dx_SCD is None:
-        return sums_4, None, None
-    return sums_4, dx_SCD.reshape(chunks * C, D)[:X].astype(x_XD.dtype), dkernel_DV
+        (sums_4, dkernel_DV), found = jax.lax.scan(
+            step, (jnp.zeros(4, jnp.float32), zero), (x_SCD, targets_SC, weights_SC)
+        )
+    return sums_4, found, dkernel_DV

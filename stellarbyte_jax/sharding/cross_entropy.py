@@ -19,6 +19,7 @@ def linear_cross_entropy(
     x_BTD: Float[Array, "B T D"],
     kernel_DV: Float[Array, "D V"],
     targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"] | None = None,
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -32,26 +33,58 @@ def linear_cross_entropy(
     """
     terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size)
     if current_mesh() is not None:
-        return op.named_sums(_on_mesh(x_BTD, kernel_DV, targets_BT, terms))
+        return op.named_sums(_on_mesh(x_BTD, kernel_DV, targets_BT, weights_BT, terms))
+    weights_X = None if weights_BT is None else weights_BT.reshape(-1)
     return op.linear_cross_entropy(
-        x_BTD.reshape(-1, x_BTD.shape[-1]), kernel_DV, targets_BT.reshape(-1), **terms._asdict()
+        x_BTD.reshape(-1, x_BTD.shape[-1]), kernel_DV, targets_BT.reshape(-1), weights_X, **terms._asdict()
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _on_mesh(x_BTD: Array, kernel_DV: Array, targets_BT: Array, terms: Terms) -> Array:
-    return _each_device(x_BTD, kernel_DV, targets_BT, terms, gradients=False)[0]
+def token_losses(
+    x_BTD: Float[Array, "B T D"],
+    kernel_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    *,
+    vocab_size: int | None = None,
+) -> Float[Array, "2 B T"]:
+    """:func:`ops.cross_entropy.token_losses` of tokens in rows, on the mesh that is set."""
+
+    def local(x_BTD: Array, kernel_DV: Array, targets_BT: Array, vocab_axis: str | None = None) -> Array:
+        flat = (x_BTD.reshape(-1, x_BTD.shape[-1]), kernel_DV, targets_BT.reshape(-1))
+        found = op.token_losses(*flat, vocab_size=vocab_size, vocab_axis=vocab_axis)
+        return found.reshape(2, *targets_BT.shape)
+
+    if current_mesh() is None:
+        return local(x_BTD, kernel_DV, targets_BT)
+    vocab_size = vocab_size or kernel_DV.shape[1]
+    mesh = jax.sharding.get_abstract_mesh()
+    tokens = spec_of(("batch", "sequence"), targets_BT.shape, mesh)
+    columns = spec_of((None, "vocab"), kernel_DV.shape, mesh)
+    (vocab_axis,) = entry_axes(columns[1]) or (None,)
+    specs = (PartitionSpec(*tokens, None), columns, tokens)
+    on_device = partial(local, vocab_axis=vocab_axis)
+    out = PartitionSpec(None, *tokens)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(
+        x_BTD, kernel_DV, targets_BT
+    )
 
 
-def _forward(x_BTD: Array, kernel_DV: Array, targets_BT: Array, terms: Terms):
-    sums_4, dx_BTD, dkernel_DV = _each_device(x_BTD, kernel_DV, targets_BT, terms, gradients=True)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _on_mesh(x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None, terms: Terms) -> Array:
+    return _each_device(x_BTD, kernel_DV, targets_BT, weights_BT, terms, gradients=False)[0]
+
+
+def _forward(x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None, terms: Terms):
+    sums_4, dx_BTD, dkernel_DV = _each_device(x_BTD, kernel_DV, targets_BT, weights_BT, terms, gradients=True)
     return sums_4, (dx_BTD, dkernel_DV)
 
 
 _on_mesh.defvjp(_forward, op.scaled_gradients)
 
 
-def _each_device(x_BTD: Array, kernel_DV: Array, targets_BT: Array, terms: Terms, *, gradients: bool) -> Any:
+def _each_device(
+    x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None, terms: Terms, *, gradients: bool
+) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     tokens = spec_of(("batch", "sequence"), targets_BT.shape, mesh)
     columns = spec_of((None, "vocab"), kernel_DV.shape, mesh)
@@ -62,10 +95,13 @@ def _each_device(x_BTD: Array, kernel_DV: Array, targets_BT: Array, terms: Terms
     cuts_positions = vocab_axis in entry_axes(between[1])
     token_axes = entry_axes(tokens[0]) + entry_axes(tokens[1])
 
-    def local(x_BTD: Array, kernel_DV: Array, targets_BT: Array):
+    def local(x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None):
         shape = x_BTD.shape
         flat = (x_BTD.reshape(-1, shape[-1]), kernel_DV, targets_BT.reshape(-1), terms)
-        sums_4, dx_XD, dkernel_DV = op.cross_entropy_in_chunks(*flat, gradients=gradients, vocab_axis=vocab_axis)
+        weights_X = None if weights_BT is None else weights_BT.reshape(-1)
+        sums_4, dx_XD, dkernel_DV = op.cross_entropy_in_chunks(
+            *flat, gradients=gradients, weights_X=weights_X, vocab_axis=vocab_axis
+        )
         sums_4 = jax.lax.psum(sums_4, token_axes)
         if dx_XD is None or dkernel_DV is None:
             return (sums_4,)
@@ -79,8 +115,8 @@ def _each_device(x_BTD: Array, kernel_DV: Array, targets_BT: Array, terms: Terms
 
     made = (PartitionSpec(), between if cuts_positions else given, kept) if gradients else (PartitionSpec(),)
     # Nothing is differentiated through it, so nothing has to be known of which results are equal on which devices.
-    return jax.shard_map(local, mesh=mesh, in_specs=(given, columns, tokens), out_specs=made, check_vma=False)(
-        x_BTD, kernel_DV, targets_BT
+    return jax.shard_map(local, mesh=mesh, in_specs=(given, columns, tokens, tokens), out_specs=made, check_vma=False)(
+        x_BTD, kernel_DV, targets_BT, weights_BT
     )
 
 

@@ -1,23 +1,18 @@
 """The tokenizer as training and generation use it: any Hugging Face directory, read without transformers."""
 
+import bisect
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.tokenizer.directory import CONFIG, LIBRARY, TokenizerDirectory, vocabulary_size
 from stellarbyte_jax.tokenizer.special import named_ids
 
-_SPACE = "\u2581"  # SentencePiece's mark
-_LARGEST_VOCABULARY = 2**24  # one id of a broken file could ask for all memory
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # Unicode keeps them free for such uses
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,16 @@ class Tokenizer:
         added = self._plain.get_added_tokens_decoder().values()
         described = {token.content: token for token in added if token.content}
         return dict(sorted(described.items(), key=lambda item: len(item[0]), reverse=True))
+
+    @property
+    def special_spellings(self) -> list[str]:
+        """Texts of special tokens, the longest first."""
+        return [spelling for spelling, token in self._added.items() if token.special]
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of special tokens."""
+        return self._control
 
     @cached_property
     def _control(self) -> frozenset[int]:
@@ -90,10 +95,15 @@ class Tokenizer:
         self._stand_ins[mark, markers] = library, ids
         return library, ids
 
-    def _text_only(self, ids: list[int]) -> list[int]:
-        """The ids with smaller pieces for special tokens, which some models make of their spelling by themselves."""
+    def _text_only(
+        self, ids: list[int], places: Sequence[tuple[int, int]] = ()
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids with smaller pieces for special tokens, which some models make of their spelling by themselves.
+
+        ``places`` are repeated for the pieces of a token.
+        """
         if self._control.isdisjoint(ids):
-            return ids
+            return ids, list(places)
         model = self._plain.model
 
         def smaller(piece: str) -> list[int]:
@@ -108,7 +118,9 @@ class Tokenizer:
             except Exception:  # unknown, and no token stands for that: as nothing stands for it elsewhere
                 return []
 
-        return [n for i in ids for n in (smaller(model.id_to_token(i)) if i in self._control else [i])]
+        parts = [smaller(model.id_to_token(i)) if i in self._control else [i] for i in ids]
+        repeated = [place for place, part in zip(places, parts, strict=False) for _ in part]
+        return [n for part in parts for n in part], repeated
 
     def __repr__(self) -> str:
         """Without the template and the fingerprint, which would fill a screen."""
@@ -142,7 +154,7 @@ class Tokenizer:
             ids = library.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise _unencodable([text]) from None
-        return ids if parse_special else self._text_only(ids)
+        return ids if parse_special else self._text_only(ids)[0]
 
     def encode_around(self, text: str, said: Sequence[tuple[int, int]], template: str = "") -> list[int]:
         """Ids of a text that the program wrote, but for the pieces from ``begin`` to ``end`` that others said.
@@ -154,35 +166,51 @@ class Tokenizer:
         Raises:
             ValueError: It holds a lone surrogate, or all of the characters that stand for special tokens meanwhile.
         """
+        return self.encode_with_places(text, said, template)[0]
+
+    def encode_with_places(
+        self, text: str, said: Sequence[tuple[int, int]], template: str = ""
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids as :meth:`encode_around` makes them, and the characters of ``text`` from ``begin`` to ``end`` of each.
+
+        Tokens that are pieces of one character have its place.
+
+        Raises:
+            ValueError: As there.
+        """
         mark = next((mark for mark in _NONCHARACTERS if mark not in text), None)
         if mark is None:
             raise ValueError(
                 "the messages hold every noncharacter from U+FDD0 to U+FDEF, which no text has: leave them out"
             )
-        pieces, at, used = [], 0, set()
+        pieces: list[tuple[str, int, int]] = []  # what stands for a piece of the text, and its place there
+        at, used = 0, set()
         for begin, end in (*said, (len(text), len(text))):
-            pieces += [self._marked(text, at, begin, mark, used), text[begin:end]]
+            pieces += [*self._marked(text, at, begin, mark, used), (text[begin:end], begin, end)]
             at = end
         used.update(spelling for spelling in self._added if spelling in template)
         library, ids = self._with_stand_ins(mark, frozenset(s for s in used if not self._added[s].special))
         try:
-            encoded: list[int] = library.encode("".join(pieces), add_special_tokens=False).ids
+            encoded = library.encode("".join(piece for piece, _, _ in pieces), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             raise _unencodable([text]) from None
-        return [ids.get(i, i) for i in self._text_only(encoded)]
+        found, places = self._text_only(encoded.ids, _places(pieces, encoded.offsets))
+        return [ids.get(i, i) for i in found], places
 
-    def _marked(self, text: str, begin: int, end: int, mark: str, used: set[str]) -> str:
-        """A piece of a text with stand-ins for its added tokens, which are noted in ``used``."""
+    def _marked(self, text: str, begin: int, end: int, mark: str, used: set[str]) -> Iterator[tuple[str, int, int]]:
+        """A piece of a text with stand-ins for its added tokens, which are noted in ``used``, each with its place."""
         numbers = {spelling: number for number, spelling in enumerate(self._added)}
-
-        def stand_in(found: re.Match[str]) -> str:
-            around = text[max(0, begin + found.start() - 1) : begin + found.end() + 1].replace(found[0], "", 1)
+        at = begin
+        for found in re.finditer("|".join(map(re.escape, numbers)), text[begin:end]) if numbers else ():
+            first, last = begin + found.start(), begin + found.end()
+            around = text[max(0, first - 1) : last + 1].replace(found[0], "", 1)
             if self._added[found[0]].single_word and re.search(r"\w", around):
-                return found[0]
+                continue
             used.add(found[0])
-            return f"{mark}{numbers[found[0]]}{mark}"
-
-        return re.sub("|".join(map(re.escape, numbers)), stand_in, text[begin:end]) if numbers else text[begin:end]
+            yield text[at:first], at, first
+            yield f"{mark}{numbers[found[0]]}{mark}", first, last
+            at = last
+        yield text[at:end], at, end
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """Ids of many texts at once, on all cores, each as :meth:`encode` makes them.
@@ -195,7 +223,7 @@ class Tokenizer:
             rows = library.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             raise _unencodable(texts) from None
-        return [row.ids if parse_special else self._text_only(row.ids) for row in rows]
+        return [row.ids if parse_special else self._text_only(row.ids)[0] for row in rows]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD.
@@ -264,73 +292,23 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def token_byte_lengths(path: str | Path) -> np.ndarray | None:
-    """UTF-8 bytes of text that each token id stands for, int32 [vocabulary]; special tokens count 0.
+def _places(pieces: Sequence[tuple[str, int, int]], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Places in a text of tokens whose ``offsets`` are places among what stands for its pieces."""
+    begins: list[int] = []
+    at = 0
+    for piece, _, _ in pieces:
+        begins.append(at)
+        at += len(piece)
 
-    The vocabulary is that of ``load_tokenizer``, with the tokens that only other files add.
+    def place(offset: int, is_end: bool) -> int:
+        number = max(0, bisect.bisect_right(begins, offset - is_end) - 1)  # of several without characters, the last
+        piece, begin, end = pieces[number]
+        inside = offset - begins[number]
+        if len(piece) == end - begin:
+            return begin + inside
+        return end if is_end else begin  # a stand-in is one token
 
-    None where that is not known: neither a byte-level vocabulary nor one of SentencePiece's kind, whose tokens spell
-    bytes as ``<0x41>`` and spaces as a mark of their own.
-
-    Args:
-      path: the tokenizer's directory.
-
-    Raises:
-      ValueError: the directory is unreadable.
-    """
-    directory = TokenizerDirectory(path)
-    settings = directory.library_settings()
-    try:
-        lengths = _byte_lengths(settings)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # an object where a list belongs, and the like
-        raise ValueError(
-            f"{Path(path) / LIBRARY} is not a tokenizer whose tokens can be read "
-            f"({type(error).__name__}: {clipped(str(error))}): copy the file again"
-        ) from None
-    if lengths is None:
-        return None
-    added = directory.read_library()[1].get_added_tokens_decoder()
-    lengths = np.concatenate([lengths, np.zeros(max(0, vocabulary_size(added) - len(lengths)), np.int32)])
-    for number, token in added.items():
-        lengths[number] = 0 if token.special else len(token.content.encode())
-    return lengths
-
-
-def _byte_lengths(settings: Mapping[str, Any]) -> np.ndarray | None:
-    vocabulary = _vocabulary(settings)
-    count = _byte_counter(settings.get("decoder") or {})
-    if vocabulary is None or count is None:
-        return None
-    ids = vocabulary.values()
-    if not all(type(i) is int and 0 <= i < _LARGEST_VOCABULARY for i in ids):
-        raise ValueError(f"ids must be integers from 0 to {_LARGEST_VOCABULARY - 1}")
-    lengths = np.zeros(vocabulary_size(ids), np.int32)
-    for token, number in vocabulary.items():
-        lengths[number] = count(token)
-    return lengths
-
-
-def _vocabulary(settings: Mapping[str, Any]) -> dict[str, int] | None:
-    """Token -> id of a model of the tokenizers library; None for a kind without."""
-    tokens = settings["model"].get("vocab")
-    if isinstance(tokens, list):  # Unigram: pairs of token and score
-        return {token: number for number, (token, _) in enumerate(tokens)}
-    return tokens
-
-
-def _byte_counter(decoder: Mapping[str, Any]) -> Callable[[str], int] | None:
-    """How many bytes of text a token of the vocabulary spells, by how tokens are decoded; None where it is unknown."""
-    parts = {part.get("type"): part for part in (decoder, *decoder.get("decoders", []))}
-    if "ByteLevel" in parts:
-        return len  # each byte is one character
-    if "ByteFallback" not in parts and "Metaspace" not in parts:
-        return None
-    space = parts.get("Metaspace", {}).get("replacement", _SPACE)
-
-    def count(token: str) -> int:
-        return 1 if _BYTE.fullmatch(token) else len(token.replace(space, " ").encode())
-
-    return count
+    return [(place(begin, False), place(end, True) if begin < end else place(begin, False)) for begin, end in offsets]
 
 
 def _load_unchanged(path: str, fingerprint: str) -> Tokenizer:

@@ -28,18 +28,44 @@ _BUILT_IN = (str, bytes, bytearray, int, float, list, tuple, dict)
 
 
 class GenerationTag(Extension):
-    """``{% generation %}`` marks what an assistant says; here it changes nothing."""
+    """``{% generation %}`` marks what an assistant says; its places are noted where the environment looks for them."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node:
         """A block whose content is kept."""
+        self.environment.marks_replies = True  # type: ignore[attr-defined]
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
     def _content(self, caller: Callable[[], str]) -> str:
-        return caller()
+        said = caller()
+        written: Written | None = getattr(self.environment, "written", None)
+        if written is not None:
+            begin = sum(map(len, written.pieces))
+            written.marked.append((begin, said))
+        return said
+
+
+class Written:
+    """The text of a rendering while it is made.
+
+    Attributes:
+      pieces: of the text so far.
+      marked: begin and text of each block of ``{% generation %}``; within a macro it begins elsewhere.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.pieces: list[str] = []
+        self.marked: list[tuple[int, str]] = []
+
+    def follow(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The same pieces, which are kept."""
+        for piece in pieces:
+            self.pieces.append(piece)
+            yield piece
 
 
 class _Counting(NodeTransformer):
@@ -95,6 +121,8 @@ class Environment(ImmutableSandboxedEnvironment):
 
     Attributes:
       budget: of the rendering that is going on.
+      written: of it, where the places of what an assistant says are asked for.
+      marks_replies: whether a template that was compiled has ``{% generation %}``.
     """
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
@@ -102,6 +130,8 @@ class Environment(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         """As Jinja's own; the budget is there before anything is compiled."""
         self.budget = costs.Budget()
+        self.written: Written | None = None
+        self.marks_replies = False
         # Not optimized: what is computed while compiling, such as a list of a filter, would cost its readers nothing.
         super().__init__(finalize=self._written, optimized=False, **options)
 

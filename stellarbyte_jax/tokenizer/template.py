@@ -1,11 +1,11 @@
 """Chat templates: Jinja sources that make a prompt of messages, with what ``transformers`` gives them to work with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stellarbyte_jax.config.foreign import clipped
 from stellarbyte_jax.tokenizer.provenance import trace
-from stellarbyte_jax.tokenizer.sandbox import make_environment
+from stellarbyte_jax.tokenizer.sandbox import Written, make_environment
 
 
 class ChatTemplate:
@@ -33,22 +33,69 @@ class ChatTemplate:
         except Exception as error:  # also what Python's own compiler says of generated code
             raise ValueError(f"the chat template of {where} is not valid: {_line(error)}") from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    @property
+    def marks_replies(self) -> bool:
+        """Whether it says by ``{% generation %}`` what an assistant writes."""
+        return self._environment.marks_replies
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        traced: Callable[[int | None], bool] = lambda number: True,
+    ) -> str:
         """The text of a conversation, ``provenance.Traced`` where a message brought some of it.
+
+        Args:
+          messages: with ``role`` and what else the template reads.
+          add_generation_prompt: whether the beginning of a reply follows.
+          tools: descriptions of the functions that may be called.
+          traced: whether what the message of a number, from 0, brings is to be followed; None stands for the tools.
 
         Raises:
           ValueError: the template refuses the messages, or fails.
         """
+        return self._rendered(messages, add_generation_prompt, tools, traced, None)
+
+    def render_marked(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a whole conversation, and the places in it that ``{% generation %}`` marks.
+
+        Raises:
+          ValueError: the template refuses the messages, fails, or marks what it does not write there and then.
+        """
+        written = Written()
+        text = self._rendered(messages, False, tools, lambda number: True, written)
+        places = [(begin, begin + len(said)) for begin, said in written.marked]
+        if any(text[begin:end] != said for (begin, end), (_, said) in zip(places, written.marked, strict=True)):
+            raise ValueError(
+                f"the chat template of {self._where} has {{% generation %}} in a macro, a set block or a filter, so "
+                "that the place of a reply in the text is not known: move it out of there"
+            )
+        return text, places
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None,
+        traced: Callable[[int | None], bool],
+        written: Written | None,
+    ) -> str:
         try:
-            self._environment.budget.start(messages)
+            self._environment.budget.start((*messages, *(tools or ())))
+            self._environment.written = written
             pieces = self._template.generate(
-                messages=[trace(message) for message in messages],
-                tools=None,
+                messages=[trace(message) if traced(number) else message for number, message in enumerate(messages)],
+                tools=None if tools is None else trace(tools) if traced(None) else list(tools),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-            return self._environment.concat(pieces)
+            return self._environment.concat(pieces if written is None else written.follow(pieces))
         except Exception as error:  # a template can fail in any way that Python can
             raise ValueError(f"the chat template of {self._where} refuses the messages: {_line(error)}") from None
 

@@ -33,7 +33,7 @@ from stellarbyte_jax.sharding import device_mesh
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
-from stellarbyte_jax.training import finish, messages
+from stellarbyte_jax.training import chat, finish, messages
 from stellarbyte_jax.training.console import Reporter
 from stellarbyte_jax.training.directory import holds_run
 from stellarbyte_jax.training.placement import devices, place_batches
@@ -287,7 +287,9 @@ def _keep(found: Found, parameters: ParameterCounts) -> None:
         target = run_dir / ABOUT
         write_json(target, about(parameters.total, parameters.active))
         target = run_dir / TOKENIZER
-        copy_tokenizer(tokenizer, target, kept_ids(target, tokenizer, found.used.model.vocab_size))
+        ids = chat.ids_of_run(found.used, kept_ids(target, tokenizer, found.used.model.vocab_size))
+        copy_tokenizer(tokenizer, target, ids)
+        chat.keep_template(found.used, target)
     except OSError as error:
         source = error.filename if error.filename2 is None else None  # a copy that fails names both
         if source is not None and Path(source).parent == Path(tokenizer):

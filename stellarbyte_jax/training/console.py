@@ -202,6 +202,8 @@ _FORMATS = {
     "router/max_load": ("max load", "{:.2f}"),
     "router/drop_rate": ("dropped", "{:.1%}"),
     "skipped_lines": ("skipped lines", "{:.0f}"),
+    "shortened_conversations": ("shortened", "{:.0f}"),
+    "left_out_conversations": ("left out", "{:.0f}"),
 }
 _IF_ANY = ("router/drop_rate",)  # not told where it is 0
 

@@ -43,7 +43,7 @@ class Meter:
         config: TrainConfig,
         active_parameters: int,
         show: Callable[[int, dict[str, float], bool], None],
-        skipped: Callable[[], int],
+        counts: Callable[[], Mapping[str, int]],
         seconds: float | None = 0.0,
         tokens: int | None = 0,
         devices: int = 1,
@@ -54,7 +54,7 @@ class Meter:
           config: of the run.
           active_parameters: number of weights that one token uses.
           show: takes each step's number, its metrics, and whether they are due for lines and trackers.
-          skipped: number of unusable lines that were left out so far.
+          counts: what the data left out so far, by the name of its metric.
           seconds: of training, of earlier starts; None where they did not count.
           tokens: that earlier starts trained on; None likewise.
           devices: that the run uses.
@@ -62,7 +62,7 @@ class Meter:
         self._steps_in_all, self._interval = config.steps, config.logging.interval
         self._flops = flops_per_token(config.model, active_parameters, config.data.sequence_length)
         self._step_tokens = config.global_batch_size * config.data.sequence_length
-        self._show, self._skipped, self._devices = show, skipped, devices
+        self._show, self._counts, self._devices = show, counts, devices
         self._pending: tuple[int, Metrics] | None = None
         self.rates: list[float] = []
         self.last: dict[str, float] = {}
@@ -128,8 +128,7 @@ class Meter:
             seconds = time.perf_counter() - self._since
             speed = speed_metrics(self._read_tokens, seconds, self._flops, self._devices)
         self.last = {**values, **speed, **memory_metrics(), **self.totals()}
-        if self._skipped():
-            self.last["skipped_lines"] = float(self._skipped())
+        self.last |= {name: float(count) for name, count in self._counts().items()}
         due = step % self._interval == 0 or step == self._steps_in_all
         self._show(step, self.last, due)
         if due and speed:

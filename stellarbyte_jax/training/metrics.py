@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -9,22 +10,28 @@ from stellarbyte_jax.inspect.costs import FlopsPerToken
 from stellarbyte_jax.launch.hardware import hardware_of
 
 
-def validation_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+def validation_metrics(sums: Mapping[str, Any]) -> dict[str, float]:
     """Turns sums over all validation targets into token-weighted means.
 
     ``loss`` is nats a token, ``perplexity`` its exponential, ``bits_per_byte`` the same information by UTF-8 byte of
-    the targets' text, which does not depend on the tokenizer; ``accuracy`` the share of targets predicted first.
+    the targets' text, which does not depend on the tokenizer; ``accuracy`` the share of targets predicted first. Of
+    conversations of several turns ``loss_reply_1`` and so on are those of the first reply and later ones.
 
     Raises:
       ValueError: the sums hold no target token.
     """
-    tokens = sums["tokens"]
+    tokens = float(sums["tokens"])
     if tokens == 0:
         raise ValueError("the validation set holds no token to predict: its documents are empty or one token long")
-    loss = sums["cross_entropy"] / tokens
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": sums["correct"] / tokens}
+    loss = float(sums["cross_entropy"]) / tokens
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": float(sums["correct"]) / tokens}
     if sums.get("bytes"):
-        result["bits_per_byte"] = sums["cross_entropy"] / math.log(2) / sums["bytes"]
+        result["bits_per_byte"] = float(sums["cross_entropy"]) / math.log(2) / float(sums["bytes"])
+    counts = sums.get("reply_tokens", ())
+    if sum(count > 0 for count in counts) > 1:
+        for number, (total, count) in enumerate(zip(sums["reply_losses"], counts, strict=True), 1):
+            if count:
+                result[f"loss_reply_{number}"] = float(total / count)
     return result
 
 

@@ -198,7 +198,7 @@ def _prepare(
         trackers.log(step, {**metrics, **meter.totals()})
 
     seconds, tokens = resumed.progress.seconds, resumed.progress.tokens
-    meter = Meter(config, parameters.active, show, lambda: loader.skipped, seconds, tokens, mesh.size)
+    meter = Meter(config, parameters.active, show, lambda: loader.counts, seconds, tokens, mesh.size)
     return _Run(
         config=config,
         named=named,

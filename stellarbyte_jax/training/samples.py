@@ -9,11 +9,11 @@ from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.inference.capacity import TooLongError, limits_of
 from stellarbyte_jax.inference.programs import cast_for_inference
 from stellarbyte_jax.inference.request import Request
-from stellarbyte_jax.inference.text import encode_prompt, generate_text
+from stellarbyte_jax.inference.text import continue_text
 from stellarbyte_jax.launch import processes, write_failure
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
-from stellarbyte_jax.tokenizer.codec import load_tokenizer
+from stellarbyte_jax.training.chat import ends_of_texts, prompt_ids, tokenizer_of_run
 from stellarbyte_jax.training.jsonl import keep_lines, read_lines
 
 SAMPLES = "samples.jsonl"  # in the run's directory
@@ -26,9 +26,9 @@ def check(config: TrainConfig) -> None:
     """Raises ValueError where a prompt is empty, or does not fit into the model with its continuation."""
     if not config.sample_prompts:
         return
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer_of_run(config)
     for prompt in config.sample_prompts:
-        row = encode_prompt(tokenizer, prompt, add_bos=config.data.add_bos)
+        row = prompt_ids(config, tokenizer, prompt)
         try:
             Request.make(config.model, [row], max_new_tokens=_new_tokens(config))
         except TooLongError:
@@ -139,22 +139,23 @@ class Sampler:
     def _continued(self, params: Params) -> Iterator[Sample]:
         """Prompts and texts, which follow from the weights alone: nothing of the run's random numbers is used."""
         config = self._config
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = tokenizer_of_run(config)
+        ends = ends_of_texts(config, tokenizer)
         params = cast_for_inference(self._model, params)
         for seed, prompt in enumerate(config.sample_prompts):
             if self.stopped():
                 return
-            (text,) = generate_text(
+            (text,) = continue_text(
                 self._model,
                 params,
                 tokenizer,
-                [prompt],
+                [prompt_ids(config, tokenizer, prompt)],
+                stop_tokens=ends,
                 max_new_tokens=_new_tokens(config),
                 temperature=_TEMPERATURE,
                 top_k=_TOP_K,
                 seed=seed,
-                add_bos=config.data.add_bos,
-            )
+            ).texts
             yield prompt, text
 
 

@@ -12,7 +12,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.state.router import RouterState, Tally, advance, tracked_loads
 from stellarbyte_jax.model.trees import Params, merge
-from stellarbyte_jax.training.loss import auxiliary_loss, batch_loss, next_token_targets
+from stellarbyte_jax.training.loss import auxiliary_loss, batch_loss, count_targets, next_token_targets
 from stellarbyte_jax.training.state import TrainState
 from stellarbyte_jax.training.telemetry import router_metrics, with_router_names
 
@@ -35,9 +35,11 @@ def make_train_step(
     parts = config.gradient_accumulation_steps
     max_segments = config.data.max_documents_per_sequence + 1  # padding counts as one more
     m = config.model
+    prompt_weight = config.data.chat.prompt_weight
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        tokens = jnp.maximum(jnp.sum(next_token_targets(batch) >= 0), 1).astype(jnp.float32)
+        counted = count_targets(batch, prompt_weight)
+        tokens = jnp.where(counted > 0, counted, 1.0)
         step_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
         def gradients(part: Batch, carried: State, index: jax.Array, share: jax.Array, router: RouterState | None):
@@ -49,6 +51,7 @@ def make_train_step(
                     merge(params, state.frozen),
                     part,
                     config.loss,
+                    prompt_weight=prompt_weight,
                     max_segments=max_segments,
                     dropout_key=key,
                     train=True,

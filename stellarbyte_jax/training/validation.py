@@ -12,7 +12,7 @@ from stellarbyte_jax.data.files import DataError
 from stellarbyte_jax.data.loader import Loader
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
-from stellarbyte_jax.tokenizer.codec import token_byte_lengths
+from stellarbyte_jax.tokenizer.byte_lengths import token_byte_lengths
 from stellarbyte_jax.training.console import Reporter
 from stellarbyte_jax.training.metrics import validation_metrics
 from stellarbyte_jax.training.placement import replicated, shardings
@@ -52,7 +52,7 @@ def evaluate(
         totals.append(sums)
         report.validation(index + 1, limit)
     sums = jax.device_get(totals)
-    return validation_metrics({name: float(np.sum([np.float64(s[name]) for s in sums])) for name in sums[0]})
+    return validation_metrics({name: np.sum([np.float64(s[name]) for s in sums], axis=0) for name in sums[0]})
 
 
 def measured_on(loader: Loader, limit: int | None) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from stellarbyte_jax.data.sources import Corpus, _open_lines, open_lines
 from stellarbyte_jax.data.text import TextFormat
 from stellarbyte_jax.hf.checksums import ENTRY
 from stellarbyte_jax.hf.files import INDEX, SINGLE, WeightFiles
-from stellarbyte_jax.tokenizer.codec import load_tokenizer, token_byte_lengths
+from stellarbyte_jax.tokenizer.byte_lengths import token_byte_lengths
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.directory import (
     ADDED_TOKENS,
     CHAT_TEMPLATE,

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from stellarbyte_jax.ops.cross_entropy import linear_cross_entropy
+from stellarbyte_jax.ops.cross_entropy import linear_cross_entropy, token_losses
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -61,3 +61,42 @@ def test_a_tie_is_no_hit():
     assert float(linear_cross_entropy(x, jnp.ones((4, 5)), targets)[1]["correct"]) == 0
     better = jnp.ones((4, 5)).at[:, 1].set(2.0)
     assert float(linear_cross_entropy(x, better, targets)[1]["correct"]) == 1
+
+
+@pytest.mark.parametrize("chunk_size", [4, 1000])
+def test_tokens_count_by_their_weights(chunk_size):
+    keys = jax.random.split(jax.random.key(3), 2)
+    x, kernel = jax.random.normal(keys[0], (6, 5)), jax.random.normal(keys[1], (5, 9))
+    targets = jnp.asarray([3, -1, 0, 8, 5, 5], jnp.int32)
+    weights = jnp.asarray([1.0, 7.0, 0.25, 0.0, 0.5, 1.0])
+
+    def ours(x, kernel, weights):
+        return linear_cross_entropy(x, kernel, targets, weights, z_loss=0.1, chunk_size=chunk_size)
+
+    def theirs(x, kernel):
+        each = -jax.nn.log_softmax(x @ kernel)[jnp.arange(6), targets]
+        each += 0.1 * jnp.square(jax.nn.logsumexp(x @ kernel, axis=-1))
+        return jnp.sum(jnp.where(targets >= 0, each * weights, 0.0))
+
+    (total, sums), slopes = jax.value_and_grad(ours, (0, 1, 2), has_aux=True)(x, kernel, weights)
+    expected, expected_slopes = jax.value_and_grad(theirs, (0, 1))(x, kernel)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    for found, slope in zip(slopes, expected_slopes, strict=False):
+        np.testing.assert_allclose(found, slope, atol=1e-5)
+    assert not np.any(slopes[2]) and float(sums["tokens"]) == 2.75
+    hits = np.asarray(jnp.argmax(x @ kernel, axis=-1) == targets)
+    assert float(sums["correct"]) == np.asarray(weights)[hits].sum()
+
+
+@pytest.mark.parametrize("chunk_size", [4, 1000])
+def test_losses_of_tokens_are_what_is_summed(chunk_size):
+    keys = jax.random.split(jax.random.key(3), 2)
+    x, kernel = jax.random.normal(keys[0], (6, 5)), jax.random.normal(keys[1], (5, 9))
+    targets = jnp.asarray([3, -1, 0, 6, 5, 5], jnp.int32)
+    found = token_losses(x, kernel, targets, vocab_size=7, chunk_size=chunk_size)
+    scores = np.asarray(x @ kernel)[:, :7]
+    each = -np.asarray(jax.nn.log_softmax(scores))[np.arange(6), targets] * (np.asarray(targets) >= 0)
+    np.testing.assert_allclose(found[0], each, rtol=1e-5)
+    np.testing.assert_array_equal(found[1], scores.argmax(-1) == np.asarray(targets))
+    slope = jax.grad(lambda x: token_losses(x, kernel, targets, vocab_size=7, chunk_size=chunk_size).sum())(x)
+    assert not np.any(slope), "they are for reporting"

@@ -1,6 +1,7 @@
 """The loss of the head, split by tokens and by the vocabulary. On eight CPU devices."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from stellarbyte_jax.ops import cross_entropy as op
 from stellarbyte_jax.sharding import make_mesh, spec_of
-from stellarbyte_jax.sharding.cross_entropy import linear_cross_entropy
+from stellarbyte_jax.sharding.cross_entropy import linear_cross_entropy, token_losses
 
 B, T, D, V, WORDS = 8, 16, 12, 64, 50
 AXES = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
@@ -94,3 +95,20 @@ def test_a_tie_between_devices_is_no_hit():
         run = jax.jit(lambda kernel: linear_cross_entropy(jnp.ones((B, T, D)), kernel, targets)[1]["correct"])
         assert float(run(kernel)) == 0
         assert float(run(kernel.at[:, 60].set(0.5))) == B * T
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 4}, {"fsdp": 2, "context": 2, "tensor": 2}])
+def test_weights_and_losses_of_tokens_are_those_of_one_device(mesh):
+    weights = jnp.asarray(RANDOM.random((B, T)), jnp.float32)
+    (total, sums), gradients = value_and_gradients(linear_cross_entropy, TARGETS, weights)
+    losses = token_losses(X, KERNEL, TARGETS, vocab_size=WORDS)
+    with jax.set_mesh(make_mesh({**AXES, **mesh})):
+        (found, found_sums), found_gradients = value_and_gradients(linear_cross_entropy, TARGETS, weights)
+        found_losses = jax.jit(partial(token_losses, vocab_size=WORDS))(X, KERNEL, TARGETS)
+    np.testing.assert_allclose(found, total, rtol=1e-6)
+    for name, value in sums.items():
+        np.testing.assert_allclose(found_sums[name], value, rtol=1e-6, err_msg=name)
+    for a, b in zip(found_gradients, gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    np.testing.assert_allclose(found_losses, losses, atol=2e-5)
+    assert losses.shape == (2, B, T)

@@ -11,6 +11,7 @@ from helpers.training import MODEL, RECORDER, flat, packed_batch, rate_at, setti
 
 from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import (
+    ChatConfig,
     DataConfig,
     LossConfig,
     MemoryConfig,
@@ -235,6 +236,26 @@ def test_frequencies_of_long_texts_are_those_of_one_device():
     found, found_losses, _ = on_many(split, first, RECORDER, [batch])
     np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
     check_gradients(found.opt_state, state.opt_state)
+
+
+@pytest.mark.parametrize(("mesh", "parts"), [({}, 4), ({"fsdp": 2, "context": 2, "tensor": 2}, 1)])
+def test_a_reply_counts_the_same_whatever_the_part_that_it_is_in(mesh, parts):
+    """Parts with many targets, with one, with a few and with none; prompts count a quarter."""
+    chat = DataConfig(sequence_length=16, format="chat", chat=ChatConfig(prompt_weight=0.25))
+    config = config_of("dense", 1, data=chat)
+    batch = batch_of(config)
+    random = np.random.default_rng(0)
+    batch["replies"] = random.integers(0, 3, batch["tokens"].shape).astype(np.int32)
+    batch["loss_mask"] &= random.random(batch["tokens"].shape) < np.array([1.0, 0.0, 0.2, 0.0] * 4)[:, None]
+    batch["loss_mask"][1, 2] = True
+    state, losses, metrics = on_one_device(config, RECORDER, [batch])
+    cut = config_of("dense", parts, data=chat, **({"mesh": MeshConfig(**mesh)} if mesh else {}))
+    found, found_losses, found_metrics = (on_many if mesh else on_one_device)(cut, RECORDER, [batch])
+    np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
+    assert found_metrics["target_tokens"] == pytest.approx(float(metrics["target_tokens"])) and losses[0] > 1
+    for path, gradient in flat(state.opt_state).items():
+        atol = 1e-5 * np.abs(gradient).max()
+        np.testing.assert_allclose(flat(found.opt_state)[path], gradient, atol=atol, err_msg=path)
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ import pytest
 from helpers.short_tokenizer import save_short_tokenizer
 from helpers.tiny_documents import save_byte_tokenizer
 
-from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer, token_byte_lengths
+from stellarbyte_jax.tokenizer.byte_lengths import token_byte_lengths
+from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
 from stellarbyte_jax.tokenizer.special import adds_bos
 from stellarbyte_jax.tokenizer.training import bpe
 from stellarbyte_jax.tokenizer.training.bpe import keeps_characters_whole

@@ -233,7 +233,7 @@ def test_the_size_of_a_vocabulary_is_its_largest_id_and_one_everywhere(tmp_path,
 
     from tokenizers import Tokenizer, decoders, models
 
-    from stellarbyte_jax.tokenizer.codec import token_byte_lengths
+    from stellarbyte_jax.tokenizer.byte_lengths import token_byte_lengths
     from stellarbyte_jax.tokenizer.special import special_ids
     from stellarbyte_jax.tokenizer.training import evaluation
     from stellarbyte_jax.tokenizer.training.stages import Sample, Stage

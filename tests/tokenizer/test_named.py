@@ -6,8 +6,9 @@ from importlib.metadata import version
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from stellarbyte_jax.tokenizer.byte_lengths import token_byte_lengths
 from stellarbyte_jax.tokenizer.chat import Conversation
-from stellarbyte_jax.tokenizer.codec import load_tokenizer, token_byte_lengths
+from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 WORDS = {"a": 0, "<b>": 1, "<e>": 2, "<p>": 3, "<image>": 4, "<x>": 5}
 TYPED = {"__type": "AddedToken", "content": "<image>", "lstrip": True}

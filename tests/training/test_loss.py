@@ -12,7 +12,8 @@ from helpers.training import MODEL, packed_batch
 from stellarbyte_jax.config import LossConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, forward, init_params, logits
 from stellarbyte_jax.model.io import Aux, Inputs
-from stellarbyte_jax.training.loss import auxiliary_loss, batch_loss, next_token_targets
+from stellarbyte_jax.training.loss import auxiliary_loss, batch_loss, count_targets, next_token_targets, target_weights
+from stellarbyte_jax.training.metrics import validation_metrics
 
 
 def test_labels_are_shifted_once():
@@ -93,3 +94,50 @@ def test_a_term_of_weight_zero_is_left_out():
     """Not multiplied: a term that is not finite would make the loss so."""
     aux = Aux.of({"xpos_regularization": jnp.float32(np.inf)})
     assert float(auxiliary_loss(LossConfig(), aux)) == 0.0
+
+
+def test_prompts_count_as_much_as_is_asked_for():
+    """A target has the weight of what the target is, not of where it is predicted."""
+    batch = {
+        "tokens": jnp.asarray([[5, 6, 7, 8, 9, 0]], jnp.int32),
+        "segment_ids": jnp.asarray([[1, 1, 1, 1, 1, 0]], jnp.int32),
+        "loss_mask": jnp.asarray([[False, True, True, True, True, False]]),
+        "replies": jnp.asarray([[0, 0, 1, 1, 0, 0]], jnp.int32),
+    }
+    assert target_weights(batch, 0.0) is None and float(count_targets(batch)) == 4
+    np.testing.assert_allclose(target_weights(batch, 0.25), [[0.25, 1, 1, 0.25, 0.25, 0.25]])
+    assert float(count_targets(batch, 0.25)) == 2.5
+    model = ByteTransformer(MODEL)
+    params = init_params(model, jax.random.key(0))
+    total, sums, out = batch_loss(model, params, batch, LossConfig(), prompt_weight=0.25, train=True)
+    each = -jax.nn.log_softmax(logits(model, params, out.hidden_BTD))[0, jnp.arange(4), batch["tokens"][0, 1:5]]
+    np.testing.assert_allclose(total, jnp.dot(each, jnp.asarray([0.25, 1, 1, 0.25])), rtol=1e-5)
+    assert float(sums["tokens"]) == 2.5
+
+
+def test_replies_are_measured_each_by_itself():
+    """The fifth reply counts with the fourth."""
+    batch = {
+        "tokens": jnp.asarray([[5, 6, 7, 8, 9, 4], [3, 2, 1, 2, 3, 4]], jnp.int32),
+        "loss_mask": jnp.asarray([[False, True, True, False, True, True], [False] + [True] * 5]),
+        "replies": jnp.asarray([[0, 1, 1, 0, 2, 2], [0, 1, 2, 3, 4, 5]], jnp.int32),
+    }
+    model = ByteTransformer(MODEL)
+    params = init_params(model, jax.random.key(0))
+    total, sums, out = batch_loss(model, params, batch, LossConfig())
+    scores = jax.nn.log_softmax(logits(model, params, out.hidden_BTD))[:, :-1]
+    each = -jnp.take_along_axis(scores, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
+    of_replies = [each[0, 0] + each[0, 1] + each[1, 0], each[0, 3] + each[0, 4] + each[1, 1], each[1, 2]]
+    of_replies.append(each[1, 3] + each[1, 4])
+    np.testing.assert_allclose(sums["reply_losses"], of_replies, rtol=1e-5)
+    np.testing.assert_array_equal(sums["reply_tokens"], [3, 3, 1, 2])
+    plain = {name: x for name, x in batch.items() if name != "replies"}
+    expected, expected_sums, _ = batch_loss(model, params, plain, LossConfig())
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    for name, value in expected_sums.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-6, err_msg=name)
+    told = validation_metrics({name: np.asarray(x, np.float64) for name, x in sums.items()})
+    assert told["loss_reply_2"] == pytest.approx(float(of_replies[1]) / 3, rel=1e-5)
+    assert "loss_reply_1" not in validation_metrics(
+        {"tokens": 2.0, "cross_entropy": 3.0, "correct": 0.0, "reply_tokens": [2, 0], "reply_losses": [3.0, 0.0]}
+    ), "one reply alone is the loss"

@@ -27,7 +27,12 @@ def clock(monkeypatch):
 def make(skipped=0):
     shown = []
     config = settings(steps=50, logging=LoggingConfig(interval=2))
-    made = Meter(config, 1000, lambda step, metrics, due: shown.append((step, metrics, due)), lambda: skipped)
+    made = Meter(
+        config,
+        1000,
+        lambda step, metrics, due: shown.append((step, metrics, due)),
+        lambda: {"skipped_lines": skipped} if skipped else {},
+    )
     return made, shown, config.global_batch_size * config.data.sequence_length
 
 
@@ -120,7 +125,7 @@ def test_time_and_tokens_go_on_from_earlier_starts(clock):
     """All of the time counts, pauses too; padding is no token."""
     shown, config = [], settings(steps=50, logging=LoggingConfig(interval=1))
     clock.now = 500.0
-    made = Meter(config, 1000, lambda step, metrics, due: shown.append(metrics), lambda: 0, 40.5, 1000)
+    made = Meter(config, 1000, lambda step, metrics, due: shown.append(metrics), dict, 40.5, 1000)
     for step, padding in ((8, 0.25), (9, 0.0)):
         clock.now += 2.0
         made.push(step, {"loss": jnp.float32(3), "padding": jnp.float32(padding)})
@@ -134,7 +139,7 @@ def test_time_and_tokens_go_on_from_earlier_starts(clock):
 
 def test_where_earlier_starts_did_not_count_there_are_no_totals(clock):
     shown, config = [], settings(steps=50, logging=LoggingConfig(interval=1))
-    made = Meter(config, 1000, lambda step, metrics, due: shown.append(metrics), lambda: 0, None, None)
+    made = Meter(config, 1000, lambda step, metrics, due: shown.append(metrics), dict, None, None)
     made.push(8, {"loss": jnp.float32(3)})
     made.flush()
     assert made.totals() == {} and not {"wall_seconds", "tokens"} & shown[0].keys()
@@ -143,7 +148,7 @@ def test_where_earlier_starts_did_not_count_there_are_no_totals(clock):
 def test_the_last_step_is_due_whatever_the_interval(clock):
     shown = {}
     config = settings(steps=50, logging=LoggingConfig(interval=3))
-    made = Meter(config, 1000, lambda step, metrics, due: shown.update({step: due}), lambda: 0)
+    made = Meter(config, 1000, lambda step, metrics, due: shown.update({step: due}), dict)
     for step in (47, 48, 49, 50):
         clock.now += 1.0
         made.push(step, {"loss": jnp.float32(3)})
