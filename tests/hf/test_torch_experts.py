@@ -204,7 +204,7 @@ def test_it_trains_where_every_setting_of_our_training_is_set(exports: Exports) 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of one part of torch about another
-@pytest.mark.parametrize("name", [CONTEXT, SHARED, POOL])
+@pytest.mark.parametrize("name", [CONTEXT, "a pool beside dense layers, shared experts, groups of one"])
 def test_few_tokens_compile_as_one_graph_and_many_with_breaks(name: str, exports: Exports) -> None:
     """Of one layer with experts, since each layer is compiled anew; other tests compile those without."""
     peer = load(exports.directory(name))
