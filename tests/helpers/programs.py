@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from stellarbyte_jax.sharding import device_mesh
-from stellarbyte_jax.tokenizer.codec import token_byte_lengths
+from stellarbyte_jax.tokenizer.byte_lengths import token_byte_lengths
 from stellarbyte_jax.training import run
 
 # Settings that no program holds: where things lie, what is said, and when. All others tell programs apart.

@@ -248,9 +248,10 @@ def test_a_reply_counts_the_same_whatever_the_part_that_it_is_in(mesh, parts):
     batch["replies"] = random.integers(0, 3, batch["tokens"].shape).astype(np.int32)
     batch["loss_mask"] &= random.random(batch["tokens"].shape) < np.array([1.0, 0.0, 0.2, 0.0] * 4)[:, None]
     batch["loss_mask"][1, 2] = True
-    state, losses, metrics = on_one_device(config, RECORDER, [batch])
+    first = first_state("dense", RECORDER)
+    state, losses, metrics = on_one_device(config, first, RECORDER, [batch])
     cut = config_of("dense", parts, data=chat, **({"mesh": MeshConfig(**mesh)} if mesh else {}))
-    found, found_losses, found_metrics = (on_many if mesh else on_one_device)(cut, RECORDER, [batch])
+    found, found_losses, found_metrics = (on_many if mesh else on_one_device)(cut, first, RECORDER, [batch])
     np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
     assert found_metrics["target_tokens"] == pytest.approx(float(metrics["target_tokens"])) and losses[0] > 1
     for path, gradient in flat(state.opt_state).items():
