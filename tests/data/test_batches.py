@@ -155,7 +155,9 @@ def test_a_whole_epoch_without_a_token_is_an_error(epoch_groups, fails):
         assert [int(batch["sum"]) for batch in iterator] == [0, 1, 0, 0, 2]
         return
     assert [int(next(iterator)["sum"]) for _ in range(3)] == [0, 1, 0]
-    with pytest.raises(DataError, match="no document of the data holds any text: every line is empty, too long or was skipped"):
+    with pytest.raises(
+        DataError, match="no document of the data holds any text: every line is empty, too long or was skipped"
+    ):
         next(iterator)
 
 
