@@ -147,7 +147,9 @@ def of_activations(
         found.append(Exchange("collective-permute", "context", "keys and values", L * ring.sent(1 + again)))
     if e > 1 and experts and config.moe.dispatch == "capacity":
         slots = expert_rows(config, tokens).rows * D * c * (e - 1) / e
-        found.append(Exchange("all-to-all", "expert", "tokens", round(experts * slots * (4 + 2 * all_again))))
+        # What is no product is made again with dots too; without a loop XLA finds that it is there already.
+        again_slots = all_again or (again and config.scan_unroll is not None)
+        found.append(Exchange("all-to-all", "expert", "tokens", round(experts * slots * (4 + 2 * again_slots))))
     elif e > 1 and experts:
         # With each token its experts and their weights, which have a gradient.
         others, choices = tokens * D * c * (e - 1), tokens * config.moe.num_experts_per_tok * (e - 1)

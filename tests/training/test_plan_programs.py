@@ -97,7 +97,11 @@ def test_bfloat16_travels_as_the_program_has_it(mesh, more):
         assert ours[name] == pytest.approx(theirs[name], rel=0.001)
 
 
-@pytest.mark.parametrize("more", [{"remat": "dots", **UNROLLED}, {"remat": "full"}], ids=["dots", "full"])
+@pytest.mark.parametrize(
+    "more",
+    [{"remat": "dots", **UNROLLED}, {"remat": "dots"}, {"remat": "full"}],
+    ids=["dots", "dots in a loop", "full"],
+)
 def test_slots_go_to_their_experts_and_back(more):
     run, program, _ = compiled({"data": 2, "expert": 4}, **more, moe=CAPACITY)
     assert planned_volumes(plan_of(run))["exchanged"] == volumes(program.as_text())["exchanged"] > 0

@@ -17,7 +17,7 @@ from helpers.training import one_layer
 from stellarbyte_jax.checkpoint.bundle import load_bundle
 from stellarbyte_jax.checkpoint.weights import load_weights
 from stellarbyte_jax.config import RopeScaling
-from stellarbyte_jax.inference.text import generate_text
+from stellarbyte_jax.inference.text import Continued, encode_prompt, generate_text
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.training import finish, samples
@@ -77,16 +77,18 @@ def test_every_prompt_is_continued_and_kept(run, tokenizer, tmp_path):
 def test_how_texts_are_sampled(run, monkeypatch, positions, longest):
     """With a temperature, since small models repeat themselves without; each prompt with a seed of its own."""
     asked = []
-    monkeypatch.setattr(samples, "generate_text", lambda *args, **kwargs: asked.append((args, kwargs)) or ["x"])
+    done = Continued(["x"], None)
+    monkeypatch.setattr(samples, "continue_text", lambda *args, **kwargs: asked.append((args, kwargs)) or done)
     monkeypatch.setattr(samples, "cast_for_inference", lambda model, params: (model, params))
     for step, add_bos in enumerate((True, False)):
         config = run(positions, sample_prompts=("a", "b"), add_bos=add_bos)
         assert said_by(config, "weights", step) == ["sample: a|x", "sample: b|x"]
         for seed, prompt in enumerate("ab"):
             args, kwargs = asked.pop(0)
-            assert args[1][1] == "weights" and args[3] == [prompt]
-            expected = {"max_new_tokens": longest, "temperature": 0.8, "top_k": 40, "seed": seed, "add_bos": add_bos}
-            assert kwargs == expected
+            tokenizer = load_tokenizer(config.data.tokenizer)
+            assert args[1][1] == "weights" and args[3] == [encode_prompt(tokenizer, prompt, add_bos=add_bos)]
+            expected = {"max_new_tokens": longest, "temperature": 0.8, "top_k": 40, "seed": seed}
+            assert kwargs == {**expected, "stop_tokens": [tokenizer.eos_id]}
 
 
 def test_texts_begin_as_documents_do(run, tokenizer):
@@ -223,14 +225,14 @@ def test_samples_change_nothing_in_a_run_and_are_of_its_averaged_weights(
 
     (tmp_path / "other").mkdir()
     other = write_config(tmp_path / "other")
-    run, generate = tmp_path / "other" / "run", samples.generate_text
+    run, generate = tmp_path / "other" / "run", samples.continue_text
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return generate(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "generate_text", interrupted)
+        patch.setattr(samples, "continue_text", interrupted)
         assert cli(other, *SAMPLED) == 143
         out = capsys.readouterr().out
         assert out.count("sample: ") == 1 and "stopped at step 7 of 20" in out
