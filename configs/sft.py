@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations: the model of configs/quickstart.py learns to answer, in minutes on a CPU.
+"""Fine-tuning on conversations: the model of configs/quickstart.py learns to answer.
 
     python scripts/train.py --config configs/quickstart.py
     python scripts/train.py --config configs/sft.py

@@ -57,9 +57,7 @@ class _Made:
         return self.tokens.nbytes + self.replies.nbytes
 
 
-def _made(
-    ids: Sequence[int], replies: Sequence[int], fate: Literal["skipped", "shortened", "left_out"] | None
-) -> _Made:
+def _arrays(ids: Sequence[int], replies: Sequence[int], fate: _Fate | None) -> _Made:
     return _Made(np.array(ids, np.int32), np.array(replies, np.int32), fate)
 
 
@@ -107,7 +105,7 @@ class EncodeConversations:
         except UnusableRecordError:
             if self.on_error == "raise":
                 raise
-            return _made([], [], "skipped")
+            return _arrays([], [], "skipped")
 
     def check(self, number: int) -> None:
         """Reads one conversation.
@@ -138,7 +136,7 @@ class EncodeConversations:
         if max(replies, default=0) < 1:
             raise BadRecordError("the chat template marks nothing of what is to be learnt with {% generation %}")
         if len(ids) <= limit:
-            return _made(ids, replies, None)
+            return _arrays(ids, replies, None)
         if self.chat.too_long == "raise":
             raise BadRecordError(
                 f"{len(ids)} tokens are more than data.sequence_length={limit}: raise that, or "
@@ -148,8 +146,8 @@ class EncodeConversations:
         for last in reversed(answers[:-1]) if self.chat.too_long == "shorten" else ():
             ids, replies = self._turns(dialogue, messages[: last + 1])
             if len(ids) <= limit and max(replies) > 0:
-                return _made(ids, replies, "shortened")
-        return _made([], [], "left_out")
+                return _arrays(ids, replies, "shortened")
+        return _arrays([], [], "left_out")
 
     def _turns(self, dialogue: Dialogue, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
         turns = _encoder(self.tokenizer, self.chat).encode(messages, dialogue.tools)

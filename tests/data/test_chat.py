@@ -1,5 +1,6 @@
 """Conversations from files to batches: what is learnt of them, what does not fit, what is wrong with a line."""
 
+import datetime
 import itertools
 import json
 from pathlib import Path
@@ -236,12 +237,19 @@ def test_settings_that_say_nothing_are_refused():
         DataConfig(train=("a",), weights=(0.0,))
 
 
-def test_columns_of_parquet_hold_conversations(written, tmp_path):
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_hold_conversations(kind, written, tmp_path):
+    """Beside columns of any type, such as days."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    path = tmp_path / "d.parquet"
-    pq.write_table(pa.Table.from_pylist([{**record, "id": n} for n, record in enumerate(TALK)]), path)
+    table = pa.Table.from_pylist([{**record, "day": datetime.date(2026, 1, n + 1)} for n, record in enumerate(TALK)])
+    path = tmp_path / f"d.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
     found, _ = batches(written(TALK, shuffle=False, train=(str(path),)))
     assert learnt(found) == learnt(batches(written(TALK, shuffle=False))[0])
 

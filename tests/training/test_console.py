@@ -345,3 +345,8 @@ def test_a_long_value_is_folded_and_not_cut(log, terminal, monkeypatch):
     cells = re.findall(r"│([^│]*)│([^│]*)│", terminal.getvalue())
     assert "".join(left.strip() for left, _ in cells) == "x" * 40
     assert "".join(right.strip() for _, right in cells) == value
+
+
+def test_conversations_that_do_not_fit_are_told():
+    found = format_metrics({"loss": 1.0, "shortened_conversations": 3.0, "left_out_conversations": 2.0})
+    assert found == "loss 1.0000  shortened 3  left out 2"
