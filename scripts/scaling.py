@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.mesh_speed import LARGE, ROWS
+from stellarbyte_jax.cli.mesh_speed import ROWS, Row
 from stellarbyte_jax.cli.parser import Parser
 from stellarbyte_jax.cli.program import local_path
 from stellarbyte_jax.command import command, imports
@@ -108,9 +108,18 @@ _LARGEST = (
     "model.remat=full",
     "model.scan_unroll=1",
 )
+
+
+def measured_row(name: str, model: str | None = None) -> Row:
+    """The row of ``benchmark mesh`` with this model; None: its first."""
+    models = ROWS[name]
+    return next(iter(models.values())) if model is None else models[model]
+
+
+_FSDP, _LARGE, _EXPERT = (measured_row(name) for name in ("fsdp", "large", "expert"))
 CASES = (
-    Case("1.10B", ROWS["fsdp"].config, ROWS["fsdp"].settings, 8, (_WITHIN, _ALL), "fsdp"),
-    Case("6.74B", LARGE["6.74B"].config, LARGE["6.74B"].settings, 4, (_WITHIN, _ALL), "large"),
+    Case("1.10B", _FSDP.config, _FSDP.settings, 8, (_WITHIN, _ALL), "fsdp"),
+    Case("6.74B", _LARGE.config, _LARGE.settings, 4, (_WITHIN, _ALL), "large"),
     Case(
         "69B",
         "pretrain",
@@ -119,8 +128,8 @@ CASES = (
         ({"data": 1, "fsdp": -1, "tensor": 8}, {"data": -1, "fsdp": 8, "tensor": 8}, {"data": -1, "fsdp": 64}, _ALL),
         "large",
     ),
-    Case("1.31B with experts", ROWS["expert"].config, (), 8, (_EXPERTS, _WITHIN), "expert"),
-    Case("1.31B with experts of a capacity", ROWS["expert"].config, _CAPACITY, 8, (_EXPERTS,), "expert, capacity"),
+    Case("1.31B with experts", _EXPERT.config, (), 8, (_EXPERTS, _WITHIN), "expert"),
+    Case("1.31B with experts of a capacity", _EXPERT.config, _CAPACITY, 8, (_EXPERTS,), "expert, capacity"),
 )
 
 
@@ -216,7 +225,7 @@ class Model:
         if (row, devices) in self._measured_plans:
             return self._measured_plans[row, devices]
         found = self.measured["rates"][row]
-        run = LARGE[found.get("model", "6.74B")] if row == "large" else ROWS[found.get("row", row)]
+        run = measured_row(found.get("row", row), found.get("model"))
         config = load(run.config, [*run.typed(devices), *found.get("settings", ())])
         planner = Planner(config, KINDS[found.get("device", self.measured["device"])])
         self._measured_plans[row, devices] = planner.plan(config.mesh.sizes(devices))

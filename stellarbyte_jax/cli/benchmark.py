@@ -13,7 +13,7 @@ from typing import Any
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
 from stellarbyte_jax.cli.machine import facts
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
-from stellarbyte_jax.cli.mesh_speed import COMPARED, Row, has_failed, measure, rows
+from stellarbyte_jax.cli.mesh_speed import COMPARED, Row, has_failed, least_devices, measure, rows
 from stellarbyte_jax.cli.mesh_speed import NAMES as ON_MESH
 from stellarbyte_jax.cli.moe_speed import WORKERS as EXPERTS
 from stellarbyte_jax.cli.program import load_settings, local_path, new_parser, positive
@@ -137,10 +137,18 @@ def _measured_on_mesh(options: argparse.Namespace, devices: int, small: bool) ->
         raise MendableError("benchmark mesh needs at least two GPUs, and JAX finds one: benchmark train measures one")
     if small:
         print(f"no GPU: tiny models on {devices} simulated devices of the CPU; the figures say nothing of speed")
-    names = _names(options, small)
-    for row in (row for name in names for row in rows(name, small)):
+    names = []
+    for name in _names(options, small):
+        if devices >= (least := least_devices(name)):
+            names.append(name)
+        elif options.only:
+            raise MendableError(f"--only {name}: that row is for {least} devices or more, and JAX finds {devices}")
+        else:
+            print(f"{name:14} is for {least} devices or more, and left out")
+    chosen = [row for name in names for row in rows(name, small).values()]
+    for row in chosen:
         load_settings(row.config, [*row.typed(devices), *options.set])
-    peers = _peers(options, any(row.peer for name in names for row in rows(name, small)))
+    peers = _peers(options, any(row.peer for row in chosen))
 
     def run(worker: str, part: str, row: Row, settings: Sequence[str], processes: int) -> dict[str, Any]:
         print(f"measuring {part}", file=sys.stderr, flush=True)

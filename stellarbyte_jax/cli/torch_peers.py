@@ -146,10 +146,11 @@ def _data_parallel(config: TrainConfig, steps: int) -> dict[str, Any]:
 
 
 def _fully_sharded(config: TrainConfig, steps: int) -> dict[str, Any]:
-    """Under FSDP2, each layer compiled and cut, weights and moments in the compute dtype."""
+    """Under FSDP2, each layer compiled and cut, with remat=full checkpointed; all weights in the compute dtype."""
     with imports():
         import torch
         import transformers
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
         from torch.distributed.fsdp import fully_shard
 
     dtype = config.model.compute_dtype
@@ -160,6 +161,8 @@ def _fully_sharded(config: TrainConfig, steps: int) -> dict[str, Any]:
             )
         layers = model.model.layers
         for index, layer in enumerate(layers):
+            if config.model.remat == "full":
+                layer = checkpoint_wrapper(layer)
             # Compiled first: what gathers weights then stays outside of the compiled function.
             layers[index] = torch.compile(layer, disable=device.type == "cpu")
             fully_shard(layers[index])

@@ -142,7 +142,7 @@ class _Sizes:
         here = length // cut.context
         heads = config.num_attention_heads // cut.tensor
         kv_heads = config.kv_heads // (1 if config.kv_heads % cut.tensor else cut.tensor)
-        stream = rows * here // (1 if here % cut.tensor else cut.tensor)
+        stream = rows * here // (1 if rows % cut.tensor and here % cut.tensor else cut.tensor)
         H = config.head_size
         ring = Ring.of(config, rows, length, cut.context, cut.tensor, packed=cut.packed) if cut.context > 1 else None
         return cls(cut, rows * here, stream, heads, heads * H, kv_heads * H, length, ring)

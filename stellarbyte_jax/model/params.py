@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.trees import Params, Uses
-from stellarbyte_jax.sharding import WEIGHT_AXES, constrain, enter, gather, spec_of
+from stellarbyte_jax.sharding import WEIGHT_AXES, constrain, enter, gather, kept_spec_of, spec_of, stream_axes
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ class WeightUse:
 
 
 def kept_spec(use: WeightUse, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """How a weight is kept on a mesh. Vectors, which are few numbers, are not cut by the model's width."""
-    axes = use.axes if use.is_matrix or use.lookup else [None if axis == "embed" else axis for axis in use.axes]
-    return spec_of(axes, shape, mesh)
+    """How a weight is kept on a mesh. Vectors, which are few numbers, are kept as they are used."""
+    return (kept_spec_of if use.is_matrix or use.lookup else spec_of)(use.axes, shape, mesh)
 
 
 @struct.dataclass
@@ -245,25 +244,25 @@ def product(
       precision: of a float32 product; None: what jax is set to.
     """
     output = spec.partition("->")[2].replace(".", "")
-    # What is computed with weights that are not split has its positions where the stream has them.
-    positions = "stream" if "routed" in names.values() else "sequence"
-    named = {"B": "batch", "T": positions, "S": positions}
-    named |= {letter: "act_embed" if name == "embed" else name for letter, name in names.items()}
     inputs = spec.partition(",")[0].replace(".", "")
-    x = enter(x, _axes(x, inputs, named), _axes(x, inputs, _between(inputs, named)))
+    lengths = [x.shape[inputs.index(letter)] for letter in "TS" if letter in inputs]
+    rows, positions = stream_axes(max(lengths, default=1))
+    stream = {"B": rows, "T": positions, "S": positions}
+    # What is computed with weights that are not split is split as the stream is.
+    named = stream if "routed" in names.values() else {"B": "batch", "T": "sequence", "S": "sequence"}
+    named |= {letter: "act_embed" if name == "embed" else name for letter, name in names.items()}
+    x = enter(x, _axes(x, inputs, named), _axes(x, inputs, _between(inputs, named, stream)))
     result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype, precision=precision)
-    return constrain(result, _axes(result, output, _between(output, named)))
+    return constrain(result, _axes(result, output, _between(output, named, stream)))
 
 
 def _axes(x: Array, letters: str, named: Mapping[str, str]) -> tuple[str | None, ...]:
     return (None,) * (x.ndim - len(letters)) + tuple(named.get(letter) for letter in letters)
 
 
-def _between(letters: str, named: Mapping[str, str]) -> Mapping[str, str]:
-    """Names of axes, where positions of what has the model's width are those of the stream between layers."""
-    if "act_embed" not in (named.get(letter) for letter in letters):
-        return named
-    return {letter: "stream" if name == "sequence" else name for letter, name in named.items()}
+def _between(letters: str, named: Mapping[str, str], stream: Mapping[str, str]) -> Mapping[str, str]:
+    """Names of axes, where rows and positions of what has the model's width are those of the stream between layers."""
+    return {**named, **stream} if "act_embed" in (named.get(letter) for letter in letters) else named
 
 
 def _letters(name: str, spec: str, axes: dict[str, int]) -> tuple[str, str]:

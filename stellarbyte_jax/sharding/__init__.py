@@ -16,8 +16,10 @@ from stellarbyte_jax.sharding.rules import (
     current_mesh,
     enter,
     gather,
+    kept_spec_of,
     make_mesh,
     spec_of,
+    stream_axes,
 )
 
 __all__ = [
@@ -33,9 +35,11 @@ __all__ = [
     "enter",
     "gather",
     "give_part",
+    "kept_spec_of",
     "make_mesh",
     "on_host",
     "part_on_host",
     "spec_of",
     "split_array",
+    "stream_axes",
 ]

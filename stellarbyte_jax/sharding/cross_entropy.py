@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.ops import cross_entropy as op
 from stellarbyte_jax.ops.cross_entropy import Terms
-from stellarbyte_jax.sharding.rules import current_mesh, entry_axes, spec_of
+from stellarbyte_jax.sharding.rules import current_mesh, entry_axes, kept_spec_of, spec_of, stream_axes
 
 
 def linear_cross_entropy(
@@ -25,15 +25,17 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
     chunk_size: int = 4096,
+    tied: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """:func:`ops.cross_entropy.linear_cross_entropy` of tokens in rows, on the mesh that is set.
 
     With the vocabulary split over ``tensor``, devices exchange maxima and sums of each token (Shoeybi et al. 2019,
-    https://arxiv.org/abs/1909.08053). Gradients of the kernel are summed once, and cut as it is kept.
+    https://arxiv.org/abs/1909.08053). Gradients of the kernel are summed once, and cut as it is kept: by its own axes,
+    or where it is ``tied`` by those of the table of the embedding.
     """
     terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size)
     if current_mesh() is not None:
-        return op.named_sums(_on_mesh(x_BTD, kernel_DV, targets_BT, weights_BT, terms))
+        return op.named_sums(_on_mesh(x_BTD, kernel_DV, targets_BT, weights_BT, terms, tied))
     weights_X = None if weights_BT is None else weights_BT.reshape(-1)
     return op.linear_cross_entropy(
         x_BTD.reshape(-1, x_BTD.shape[-1]), kernel_DV, targets_BT.reshape(-1), weights_X, **terms._asdict()
@@ -69,30 +71,46 @@ def token_losses(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _on_mesh(x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None, terms: Terms) -> Array:
-    return _each_device(x_BTD, kernel_DV, targets_BT, weights_BT, terms, gradients=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _on_mesh(
+    x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None, terms: Terms, tied: bool
+) -> Array:
+    return _each_device(x_BTD, kernel_DV, targets_BT, weights_BT, terms, tied, gradients=False)[0]
 
 
-def _forward(x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None, terms: Terms):
-    sums_4, dx_BTD, dkernel_DV = _each_device(x_BTD, kernel_DV, targets_BT, weights_BT, terms, gradients=True)
+def _forward(x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None, terms: Terms, tied: bool):
+    sums_4, dx_BTD, dkernel_DV = _each_device(x_BTD, kernel_DV, targets_BT, weights_BT, terms, tied, gradients=True)
     return sums_4, (dx_BTD, dkernel_DV)
 
 
-_on_mesh.defvjp(_forward, op.scaled_gradients)
+def _backward(terms: Terms, tied: bool, residuals: tuple[Array, Array], slope_4: Array):
+    del tied
+    return op.scaled_gradients(terms, residuals, slope_4)
+
+
+_on_mesh.defvjp(_forward, _backward)
 
 
 def _each_device(
-    x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None, terms: Terms, *, gradients: bool
+    x_BTD: Array,
+    kernel_DV: Array,
+    targets_BT: Array,
+    weights_BT: Array | None,
+    terms: Terms,
+    tied: bool,
+    *,
+    gradients: bool,
 ) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     tokens = spec_of(("batch", "sequence"), targets_BT.shape, mesh)
     columns = spec_of((None, "vocab"), kernel_DV.shape, mesh)
     given = PartitionSpec(*tokens, None)
-    kept = spec_of(("embed", "vocab"), kernel_DV.shape, mesh)
+    D, V = kernel_DV.shape
+    of_table = kept_spec_of(("vocab", "embed"), (V, D), mesh)
+    kept = PartitionSpec(*reversed(of_table)) if tied else kept_spec_of(("embed", "vocab"), (D, V), mesh)
     (vocab_axis,) = entry_axes(columns[1]) or (None,)
-    between = spec_of(("batch", "stream", None), x_BTD.shape, mesh)
-    cuts_positions = vocab_axis in entry_axes(between[1])
+    between = spec_of((*stream_axes(x_BTD.shape[1]), None), x_BTD.shape, mesh)
+    cut = next((at for at in (0, 1) if vocab_axis in entry_axes(between[at])), None)
     token_axes = entry_axes(tokens[0]) + entry_axes(tokens[1])
 
     def local(x_BTD: Array, kernel_DV: Array, targets_BT: Array, weights_BT: Array | None):
@@ -106,22 +124,24 @@ def _each_device(
         if dx_XD is None or dkernel_DV is None:
             return (sums_4,)
         dx_BTD = dx_XD.reshape(shape)
-        if cuts_positions:
-            dx_BTD = jax.lax.psum_scatter(dx_BTD, vocab_axis, scatter_dimension=1, tiled=True)
+        if cut is not None:
+            dx_BTD = jax.lax.psum_scatter(dx_BTD, vocab_axis, scatter_dimension=cut, tiled=True)
         elif vocab_axis is not None:
             dx_BTD = jax.lax.psum(dx_BTD, vocab_axis)
-        dkernel_DV = _summed(dkernel_DV, token_axes, entry_axes(kept[0]))
+        dkernel_DV = _summed(dkernel_DV, token_axes, kept)
         return sums_4, dx_BTD, dkernel_DV.astype(kernel_DV.dtype)
 
-    made = (PartitionSpec(), between if cuts_positions else given, kept) if gradients else (PartitionSpec(),)
+    made = (PartitionSpec(), given if cut is None else between, kept) if gradients else (PartitionSpec(),)
     # Nothing is differentiated through it, so nothing has to be known of which results are equal on which devices.
     return jax.shard_map(local, mesh=mesh, in_specs=(given, columns, tokens, tokens), out_specs=made, check_vma=False)(
         x_BTD, kernel_DV, targets_BT, weights_BT
     )
 
 
-def _summed(dkernel_DV: Array, over: tuple[str, ...], cut: tuple[str, ...]) -> Array:
-    """The sum over devices, of which each keeps the rows that it keeps of the kernel."""
-    if cut:
-        dkernel_DV = jax.lax.psum_scatter(dkernel_DV, cut, scatter_dimension=0, tiled=True)
-    return jax.lax.psum(dkernel_DV, tuple(axis for axis in over if axis not in cut))
+def _summed(dkernel_DV: Array, over: tuple[str, ...], kept: PartitionSpec) -> Array:
+    """The sum over devices, of which each keeps the part that it keeps of the kernel."""
+    for at, entry in enumerate(kept):
+        if cut := tuple(axis for axis in entry_axes(entry) if axis in over):
+            dkernel_DV = jax.lax.psum_scatter(dkernel_DV, cut, scatter_dimension=at, tiled=True)
+            over = tuple(axis for axis in over if axis not in cut)
+    return jax.lax.psum(dkernel_DV, over)

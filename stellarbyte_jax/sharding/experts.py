@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from stellarbyte_jax.sharding.rules import MeshAxes, current_mesh, entry_axes, spec_of
+from stellarbyte_jax.sharding.rules import MeshAxes, current_mesh, entry_axes, kept_spec_of, spec_of, stream_axes
 
 Tree = TypeVar("Tree")
 
@@ -97,30 +97,32 @@ def on_devices(
       x_BTD: activations.
       tokens: tree of arrays [B, T, ...].
       shared: tree of arrays that all devices have whole.
-      weights: as they are kept; ``local`` gets them with the model's width whole.
+      weights: as they are kept; ``local`` gets them whole but for experts and channels.
       axes: logical axes of each weight.
     """
     mesh = current_mesh()
     if mesh is None:
         return local(x_BTD, tokens, shared, list(weights), Exchange(), ())
     inside = spec_of(("batch", "sequence"), x_BTD.shape[:2], mesh)
-    between = spec_of(("batch", "stream", None), x_BTD.shape, mesh)
-    kept = [spec_of(names, w.shape, mesh) for names, w in zip(axes, weights, strict=True)]
+    between = spec_of((*stream_axes(x_BTD.shape[1]), None), x_BTD.shape, mesh)
+    named = list(zip(axes, (weight.shape for weight in weights), strict=True))
+    kept = [kept_spec_of(names, shape, mesh) for names, shape in named]
+    used = [spec_of(names, shape, mesh) for names, shape in named]
     differ = entry_axes(inside[0]) + entry_axes(inside[1])
-    split = tuple(axis for axis in entry_axes(between[1]) if axis not in entry_axes(inside[1]))
-    (owners,) = entry_axes(kept[0][axes[0].index("experts")]) or (None,)
+    split = [(axis, at) for at in (0, 1) for axis in entry_axes(between[at]) if axis not in entry_axes(inside[at])]
+    (owners,) = entry_axes(used[0][axes[0].index("experts")]) or (None,)
     exchange = Exchange() if owners is None else Exchange(mesh.shape[owners], owners, owners in differ)
-    channels = entry_axes(kept[0][axes[0].index("mlp")])
+    channels = entry_axes(used[0][axes[0].index("mlp")])
 
     def each(x_BTD: Array, tokens: Any, shared: Any, weights: list[Array]) -> tuple[Array, Any, Any]:
-        for axis in split:
-            x_BTD = jax.lax.all_gather(x_BTD, axis, axis=1, tiled=True)
-        whole = [_with_width(w, spec, names) for w, spec, names in zip(weights, kept, axes, strict=True)]
+        for axis, at in split:
+            x_BTD = jax.lax.all_gather(x_BTD, axis, axis=at, tiled=True)
+        whole = [_gathered(w, *specs) for w, *specs in zip(weights, kept, used, strict=True)]
         made = local(x_BTD, tokens, shared, whole, exchange, differ)
         y_BTD = made.y_BTD
-        if split and channels:  # the same axis
-            y_BTD = jax.lax.psum_scatter(y_BTD, split, scatter_dimension=1, tiled=True)
-        elif channels:
+        for axis, at in split if channels else ():  # the same axis
+            y_BTD = jax.lax.psum_scatter(y_BTD, axis, scatter_dimension=at, tiled=True)
+        if channels and not split:
             y_BTD = jax.lax.psum(y_BTD, channels)
         return y_BTD, made.tokens, jax.lax.psum(made.total, differ)
 
@@ -154,7 +156,7 @@ def by_token(function: Callable[[Any, Any], Any], rows: tuple[int, ...], tokens:
     mesh = current_mesh()
     if mesh is None:
         return function(tokens, shared)
-    between = spec_of(("batch", "stream"), rows, mesh)
+    between = spec_of(stream_axes(rows[1]), rows, mesh)
 
     def local(tokens: Any, shared: Any) -> Any:
         return in_rows(function(flat(tokens), shared), jax.tree.leaves(tokens)[0].shape[:2])
@@ -163,7 +165,8 @@ def by_token(function: Callable[[Any, Any], Any], rows: tuple[int, ...], tokens:
     return flat(run(in_rows(tokens, rows), shared))
 
 
-def _with_width(weight: Array, spec: PartitionSpec, names: tuple[str, ...]) -> Array:
-    at = names.index("embed")
-    cut = entry_axes(spec[at])
-    return jax.lax.all_gather(weight, cut, axis=at, tiled=True) if cut else weight
+def _gathered(weight: Array, kept: PartitionSpec, used: PartitionSpec) -> Array:
+    for at, (entry, whole) in enumerate(zip(kept, used, strict=True)):
+        if cut := tuple(axis for axis in entry_axes(entry) if axis not in entry_axes(whole)):
+            weight = jax.lax.all_gather(weight, cut, axis=at, tiled=True)
+    return weight

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from stellarbyte_jax.sharding.rules import entry_axes, gather, spec_of
+from stellarbyte_jax.sharding.rules import entry_axes, gather, spec_of, stream_axes
 
 
 def look_up(table_VD: Float[Array, "V D"], rows_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -20,23 +20,28 @@ def look_up(table_VD: Float[Array, "V D"], rows_BT: Int[Array, "B T"]) -> Float[
     mesh = jax.sharding.get_abstract_mesh()
     V, D = table_VD.shape
     tokens = spec_of(("batch", "sequence"), rows_BT.shape, mesh)
-    between = spec_of(("batch", "stream", None), (*rows_BT.shape, D), mesh)
+    between = spec_of((*stream_axes(rows_BT.shape[1]), None), (*rows_BT.shape, D), mesh)
     kept = PartitionSpec(spec_of(("vocab",), (V,), mesh)[0], None)
     (axis,) = entry_axes(kept[0]) or (None,)
-    cuts_positions = axis in entry_axes(between[1])
+    cut = next((at for at in (0, 1) if axis in entry_axes(between[at])), None)
+    differ = entry_axes(tokens[0]) + entry_axes(tokens[1])
 
     def local(table_VD: Array, rows_BT: Array) -> Array:
+        dtype = table_VD.dtype
+        # Said here, or devices would add up gradients in float32.
+        table_VD = jax.lax.pcast(table_VD, differ, to="varying")
+        table_VD = table_VD.astype(jnp.float32)  # not for the rows, but for the sums of their gradients
         if axis is None:
-            return jnp.take(table_VD, rows_BT, axis=0)
+            return jnp.take(table_VD, rows_BT, axis=0).astype(dtype)
         here = table_VD.shape[0]
         own_BT = rows_BT - here * jax.lax.axis_index(axis)
         has_BT1 = ((own_BT >= 0) & (own_BT < here))[:, :, None]
-        found_BTD = jnp.where(has_BT1, jnp.take(table_VD, jnp.clip(own_BT, 0, here - 1), axis=0), 0)
-        if cuts_positions:
-            return jax.lax.psum_scatter(found_BTD, axis, scatter_dimension=1, tiled=True)
+        found_BTD = jnp.where(has_BT1, jnp.take(table_VD, jnp.clip(own_BT, 0, here - 1), axis=0), 0).astype(dtype)
+        if cut is not None:
+            return jax.lax.psum_scatter(found_BTD, axis, scatter_dimension=cut, tiled=True)
         return jax.lax.psum(found_BTD, axis)
 
-    made = between if cuts_positions else PartitionSpec(*tokens, None)
+    made = PartitionSpec(*tokens, None) if cut is None else between
     return jax.shard_map(local, mesh=mesh, in_specs=(kept, tokens), out_specs=made)(
         gather(table_VD, ("vocab", "embed")), rows_BT
     )

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
@@ -19,6 +20,8 @@ MeshAxes = tuple[str, ...]
 @dataclass(frozen=True)
 class Rules:
     """Mesh axes of each logical axis; (): not split. Every axis of a weight or an activation is one of these fields.
+
+    ``RULES`` is of arrays in use; how weights are kept in between, :func:`kept_spec_of` tells.
 
     Of an array, a mesh axis splits the first dimension that may have it, and none that it does not divide.
 
@@ -39,14 +42,15 @@ class Rules:
       positions: rows of a table of positions.
       batch: rows, of activations.
       sequence: positions, of activations inside a layer.
-      stream: positions, of activations between layers.
+      stream_batch: rows, of activations between layers.
+      stream: positions, likewise, where ``tensor`` does not divide the rows.
       act_embed: model width, of activations, which need not be split as weights are.
       slots: places of a cache for the tokens of a row.
     """
 
     layers: MeshAxes = ()
     vocab: MeshAxes = ("tensor",)
-    embed: MeshAxes = ("fsdp", "expert")
+    embed: MeshAxes = ()
     heads: MeshAxes = ("tensor",)
     kv_heads: MeshAxes = ("tensor",)
     head_dim: MeshAxes = ()
@@ -60,17 +64,20 @@ class Rules:
     positions: MeshAxes = ()
     batch: MeshAxes = ("data", "fsdp", "expert")
     sequence: MeshAxes = ("context",)
+    stream_batch: MeshAxes = ("data", "fsdp", "expert", "tensor")
     stream: MeshAxes = ("context", "tensor")
     act_embed: MeshAxes = ()
     slots: MeshAxes = ()
 
 
 RULES = Rules()
-ACTIVATION_AXES = ("batch", "sequence", "stream", "act_embed", "slots")
+ACTIVATION_AXES = ("batch", "sequence", "stream_batch", "stream", "act_embed", "slots")
 WEIGHT_AXES = tuple(field.name for field in fields(Rules) if field.name not in ACTIVATION_AXES)
 
-# As weights are used: whole but for what products themselves are split by.
-_IN_USE = replace(RULES, embed=())
+# Of matrices and tables between their uses: these axes have parts of them, and nobody has the whole.
+_PARTS = ("fsdp", "expert")
+_KEPT = replace(RULES, embed=_PARTS)
+_KEPT_FIRST = replace(_KEPT, vocab=_PARTS, heads=_PARTS, kv_heads=_PARTS, mlp=_PARTS)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -143,6 +150,25 @@ def spec_of(
     return PartitionSpec(*entries)
 
 
+def kept_spec_of(axes: Sequence[str | None], shape: Sequence[int], mesh: AbstractMesh | Mesh) -> PartitionSpec:
+    """How a matrix or a table is kept: as it is used, and in parts besides.
+
+    The parts are of the first dimension that can have them, so that they lie one after the other and none is put in
+    order when they are gathered. Not of one that ``tensor`` splits: the compiler would rather exchange activations than
+    sum gradients that are split twice.
+    """
+    return spec_of(axes, shape, mesh, _KEPT_FIRST if mesh.shape.get("tensor", 1) == 1 else _KEPT)
+
+
+def stream_axes(positions: int) -> tuple[str, str]:
+    """Logical axes of rows and of so many positions of activations between layers.
+
+    Rows are split first: they lie one after the other, so that parts of several devices need not be put in order. One
+    position, of a step of generation, stays where it is: a sum over devices takes one collective then.
+    """
+    return ("batch" if positions == 1 else "stream_batch"), "stream"
+
+
 def entry_axes(entry: object) -> MeshAxes:
     """The mesh axes of an entry of a PartitionSpec."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
@@ -184,7 +210,8 @@ def _enter(x: Array, inside: tuple[str | None, ...], between: tuple[str | None, 
 
 def _enter_forward(x: Array, inside: tuple[str | None, ...], between: tuple[str | None, ...]) -> tuple[Array, None]:
     del between
-    return constrain(x, inside), None
+    # By a primitive of its own: remat=weights makes the gathers of weights again, and not these.
+    return checkpoint_name(constrain(x, inside), "entered"), None
 
 
 def _enter_backward(
@@ -203,7 +230,7 @@ def gather(weight: Array, axes: tuple[str, ...]) -> Array:
     Its gradient is split as the weight is kept, so that a layer's gradients are summed and cut in one collective.
     """
     mesh = current_mesh()
-    if mesh is None or spec_of(axes, weight.shape, mesh) == spec_of(axes, weight.shape, mesh, _IN_USE):
+    if mesh is None or kept_spec_of(axes, weight.shape, mesh) == spec_of(axes, weight.shape, mesh):
         return weight
     return _gather(weight, axes)
 
@@ -216,8 +243,8 @@ def _gather(weight: Array, axes: tuple[str, ...]) -> Array:
 def _whole(weight: Array, axes: tuple[str, ...]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     # Said of the cast weight too, or the compiler keeps that one gathered for the backward pass.
-    weight = jax.lax.with_sharding_constraint(weight, spec_of(axes, weight.shape, mesh))
-    return jax.lax.with_sharding_constraint(weight, spec_of(axes, weight.shape, mesh, _IN_USE))
+    weight = jax.lax.with_sharding_constraint(weight, kept_spec_of(axes, weight.shape, mesh))
+    return jax.lax.with_sharding_constraint(weight, spec_of(axes, weight.shape, mesh))
 
 
 # Not by the function above: what is recomputed in the backward pass is chosen by the primitives here.
@@ -227,7 +254,7 @@ def _gather_forward(weight: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
 
 def _gather_backward(axes: tuple[str, ...], _: None, slope: Array) -> tuple[Array]:
     mesh = jax.sharding.get_abstract_mesh()
-    return (jax.lax.with_sharding_constraint(slope, spec_of(axes, slope.shape, mesh)),)
+    return (jax.lax.with_sharding_constraint(slope, kept_spec_of(axes, slope.shape, mesh)),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -125,6 +125,7 @@ def batch_loss(
         label_smoothing=loss.label_smoothing,
         z_loss=loss.z_loss,
         vocab_size=model.config.vocab_size,
+        tied=model.config.tie_word_embeddings,
     )
     return total, sums, out
 

@@ -16,7 +16,7 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.activations import expert_rows
 from stellarbyte_jax.inspect.ring_bytes import Ring
 from stellarbyte_jax.model.params import WeightUse
-from stellarbyte_jax.sharding.rules import entry_axes
+from stellarbyte_jax.sharding.rules import entry_axes, spec_of
 from stellarbyte_jax.training.plan_devices import ASSUMED, DEVICES_OF_A_MACHINE, Device
 
 _FLOAT32 = 4
@@ -92,8 +92,10 @@ def of_weights(config: ByteConfig, params: Any, uses: Any, sizes: Mapping[str, i
     )
     for shape, use in leaves:
         here = math.prod(shape.sharding.shard_shape(shape.shape))
-        entries = dict(zip(use.axes, shape.sharding.spec, strict=False))
-        cut = [axis for axis in ("fsdp", "expert") if axis in entry_axes(entries.get("embed"))]
+        used_spec = spec_of(use.axes, shape.shape, shape.sharding.mesh)
+        pairs = zip(shape.sharding.spec, used_spec, strict=False)
+        parted = {axis for kept, used in pairs for axis in entry_axes(kept) if axis not in entry_axes(used)}
+        cut = [axis for axis in AXES if axis in parted]
         n = math.prod(sizes[axis] for axis in cut)
         is_head = "vocab" in use.axes and not use.lookup
         used = c if (use.is_matrix and not use.float32) or use.lookup else _FLOAT32

@@ -74,41 +74,77 @@ def test_short_steps_are_measured_more_often(machine, typed, steps):
     assert [options.steps for _, options, _ in made] == [steps] * 3
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("small", [False, True])
 def test_every_row_can_be_made(small, devices):
-    """The mesh divides what it cuts; each axis has a row, in which all devices have as much work as one or share it."""
+    """The mesh divides what it cuts, and each device with rows of its own has as many as a single one."""
     axes = set()
     for name in mesh_speed.NAMES:
-        for row in mesh_speed.rows(name, small):
+        if mesh_speed.least_devices(name) > devices:
+            continue
+        for row in mesh_speed.rows(name, small).values():
             config = load_settings(row.config, row.typed(devices))
             sizes = config.mesh.sizes(devices)
-            assert math.prod(sizes.values()) == sizes[row.axis] == devices
+            assert {axis: size for axis, size in sizes.items() if size > 1} == row.sizes(devices), name
+            assert math.prod(sizes.values()) == devices and all(row.sizes(devices)[axis] == 2 for axis in row.axes[1:])
             rows, parts = config.global_batch_size, config.gradient_accumulation_steps
             check_mesh(sizes, config.model, rows, parts, config.data.sequence_length)
             alone = load_settings(row.config, row.typed(1))
             assert math.prod(alone.mesh.sizes(devices).values()) == 1
-            assert config.global_batch_size == alone.global_batch_size * (devices if row.scaled else 1)
-            shared = config.global_batch_size == alone.global_batch_size
-            assert shared == (row.axis in ("tensor", "context")), "their devices share the work of one"
-            axes.add(row.axis)
+            assert rows == alone.global_batch_size * sizes["data"] * sizes["fsdp"] * sizes["expert"]
+            axes |= set(row.axes)
     assert axes == {"data", "fsdp", "expert", "context", "tensor"}
 
 
+def test_rows_of_larger_machines_are_left_out_and_refused_where_they_are_asked_for(machine, capsys):
+    made = machine()
+    assert benchmark.main("mesh --no-peer --output out.json".split()) == 0
+    assert set(report()["results"]) == {"fsdp", "data", "tensor", "expert", "context", "large"}
+    assert "llama          is for 4 devices or more, and left out" in capsys.readouterr().out
+    made.clear()
+    assert benchmark.main("mesh --only tensor_fsdp".split()) == 1 and not made
+    assert "--only tensor_fsdp: that row is for 4 devices or more, and JAX finds 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    ("row", "billions"),
+    ("name", "model", "billions"),
     [
-        (mesh_speed.ROWS["fsdp"], 1.104),
-        (mesh_speed.ROWS["tensor"], 1.104),
-        (mesh_speed.ROWS["data"], 0.162),
-        (mesh_speed.ROWS["context"], 0.355),
-        (mesh_speed.LARGE["6.74B"], 6.738),
-        (mesh_speed.LARGE["3.01B"], 3.015),
+        ("fsdp", "1.10B", 1.104),
+        ("tensor", "1.10B", 1.104),
+        ("tensor_fsdp", "1.10B", 1.104),
+        ("data", "162M", 0.162),
+        ("context", "355M", 0.355),
+        ("context_fsdp", "355M", 0.355),
+        ("large", "6.74B", 6.738),
+        ("large", "3.01B", 3.015),
+        ("llama", "8.03B", 8.030),
+        ("large_expert", "30.5B, 3.4B active", 30.532),
+        ("large_expert", "23.1B, 2.7B active", 23.055),
+        ("large_expert_fsdp", "15.6B, 2.0B active", 15.577),
+        ("large_expert_fsdp", "8.1B, 1.3B active", 8.100),
     ],
 )
-def test_models_have_the_size_that_they_are_named_by(row, billions):
-    model = load_settings(row.config, row.typed(2)).model
-    assert parameter_counts(ByteTransformer(model)).total / 1e9 == pytest.approx(billions, abs=5e-4)
+def test_models_have_the_size_that_they_are_named_by(name, model, billions):
+    row = mesh_speed.ROWS[name][model]
+    counts = parameter_counts(ByteTransformer(load_settings(row.config, row.typed(4)).model))
+    assert counts.total / 1e9 == pytest.approx(billions, abs=5e-4)
+    if "active" in model:
+        assert f"{counts.active / 1e9:.1f}B active" == model.split(", ")[1]
+
+
+@pytest.mark.parametrize("fails", [None, "model.remat=full"])
+def test_the_peer_is_measured_in_each_way_and_the_fastest_counts(fails, machine):
+    """With layers computed again, and without."""
+    made = machine(devices=4, fails=[(fails, "exit code 1")] if fails else [])
+    assert benchmark.main("mesh --only llama --output out.json".split()) == 0
+    row = report()["results"]["llama"]
+    peers = [options.set for name, options, _ in made if name == "huggingface_fsdp2"]
+    assert len(peers) == 2 and "model.remat=full" in peers[1] and "model.remat=full" not in peers[0]
+    assert (
+        "single" not in row and row["model"] == "8.03B" and row["mesh"] == {"fsdp": 4} and "changes" not in row["peer"]
+    )
+    (other,) = row["peer"]["others"]
+    assert other["changes"] == ["model.remat=full"] and other.get("error") == ("exit code 1" if fails else None)
 
 
 def test_a_part_that_fails_leaves_the_others(machine, capsys):

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stellarbyte_jax.ops import cross_entropy as op
-from stellarbyte_jax.sharding import make_mesh, spec_of
+from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.sharding.cross_entropy import linear_cross_entropy, token_losses
 
 B, T, D, V, WORDS = 8, 16, 12, 64, 50
@@ -69,23 +69,34 @@ def test_positions_that_devices_do_not_divide_stay_whole():
     np.testing.assert_allclose(gradients[1], dkernel, atol=1e-4)
 
 
-def test_each_device_makes_the_logits_of_its_tokens_and_its_columns():
-    mesh = make_mesh({**AXES, "fsdp": 4, "tensor": 2})
+@pytest.mark.parametrize(
+    ("sizes", "tied", "kept", "B", "rows_and_positions"),
+    [
+        ({"fsdp": 4, "tensor": 2}, False, ("fsdp", "tensor"), 8, (1, T)),
+        # Of rows that all devices together do not divide, ``tensor`` has positions of the gradient.
+        ({"fsdp": 4, "tensor": 2}, True, ("fsdp", "tensor"), 4, (1, T // 2)),
+        ({"fsdp": 4}, False, ("fsdp", None), 8, (2, T)),
+        ({"fsdp": 4}, True, (None, "fsdp"), 8, (2, T)),  # the table [V, D] has its parts of V
+    ],
+)
+def test_each_device_makes_the_logits_of_its_tokens_and_its_columns(sizes, tied, kept, B, rows_and_positions):
+    mesh = make_mesh({**AXES, **sizes})
     with jax.set_mesh(mesh):
-        kept = NamedSharding(mesh, spec_of(("embed", "vocab"), KERNEL.shape, mesh))
+        kept = NamedSharding(mesh, PartitionSpec(*kept))
         rows = NamedSharding(mesh, PartitionSpec("fsdp"))
-        given = jax.device_put(X, rows), jax.device_put(KERNEL, kept), jax.device_put(TARGETS, rows)
+        given = jax.device_put(X[:B], rows), jax.device_put(KERNEL, kept), jax.device_put(TARGETS[:B], rows)
 
         def loss(x, kernel, targets):
-            return linear_cross_entropy(x, kernel, targets)[0]
+            return linear_cross_entropy(x, kernel, targets, tied=tied)[0]
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*given).compile()
         dx, dkernel = compiled(*given)
-    logits = re.findall(r"= f32\[(\d+),32\]\S* dot\(", compiled.as_text())
+    columns = V // sizes.get("tensor", 1)
+    logits = re.findall(rf"= f32\[(\d+),{columns}\]\S* dot\(", compiled.as_text())
     assert logits and set(logits) <= {str(B * T // 4), str(D)}  # and the gradient of the kernel
-    assert f"{V}]{{1,0}} dot(" not in compiled.as_text()
-    assert dkernel.sharding.spec == kept.spec
-    assert dx.sharding.shard_shape(dx.shape) == (2, T // 2, D)
+    assert columns == V or f"{V}]{{1,0}} dot(" not in compiled.as_text()
+    assert dkernel.sharding.is_equivalent_to(kept, 2)
+    assert dx.sharding.shard_shape(dx.shape) == (*rows_and_positions, D)
 
 
 def test_a_tie_between_devices_is_no_hit():

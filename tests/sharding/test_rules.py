@@ -12,6 +12,7 @@ from helpers.variants import BASE, make_model, run, some_tokens
 from jax.sharding import AxisType, PartitionSpec
 
 from stellarbyte_jax.model.decoder import logits, param_shapes, param_uses
+from stellarbyte_jax.model.norm import RMSNorm
 from stellarbyte_jax.model.params import kept_spec, linear, param
 from stellarbyte_jax.sharding import (
     ACTIVATION_AXES,
@@ -20,9 +21,12 @@ from stellarbyte_jax.sharding import (
     axis_size,
     constrain,
     gather,
+    kept_spec_of,
     make_mesh,
     spec_of,
+    stream_axes,
 )
+from stellarbyte_jax.sharding.lookup import look_up
 
 
 def mesh(**axes):
@@ -92,7 +96,14 @@ def test_rows_of_activations_are_split_over_the_data_axis():
     assert {shard.data.shape for shard in found.addressable_shards} == {(2, 4, 4, 4)}
 
 
-def test_weights_are_whole_in_a_product_and_their_gradients_are_split_as_they_are():
+@pytest.mark.parametrize(
+    ("sizes", "spec", "whole"),
+    [
+        ({"fsdp": 4, "tensor": 2}, ("tensor", "fsdp"), "4,8"),  # channels stay split
+        ({"fsdp": 8}, ("fsdp", None), "8,8"),
+    ],
+)
+def test_weights_are_whole_in_a_product_and_their_gradients_are_split_as_they_are(sizes, spec, whole):
     class Out(nn.Module):
         @nn.compact
         def __call__(self, x_BTF):
@@ -102,17 +113,57 @@ def test_weights_are_whole_in_a_product_and_their_gradients_are_split_as_they_ar
     x = jnp.asarray(np.random.default_rng(1).standard_normal((8, 4, 8)), jnp.float32)
     grad = jax.grad(lambda p, x: jnp.sum(jnp.sin(Out().apply({"params": p}, x))))
     expected = grad(weights, x)["down"]
-    set_mesh = mesh(fsdp=4, tensor=2)
+    set_mesh = mesh(**sizes)
     with jax.set_mesh(set_mesh):
-        kept = jax.NamedSharding(set_mesh, spec_of(("mlp", "embed"), (8, 8), set_mesh))
-        assert kept.spec == PartitionSpec("tensor", "fsdp")
-        rows = jax.device_put(x, jax.NamedSharding(set_mesh, PartitionSpec("fsdp", None, "tensor")))
+        kept = jax.NamedSharding(set_mesh, kept_spec_of(("mlp", "embed"), (8, 8), set_mesh))
+        assert kept.spec == PartitionSpec(*spec)
+        rows = jax.device_put(x, jax.NamedSharding(set_mesh, spec_of(("batch", "sequence", "mlp"), x.shape, set_mesh)))
         compiled = jax.jit(grad).lower(jax.device_put(weights, kept), rows).compile()
         found = compiled(jax.device_put(weights, kept), rows)["down"]
     assert found.sharding.spec == kept.spec
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", compiled.as_text())
-    assert "4,8" in gathered and "8,8" not in gathered, "channels stay split"
+    gathered = re.findall(r"f32\[(\d+,\d+)\]\S* all-gather\(", compiled.as_text())
+    assert set(gathered) == {whole}
+
+
+@pytest.mark.parametrize(("rows", "spec"), [(4, ("tensor", None, None)), (3, (None, "tensor", None))])
+def test_norms_are_split_between_layers_after_they_are_cast(rows, spec):
+    """Rows where they can be, positions else; a constraint on the float32 result would gather twice the bytes."""
+    norm = RMSNorm(BASE)
+    with jax.set_mesh(mesh(tensor=4)):
+        made = jax.make_jaxpr(lambda x: norm.apply({"params": {"scale": jnp.ones(32)}}, x))(
+            jnp.ones((rows, 8, 32), jnp.bfloat16)
+        )
+    last = made.jaxpr.eqns[-1]
+    assert last.primitive.name == "sharding_constraint" and last.invars[0].aval.dtype == jnp.bfloat16
+    assert last.params["sharding"].spec == PartitionSpec(*spec)
+
+
+def test_one_position_is_not_split_between_layers():
+    """A step of generation: the sum of a branch takes one collective."""
+    assert stream_axes(1)[0] == "batch" and stream_axes(2)[0] == "stream_batch"
+
+
+def test_gradients_of_a_looked_up_row_are_added_up_in_float32():
+    """In bfloat16 a sum of ones stays at 256."""
+    tokens = jnp.zeros((8, 128), jnp.int32)
+    for sizes in ({"data": 8}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}):
+        with jax.set_mesh(make_mesh(sizes)):
+            grad = jax.jit(jax.grad(lambda table: jnp.sum(look_up(table, tokens).astype(jnp.float32))))
+            found = grad(jnp.ones((16, 8), jnp.bfloat16))
+        assert found.dtype == jnp.bfloat16 and found[0].tolist() == [1024] * 8 and not found[1:].any(), sizes
+
+
+def test_parts_are_of_the_first_dimension_that_can_have_them():
+    """Where ``tensor`` splits nothing: they lie one after the other."""
+    split = mesh(fsdp=4, expert=2)
+    assert kept_spec_of(("layers", "mlp", "embed"), (2, 16, 8), split) == PartitionSpec(None, ("fsdp", "expert"), None)
+    assert kept_spec_of(("heads", "head_dim", "embed"), (4, 2, 8), split) == PartitionSpec("fsdp", None, "expert")
+    assert kept_spec_of(("embed", "heads", "head_dim"), (8, 8, 2), split) == PartitionSpec(
+        ("fsdp", "expert"), None, None
+    )
+    assert kept_spec_of(("vocab", "embed"), (50, 8), split) == PartitionSpec(None, ("fsdp", "expert"))
+    assert kept_spec_of(("experts", "mlp", "embed"), (2, 8, 8), split) == PartitionSpec("expert", "fsdp", None)
 
 
 def test_vectors_are_kept_whole_and_matrices_in_parts():
@@ -130,8 +181,8 @@ def test_vectors_are_kept_whole_and_matrices_in_parts():
 
 def test_an_axis_of_the_mesh_splits_one_dimension_and_what_it_divides():
     small = mesh(fsdp=2, expert=2, tensor=2)
-    assert spec_of(("experts", "embed"), (4, 8), small) == PartitionSpec("expert", "fsdp")
-    assert spec_of(("embed",), (6,), small) == PartitionSpec("fsdp")
+    assert kept_spec_of(("experts", "embed"), (4, 8), small) == PartitionSpec("expert", "fsdp")
+    assert kept_spec_of(("embed",), (6,), small) == PartitionSpec("fsdp")
     assert spec_of(("heads", "mlp"), (3, 8), small) == PartitionSpec(None, "tensor")
     assert spec_of((None, "sequence"), (3, 8), small, unnamed="any") == PartitionSpec("any", "any")
     with jax.set_mesh(small):
