@@ -44,6 +44,17 @@ runpy.run_path(ROOT, run_name="__main__")
 """
 
 
+COMMON = (
+    "steps=6",
+    "model.hidden_dropout=0",
+    "checkpoint.interval=2",
+    "checkpoint.keep_latest=10",
+    "evaluation.interval=2",
+    "evaluation.batches=2",
+    "data.shuffle=true",
+)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a process ended; ``batches`` holds, for each that it took, the rows of its devices by their number."""
@@ -55,10 +66,20 @@ class Ended:
     ended_at: float
 
 
-def run(config_file, count, *settings, before="", devices=1, seconds=150):
-    """scripts/train.py in ``count`` processes, after ``before`` has bent something; how each of them ended."""
+def run(config_file, count, *settings, before="", devices=1, seconds=150, gpus=None):
+    """scripts/train.py in ``count`` processes, after ``before`` has bent something; how each of them ended.
+
+    Each has so many devices of a CPU, or of these ``gpus`` as many as the others.
+    """
     with contextlib.ExitStack() as stack:
-        processes = [_start(stack, config_file, count, rank, settings, before, devices) for rank in range(count)]
+        processes = []
+        for rank in range(count):
+            if gpus is None:
+                places = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": QUICK}
+            else:
+                each = len(gpus) // count
+                places = {**ON_GPUS, "CUDA_VISIBLE_DEVICES": ",".join(gpus[rank * each : (rank + 1) * each])}
+            processes.append(_start(stack, config_file, count, rank, settings, before, places))
         end = time.monotonic() + seconds
         ends: dict[int, float] = {}
         while len(ends) < count:
@@ -72,9 +93,16 @@ def run(config_file, count, *settings, before="", devices=1, seconds=150):
 
 
 _address: dict[int, str] = {}
+# Float32 products as they are on a CPU; no multicast, which hosts that are shared may lack.
+ON_GPUS = {
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+    "NCCL_NVLS_ENABLE": "0",
+}
 
 
-def _start(stack, config_file, count, rank, settings, before, devices):
+def _start(stack, config_file, count, rank, settings, before, places):
     if rank == 0:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -88,9 +116,7 @@ def _start(stack, config_file, count, rank, settings, before, devices):
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
-        "XLA_FLAGS": QUICK,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
+        **places,
     }
     directory = Path(config_file).parent
     files = [directory / f"{name}-{rank}" for name in ("out", "err")]
@@ -135,3 +161,20 @@ def batches_of(ended, rows=4):
         assert sorted(whole) == list(range(rows))
         found.append([whole[number] for number in range(rows)])
     return np.array(found)
+
+
+def numbers(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    names = ("loss", "gradient_norm", "validation/loss")
+    found = {(line["step"], name): line[name] for line in lines for name in names if name in line}
+    assert len(lines) == len({(line["step"], "loss" in line) for line in lines})  # none is written twice
+    return found
+
+
+def assert_same_run(found, expected):
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def assert_done(ended, code=0):
+    assert [each.code for each in ended] == [code] * len(ended), "\n".join(each.err for each in ended)

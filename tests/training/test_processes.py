@@ -1,6 +1,5 @@
 """A run of several processes: it is that of one, its parts of files are written once, and it ends as one."""
 
-import json
 import shutil
 import signal
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.runs import cli, write_config
-from helpers.several import batches_of, run
+from helpers.several import COMMON, assert_done, assert_same_run, batches_of, numbers, run
 from helpers.training import settings
 
 from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights
@@ -20,33 +19,6 @@ from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.training import placement
 from stellarbyte_jax.training.agreement import SharedInterrupt
-
-COMMON = (
-    "steps=6",
-    "model.hidden_dropout=0",
-    "checkpoint.interval=2",
-    "checkpoint.keep_latest=10",
-    "evaluation.interval=2",
-    "evaluation.batches=2",
-    "data.shuffle=true",
-)
-
-
-def numbers(directory):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    names = ("loss", "gradient_norm", "validation/loss")
-    found = {(line["step"], name): line[name] for line in lines for name in names if name in line}
-    assert len(lines) == len({(line["step"], "loss" in line) for line in lines})  # none is written twice
-    return found
-
-
-def assert_same_run(found, expected):
-    assert found.keys() == expected.keys()
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
-
-
-def assert_done(ended, code=0):
-    assert [each.code for each in ended] == [code] * len(ended), "\n".join(each.err for each in ended)
 
 
 def run_here(config, *settings):
