@@ -145,13 +145,15 @@ def test_one_position_is_not_split_between_layers():
 
 
 def test_gradients_of_a_looked_up_row_are_added_up_in_float32():
-    """In bfloat16 a sum of ones stays at 256."""
-    tokens = jnp.zeros((8, 128), jnp.int32)
+    """In bfloat16 a sum of ones stays at 256. Devices exchange them in the dtype of the table."""
+    tokens, table = jnp.zeros((8, 128), jnp.int32), jnp.ones((16, 8), jnp.bfloat16)
     for sizes in ({"data": 8}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}):
         with jax.set_mesh(make_mesh(sizes)):
-            grad = jax.jit(jax.grad(lambda table: jnp.sum(look_up(table, tokens).astype(jnp.float32))))
-            found = grad(jnp.ones((16, 8), jnp.bfloat16))
+            grad = jax.grad(lambda table: jnp.sum(look_up(table, tokens).astype(jnp.float32)))
+            found, program = jax.jit(grad)(table), str(jax.make_jaxpr(grad)(table))
         assert found.dtype == jnp.bfloat16 and found[0].tolist() == [1024] * 8 and not found[1:].any(), sizes
+        sums = re.findall(r"(\w+)\[[^\n]* = psum\w*\[", program)
+        assert set(sums) == {"bf16"}, program
 
 
 def test_parts_are_of_the_first_dimension_that_can_have_them():
