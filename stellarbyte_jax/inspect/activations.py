@@ -21,7 +21,7 @@ class Cut:
     """Into how many parts a mesh cuts what a device computes of its rows.
 
     Attributes:
-      tensor: heads, channels and the vocabulary; positions between layers.
+      tensor: heads, channels and the vocabulary; rows or positions between layers.
       context: positions.
       expert: experts; each device gets the tokens of so many.
       packed: whether rows hold several documents. For these keys and values are repeated for every query head, but not

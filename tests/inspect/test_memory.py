@@ -12,7 +12,7 @@ from helpers.training import settings
 from helpers.variants import BASE, VARIANTS, weights_alone
 
 from stellarbyte_jax.config import ByteConfig, LossConfig, OptimizerConfig, load
-from stellarbyte_jax.inspect.activations import activation_bytes, expert_rows
+from stellarbyte_jax.inspect.activations import Cut, activation_bytes, activations_of, expert_rows
 from stellarbyte_jax.inspect.memory import (
     CACHE_DTYPES,
     OPTIMIZERS,
@@ -197,6 +197,15 @@ def test_a_training_step_takes_what_a_gpu_reported():
     run = load(ROOT / "configs" / "pretrain.py")
     found = training_bytes(ByteTransformer(run.model), optimizer="adamw", rows=32, length=1024)
     assert found.total / 2**30 == pytest.approx(measured["results"]["synthetic"]["peak_memory_gib"], rel=0.1)
+
+
+@pytest.mark.parametrize(("rows", "length", "tokens"), [(3, 15, 3 * 15), (4, 15, 2 * 15), (3, 16, 3 * 8)])
+def test_tensor_cuts_the_stream_by_rows_or_by_positions(rows, length, tokens):
+    """With each layer made again, what it keeps is its input."""
+    again = dataclasses.replace(BASE, remat="full")
+    deeper = dataclasses.replace(again, num_hidden_layers=again.num_hidden_layers + 1)
+    more, less = (activations_of(config, rows, length, Cut(tensor=2)).kept for config in (deeper, again))
+    assert more - less == 4 * tokens * BASE.hidden_size
 
 
 def test_activations_grow_with_tokens_and_memory():

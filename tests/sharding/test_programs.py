@@ -103,6 +103,13 @@ def test_weights_that_are_kept_in_parts_are_whole_one_layer_at_a_time(remat):
     assert not found["all-to-all"] and not found["collective-permute"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_the_head_are_cut_as_its_weights_are(tied):
+    """Those of the table of the embedding where it is tied: nothing is dealt out anew."""
+    found = exchanged(compiled({"fsdp": 8}, tie_word_embeddings=tied, remat="weights", num_hidden_layers=1)[0])
+    assert not found["all-to-all"] and not found["collective-permute"]
+
+
 def test_copies_exchange_gradients_alone():
     program, shapes = compiled({"data": 8})
     found = exchanged(program)
