@@ -54,6 +54,7 @@ _TRAINED_MOE_FIELDS = (
     "state_decay",
     *(name for name in REBALANCING if name != "rebalance_interval"),
 )
+_TRAINED_LORA_FIELDS = ("init", "dropout", "regularization")  # likewise of adapters
 # Which experts tokens go to, with the weights as they are: a run that begins with them may choose otherwise.
 _ROUTING_FIELDS = (
     "moe.num_experts_per_tok",
@@ -83,7 +84,7 @@ _ORDER_FIELDS = (
 
 def _architecture(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
     """What a checkpoint depends on: by setting what it means, and how it is shown, with derived sizes spelt out."""
-    spelt = {name: value for name, value in config.to_dict().items() if name not in (*_RUNTIME_FIELDS, "moe")}
+    spelt = {name: value for name, value in config.to_dict().items() if name not in (*_RUNTIME_FIELDS, "moe", "lora")}
     windows = _windows(config)
     sizes = {
         "num_key_value_heads": config.kv_heads,
@@ -101,7 +102,23 @@ def _architecture(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
         "layer_scale_init": config.layer_scale_init is not None,  # how much it is matters to new weights alone
     }
     found = {name: (meanings.get(name, value), sizes.get(name, value)) for name, value in spelt.items()}
-    return found | _experts(config)
+    return found | _experts(config) | _adapters(config)
+
+
+def _adapters(config: ByteConfig) -> dict[str, tuple[Any, Any]]:
+    """The same of adapters."""
+    lora = config.lora
+    if not lora.r:
+        return {"lora.r": (0, 0)}
+    meanings = {
+        "lora_alpha": lora.scale,
+        "rslora": lora.scale,
+        "target_modules": lora.targets,
+        "modules_to_save": set(lora.modules_to_save),
+        "layers": set(range(config.num_hidden_layers) if lora.layers is None else lora.layers),
+    }
+    spelt = {name: value for name, value in lora.to_dict().items() if name not in _TRAINED_LORA_FIELDS}
+    return {f"lora.{name}": (meanings.get(name, value), value) for name, value in spelt.items()}
 
 
 def _experts(config: ByteConfig) -> dict[str, tuple[Any, Any]]:

@@ -1,16 +1,31 @@
 """Where weights come from: a Hugging Face directory or name of the hub, a run, or ``RUN/checkpoints/STEP``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from stellarbyte_jax.checkpoint.store import TOKENIZER
-from stellarbyte_jax.checkpoint.weights import load_config, load_weights, run_and_step, saw_plain_text, stored_steps
+import jax
+import numpy as np
+
+from stellarbyte_jax.checkpoint.checksum import array_checksums
+from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError, first_line
+from stellarbyte_jax.checkpoint.weights import (
+    load_base,
+    load_config,
+    load_weights,
+    run_and_step,
+    saw_plain_text,
+    stored_steps,
+)
 from stellarbyte_jax.config import ByteConfig, TrainConfig
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.directory import from_pretrained, says_plain_text
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.hf.settings import read_config
-from stellarbyte_jax.model.trees import Params
+from stellarbyte_jax.lora import as_base, kept_elsewhere, merge_adapters, split
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.trees import Params, merge, partition
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.directory import TokenizerDirectory
 from stellarbyte_jax.tokenizer.special import adds_bos
@@ -37,12 +52,12 @@ class Source:
     step: int | None = None
 
     def model_config(self) -> ByteConfig:
-        """Settings of the model.
+        """Settings of the model; of a run with adapters those of :meth:`weights`.
 
         Raises:
           ValueError, CheckpointError: the directory is incomplete or cannot be read.
         """
-        return load_config(self.path, self.step).model if self.is_run else read_config(self.path)[1]
+        return merged_config(load_config(self.path, self.step).model) if self.is_run else read_config(self.path)[1]
 
     def settings(self) -> tuple[ByteConfig, Path, bool]:
         """Settings of the model, directory of its tokenizer, and whether its texts begin with bos.
@@ -52,22 +67,41 @@ class Source:
         """
         if self.is_run:
             config = load_config(self.path, self.step)
-            return config.model, tokenizer_of(self.path, config), config.data.add_bos
+            return merged_config(config.model), tokenizer_of(self.path, config), config.data.add_bos
         return self.model_config(), self.path, self._begins_with_bos()
 
     def weights(self) -> tuple[ByteConfig, Params]:
         """Settings and weights of the model; of a run the averaged ones, where it keeps an average.
 
-        Under ``jax.set_mesh`` the weights are read straight into their parts on the mesh.
+        Adapters are merged into the weights, but for those that are not linear. Under ``jax.set_mesh`` the weights are
+        read straight into their parts on the mesh.
 
         Raises:
           ValueError, CheckpointError: the directory is incomplete or cannot be read.
         """
-        if self.is_run:
-            config, params = load_weights(self.path, self.step)
-            return config.model, params
-        model, params = from_pretrained(self.path)
-        return model.config, params
+        return merged(*self.stored())
+
+    def stored(self) -> tuple[ByteConfig, Params]:
+        """The same with adapters beside the weights, each as it is stored where it lies.
+
+        Raises:
+          ValueError, CheckpointError: the directory is incomplete or cannot be read.
+        """
+        if not self.is_run:
+            model, params = from_pretrained(self.path)
+            return model.config, params
+        config, params = load_weights(self.path, self.step)
+        if config.model.lora.r:
+            base, _ = read_base(load_base(self.path, self.step), str(self.path))
+            params = merge(params, partition(base, kept_elsewhere(ByteTransformer(config.model)))[0])
+        return config.model, params
+
+    def name(self) -> str:
+        """Where exactly the weights lie, also when the run has gone on."""
+        if not self.is_run:
+            return str(self.path.absolute())
+        step = stored_steps(self.path)[-1] if self.step is None else self.step
+        return str(self.path.absolute() / "checkpoints" / str(step))
 
     def is_plain_text(self) -> bool:
         """Whether it is known that the weights saw plain text alone: those of a run, or of an export wherever it lies.
@@ -85,6 +119,57 @@ class Source:
             return True
         tokenizer = load_tokenizer(self.path)
         return adds_bos(self.path, tokenizer.bos_id, tokenizer.eos_id)
+
+
+def merged_config(config: ByteConfig) -> ByteConfig:
+    """Settings of the model that :func:`merged` makes."""
+    return config.without_adapters if config.lora.activation == "none" else config
+
+
+def merged(config: ByteConfig, params: Params) -> tuple[ByteConfig, Params]:
+    """A model with its adapters in its weights, where these are linear."""
+    if not config.lora.r:
+        return config, params
+    model = ByteTransformer(config)
+    adapters, base = split(params)
+    params = merge(adapters, as_base(model, base))
+    if config.lora.activation == "none":
+        model, params = merge_adapters(model, params)
+        return model.config, params
+    return config, jax.tree.map(lambda x: x.astype(np.float32), params)
+
+
+def identity(name: str, params: Params) -> dict[str, Any]:
+    """What a run with adapters records of its base: where it lies, and checksums of its weights as they are stored."""
+    return {"path": name, "checksums": array_checksums(params)}
+
+
+def read_base(record: Mapping[str, Any], run: str, other: str | None = None) -> tuple[Params, dict[str, Any]]:
+    """The base of a run's adapters, and what is to be recorded of it from now on.
+
+    Args:
+      record: :func:`identity` of it.
+      run: whose it is, for messages.
+      other: where it may lie now.
+
+    Raises:
+      CheckpointError: it is not there, or there are other weights.
+    """
+    reasons = []
+    for name in filter(None, (record["path"], other)):
+        try:
+            source = find_source(name)
+            config, params = source.stored()
+        except (ValueError, OSError) as error:
+            reasons.append(f"{name} cannot be read: {first_line(error)}")
+            continue
+        if array_checksums(params) == record["checksums"]:
+            return merged(config, params)[1], {**record, "path": source.name()}
+        reasons.append(f"{name} holds other weights now")
+    raise CheckpointError(
+        f"{run} holds adapters of the weights that lay in {record['path']}: {'; '.join(reasons)}. Put those back, or "
+        "continue the run with init_from set to where they are now"
+    )
 
 
 def find_source(

@@ -3,7 +3,8 @@
 Items of a step: ``params`` (the trained weights), ``frozen``, ``ema`` and ``memory`` (where there are any),
 ``optimizer`` (its state and the step), ``data`` (position of the loader and progress of the run, JSON), ``config`` (the
 resolved settings, JSON) and ``format`` (JSON); beside them orbax's ``metrics`` (JSON), where the validation loss was
-measured. A step made from foreign weights has no ``optimizer``.
+measured. A step made from foreign weights has no ``optimizer``. One with adapters does not hold the weights that they
+belong to; ``base`` (JSON) says where those lie, and their checksums.
 """
 
 import json
@@ -30,6 +31,7 @@ from stellarbyte_jax.model.lazy import LazyArray
 # Of the items above and of the parameter tree: a checkpoint of another one is refused.
 _FORMAT = 2
 
+BASE = "base"  # the JSON item of a step that says which weights its adapters belong to
 TOKENIZER = "tokenizer"  # the folder of a run that holds a copy of its tokenizer
 EXPORT = "hf"  # the folder of a run that holds its Hugging Face directory
 

@@ -5,15 +5,17 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep, first_line
+from stellarbyte_jax.checkpoint.store import BASE, Checkpointer, CheckpointError, StoredStep, first_line
 from stellarbyte_jax.config import ByteConfig, CheckpointConfig, ConfigError, DataConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.hf.card import TrainingFacts
+from stellarbyte_jax.lora import kept_elsewhere
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
 from stellarbyte_jax.model.lazy import LazyArray, lazy
 from stellarbyte_jax.model.placement import weight_places
@@ -42,7 +44,8 @@ def load_config(run_dir: str | Path, step: int | None = None) -> TrainConfig:
 def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainConfig, Params]:
     """Settings and weights (the average where one was kept) of a run's newest or named checkpoint.
 
-    The weights are arrays of numpy. Under ``jax.set_mesh`` they are read straight into their parts on the mesh, as
+    Of a run with adapters these alone, and what is kept with them: ``source.Source`` has their base too. The weights
+    are arrays of numpy. Under ``jax.set_mesh`` they are read straight into their parts on the mesh, as
     ``place_weights`` puts them.
 
     Raises:
@@ -51,6 +54,16 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainCon
     with _opened(Path(run_dir), step) as stored:
         config = TrainConfig.from_dict(stored.json("config"))
         return config, _joined(stored.arrays(_items(stored, config.model, device_mesh())))
+
+
+def load_base(run_dir: str | Path, step: int | None = None) -> dict[str, Any]:
+    """What a run with adapters recorded of their base in its newest or named checkpoint, see ``source.identity``.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    with _opened(Path(run_dir), step) as stored:
+        return stored.json(BASE)
 
 
 def load_lazy_weights(run_dir: str | Path, step: int | None = None) -> tuple[TrainConfig, Params]:
@@ -157,8 +170,10 @@ def _items(stored: StoredStep, config: ByteConfig, mesh: Mesh | None = None) -> 
             param_shapes(model),
             weight_places(model, mesh),
         )
-    frozen_paths = stored.frozen_paths
-    trained, frozen = partition(shapes, lambda path: "/".join(path) not in frozen_paths)
+    if stored.has(BASE):
+        of_base = kept_elsewhere(model)
+        shapes, _ = partition(shapes, lambda path: not of_base(path))
+    trained, frozen = partition(shapes, lambda path: "/".join(path) not in stored.frozen_paths)
     item = "ema" if stored.has("ema") else "params"
     return {item: trained} | ({"frozen": frozen} if frozen else {})
 

@@ -150,7 +150,10 @@ def to_hf(arguments: argparse.Namespace) -> Any:
     """Writes a Hugging Face directory; returns how well it agrees with transformers, where asked for."""
     run, step = run_and_step(arguments.source, arguments.step)
     config, params = load_lazy_weights(run, step)
-    model = ByteTransformer(config.model)
+    network = config.model
+    if network.lora.r:
+        network, params = find_source(run, step).weights()
+    model = ByteTransformer(network)
     tokenizer, own = None, tokenizer_of(run, config)
     if arguments.tokenizer is not None:
         tokenizer = local_directory(arguments.tokenizer, weights=False)

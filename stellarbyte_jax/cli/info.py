@@ -140,7 +140,10 @@ def _subject(options: argparse.Namespace) -> _Subject:
     name, run, params = real(options.model).name, None, None
     if source.is_run:
         run, params = load_weights(source.path, source.step)
-        name, model = source.path.resolve().name, ByteTransformer(run.model)
+        network = run.model
+        if network.lora.r:
+            network, params = source.weights()
+        name, model = source.path.resolve().name, ByteTransformer(network)
     elif weights:
         model, params = from_pretrained(source.path)
     else:

@@ -9,6 +9,7 @@ imports neither jax nor the rest of the project, so it costs nothing to import.
 from stellarbyte_jax.config.data import ChatConfig, DataConfig
 from stellarbyte_jax.config.files import beside, compose, load, override
 from stellarbyte_jax.config.layers import LayerGroup, LayerSpec
+from stellarbyte_jax.config.lora import LoRAConfig
 from stellarbyte_jax.config.mesh import MeshConfig
 from stellarbyte_jax.config.model import (
     AttentionImplementation,
@@ -40,6 +41,7 @@ __all__ = [
     "EvaluationConfig",
     "LayerGroup",
     "LayerSpec",
+    "LoRAConfig",
     "LoggingConfig",
     "LossConfig",
     "MemoryConfig",

@@ -55,7 +55,8 @@ def compose(config: TrainConfig, overrides: Sequence[str] = (), inherit: Inherit
     """Applies overrides to a config, and to what it takes over from the directory that ``init_from`` names.
 
     An override of ``init_from`` replaces the config's model and tokenizer, which go with the weights that the config
-    was made for. An ``init_from`` of the config itself gives the model and the tokenizer that the config leaves out.
+    was made for; adapters, which go with any, stay. An ``init_from`` of the config itself gives the model and the
+    tokenizer that the config leaves out.
 
     Args:
       config: to change.
@@ -71,6 +72,7 @@ def compose(config: TrainConfig, overrides: Sequence[str] = (), inherit: Inherit
         return override(config, overrides)
     replaces = "init_from" in given
     base = dict(inherit(*map(_home, (source, given.get("output_dir", config.output_dir)))))
+    base["model"] = {**base["model"], "lora": config.model.lora.to_dict()}
     if not (replaces or config.leaves_model_out):
         del base["model"]
     if not (replaces or config.data.tokenizer == DataConfig().tokenizer):

@@ -1,11 +1,12 @@
 """The network's settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.config.layers import LayerGroup, LayerSpec, group_layers
+from stellarbyte_jax.config.lora import LoRAConfig
 from stellarbyte_jax.config.model_parts import CacheConfig, MemoryConfig, RopeScaling
 from stellarbyte_jax.config.moe import MoEConfig
 from stellarbyte_jax.config.section import (
@@ -107,6 +108,7 @@ class ByteConfig(Section):
       scan_unroll: layers in one step of the loop over layers; none: all; faster steps on small models, longer
         compilation
       cache: key/value cache of generation
+      lora: low-rank adapters; with them the other weights are frozen
     """
 
     _aliases = _ALIASES
@@ -162,6 +164,7 @@ class ByteConfig(Section):
     remat: Literal["none", "weights", "dots", "full"] = "none"
     scan_unroll: PositiveInt | None = 1
     cache: CacheConfig = field(default_factory=CacheConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def _check(self) -> None:
         require(
@@ -178,6 +181,13 @@ class ByteConfig(Section):
         self._check_residual()
         self._check_experts()
         self._check_layers()
+        if set(self.given()) != {"lora"}:  # else it may stand for the model of ``init_from``
+            self.check_adapters()
+
+    def check_adapters(self) -> None:
+        """Raises ConfigError where ``lora`` names what the network does not have."""
+        dense = len(self.moe_layers) < self.num_hidden_layers
+        self.lora.check_network(self.moe, self.num_hidden_layers, dense=dense, tied=self.tie_word_embeddings)
 
     def _check_positions(self) -> None:
         require(
@@ -358,12 +368,21 @@ class ByteConfig(Section):
         """
         layers, m = len(self.moe_layers), self.moe
         stored = m.num_experts * (1 if m.shared_pool else layers)
-        return total + (m.num_experts_per_tok * layers - stored) * 3 * self.hidden_size * self.expert_size
+        width, inside = self.hidden_size, self.expert_size
+        size = 3 * width * inside
+        if "experts" in self.lora.targets:
+            size += 3 * self.lora.r * (width + inside) + (2 * inside + width if self.lora.dora else 0)
+        return total + (m.num_experts_per_tok * layers - stored) * size
+
+    @property
+    def without_adapters(self) -> "ByteConfig":
+        """The same network without adapters."""
+        return replace(self, lora=LoRAConfig()) if self.lora.r else self
 
     @property
     def is_random(self) -> bool:
         """Whether training draws random numbers inside the network."""
-        rates = (self.attention_dropout, self.hidden_dropout, self.residual_dropout, self.drop_path)
+        rates = (self.attention_dropout, self.hidden_dropout, self.residual_dropout, self.drop_path, self.lora.dropout)
         return max(rates) > 0 or self.moe.is_random
 
     @property

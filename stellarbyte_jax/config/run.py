@@ -297,8 +297,8 @@ class TrainConfig(Section):
 
     @property
     def leaves_model_out(self) -> bool:
-        """Whether the model is that of ``init_from``, which is not known yet."""
-        return self.init_from is not None and self.model == ByteConfig()
+        """Whether the model is that of ``init_from``, which is not known yet; adapters go with any."""
+        return self.init_from is not None and self.model.without_adapters == ByteConfig()
 
     def check_model(self) -> None:
         """Raises ConfigError where the model and other sections contradict each other."""
@@ -307,6 +307,7 @@ class TrainConfig(Section):
             f"data.sequence_length {self.data.sequence_length} is longer than "
             f"model.max_position_embeddings {self.model.max_position_embeddings}",
         )
+        self.model.check_adapters()
         rows = self.global_batch_size // self.gradient_accumulation_steps
         self.model.moe.check_capacity(rows * self.data.sequence_length)
         require(

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 _WITHOUT_MEANING = (
     *("vocab_size_multiple", "rope_pairing", "drop_path", "attention_dropout", "hidden_dropout", "residual_dropout"),
     *("initialization", "initializer_range", "compute_dtype", "attention_implementation", "remat", "scan_unroll"),
-    "cache",
+    *("cache", "lora"),
 )
 # The same of moe. Capacity is of training alone too.
 _OF_TRAINING = (
@@ -44,6 +44,10 @@ def export_family(
     Raises:
       ValueError: there is none, or it cannot; the message names each setting that stands in the way and what to do.
     """
+    if config.lora.r:
+        raise ValueError(
+            "a Hugging Face directory has no place for adapters: merge them first (stellarbyte_jax.lora.merge_adapters)"
+        )
     if name is not None and name not in FAMILIES:
         raise ValueError(f"there is no family {shown(name)}: known are {', '.join(FAMILIES)}")
     candidates = list(FAMILIES.values()) if name is None else [FAMILIES[name]]

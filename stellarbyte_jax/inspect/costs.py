@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from stellarbyte_jax.config import ByteConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses, trained
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses, trained, weights_alone
 from stellarbyte_jax.model.layers import POOL
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, partition
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 def pieces(config: ByteConfig, params: Params) -> Iterator[Piece]:
     """Every weight of a tree of arrays or shapes, stacks layer by layer; what routers keep is no weight."""
     layers = {(str(stack), row): layer for layer, (stack, row) in enumerate(config.layer_places)}
-    is_weight = trained(ByteTransformer(config))
+    is_weight = weights_alone(ByteTransformer(config))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = tuple(key.key for key in path)
         if not is_weight(names):
@@ -105,7 +105,7 @@ def parameter_counts(model: ByteTransformer, is_trainable: IsTrainable = all_tra
     for piece in pieces(model.config, shapes):
         (outside if piece.layer is None else layers[piece.layer])[piece.part] += piece.size
     trainable, _ = partition(shapes, trained(model, is_trainable))
-    total = count_parameters(partition(shapes, trained(model))[0])
+    total = count_parameters(partition(shapes, weights_alone(model))[0])
     return ParameterCounts(outside, tuple(layers), count_parameters(trainable), model.config.active_parameters(total))
 
 
@@ -127,15 +127,17 @@ class FlopsPerToken:
         a memory of M tokens, ``12 L M N H``; reading the memory's keys is not counted.
       full: the same with attention counted as if it were not causal, as in the PaLM paper (2022,
         https://arxiv.org/abs/2204.02311, appendix B).
+      spared: what these leave out: gradients of weights that are frozen beside adapters.
     """
 
     causal: float
     full: float
+    spared: float = 0.0
 
     @property
     def forward(self) -> "FlopsPerToken":
         """Those of the forward pass alone."""
-        return FlopsPerToken(self.causal / 3, self.full / 3)
+        return FlopsPerToken((self.causal + self.spared) / 3, (self.full + self.spared) / 3)
 
 
 def flops_per_token(config: ByteConfig, parameters: int, sequence_length: int) -> FlopsPerToken:
@@ -151,7 +153,20 @@ def flops_per_token(config: ByteConfig, parameters: int, sequence_length: int) -
         if spec.recent:  # the same number of keys for every token of a segment
             keys = 2 * spec.memory_slots
         attention += 6.0 * keys * width
-    return FlopsPerToken(6.0 * matrices + attention, 6.0 * matrices + 2 * attention)
+    spared = 2.0 * _frozen_matrices(config)
+    products = 6.0 * matrices - spared
+    return FlopsPerToken(products + attention, products + 2 * attention, spared)
+
+
+def _frozen_matrices(config: ByteConfig) -> int:
+    """Weights of a base with adapters that a token uses, multiplied by activations and not trained."""
+    if not config.lora.r:
+        return 0
+    model, base = ByteTransformer(config), config.without_adapters
+    _, frozen = partition(param_shapes(model), trained(model))
+    frozen, _ = partition(frozen, weights_alone(model))
+    saved = _looked_up(base) if "embed" not in config.lora.modules_to_save else 0
+    return base.active_parameters(count_parameters(frozen)) - saved
 
 
 def _looked_up(config: ByteConfig) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.activations import activation_bytes
 from stellarbyte_jax.inspect.costs import count_parameters
-from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses, trained
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses, trained, weights_alone
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.state.storage import Storage
@@ -68,9 +68,11 @@ def training_bytes(
       is_trainable: of a weight's path.
     """
     shapes = param_shapes(model)
-    gradients = count_parameters(partition(shapes, trained(model, is_trainable))[0]) * _FLOAT32
+    weights = partition(shapes, weights_alone(model))[0]
+    trainable, others = partition(weights, trained(model, is_trainable))
+    gradients, frozen = count_parameters(trainable) * _FLOAT32, count_parameters(others)
     return TrainingBytes(
-        weights=weight_bytes(count_parameters(partition(shapes, trained(model))[0]), "float32"),
+        weights=gradients + frozen * jnp.dtype(model.config.lora.base_dtype).itemsize,
         gradients=gradients,
         optimizer=optimizer_bytes(model, optimizer, is_trainable),
         average=gradients if average else 0,

@@ -12,8 +12,9 @@ from stellarbyte_jax.config import ByteConfig, LayerSpec
 from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.initializers import matrix_init
 from stellarbyte_jax.model.io import Aux, LayerState
+from stellarbyte_jax.model.linear import linear
 from stellarbyte_jax.model.norm import RMSNorm
-from stellarbyte_jax.model.params import linear, param
+from stellarbyte_jax.model.params import param
 from stellarbyte_jax.model.positions import position_scheme
 from stellarbyte_jax.model.state.memory import with_memory_prefix
 from stellarbyte_jax.ops.attention import Dropout

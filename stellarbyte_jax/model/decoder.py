@@ -17,6 +17,7 @@ from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.embedding import Embed, Head
 from stellarbyte_jax.model.io import Inputs, Output, State
 from stellarbyte_jax.model.layers import Given, Layers
+from stellarbyte_jax.model.lora import SCALE, LowRank, is_learnt
 from stellarbyte_jax.model.norm import RMSNorm
 from stellarbyte_jax.model.params import Weight, WeightUse, weight_uses
 from stellarbyte_jax.model.positions import position_scheme
@@ -107,6 +108,10 @@ class ByteTransformer(nn.Module):
         """The matrix from hidden states to logits, in the compute dtype. Columns from ``vocab_size`` on are padding."""
         return self._head.kernel()
 
+    def head_factors(self, hidden: Float[Array, "*batch D"]) -> tuple[Float[Array, "D V"], LowRank | None]:
+        """The matrix of the head without its adapter, and what that adds to the logits; None: nothing."""
+        return self._head.factors(hidden)
+
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits of normalised hidden states, without the padding of the vocabulary."""
         with jax.named_scope("head"):
@@ -163,9 +168,35 @@ def head_kernel(model: ByteTransformer, params: Params) -> Float[Array, "D V"]:
     return cast(jax.Array, model.apply({"params": params}, method="head_kernel"))
 
 
+def head_factors(
+    model: ByteTransformer, params: Params, hidden: Float[Array, "*batch D"], *, dropout_key: Array | None = None
+) -> tuple[Float[Array, "D V"], LowRank | None]:
+    """:meth:`ByteTransformer.head_factors` with these weights, as :func:`forward`."""
+    rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, 1)}
+    found = model.apply({"params": params}, hidden, method="head_factors", rngs=rngs)
+    return cast(tuple[jax.Array, LowRank | None], found)
+
+
 def init_params(model: ByteTransformer, key: Array) -> Params:
     """Fresh float32 weights as a plain nested dict."""
-    return cast(Params, nn.meta.unbox(_init(model, key)))
+    return _with_layers(model.config, cast(Params, nn.meta.unbox(_init(model, key))))
+
+
+def _with_layers(config: ByteConfig, params: Params) -> Params:
+    """Factors of adapters are 0 in layers that are to have none: those of a stack have one shape."""
+    if config.lora.layers is None:
+        return params
+    depth = 0
+    layers = dict(params["layers"])
+    for group in config.layer_groups:
+        for stack in group.stacks:
+            own = [depth + n for n, spec in enumerate(group.specs) if group.stack_of(spec) == stack]
+            has_L = jnp.asarray([layer in config.lora.layers for layer in own], jnp.float32)
+            layers[str(stack)] = jax.tree_util.tree_map_with_path(
+                lambda path, x, has_L=has_L: x * has_L if path[-1].key.endswith(SCALE) else x, layers[str(stack)]
+            )
+        depth += len(group.specs)
+    return {**params, "layers": layers}
 
 
 def param_uses(model: ByteTransformer) -> Uses:
@@ -173,11 +204,17 @@ def param_uses(model: ByteTransformer) -> Uses:
     return weight_uses(_abstract(model.config))
 
 
-def trained(model: ByteTransformer, is_trainable: IsTrainable = all_trainable) -> IsTrainable:
-    """Which of the leaves that may be trained are weights, and not what training keeps beside them."""
+def weights_alone(model: ByteTransformer) -> IsTrainable:
+    """Which leaves are weights, and not what training keeps beside them."""
     uses = jax.tree_util.tree_leaves_with_path(param_uses(model), is_leaf=lambda x: isinstance(x, WeightUse))
     tracked = {tuple(key.key for key in path) for path, use in uses if use.tracked}
-    return lambda path: path not in tracked and is_trainable(path)
+    return lambda path: path not in tracked
+
+
+def trained(model: ByteTransformer, is_trainable: IsTrainable = all_trainable) -> IsTrainable:
+    """Which of the leaves that may be trained are; with adapters the weights that they belong to are not."""
+    lora, is_weight = model.config.lora, weights_alone(model)
+    return lambda path: is_weight(path) and is_trainable(path) and (not lora.r or is_learnt(lora, path))
 
 
 def logical_axes(model: ByteTransformer) -> Axes:

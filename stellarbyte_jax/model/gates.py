@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.linear import linear
 from stellarbyte_jax.model.norm import RMSNorm
-from stellarbyte_jax.model.params import linear, materialise, param
+from stellarbyte_jax.model.params import materialise, param
 from stellarbyte_jax.ops.running_mean import running_mean
 
 

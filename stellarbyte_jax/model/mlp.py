@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.initializers import matrix_init
+from stellarbyte_jax.model.linear import linear
 from stellarbyte_jax.model.norm import RMSNorm
-from stellarbyte_jax.model.params import linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,

@@ -3,7 +3,6 @@
 B batch, T positions, N = B T tokens, D model, F inside an expert, E experts, K choices a token, S rows.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -16,8 +15,9 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.initializers import matrix_init
 from stellarbyte_jax.model.io import Aux, LayerState
+from stellarbyte_jax.model.linear import factors
+from stellarbyte_jax.model.lora import Factors
 from stellarbyte_jax.model.mlp import ACTIVATIONS, gate_and_up, project_down
-from stellarbyte_jax.model.params import kernel
 from stellarbyte_jax.model.router import Decision, Router
 from stellarbyte_jax.model.state.router import RouterState, Tally
 from stellarbyte_jax.model.trees import Params
@@ -33,11 +33,24 @@ from stellarbyte_jax.ops.expert_layout import (
     parts_of,
     to_experts,
 )
-from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul
+from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul, scale_by_group
 from stellarbyte_jax.ops.parts import sum_of_parts
 from stellarbyte_jax.ops.routing import Choices, place, place_overflow
 from stellarbyte_jax.sharding.experts import Exchange, Made, flat, in_rows, on_devices
 from stellarbyte_jax.sharding.rules import of_device
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of gated MLPs.
+
+    Attributes:
+      factors: of the matrices into the MLPs and out of them.
+      axes: of each array of these.
+    """
+
+    factors: tuple[Factors, Factors]
+    axes: tuple[Factors, Factors]
+
 
 _OFFERS = 2  # candidates of each step for what had no room
 
@@ -64,51 +77,60 @@ class Experts(nn.Module):
     config: ByteConfig
 
     @nn.compact
-    def __call__(self) -> list[Array]:
+    def __call__(self) -> ExpertWeights:
         """Gate and up [E, D, 2, F] and down [E, F, D] in the compute dtype, as they are kept on a mesh."""
         c = self.config
         E, D, F = c.moe.num_experts, c.hidden_size, c.expert_size
         dtype = jnp.dtype(c.compute_dtype)
-        w_EDGF = kernel(
+        gate_up, gate_up_axes = factors(
             self,
             "gate_up",
             "ESD,EDGF->ESGF",
             dtype,
             matrix_init(c, "mlp_in", D, F),
             batch=("experts", "gate"),
-            whole=False,
             experts=E,
             embed=D,
             gate=2,
             mlp=F,
         )
-        w_EFD = kernel(
+        down, down_axes = factors(
             self,
             "down",
             "ESF,EFD->ESD",
             dtype,
             matrix_init(c, "mlp_out", F, D),
             batch=("experts",),
-            whole=False,
             experts=E,
             mlp=F,
             embed=D,
         )
-        return [w_EDGF, w_EFD]
-
-
-_EXPERT_AXES = (("experts", "embed", "gate", "mlp"), ("experts", "mlp", "embed"))  # of these weights
+        return ExpertWeights((gate_up, down), (gate_up_axes, down_axes))
 
 
 def run_experts(
-    config: ByteConfig, x_SD: Float[Array, "S D"], weights: Sequence[Array], groups: Groups
+    config: ByteConfig, x_SD: Float[Array, "S D"], weights: tuple[Factors, Factors], groups: Groups
 ) -> Float[Array, "S D"]:
     """Maps rows in the order of experts, each by the MLP of its expert."""
-    w_EDGF, w_EFD = weights
-    E, D, _, F = w_EDGF.shape
-    both_SH = grouped_matmul(x_SD, w_EDGF.reshape(E, D, 2 * F), groups)
+    gate_up, down = weights
+    F = gate_up.matrix.shape[-1]
+    both_SH = _each_by_its_expert(x_SD, gate_up, groups)
     h_SF = ACTIVATIONS[config.hidden_act](both_SH[:, :F]) * both_SH[:, F:]
-    return grouped_matmul(h_SF, w_EFD, groups)
+    return _each_by_its_expert(h_SF, down._replace(matrix=down.matrix[:, :, None]), groups)
+
+
+def _each_by_its_expert(x_SD: Float[Array, "S D"], weight: Factors, groups: Groups) -> Float[Array, "S H"]:
+    """The product of rows with the matrices [D, G, F] of their experts, G matrices side by side, and adapters."""
+    E, D, G, F = weight.matrix.shape
+    y_SH = grouped_matmul(x_SD, weight.matrix.reshape(E, D, G * F), groups)
+    if weight.a is not None:
+        R = weight.a.shape[-1]
+        a_EDK = weight.a.reshape(E, G, D, R).swapaxes(1, 2).reshape(E, D, G * R)
+        b_EGRF = weight.b.reshape(E, G, R, F)
+        h_SK = grouped_matmul(x_SD, a_EDK, groups)
+        added = [grouped_matmul(h_SK[:, g * R : (g + 1) * R], b_EGRF[:, g], groups) for g in range(G)]
+        y_SH = y_SH + jnp.concatenate(added, axis=-1)
+    return y_SH if weight.share is None else scale_by_group(y_SH, weight.share.reshape(E, G * F), groups)
 
 
 class SharedExperts(nn.Module):
@@ -155,8 +177,8 @@ class MoE(nn.Module):
         return out_BTD, state, aux
 
 
-def _pooled(config: ByteConfig, pool: Params) -> list[Array]:
-    return cast(list[Array], Experts(config, parent=None).apply({"params": pool}))
+def _pooled(config: ByteConfig, pool: Params) -> ExpertWeights:
+    return cast(ExpertWeights, Experts(config, parent=None).apply({"params": pool}))
 
 
 class Sent(NamedTuple):
@@ -172,7 +194,7 @@ class Sent(NamedTuple):
 
 
 def _sent_to_experts(
-    config: ByteConfig, x_BTD: Array, decision: Decision, ctx: LayerContext, key: Array | None, weights: list[Array]
+    config: ByteConfig, x_BTD: Array, decision: Decision, ctx: LayerContext, key: Array | None, weights: ExpertWeights
 ) -> tuple[Array, Sent]:
     """What experts make of the tokens, in the dtype of ``x``.
 
@@ -182,12 +204,12 @@ def _sent_to_experts(
     choices, E = decision.choices, config.moe.num_experts
     if config.moe.dispatch == "dropless" or not ctx.train:
         tokens = in_rows(choices, x_BTD.shape[:2])
-        made = on_devices(partial(dropless, config), x_BTD, tokens, None, weights, _EXPERT_AXES)
+        made = on_devices(partial(dropless, config), x_BTD, tokens, None, *weights)
         return made.y_BTD, Sent(choices.experts_NK, jnp.max(counts_by_expert(choices.experts_NK, E)))
     told = (choices, decision.routed.scores_NE, decision.routed.mask_N)
     tokens = (in_rows(told, x_BTD.shape[:2]), ctx.positions_BT, ctx.segment_ids_BT)
     shared = (decision.utilization_E, decision.temperature, key)
-    made = on_devices(partial(_with_capacity, config, ctx), x_BTD, tokens, shared, weights, _EXPERT_AXES)
+    made = on_devices(partial(_with_capacity, config, ctx), x_BTD, tokens, shared, *weights)
     return made.y_BTD, Sent(made.tokens.reshape(choices.experts_NK.shape), made.total)
 
 
@@ -196,7 +218,7 @@ def dropless(
     x_BTD: Array,
     tokens: Choices,
     _: None,
-    weights: list[Array],
+    weights: tuple[Factors, Factors],
     exchange: Exchange,
     differ: tuple[str, ...],
 ) -> Made:
@@ -219,13 +241,17 @@ def dropless(
     return Made(exchange.sums(y_ND.astype(x_BTD.dtype)).reshape(x_BTD.shape), None, None)
 
 
-def _by_experts(config: ByteConfig, inputs: tuple[Array, list[Array], Array], layout: Layout) -> Array:
+def _by_experts(config: ByteConfig, inputs: tuple[Array, tuple[Factors, Factors], Array], layout: Layout) -> Array:
     x_ND, weights, weights_NK = inputs
     return from_experts(run_experts(config, to_experts(x_ND, layout), weights, layout.groups), layout, weights_NK)
 
 
 def _part_by_experts(
-    config: ByteConfig, blocks: int, number: Array | int, inputs: tuple[Array, list[Array], Array], layout: Layout
+    config: ByteConfig,
+    blocks: int,
+    number: Array | int,
+    inputs: tuple[Array, tuple[Factors, Factors], Array],
+    layout: Layout,
 ) -> Array:
     return _by_experts(config, inputs, part_of(layout, number, blocks))
 
@@ -236,7 +262,7 @@ def _with_capacity(
     x_BTD: Array,
     tokens: tuple[tuple[Choices, Array, Array], Array, Array | None],
     shared: tuple[Array, Array, Array | None],
-    weights: list[Array],
+    weights: tuple[Factors, Factors],
     exchange: Exchange,
     differ: tuple[str, ...],
 ) -> Made:

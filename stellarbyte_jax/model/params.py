@@ -1,11 +1,11 @@
-"""A weight and its use: the only place where weights are made, fetched, cast, contracted and sharded.
+"""A weight and its use: the only place where weights are made, fetched, cast and sharded.
 
 What a weight is used for is stated where it is made and travels with it: see :class:`WeightUse`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.trees import Params, Uses
-from stellarbyte_jax.sharding import WEIGHT_AXES, constrain, enter, gather, kept_spec_of, spec_of, stream_axes
+from stellarbyte_jax.sharding import WEIGHT_AXES, constrain, enter, kept_spec_of, spec_of, stream_axes
 
 
 @dataclass(frozen=True)
@@ -157,74 +157,6 @@ def materialise(stored: Array, dtype: jnp.dtype | str) -> Array:
     return stored.astype(dtype)
 
 
-def kernel(
-    module: nn.Module,
-    name: str,
-    spec: str,
-    dtype: jnp.dtype,
-    init: nn.initializers.Initializer,
-    *,
-    batch: tuple[str, ...] = (),
-    float32: bool = False,
-    whole: bool = True,
-    **axes: int,
-) -> Array:
-    """The matrix that :func:`linear` would use, in ``dtype``: for operations that do the product themselves.
-
-    On a mesh it is gathered along the axes that weights are only kept in parts along, unless ``whole`` is False.
-    """
-    letters, output = _letters(name, spec, axes)
-    contracted = tuple(axis for axis, letter in zip(axes, letters, strict=True) if letter not in output)
-    stored = param(module, name, init, axes, contracted=contracted, batch=batch, float32=float32)
-    matrix = materialise(stored, dtype)
-    return gather(matrix, tuple(axes)) if whole else matrix
-
-
-def linear(
-    module: nn.Module,
-    name: str,
-    spec: str,
-    x: Float[Array, "..."],
-    init: nn.initializers.Initializer,
-    *,
-    bias: bool = False,
-    batch: tuple[str, ...] = (),
-    out_dtype: jnp.dtype | None = None,
-    float32: bool = False,
-    **axes: int,
-) -> Float[Array, "..."]:
-    """The product of activations with a weight, and a bias where asked for.
-
-    ``linear(self, "q", "BTD,DNH->BTNH", x_BTD, init, embed=D, heads=N, head_dim=H)``
-
-    Args:
-      module: whose weight it is.
-      name: of the weight; its bias is ``{name}_bias``.
-      spec: einsum of the activations and the weight. Letters of the weight that the result lacks are contracted.
-      x: activations; the product is in their dtype, summed in float32.
-      init: initializer of the weight. A bias begins with zeros.
-      bias: whether to add one.
-      batch: axes of the weight that index independent matrices.
-      out_dtype: of the result, where it is not that of ``x``.
-      float32: whether the product is one of float32, whatever the dtype of ``x``, without reduced precision.
-      **axes: name and size of each axis of the weight, in order.
-
-    Raises:
-      ValueError: the spec does not fit the axes, or an axis is none of ``sharding.WEIGHT_AXES``.
-    """
-    letters, output = _letters(name, spec, axes)
-    x = x.astype(jnp.float32) if float32 else x
-    matrix = kernel(module, name, spec, x.dtype, init, batch=batch, float32=float32, whole=True, **axes)
-    names = dict(zip(letters, axes, strict=True))
-    result = product(spec, x, matrix, names, out_dtype, jax.lax.Precision.HIGHEST if float32 else None)
-    if bias:
-        sizes = {names[letter]: axes[names[letter]] for letter in letters if letter in output}
-        offset = materialise(param(module, f"{name}_bias", nn.initializers.zeros, sizes), result.dtype)
-        shape = [axes[names[letter]] if letter in names else 1 for letter in output]
-        result += offset.reshape([1] * (result.ndim - len(output)) + shape)
-    return result
-
-
 def product(
     spec: str,
     x: Float[Array, "..."],
@@ -265,8 +197,26 @@ def _between(letters: str, named: Mapping[str, str], stream: Mapping[str, str]) 
     return {**named, **stream} if "act_embed" in (named.get(letter) for letter in letters) else named
 
 
-def _letters(name: str, spec: str, axes: dict[str, int]) -> tuple[str, str]:
-    """Of an einsum: the letters of the weight and of the result, without the ellipsis."""
+class Letters(NamedTuple):
+    """What an einsum says of a weight.
+
+    Attributes:
+      weight: a letter for each axis of the weight.
+      output: letters of the result, without the ellipsis.
+      contracted: names of the weight's axes that are summed over.
+    """
+
+    weight: str
+    output: str
+    contracted: tuple[str, ...]
+
+
+def letters_of(name: str, spec: str, axes: Mapping[str, int]) -> Letters:
+    """Reads an einsum of activations and a weight.
+
+    Raises:
+      ValueError: it does not fit the axes.
+    """
     inputs, _, output = spec.partition("->")
     x, _, letters = inputs.partition(",")
     if len(letters) != len(axes):
@@ -274,7 +224,9 @@ def _letters(name: str, spec: str, axes: dict[str, int]) -> tuple[str, str]:
     alone = [letter for letter in letters if letter not in x + output]
     if alone:
         raise ValueError(f"weight {name}: {spec!r} sums over {', '.join(alone)}, which the activations do not have")
-    return letters, output.replace(".", "")
+    output = output.replace(".", "")
+    contracted = tuple(axis for axis, letter in zip(axes, letters, strict=True) if letter not in output)
+    return Letters(letters, output, contracted)
 
 
 def weight_uses(boxed: Params) -> Uses:

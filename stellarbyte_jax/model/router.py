@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 from stellarbyte_jax.config import ByteConfig, MoEConfig
 from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.gates import GATES, Seen
-from stellarbyte_jax.model.params import linear, materialise, param
+from stellarbyte_jax.model.linear import linear
+from stellarbyte_jax.model.params import materialise, param
 from stellarbyte_jax.model.state.router import TRACKED, TWIN, TWIN_STEPS, first_values, hidden_twins
 from stellarbyte_jax.ops.balance import Routed
 from stellarbyte_jax.ops.routing import Choices, choose_experts, score_experts

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 _IMPOSSIBLE = -1e30
@@ -29,12 +30,32 @@ class Terms(NamedTuple):
     chunk_size: int
 
 
+class Gradients(NamedTuple):
+    """Of the sum that is minimised.
+
+    Attributes:
+      x: of tokens, in their dtype.
+      kernel: float32; None where it is not trained, and is not computed.
+      low: of the pair of arrays of an adapter, float32; None: it has none.
+    """
+
+    x: Any
+    kernel: Any
+    low: Any
+
+
+# The inner channels of an adapter of the head [..., R] and the matrix behind them [R, V]: their product is added to
+# the logits.
+Low = tuple[Float[Array, "X R"], Float[Array, "R V"]]
+
+
 def linear_cross_entropy(
     x_XD: Float[Array, "X D"],
     kernel_DV: Float[Array, "D V"],
     targets_X: Int[Array, " X"],
     weights_X: Float[Array, " X"] | None = None,
     *,
+    low: Low | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
@@ -43,18 +64,20 @@ def linear_cross_entropy(
     """Sum over tokens of the cross-entropy of ``softmax(x kernel)``; tokens with a negative target count nothing.
 
     Where ``weights_X`` are given, a token counts as much as its weight says in all sums; no gradient reaches them.
-    Columns of the kernel from ``vocab_size`` on are padding, which has no probability.
+    Columns of the kernel from ``vocab_size`` on are padding, which has no probability. With ``low``, a pair ``(h, b)``,
+    logits are ``x kernel + h b``.
 
     ``(1 - s) * -log p(target) + s * mean_v(-log p(v)) + z * log(Z)^2`` for label smoothing s and z-loss z. The product
     is in the dtype of ``x`` with float32 accumulation, the rest in float32.
     The gradient of a chunk is taken while its logits are at hand, so the backward pass computes none of them again.
+    That of a kernel which nothing is differentiated by is not computed.
 
     Returns:
       The sum to be minimised, and sums for reporting that carry no gradient: ``cross_entropy`` (without smoothing and
       z-loss), ``correct`` (tokens whose most probable token is the target) and ``tokens`` (targets that count).
     """
     terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size)
-    return named_sums(_linear_cross_entropy(x_XD, kernel_DV, targets_X, weights_X, terms))
+    return named_sums(_linear_cross_entropy(x_XD, kernel_DV, low, targets_X, weights_X, terms))
 
 
 def token_losses(
@@ -62,6 +85,7 @@ def token_losses(
     kernel_DV: Float[Array, "D V"],
     targets_X: Int[Array, " X"],
     *,
+    low: Low | None = None,
     vocab_size: int | None = None,
     chunk_size: int = 4096,
     vocab_axis: str | None = None,
@@ -71,7 +95,7 @@ def token_losses(
     Of what is summed by :func:`linear_cross_entropy`, without a gradient.
     """
     terms = Terms(0.0, 0.0, vocab_size or kernel_DV.shape[1], chunk_size)
-    found_SC2 = _in_chunks(x_XD, kernel_DV, targets_X, terms, None, False, vocab_axis)[1]
+    found_SC2 = _in_chunks((x_XD, kernel_DV, low), targets_X, terms, None, None, vocab_axis)[1]
     return jax.lax.stop_gradient(found_SC2.reshape(-1, 2)[: x_XD.shape[0]].T)
 
 
@@ -80,71 +104,104 @@ def named_sums(sums_4: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""
     return sums_4[0], {"cross_entropy": sums_4[1], "correct": sums_4[2], "tokens": sums_4[3]}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _linear_cross_entropy(x_XD, kernel_DV, targets_X, weights_X, terms):
-    return cross_entropy_in_chunks(x_XD, kernel_DV, targets_X, terms, weights_X=weights_X, gradients=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _linear_cross_entropy(x_XD, kernel_DV, low, targets_X, weights_X, terms):
+    return cross_entropy_in_chunks((x_XD, kernel_DV, low), targets_X, terms, weights_X=weights_X)[0]
 
 
-def _forward(x_XD, kernel_DV, targets_X, weights_X, terms):
-    sums_4, dx_XD, dkernel_DV = cross_entropy_in_chunks(
-        x_XD, kernel_DV, targets_X, terms, weights_X=weights_X, gradients=True
+def _forward(x_XD, kernel_DV, low, targets_X, weights_X, terms):
+    (product, targets_X, weights_X), wanted = given_values((x_XD, kernel_DV, low), targets_X, weights_X)
+    sums_4, gradients = cross_entropy_in_chunks(product, targets_X, terms, weights_X=weights_X, wanted=wanted)
+    assert gradients is not None
+    return sums_4, in_dtypes_of(product, gradients)
+
+
+def in_dtypes_of(product: Any, gradients: Gradients) -> Gradients:
+    """The gradients in the dtypes of what they are of."""
+    _, kernel, low = product
+    return gradients._replace(
+        kernel=None if gradients.kernel is None else gradients.kernel.astype(kernel.dtype),
+        low=None if low is None else jax.tree.map(lambda d, like: d.astype(like.dtype), tuple(gradients.low), low),
     )
-    assert dx_XD is not None and dkernel_DV is not None
-    return sums_4, (dx_XD, dkernel_DV.astype(kernel_DV.dtype))
 
 
-def scaled_gradients(terms: Terms, residuals: tuple[Array, Array], slope_4: Array) -> tuple[Array, Array, None, None]:
-    """The backward pass of a loss whose forward pass kept its gradients for tokens and kernel."""
+def given_values(product: Any, targets: Any, weights: Any) -> tuple[Any, Gradients]:
+    """What a rule of differentiation with symbolic zeros is given, as arrays, and which gradients are asked for."""
+
+    def is_given(x: Any) -> bool:
+        return isinstance(x, CustomVJPPrimal)
+
+    values = jax.tree.map(lambda x: x.value, (product, targets, weights), is_leaf=is_given)
+    return values, Gradients(True, product[1].perturbed, product[2] is not None)
+
+
+def scaled_gradients(terms: Terms, gradients: Gradients, slope_4: Any) -> tuple[Any, ...]:
+    """The backward pass of a loss whose forward pass kept its gradients."""
     del terms
-    dx, dkernel_DV = residuals
-    return dx * slope_4[0].astype(dx.dtype), dkernel_DV * slope_4[0].astype(dkernel_DV.dtype), None, None
+    slope = jnp.zeros(()) if isinstance(slope_4, SymbolicZero) else slope_4[0]
+    return *jax.tree.map(lambda x: x * slope.astype(x.dtype), gradients), None, None
 
 
-_linear_cross_entropy.defvjp(_forward, scaled_gradients)
+_linear_cross_entropy.defvjp(_forward, scaled_gradients, symbolic_zeros=True)
+
+Product = tuple[Float[Array, "X D"], Float[Array, "D V"], Low | None]  # what makes the logits
 
 
 def cross_entropy_in_chunks(
-    x_XD: Float[Array, "X D"],
-    kernel_DV: Float[Array, "D V"],
+    product: Product,
     targets_X: Int[Array, " X"],
     terms: Terms,
     *,
-    gradients: bool,
+    wanted: Gradients | None = None,
     weights_X: Float[Array, " X"] | None = None,
     vocab_axis: str | None = None,
-) -> tuple[Float[Array, "4"], Float[Array, "X D"] | None, Float[Array, "D V"] | None]:
+) -> tuple[Float[Array, "4"], Gradients | None]:
     """The sums of :func:`linear_cross_entropy` (loss, cross-entropy, hits, targets), and gradients of the first.
 
     Args:
-      x_XD: tokens.
-      kernel_DV: the head, or its columns on this device.
+      product: tokens, the head, or its columns on this device, and the adapter of these columns.
       targets_X: of the whole vocabulary.
       terms: what is minimised.
-      gradients: whether to make them.
+      wanted: which gradients to make; None: none.
       weights_X: how much each token counts; None: 1.
       vocab_axis: mesh axis that the columns are split over. Sums are those of all columns; the gradient of the tokens
         is that of the columns here, to be summed over the axis.
 
     Returns:
-      The sums, and where asked for the gradients of tokens, in their dtype, and of the kernel, float32.
+      The sums, and the gradients that are asked for: of tokens and inner channels in their dtypes, of matrices
+      float32.
     """
-    sums_4, dx_SCD, dkernel_DV = _in_chunks(x_XD, kernel_DV, targets_X, terms, weights_X, gradients, vocab_axis)
-    if not gradients:
-        return sums_4, None, None
-    return sums_4, dx_SCD.reshape(-1, x_XD.shape[1])[: x_XD.shape[0]].astype(x_XD.dtype), dkernel_DV
+    x_XD, _, low = product
+    sums_4, found, totals = _in_chunks(product, targets_X, terms, weights_X, wanted, vocab_axis)
+    if wanted is None:
+        return sums_4, None
+
+    def of_tokens(d_SC: Array, like: Array) -> Array:
+        return d_SC.reshape(-1, like.shape[1])[: like.shape[0]].astype(like.dtype)
+
+    dx_SCD, dh_SCR = found
+    dkernel_DV, db_RV = totals
+    return sums_4, Gradients(
+        of_tokens(dx_SCD, x_XD),
+        dkernel_DV,
+        None if low is None else (of_tokens(dh_SCR, low[0]), db_RV),
+    )
 
 
 def _in_chunks(
-    x_XD: Array,
-    kernel_DV: Array,
+    product: Product,
     targets_X: Array,
     terms: Terms,
     weights_X: Array | None,
-    gradients: bool,
+    wanted: Gradients | None,
     vocab_axis: str | None,
-) -> tuple[Array, Array, Array]:
-    """Sums; with gradients those of tokens [S, C, D] and of the kernel, else losses and hits [S, C, 2] of tokens."""
-    X, D = x_XD.shape
+) -> tuple[Array, Any, Any]:
+    """Sums; with gradients those of tokens and inner channels [S, C, ...], else losses and hits [S, C, 2] of tokens.
+
+    And sums of the gradients of the matrices.
+    """
+    x_XD, kernel_DV, low = product
+    X = x_XD.shape[0]
     V = kernel_DV.shape[1]
     first = jnp.zeros((), jnp.int32) if vocab_axis is None else V * jax.lax.axis_index(vocab_axis)
     columns_V = first + jnp.arange(V, dtype=jnp.int32)
@@ -152,10 +209,13 @@ def _in_chunks(
     padded = vocab_axis is not None or terms.vocab_size < V
     chunks = -(-X // terms.chunk_size)
     C = -(-X // chunks)
-    padding = chunks * C - X
-    x_SCD = jnp.pad(x_XD, ((0, padding), (0, 0))).reshape(chunks, C, D)
-    targets_SC = jnp.pad(targets_X, (0, padding), constant_values=-1).reshape(chunks, C)
-    weights_SC = None if weights_X is None else jnp.pad(weights_X, (0, padding)).reshape(chunks, C)
+
+    def cut(x: Array | None, filling: int = 0) -> Array | None:
+        if x is None:
+            return None
+        rest = x.shape[1:]
+        padding = ((0, chunks * C - X), *((0, 0) for _ in rest))
+        return jnp.pad(x, padding, constant_values=filling).reshape(chunks, C, *rest)
 
     def total(x: Array) -> Array:
         return x if vocab_axis is None else jax.lax.psum(x, vocab_axis)
@@ -164,9 +224,11 @@ def _in_chunks(
         return x if vocab_axis is None else jax.lax.pmax(x, vocab_axis)
 
     def step(carry, chunk):
-        sums_4, dkernel_DV = carry
-        x_CD, targets_C, weights_C = chunk
+        sums_4, (dkernel_DV, db_RV) = carry
+        x_CD, h_CR, targets_C, weights_C = chunk
         logits_CV = jnp.einsum("CD,DV->CV", x_CD, kernel_DV, preferred_element_type=jnp.float32)
+        if low is not None:
+            logits_CV = logits_CV + jnp.einsum("CR,RV->CV", h_CR, low[1], preferred_element_type=jnp.float32)
         counts_C = (targets_C >= 0).astype(jnp.float32)
         if weights_C is not None:
             counts_C = counts_C * weights_C
@@ -191,21 +253,30 @@ def _in_chunks(
         new = jnp.stack(
             [jnp.sum(loss_C * counts_C), jnp.sum(nll_C * counts_C), jnp.sum(correct_C * counts_C), jnp.sum(counts_C)]
         )
-        if not gradients:
-            return (sums_4 + new, dkernel_DV), jnp.stack([nll_C * counts_C, correct_C * counts_C], axis=-1)
+        if wanted is None:
+            return (sums_4 + new, carry[1]), jnp.stack([nll_C * counts_C, correct_C * counts_C], axis=-1)
         p_CV = jnp.exp(logits_CV - log_z_C[:, None])
         one_hot_CV = target_CV.astype(jnp.float32)
         dlogits_CV = p_CV * (1 + 2 * terms.z_loss * log_z_C[:, None]) - (1 - terms.label_smoothing) * one_hot_CV
         if terms.label_smoothing:
             dlogits_CV = dlogits_CV - jnp.where(real_V[None, :], terms.label_smoothing / terms.vocab_size, 0.0)
         dlogits_CV = (dlogits_CV * counts_C[:, None]).astype(x_CD.dtype)
-        dx_CD = jnp.einsum("CV,DV->CD", dlogits_CV, kernel_DV)
-        dkernel_DV = dkernel_DV + jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
-        return (sums_4 + new, dkernel_DV), dx_CD
+        dx_CD, dh_CR = jnp.einsum("CV,DV->CD", dlogits_CV, kernel_DV), None
+        if wanted.kernel:
+            dkernel_DV += jnp.einsum("CD,CV->DV", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
+        if low is not None:
+            dh_CR = jnp.einsum("CV,RV->CR", dlogits_CV, low[1])
+            db_RV += jnp.einsum("CR,CV->RV", h_CR, dlogits_CV, preferred_element_type=jnp.float32)
+        return (sums_4 + new, (dkernel_DV, db_RV)), (dx_CD, dh_CR)
 
-    zero = jnp.zeros((D, V) if gradients else (), jnp.float32)
+    zeros = (
+        jnp.zeros(kernel_DV.shape, jnp.float32) if wanted is not None and wanted.kernel else None,
+        jnp.zeros(low[1].shape, jnp.float32) if wanted is not None and low is not None else None,
+    )
     with jax.named_scope("linear_cross_entropy"):
-        (sums_4, dkernel_DV), found = jax.lax.scan(
-            step, (jnp.zeros(4, jnp.float32), zero), (x_SCD, targets_SC, weights_SC)
+        (sums_4, totals), found = jax.lax.scan(
+            step,
+            (jnp.zeros(4, jnp.float32), zeros),
+            (cut(x_XD), cut(None if low is None else low[0]), cut(targets_X, -1), cut(weights_X)),
         )
-    return sums_4, found, dkernel_DV
+    return sums_4, found, totals

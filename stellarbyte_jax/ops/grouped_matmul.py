@@ -45,6 +45,16 @@ def grouped_matmul(
     return dispatch("grouped_matmul", implementation, _IMPLEMENTATIONS, x_SD, w_EDF, groups)
 
 
+def scale_by_group(x_SF: Float[Array, "S F"], factors_EF: Float[Array, "E F"], groups: Groups) -> Float[Array, "S F"]:
+    """Each row times the float32 factors of its group, in the dtype of ``x``; groups as in :func:`grouped_matmul`."""
+    factors_GF = factors_EF
+    if groups.experts_G is not None:  # as a product, for its gradient's sake: see below
+        of_expert_GE = jax.nn.one_hot(groups.experts_G, factors_EF.shape[0], dtype=factors_EF.dtype)
+        factors_GF = jnp.einsum("ge,ef->gf", of_expert_GE, factors_EF, precision=jax.lax.Precision.HIGHEST)
+    x_GMF = x_SF.reshape(factors_GF.shape[0], -1, x_SF.shape[1])
+    return (x_GMF * factors_GF[:, None].astype(x_SF.dtype)).reshape(x_SF.shape)
+
+
 def _xla(x_SD: Array, w_EDF: Array, groups: Groups) -> Array:
     """A batched product over blocks, with the matrix of each block gathered.
 

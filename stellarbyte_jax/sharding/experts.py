@@ -3,7 +3,7 @@
 B batch, T positions, D model, E experts, C slots of an expert.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -78,7 +78,7 @@ class Made(NamedTuple):
     total: Any
 
 
-Local = Callable[[Array, Any, Any, list[Array], Exchange, MeshAxes], Made]
+Local = Callable[[Array, Any, Any, Any, Exchange, MeshAxes], Made]
 
 
 def on_devices(
@@ -86,8 +86,8 @@ def on_devices(
     x_BTD: Float[Array, "B T D"],
     tokens: Any,
     shared: Any,
-    weights: Sequence[Array],
-    axes: Sequence[tuple[str, ...]],
+    weights: Any,
+    axes: Any,
 ) -> Made:
     """Calls ``local`` on each device of the mesh that is set, or once without one.
 
@@ -97,28 +97,30 @@ def on_devices(
       x_BTD: activations.
       tokens: tree of arrays [B, T, ...].
       shared: tree of arrays that all devices have whole.
-      weights: as they are kept; ``local`` gets them whole but for experts and channels.
-      axes: logical axes of each weight.
+      weights: tree of arrays as they are kept; ``local`` gets them whole but for experts and channels.
+      axes: the same tree of the logical axes of each, of which the first has experts and their channels.
     """
     mesh = current_mesh()
     if mesh is None:
-        return local(x_BTD, tokens, shared, list(weights), Exchange(), ())
+        return local(x_BTD, tokens, shared, weights, Exchange(), ())
     inside = spec_of(("batch", "sequence"), x_BTD.shape[:2], mesh)
     between = spec_of((*stream_axes(x_BTD.shape[1]), None), x_BTD.shape, mesh)
-    named = list(zip(axes, (weight.shape for weight in weights), strict=True))
+    leaves, structure = jax.tree.flatten(weights)
+    named = list(zip(structure.flatten_up_to(axes), (leaf.shape for leaf in leaves), strict=True))
     kept = [kept_spec_of(names, shape, mesh) for names, shape in named]
     used = [spec_of(names, shape, mesh) for names, shape in named]
+    of_experts = dict(zip(named[0][0], used[0], strict=True))
     differ = entry_axes(inside[0]) + entry_axes(inside[1])
     split = [(axis, at) for at in (0, 1) for axis in entry_axes(between[at]) if axis not in entry_axes(inside[at])]
-    (owners,) = entry_axes(used[0][axes[0].index("experts")]) or (None,)
+    (owners,) = entry_axes(of_experts["experts"]) or (None,)
     exchange = Exchange() if owners is None else Exchange(mesh.shape[owners], owners, owners in differ)
-    channels = entry_axes(used[0][axes[0].index("mlp")])
+    channels = entry_axes(of_experts["mlp"])
 
     def each(x_BTD: Array, tokens: Any, shared: Any, weights: list[Array]) -> tuple[Array, Any, Any]:
         for axis, at in split:
             x_BTD = jax.lax.all_gather(x_BTD, axis, axis=at, tiled=True)
         whole = [_gathered(w, *specs) for w, *specs in zip(weights, kept, used, strict=True)]
-        made = local(x_BTD, tokens, shared, whole, exchange, differ)
+        made = local(x_BTD, tokens, shared, structure.unflatten(whole), exchange, differ)
         y_BTD = made.y_BTD
         for axis, at in split if channels else ():  # the same axis
             y_BTD = jax.lax.psum_scatter(y_BTD, axis, scatter_dimension=at, tiled=True)
@@ -131,7 +133,7 @@ def on_devices(
     run = jax.shard_map(
         each, mesh=mesh, in_specs=(between, inside, PartitionSpec(), kept), out_specs=results, check_vma=False
     )
-    return Made(*run(x_BTD, tokens, shared, list(weights)))
+    return Made(*run(x_BTD, tokens, shared, leaves))
 
 
 def in_rows(tree: Tree, rows: tuple[int, ...]) -> Tree:

@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Int
 from stellarbyte_jax.sharding.rules import entry_axes, gather, spec_of, stream_axes
 
 
-def look_up(table_VD: Float[Array, "V D"], rows_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """``table[rows]`` on the mesh that is set, which must be one.
+def look_up(
+    table_VD: Float[Array, "V D"], rows_BT: Int[Array, "B T"], axes: tuple[str, str] = ("vocab", "embed")
+) -> Float[Array, "B T D"]:
+    """``table[rows]`` on the mesh that is set, which must be one; ``axes`` are the table's.
 
     With rows split over ``tensor``, each device gives those that it has and zeros for the others, and the sum over
     devices is the result (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053).
@@ -42,6 +44,4 @@ def look_up(table_VD: Float[Array, "V D"], rows_BT: Int[Array, "B T"]) -> Float[
         return jax.lax.psum(found_BTD, axis)
 
     made = PartitionSpec(*tokens, None) if cut is None else between
-    return jax.shard_map(local, mesh=mesh, in_specs=(kept, tokens), out_specs=made)(
-        gather(table_VD, ("vocab", "embed")), rows_BT
-    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(kept, tokens), out_specs=made)(gather(table_VD, axes), rows_BT)

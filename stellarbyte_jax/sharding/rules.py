@@ -40,6 +40,7 @@ class Rules:
       gate_features: what the gate of a router reads besides the token.
       gate_inside: channels inside the gate of a router.
       positions: rows of a table of positions.
+      lora_rank: inner channels of adapters.
       batch: rows, of activations.
       sequence: positions, of activations inside a layer.
       stream_batch: rows, of activations between layers.
@@ -62,6 +63,7 @@ class Rules:
     gate_features: MeshAxes = ()
     gate_inside: MeshAxes = ()
     positions: MeshAxes = ()
+    lora_rank: MeshAxes = ()
     batch: MeshAxes = ("data", "fsdp", "expert")
     sequence: MeshAxes = ("context",)
     stream_batch: MeshAxes = ("data", "fsdp", "expert", "tensor")

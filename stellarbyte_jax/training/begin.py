@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from stellarbyte_jax.checkpoint.compatibility import check_same_model
-from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
+from stellarbyte_jax.checkpoint.source import find_source, identity, merged, tokenizer_of
 from stellarbyte_jax.checkpoint.store import TOKENIZER, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
@@ -28,6 +28,8 @@ from stellarbyte_jax.data.patterns import expand_all
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
 from stellarbyte_jax.inspect.costs import ParameterCounts
 from stellarbyte_jax.launch import LOCK, environment, processes, write_failure
+from stellarbyte_jax.lora import with_adapters
+from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.state.router import with_twins_of
 from stellarbyte_jax.sharding import device_mesh
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
@@ -198,6 +200,11 @@ def check(config: TrainConfig) -> None:
     devices()
     run_dir = Path(config.output_dir)
     _check_place(run_dir)
+    if not stored_steps(run_dir):
+        require(
+            config.init_from is not None or not config.model.lora.r,
+            f"model.lora.r={config.model.lora.r} trains adapters of weights that are there: name these by init_from",
+        )
     if config.init_from is not None and not stored_steps(run_dir):
         _check_same_model(config, find_source(config.init_from).model_config(), lambda _: None)
     check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
@@ -209,6 +216,12 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_same_model(config: TrainConfig, there: ByteConfig, say: Callable[[str], None]) -> None:
+    if there.lora.r:  # else merged
+        raise CheckpointError(
+            f"{config.init_from} holds adapters with model.lora.activation={there.lora.activation}, which cannot be "
+            "merged into the weights that a run begins with: name a run whose adapters are linear"
+        )
+    there = replace(there, lora=config.model.lora)  # with_adapters adds them
     if there.moe.num_experts and config.model.moe.num_experts:  # with_twins_of makes the one of the other
         now = {name: getattr(config.model.moe, name) for name in REBALANCING}
         there = replace(there, moe=replace(there.moe, **now))
@@ -250,15 +263,19 @@ def from_weights(
     if config.init_from is None:
         return None
     source = find_source(config.init_from)
-    there, params = source.weights()
+    there, stored = source.stored()
+    base = identity(source.name(), stored) if config.model.lora.r else None
+    there, params = merged(there, stored)
     _check_same_model(config, there, say)
     if config.model.moe.num_experts:
         params = with_twins_of(config.model, params)
+    if config.model.lora.r:
+        params = with_adapters(ByteTransformer(config.model), params, jax.random.key(config.seed))
     say(f"starting from the weights in {config.init_from}")
     if device_mesh() is None:  # arrays in the memory of numpy are no place for a step to write its state into
         params = jax.tree.map(jnp.copy, params)
     try:
-        return begin_with(params, config, shapes, optimizer)
+        return replace(begin_with(params, config, shapes, optimizer), base=base)
     except FloatingPointError as error:
         raise CheckpointError(f"{config.init_from} cannot begin a run: {error}. Name another checkpoint") from None
 

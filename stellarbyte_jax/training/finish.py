@@ -8,12 +8,13 @@ from typing import Any
 from stellarbyte_jax.checkpoint.source import tokenizer_of
 from stellarbyte_jax.checkpoint.store import EXPORT
 from stellarbyte_jax.checkpoint.weights import training_facts
-from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config import ConfigError, TrainConfig
 from stellarbyte_jax.hf.card import TrainingFacts
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.hf.export import export_family
 from stellarbyte_jax.hf.files import clear_abandoned
 from stellarbyte_jax.launch import processes, write_failure
+from stellarbyte_jax.lora import merge_adapters
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.directory import write_json
@@ -30,7 +31,13 @@ _NOTE = "finished.json"  # in the run's directory: the last step, and what was d
 def check(config: TrainConfig) -> None:
     """Raises ValueError at the start of a run where its end could not be done."""
     if config.export_at_end:
-        export_family(config.model)
+        lora = config.model.lora
+        if lora.activation != "none":
+            raise ConfigError(
+                f"export_at_end=true merges adapters into the weights, and those with model.lora.activation="
+                f"{lora.activation} cannot be: set one of them otherwise"
+            )
+        export_family(config.model.without_adapters)
     samples.check(config)
     tasks.check(config)
     if config.report_at_end:
@@ -148,7 +155,8 @@ def is_done(config: TrainConfig, step: int, sampler: Sampler, rounds: TaskRounds
 
 
 def export(config: TrainConfig, model: ByteTransformer, params: Params, training: TrainingFacts | None = None) -> None:
-    """Writes ``output_dir/hf`` anew; its model card tells the facts of ``training``."""
+    """Writes ``output_dir/hf`` anew, with adapters merged; its model card tells the facts of ``training``."""
+    model, params = merge_adapters(model, params)
     target, tokenizer = Path(config.output_dir) / EXPORT, tokenizer_of(config.output_dir, config)
     writes = processes.is_main()  # the others have parts of the weights
     save_pretrained(target, model, params, tokenizer=tokenizer, overwrite=True, training=training, write=writes)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from stellarbyte_jax.config import LossConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, head_kernel
+from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, head_factors
 from stellarbyte_jax.model.io import Aux, Inputs, Output, State
 from stellarbyte_jax.sharding import axis_size
 from stellarbyte_jax.sharding.cross_entropy import linear_cross_entropy, token_losses
@@ -111,17 +111,18 @@ def batch_loss(
         max_segments=max_segments,
     )
     out = forward(model, params, inputs, state, dropout_key=dropout_key, train=train)
+    kernel_DV, low_rank = head_factors(model, params, out.hidden_BTD, dropout_key=dropout_key)
+    low = None if low_rank is None else (low_rank.h, low_rank.b)
     if replies_BT is not None:
-        losses_2BT = token_losses(
-            out.hidden_BTD, head_kernel(model, params), targets_BT, vocab_size=model.config.vocab_size
-        )
+        losses_2BT = token_losses(out.hidden_BTD, kernel_DV, targets_BT, low=low, vocab_size=model.config.vocab_size)
         sums = by_reply(losses_2BT, targets_BT, replies_BT)
         return sums["cross_entropy"], sums, out
     total, sums = linear_cross_entropy(
         out.hidden_BTD,
-        head_kernel(model, params),
+        kernel_DV,
         targets_BT,
         weights_BT,
+        low=low,
         label_smoothing=loss.label_smoothing,
         z_loss=loss.z_loss,
         vocab_size=model.config.vocab_size,

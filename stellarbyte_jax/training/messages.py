@@ -17,6 +17,8 @@ from stellarbyte_jax.training.optimizer import make_schedule
 def parameters(counts: ParameterCounts, noun: str = " parameters") -> str:
     """Their number, and that of those that one token uses where it is another."""
     told = f"{counts.total:,}{noun}"
+    if counts.trainable < counts.total:
+        told += f", {counts.trainable:,} trained"
     return told if counts.active == counts.total else f"{told}, {counts.active:,} active"
 
 

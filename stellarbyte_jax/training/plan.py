@@ -14,16 +14,16 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.config import ByteConfig, TrainConfig
 from stellarbyte_jax.config.mesh import check_mesh
 from stellarbyte_jax.inspect.activations import Activations, Cut, activations_of
 from stellarbyte_jax.inspect.costs import FlopsPerToken, ParameterCounts, flops_per_token, parameter_counts
-from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained
+from stellarbyte_jax.model.decoder import ByteTransformer, param_uses, trained, weights_alone
 from stellarbyte_jax.model.trees import partition
 from stellarbyte_jax.training.optimizer import make_optimizer
 from stellarbyte_jax.training.placement import placed
 from stellarbyte_jax.training.plan_devices import ASSUMED, Device
-from stellarbyte_jax.training.plan_exchange import Exchange, buffer_bytes, of_activations, of_weights
+from stellarbyte_jax.training.plan_exchange import Exchange, Matrices, buffer_bytes, of_activations, of_weights
 from stellarbyte_jax.training.plan_muon import Update, of_update
 from stellarbyte_jax.training.state import state_shapes
 
@@ -36,13 +36,15 @@ class StateBytes:
     """The state of a run as one device has it, in bytes: exact.
 
     Attributes:
-      weights: float32.
+      weights: that are trained, float32.
+      frozen: weights that are not.
       optimizer: what it keeps.
       ema: the average, where one is kept.
       carried: what routers keep, segment memory, and the number of the step.
     """
 
     weights: int
+    frozen: int
     optimizer: int
     ema: int
     carried: int
@@ -53,7 +55,7 @@ class DeviceBytes:
     """What a device holds at the peak of a step, in bytes: an upper estimate, as if all were there at once.
 
     Attributes:
-      weights: as in :class:`StateBytes`.
+      weights: all of them, see :class:`StateBytes`.
       gradients: float32; twice where parts of an accumulated batch are added up.
       optimizer: as in :class:`StateBytes`.
       ema: likewise.
@@ -184,6 +186,24 @@ class Planner:
     def _uses(self) -> Any:
         return partition(param_uses(self.model), trained(self.model))[0]
 
+    def _base(self, frozen: Any) -> Any:
+        """Of what is frozen, shapes or uses, the weights that have adapters beside them."""
+        return partition(frozen, weights_alone(self.model))[0]
+
+    def _tracked(self, frozen: Any) -> Any:
+        return partition(frozen, weights_alone(self.model))[1]
+
+    def _collectives_of_weights(self, config: ByteConfig, sizes: Mapping[str, int]) -> Matrices:
+        """Frozen weights are gathered as others are, and have no gradients."""
+        state = self.placed(sizes)
+        learnt = of_weights(config, state.params, self._uses, sizes)
+        if not config.lora.r:
+            return learnt
+        uses = self._base(partition(param_uses(self.model), trained(self.model))[1])
+        base = of_weights(config, self._base(state.frozen), uses, sizes)
+        gathered = [each for each in base.exchanges if each.what == "weights"]
+        return Matrices([*learnt.exchanges, *gathered], learnt.buffers + base.buffers)
+
     @cached_property
     def flops(self) -> FlopsPerToken:
         """Of a token."""
@@ -203,9 +223,10 @@ class Planner:
         state = self.placed(sizes)
         return StateBytes(
             weights=bytes_of(state.params),
+            frozen=bytes_of(self._base(state.frozen)),
             optimizer=bytes_of(state.opt_state),
             ema=bytes_of(state.ema),
-            carried=bytes_of((state.frozen, state.carried, state.step)),
+            carried=bytes_of((self._tracked(state.frozen), state.carried, state.step)),
         )
 
     def _whatever_the_parts(self, sizes: Mapping[str, int]) -> tuple[StateBytes, Update]:
@@ -232,13 +253,13 @@ class Planner:
         check_mesh(dict(sizes), m, config.global_batch_size, parts, length)
         rows, (state, update) = _rows(config, sizes), self._whatever_the_parts(sizes)
         kept = activations_of(m, rows, length, self._cut(sizes))
-        weights = of_weights(m, self.placed(sizes).params, self._uses, sizes)
+        weights = self._collectives_of_weights(m, sizes)
         parted = weights.exchanges + of_activations(m, rows, length, sizes, packed=self.packed)
         exchanges = (*(dataclasses.replace(each, sent=each.sent * parts) for each in parted), *update.exchanges)
         collectives = weights.buffers + buffer_bytes(m, rows, length, sizes)
         ahead = 1 + config.data.prefetch
         found = DeviceBytes(
-            weights=state.weights,
+            weights=state.weights + state.frozen,
             gradients=state.weights * (1 if parts == 1 else 2),
             optimizer=state.optimizer,
             ema=state.ema,
@@ -279,7 +300,8 @@ class Planner:
         passes = ASSUMED.passes + (ASSUMED.passes / 3 if m.remat in ("dots", "full") else 0)
         logits = tokens / devices * m.padded_vocab_size * _FLOAT32 * ASSUMED.logit_passes
         # A step reads and writes weights, optimizer and average, and reads gradients; each part reads the weights.
-        moved = 2 * (held.weights + held.optimizer + held.ema) + held.gradients + parts * 3 * held.weights
+        learnt = held.gradients if parts == 1 else held.gradients // 2
+        moved = 2 * (learnt + held.optimizer + held.ema) + held.gradients + parts * 3 * held.weights
         memory = (parts * (layers * passes + 2 * kept.working) + logits + moved) / (
             ASSUMED.memory * self.device.bandwidth
         )

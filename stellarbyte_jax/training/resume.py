@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from stellarbyte_jax.checkpoint.compatibility import check_resumable
-from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError, StoredStep
+from stellarbyte_jax.checkpoint.source import read_base
+from stellarbyte_jax.checkpoint.store import BASE, Checkpointer, CheckpointError, StoredStep
 from stellarbyte_jax.checkpoint.weights import stored_steps
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.foreign import listed
+from stellarbyte_jax.lora import as_base, kept_elsewhere
+from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import Params, merge, partition, paths
 from stellarbyte_jax.training.meter import diverged
@@ -73,12 +76,14 @@ class Resumed:
       progress: of the run.
       data: place of the loader; None where only foreign weights were found, at step 0.
       settings: to record from now on.
+      base: of adapters, what is recorded of the weights that they belong to; None without adapters.
     """
 
     state: TrainState
     progress: Progress
     data: dict[str, Any] | None
     settings: TrainConfig
+    base: dict[str, Any] | None = None
 
 
 def save(
@@ -89,8 +94,11 @@ def save(
     data: dict[str, Any],
     progress: Progress,
     validation_loss: float | None = None,
+    base: dict[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint in the background; ``data`` is the loader's place after this step.
+
+    With a ``base`` frozen weights, which lie there, are left out.
 
     Raises:
       CheckpointError: this save or the one before it failed; earlier checkpoints are untouched.
@@ -99,12 +107,14 @@ def save(
     arrays: dict[str, Any] = {
         "params": state.params,
         "optimizer": {"step": state.step, "opt_state": state.opt_state},
-        **_optional(state),
+        **_optional(config, state),
     }
     facts = {
         "config": config.to_dict(),
         "data": {"loader": data, **asdict(progress)},
     }
+    if base is not None:
+        facts[BASE] = base
     poisoned = _poisoned(arrays)
     if poisoned:
         raise diverged(f"{' and '.join(poisoned)} of the run's state hold numbers that are not finite", step)
@@ -140,7 +150,7 @@ def restore(
         recorded = check_resumable(stored.json("config"), config, stored.path, initial, say, tokenizer)
         if initial:
             return begin_with(stored.arrays({"params": shapes.weights})["params"], recorded, shapes, optimizer)
-        return _whole(stored, shapes, recorded)
+        return _whole(stored, shapes, recorded, config.init_from)
 
     return checkpointer.restore(read, say)
 
@@ -180,7 +190,7 @@ def first_carried(config: TrainConfig, shapes: TrainState) -> State:
     return jax.jit(initial, out_shardings=shardings(shapes.carried))()
 
 
-def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig) -> Resumed:
+def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig, init_from: str | None = None) -> Resumed:
     differ = sorted(set(stored.frozen_paths) ^ set(paths(shapes.frozen)))
     if differ:
         raise CheckpointError(
@@ -188,14 +198,18 @@ def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig) -> Res
             "settings, or another output_dir"
         )
     optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
-    found = _finite(stored.arrays({"params": shapes.params, "optimizer": optimizer, **_optional(shapes)}))
+    found = _finite(stored.arrays({"params": shapes.params, "optimizer": optimizer, **_optional(settings, shapes)}))
+    frozen, base = found.get("frozen", {}), None
+    if settings.model.lora.r:
+        weights, base = read_base(stored.json(BASE), str(stored.path), init_from)
+        frozen = merge(frozen, _frozen_base(weights, settings, shapes))
     carried = {name: _with_empty_leaves(found[name], part) for name, part in shapes.carried.parts().items()}
     state = TrainState(
         step=found["optimizer"]["step"],
         params=found["params"],
         opt_state=found["optimizer"]["opt_state"],
         ema=found.get("ema"),
-        frozen=found.get("frozen", {}),
+        frozen=frozen,
         carried=State(**carried),
     )
     data = stored.json("data")
@@ -210,7 +224,18 @@ def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig) -> Res
         seconds=data.get("seconds"),
         tokens=data.get("tokens"),
     )
-    return Resumed(state, progress, data["loader"], settings)
+    return Resumed(state, progress, data["loader"], settings, base)
+
+
+def _frozen_base(weights: Params, config: TrainConfig, shapes: TrainState) -> Params:
+    """The frozen weights of a base as a state has them, where the state has them."""
+    model = ByteTransformer(config.model)
+    frozen, _ = partition(weights, kept_elsewhere(model))
+    frozen = as_base(model, frozen)
+    wanted, _ = partition(shapes.frozen, kept_elsewhere(model))
+    if (places := shardings(wanted)) is not None:
+        return jax.tree.map(put, frozen, places)
+    return jax.tree.map(jnp.copy, frozen)  # arrays in the memory of numpy are no place for a step to write into
 
 
 def _finite(items: dict[str, Any]) -> dict[str, Any]:
@@ -225,9 +250,10 @@ def _poisoned(items: dict[str, Any]) -> list[str]:
     return [name for name, tree in items.items() if not jax.jit(all_finite)(tree)]
 
 
-def _optional(state: TrainState) -> dict[str, Any]:
+def _optional(config: TrainConfig, state: TrainState) -> dict[str, Any]:
     """The items that not every run has."""
-    items = {"frozen": state.frozen, "ema": state.ema}
+    _, kept = partition(state.frozen, kept_elsewhere(ByteTransformer(config.model)))
+    items = {"frozen": kept, "ema": state.ema}
     items |= {name: _without_empty_leaves(part) for name, part in state.carried.parts().items()}
     return {name: tree for name, tree in items.items() if tree}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -72,6 +72,7 @@ class _Run:
     parameters: ParameterCounts
     state: TrainState
     progress: Progress
+    base: dict[str, Any] | None
     loader: Loader
     validation: Loader | None
     publish: Callable[[int, dict[str, float]], None]
@@ -213,6 +214,7 @@ def _prepare(
         parameters=parameters,
         state=resumed.state,
         progress=resumed.progress,
+        base=resumed.base,
         loader=loader,
         validation=validation,
         publish=trackers.log,
@@ -390,4 +392,4 @@ def _save(run: _Run, step: int, validation_loss: float | None = None) -> None:
     with run.meter.paused():
         place = run.loader.state()
         run.progress.seconds, run.progress.tokens = run.meter.seconds, run.meter.tokens
-        resume.save(run.checkpointer, run.named, run.state, step, place, run.progress, validation_loss)
+        resume.save(run.checkpointer, run.named, run.state, step, place, run.progress, validation_loss, run.base)

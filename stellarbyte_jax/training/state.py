@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array
 
 from stellarbyte_jax.config import TrainConfig
+from stellarbyte_jax.lora import as_base
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params, param_shapes, trained
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, merge, partition
@@ -75,6 +76,7 @@ def _with_weights(
     is_trainable: IsTrainable,
 ) -> TrainState:
     params, frozen = partition(weights, trained(model, is_trainable))
+    frozen = as_base(model, frozen)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

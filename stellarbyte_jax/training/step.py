@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from stellarbyte_jax.config import LossConfig, TrainConfig
+from stellarbyte_jax.lora import mean_square_change
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.state.router import RouterState, Tally, advance, tracked_loads
@@ -46,9 +47,10 @@ def make_train_step(
             key = jax.random.fold_in(step_key, index) if m.is_random else None
 
             def mean_loss(params: Params):
+                weights = merge(params, state.frozen)
                 total, sums, out = batch_loss(
                     model,
-                    merge(params, state.frozen),
+                    weights,
                     part,
                     config.loss,
                     prompt_weight=prompt_weight,
@@ -58,6 +60,8 @@ def make_train_step(
                     state=carried.replace(router=router),  # type: ignore[attr-defined]
                 )
                 loss = total / tokens + share * auxiliary_loss(config.loss, out.aux)
+                if m.lora.regularization:
+                    loss += share * m.lora.regularization * mean_square_change(model, weights)
                 return loss, (sums, jax.tree.map(lambda x: share * x, out.aux), out.state)
 
             (loss, (sums, aux, after)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)

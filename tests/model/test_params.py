@@ -13,7 +13,8 @@ from helpers.variants import BASE, VARIANTS, make
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, logical_axes, param_shapes, param_uses
-from stellarbyte_jax.model.params import WeightUse, _letters, kernel, linear, param
+from stellarbyte_jax.model.linear import kernel, linear
+from stellarbyte_jax.model.params import WeightUse, letters_of, param
 
 NORMAL = nn.initializers.normal(1.0)
 
@@ -105,7 +106,7 @@ def test_a_spec_that_does_not_fit_and_unknown_axes_are_refused():
     with pytest.raises(ValueError, match=r"weight w: 'BTD,DNH->BTNH' gives it 3 axes, named are embed, heads\n"):
         applied("BTD,DNH->BTNH", (("embed", 6), ("heads", 4)), (2, 3, 6))
     with pytest.raises(ValueError, match=r"weight w: 'BTD,DXH->BTH' sums over X, which the activations do not have"):
-        _letters("w", "BTD,DXH->BTH", {"embed": 4, "heads": 2, "head_dim": 3})
+        letters_of("w", "BTD,DXH->BTH", {"embed": 4, "heads": 2, "head_dim": 3})
     with pytest.raises(ValueError, match=r"weight w: unknown axes \['embedd'\]; known are layers, vocab, embed"):
         applied("BTD,DF->BTF", (("embedd", 6), ("mlp", 4)), (2, 3, 6))
 

@@ -55,6 +55,42 @@ def test_linear_cross_entropy_equals_optax(label_smoothing, z_loss, chunk_size):
     np.testing.assert_allclose(sums["cross_entropy"], plain, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_size", [4, 1000])
+def test_an_adapter_of_the_head_is_a_part_of_its_matrix(chunk_size):
+    """``x kernel + h b`` is one product of ``[x, h]``, and a kernel that is not asked for has no gradient made."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    x, kernel, h, b = (
+        jax.random.normal(key, shape) for key, shape in zip(keys, ((11, 6), (6, 13), (11, 2), (2, 13)), strict=True)
+    )
+    targets = jnp.asarray([3, -1, 0, 12, 5, -1, 7, 7, 1, 2, -1], jnp.int32)
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "chunk_size": chunk_size}
+
+    def apart(x, h, b, kernel):
+        return linear_cross_entropy(x, kernel, targets, low=(h, b), **options)
+
+    def joined(x, h, b, kernel):
+        return linear_cross_entropy(jnp.concatenate([x, h], 1), jnp.concatenate([kernel, b]), targets, **options)
+
+    (value, sums), slopes = jax.value_and_grad(apart, (0, 1, 2, 3), has_aux=True)(x, h, b, kernel)
+    (expected, expected_sums), wanted = jax.value_and_grad(joined, (0, 1, 2, 3), has_aux=True)(x, h, b, kernel)
+    np.testing.assert_allclose([value, *sums.values()], [expected, *expected_sums.values()], rtol=1e-5)
+    frozen = jax.grad(lambda *given: apart(*given)[0], (0, 1, 2))(x, h, b, kernel)
+    for found, also, slope in zip(slopes, (*frozen, slopes[3]), wanted, strict=True):
+        np.testing.assert_allclose(found, slope, atol=2e-5)
+        np.testing.assert_array_equal(also, found)
+    each = token_losses(x, kernel, targets, low=(h, b), chunk_size=chunk_size)
+    np.testing.assert_allclose(jnp.sum(each, axis=1), [sums["cross_entropy"], sums["correct"]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_gradient_of_a_kernel_is_made_where_it_is_asked_for(trained):
+    """Of three products of tokens, matrix and logits two are left; and none of the size of the kernel."""
+    x, kernel, targets = jnp.ones((8, 6)), jnp.ones((6, 13)), jnp.zeros(8, jnp.int32)
+    slopes = jax.grad(lambda x, kernel: linear_cross_entropy(x, kernel, targets)[0], (0, 1) if trained else 0)
+    products = str(jax.make_jaxpr(slopes)(x, kernel)).count("dot_general")
+    assert products == (3 if trained else 2)
+
+
 def test_a_tie_is_no_hit():
     """A kernel whose columns are equal says nothing, and must not seem to be right."""
     x, targets = jnp.ones((3, 4)), jnp.asarray([0, 1, 2], jnp.int32)

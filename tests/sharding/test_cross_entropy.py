@@ -54,6 +54,30 @@ def test_sums_and_gradients_are_those_of_one_device(mesh, options):
     np.testing.assert_allclose(gradients[1], dkernel, atol=1e-4)
 
 
+@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 4}, {"fsdp": 2, "context": 2, "tensor": 2}])
+def test_an_adapter_of_the_head_on_a_mesh(mesh):
+    """With a kernel that is not trained, whose gradient no device makes."""
+    h = jnp.asarray(RANDOM.standard_normal((B, T, 3)), jnp.float32)
+    b = jnp.asarray(RANDOM.standard_normal((3, V)), jnp.float32)
+
+    def slopes(x, h, b):
+        def loss(x, h, b):
+            return linear_cross_entropy(x, KERNEL, TARGETS, low=(h, b), vocab_size=WORDS, chunk_size=8)
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, h, b)
+
+    def losses(x, h, b):
+        return token_losses(x, KERNEL, TARGETS, low=(h, b), vocab_size=WORDS)
+
+    expected, expected_losses = jax.jit(slopes)(X, h, b), jax.jit(losses)(X, h, b)
+    with jax.set_mesh(make_mesh({**AXES, **mesh})):
+        found, found_losses = jax.jit(slopes)(X, h, b), jax.jit(losses)(X, h, b)
+        products = str(jax.make_jaxpr(slopes)(X, h, b)).count("dot_general")
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), found, expected)
+    np.testing.assert_allclose(found_losses, expected_losses, atol=2e-5)
+    assert products == 5  # of logits, of the adapter in them, and of x, h and b
+
+
 def test_positions_that_devices_do_not_divide_stay_whole():
     """Rows of 15: each device of the vocabulary has the gradient of all of them."""
     x, targets = X[:, :15], TARGETS[:, :15]

@@ -10,6 +10,7 @@ from helpers.training import settings
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stellarbyte_jax.config import ByteConfig, MeshConfig, MoEConfig
+from stellarbyte_jax.model.lora import Factors
 from stellarbyte_jax.model.moe import dropless
 from stellarbyte_jax.ops.expert_layout import block_rows, blocks_of_share, lay_out, parts_of
 from stellarbyte_jax.ops.routing import Choices
@@ -26,7 +27,7 @@ CONFIG = ByteConfig(
     compute_dtype="float32",
     moe=MoEConfig(num_experts=E, num_experts_per_tok=K, intermediate_size=F),
 )
-AXES = (("experts", "embed", "gate", "mlp"), ("experts", "mlp", "embed"))
+AXES = (Factors(("experts", "embed", "gate", "mlp")), Factors(("experts", "mlp", "embed")))
 
 
 @jax.jit
@@ -56,7 +57,8 @@ def test_however_uneven_the_loads_are_devices_give_what_one_gives(loads, devices
     layout = lay_out(jnp.where(experts // here == 5 // here, experts % here, here), here, block_rows(N, K, E))
     parts = parts_of(layout, blocks_of_share(layout, devices))
     assert parts == {("one device", 2): 2, ("one expert", 8): 2, ("one device", 8): 2}.get((loads, devices), 1)
-    weights = [jnp.asarray(random.standard_normal(s), jnp.float32) for s in ((E, D, 2, F), (E, F, D))]
+    shapes = ((E, D, 2, F), (E, F, D))
+    weights = tuple(Factors(jnp.asarray(random.standard_normal(s), jnp.float32)) for s in shapes)
     x = jnp.asarray(random.standard_normal((B, T, D)), jnp.float32)
     of_choices = jnp.asarray(random.random((B, T, K)), jnp.float32)
 

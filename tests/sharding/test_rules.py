@@ -12,8 +12,9 @@ from helpers.variants import BASE, make_model, run, some_tokens
 from jax.sharding import AxisType, PartitionSpec
 
 from stellarbyte_jax.model.decoder import logits, param_shapes, param_uses
+from stellarbyte_jax.model.linear import linear
 from stellarbyte_jax.model.norm import RMSNorm
-from stellarbyte_jax.model.params import kept_spec, linear, param
+from stellarbyte_jax.model.params import kept_spec, param
 from stellarbyte_jax.sharding import (
     ACTIVATION_AXES,
     RULES,

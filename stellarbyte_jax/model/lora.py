@@ -1,0 +1,309 @@
+"""Low-rank adapters of weights, in the products that use these.
+
+R is the rank. An adapter of a weight ``w`` is two more weights beside it, ``w_lora_a`` with what the product contracts
+and ``w_lora_b`` with what it gives, a factor ``w_lora_scale`` that is not trained, and with DoRA a magnitude
+``w_lora_m``. The factor is 0 in layers that have no adapter: all layers of a stack have arrays of one shape.
+"""
+
+import math
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from stellarbyte_jax.config import ByteConfig, LoRAConfig
+from stellarbyte_jax.model.params import letters_of, materialise, param, product
+from stellarbyte_jax.sharding import gather
+
+_FLOAT32 = jnp.dtype(jnp.float32)
+RANK = "lora_rank"
+A, B, MAGNITUDE, SCALE = "_lora_a", "_lora_b", "_lora_m", "_lora_scale"
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "none": lambda x: x,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+# By the module and the weight, what settings call it.
+_TARGETS = {
+    **{("Attention", name): name for name in ("q", "k", "v", "o")},
+    **{("MLP", name): name for name in ("gate_up", "down")},
+    **{("Experts", name): "experts" for name in ("gate_up", "down")},
+    **{("SharedExperts", name): "shared" for name in ("gate_up", "down")},
+    ("Router", "kernel"): "router",
+    ("Head", "kernel"): "head",
+    ("Embed", "embedding"): "embed",
+}
+
+
+def is_adapter(path: tuple[str, ...]) -> bool:
+    """Whether the weight at a path is part of an adapter."""
+    return path[-1].endswith((A, B, MAGNITUDE, SCALE))
+
+
+def is_learnt(config: LoRAConfig, path: tuple[str, ...]) -> bool:
+    """Whether a weight of a network with adapters is trained: those of adapters, and ``modules_to_save``."""
+    if is_adapter(path):
+        return not path[-1].endswith(SCALE)
+    saved = {
+        "embed": path[0] == "embed",
+        "head": path[0] == "lm_head",
+        "norms": any(name.endswith("norm") for name in path),
+        "biases": path[-1].endswith("_bias"),
+    }
+    return any(saved[name] for name in config.modules_to_save)
+
+
+def is_targeted(module: nn.Module, name: str) -> bool:
+    """Whether a weight of a module has an adapter."""
+    target = _TARGETS.get((type(module).__name__, name))
+    return target is not None and target in _config(module).targets
+
+
+def _config(module: nn.Module) -> LoRAConfig:
+    return cast(ByteConfig, cast(Any, module).config).lora
+
+
+class Factors(NamedTuple):
+    """A matrix with its adapter, for operations that do the products themselves: ``x (W + a b)``, times ``share``.
+
+    Attributes:
+      matrix: ``W``.
+      a: [batch, contracted, R]; None without an adapter, as the next two.
+      b: [batch, R, output], with the adapter's factor in it.
+      share: of DoRA, [batch, output] float32; None: it is none.
+    """
+
+    matrix: Any
+    a: Any = None
+    b: Any = None
+    share: Any = None
+
+
+class LowRank(NamedTuple):
+    """What an adapter adds to a product of the last axes: ``h b``.
+
+    Attributes:
+      h: inner channels [..., R].
+      b: [R, output].
+    """
+
+    h: Array
+    b: Array
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter of a matrix, as it is stored.
+
+    Attributes:
+      module: whose weight it is.
+      config: of all adapters.
+      stored: the matrix.
+      letters: of the matrix.
+      into: einsum of what the product reads and ``a``.
+      out: einsum of the inner channels and ``b``.
+      a: [batch, contracted, R].
+      b: [batch, R, output].
+      scale: float32 scalar.
+      magnitude: of DoRA [batch, output]; None: it is none.
+      names_a: axis of each letter of ``a``.
+      names_b: likewise.
+      contracted: dimensions of the matrix that are summed over.
+      precision: of products.
+    """
+
+    module: nn.Module
+    config: LoRAConfig
+    stored: Array
+    letters: str
+    into: str
+    out: str
+    a: Array
+    b: Array
+    scale: Array
+    magnitude: Array | None
+    names_a: Mapping[str, str]
+    names_b: Mapping[str, str]
+    contracted: tuple[int, ...]
+    precision: jax.lax.Precision | None
+
+    def added(self, result: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The product with the adapter, from that of the matrix alone; ``x`` is what it read."""
+        low = self.low_rank(x)
+        result = result + product(self.out, low.h, low.b, self.names_b, result.dtype, self.precision)
+        if self.magnitude is None:
+            return result
+        output = self.out.partition("->")[2].replace(".", "")
+        rest = [letter for n, letter in enumerate(self.letters) if n not in self.contracted]
+        order = [letter for letter in output if letter in rest]
+        share = jnp.transpose(self._share(), [rest.index(letter) for letter in order])
+        sizes = [share.shape[order.index(letter)] if letter in order else 1 for letter in output]
+        return result * share.reshape([1] * (result.ndim - len(output)) + sizes).astype(result.dtype)
+
+    def low_rank(self, x: Float[Array, "..."]) -> LowRank:
+        """Inner channels of what the product reads, in its dtype, and the matrix behind them, without a magnitude."""
+        if self.config.dropout and self.module.has_rng("dropout"):
+            kept = 1 - self.config.dropout
+            x = jnp.where(jax.random.bernoulli(self.module.make_rng("dropout"), kept, x.shape), x / kept, 0)
+        a = gather(materialise(self.a, x.dtype), tuple(self.names_a.values()))
+        h = _ACTIVATIONS[self.config.activation](product(self.into, x, a, self.names_a, None, self.precision))
+        return LowRank(h, gather(self._scaled_b(x.dtype), tuple(self.names_b.values())))
+
+    def factors(self, matrix: Array) -> Factors:
+        """With the matrix, in its dtype; all of it as it is kept on a mesh."""
+        share = None if self.magnitude is None else self._share()
+        return Factors(matrix, materialise(self.a, matrix.dtype), self._scaled_b(matrix.dtype), share)
+
+    def factor_axes(self, axes: tuple[str, ...]) -> Factors:
+        """Axes of :meth:`factors`, with those of the matrix."""
+        rest = tuple(axis for n, axis in enumerate(axes) if n not in self.contracted)
+        share = None if self.magnitude is None else rest
+        return Factors(axes, tuple(self.names_a.values()), tuple(self.names_b.values()), share)
+
+    def merged(self, matrix: Array) -> Array:
+        """The matrix with the adapter in it, in its dtype."""
+        whole = matrix.astype(jnp.float32) + self._delta()
+        if self.magnitude is not None:
+            whole = whole * jnp.expand_dims(self._share(), self.contracted)
+        return whole.astype(matrix.dtype)
+
+    def _scaled_b(self, dtype: jnp.dtype) -> Array:
+        """Times the factor; of ``b``, which is the smallest of what could be multiplied."""
+        return _scaled(self.b, self.scale, dtype)
+
+    def _delta(self) -> Array:
+        spec = f"{''.join(self.names_a)},{''.join(self.names_b)}->{self.letters}"
+        return jnp.einsum(spec, materialise(self.a, _FLOAT32), self._scaled_b(_FLOAT32))
+
+    def _share(self) -> Array:
+        """What DoRA multiplies outputs by: the magnitude by the length of the weights, which has no gradient."""
+        assert self.magnitude is not None
+        whole = jax.lax.stop_gradient(materialise(self.stored, _FLOAT32) + self._delta())
+        length = jnp.sqrt(jnp.sum(jnp.square(whole), axis=self.contracted))
+        # Where a layer has no adapter, the magnitude has no part in it either.
+        return jnp.where(self.scale > 0, materialise(self.magnitude, _FLOAT32) / length, 1.0)
+
+
+def adapter_of(
+    module: nn.Module,
+    name: str,
+    spec: str,
+    stored: Array,
+    batch: tuple[str, ...],
+    float32: bool,
+    axes: Mapping[str, int],
+) -> Adapter | None:
+    """The adapter of a stored weight that is used by an einsum, see ``linear.linear``; None where it has none."""
+    if not is_targeted(module, name):
+        return None
+    config = _config(module)
+    letters, _, contracted = letters_of(name, spec, axes)
+    x, _, result = spec.partition("->")
+    x = x.partition(",")[0]
+    rank = next(letter for letter in string.ascii_uppercase[::-1] if letter not in spec)
+    by_axis = dict(zip(axes, letters, strict=True))
+    outputs = [axis for axis in axes if axis not in (*batch, *contracted)]
+    names_a = {by_axis[axis]: axis for axis in (*batch, *contracted)} | {rank: RANK}
+    names_b = {by_axis[axis]: axis for axis in batch} | {rank: RANK} | {by_axis[axis]: axis for axis in outputs}
+    summed = {by_axis[axis] for axis in contracted}
+    new = "".join(by_axis[axis] for axis in batch if by_axis[axis] not in x)
+    inner = "".join(letter for letter in x if letter not in summed) + new + rank
+    sizes = {**axes, RANK: config.r}
+
+    def weight(suffix: str, init: nn.initializers.Initializer, names: Mapping[str, str], summed: tuple[str, ...]):
+        shape = {axis: sizes[axis] for axis in names.values()}
+        return param(module, name + suffix, init, shape, contracted=summed, batch=batch, float32=float32)
+
+    magnitude = None
+    if config.dora:
+        shape = {axis: size for axis, size in axes.items() if axis not in contracted}
+        # Filled with the lengths of the weights that a run begins with, see ``lora.with_adapters``.
+        magnitude = param(module, name + MAGNITUDE, nn.initializers.ones, shape, batch=batch, float32=True)
+    fan_in = math.prod(axes[axis] for axis in contracted)
+    return Adapter(
+        module=module,
+        config=config,
+        stored=stored,
+        letters=letters,
+        into=f"{x},{''.join(names_a)}->{inner}",
+        out=f"{inner},{''.join(names_b)}->{result}",
+        a=weight(A, _initializer(config, fan_in), names_a, contracted),
+        b=weight(B, nn.initializers.zeros, names_b, (RANK,)),
+        scale=_scale(module, name, config),
+        magnitude=magnitude,
+        names_a=names_a,
+        names_b=names_b,
+        contracted=tuple(n for n, axis in enumerate(axes) if axis in contracted),
+        precision=jax.lax.Precision.HIGHEST if float32 else None,
+    )
+
+
+def _scale(module: nn.Module, name: str, config: LoRAConfig) -> Array:
+    init = nn.initializers.constant(config.scale)
+    stored = param(module, name + SCALE, init, {}, float32=True, tracked=True)
+    return jax.lax.stop_gradient(materialise(stored, _FLOAT32))
+
+
+def _scaled(stored: Array, scale: Array, dtype: jnp.dtype) -> Array:
+    """Cast first, so that weights which were cast before give the same."""
+    return (materialise(stored, dtype).astype(jnp.float32) * scale).astype(dtype)
+
+
+def _initializer(config: LoRAConfig, fan_in: int) -> nn.initializers.Initializer:
+    if config.init == "gaussian":
+        return nn.initializers.normal(1 / config.r)
+
+    def uniform(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+    return uniform
+
+
+class LookupAdapter(NamedTuple):
+    """The adapter of a table, as it is stored: row i of the table gets ``scale * a[i] b``.
+
+    Attributes:
+      a_VR: zero at the start: rows of it are looked up.
+      b_RD: random at the start.
+      scale: float32 scalar.
+    """
+
+    a_VR: Array
+    b_RD: Array
+    scale: Array
+
+    def of_rows(self, rows: Float[Array, "B T R"]) -> Float[Array, "B T D"]:
+        """What rows of the table get, from those of ``a``."""
+        return product("BTR,RD->BTD", rows, self._scaled_b(rows.dtype), {"R": RANK, "D": "embed"})
+
+    def of_head(self, hidden: Float[Array, "*batch D"]) -> LowRank:
+        """What the logits of a tied head get."""
+        b_RD = self._scaled_b(hidden.dtype)
+        h = product("...D,RD->...R", hidden, b_RD, {"R": RANK, "D": "embed"})
+        return LowRank(h, gather(materialise(self.a_VR, hidden.dtype), ("vocab", RANK)).T)
+
+    def merged(self, table_VD: Float[Array, "V D"]) -> Float[Array, "V D"]:
+        """The table with the adapter in it, in its dtype."""
+        delta_VD = materialise(self.a_VR, _FLOAT32) @ _scaled(self.b_RD, self.scale, _FLOAT32)
+        return (table_VD.astype(jnp.float32) + delta_VD).astype(table_VD.dtype)
+
+    def _scaled_b(self, dtype: jnp.dtype) -> Array:
+        return gather(_scaled(self.b_RD, self.scale, dtype), (RANK, "embed"))
+
+
+def lookup_adapter(module: nn.Module, name: str, rows: int, width: int) -> LookupAdapter | None:
+    """The adapter of a table; None where it has none."""
+    if not is_targeted(module, name):
+        return None
+    config = _config(module)
+    a_VR = param(module, name + A, nn.initializers.zeros, {"vocab": rows, RANK: config.r}, lookup=True)
+    init = nn.initializers.normal(1.0)
+    b_RD = param(module, name + B, init, {RANK: config.r, "embed": width}, contracted=(RANK,))
+    return LookupAdapter(a_VR, b_RD, _scale(module, name, config))
