@@ -129,9 +129,7 @@ class _Tile(NamedTuple):
     steps: Array
 
 
-def _for_tiles(
-    each: Callable[[_Tile, Array], None], table: Any, count: Any, E: int, K: int, N: int, TN: int
-) -> Array:
+def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, count: Any, E: int, K: int, N: int, TN: int) -> Array:
     """Calls ``each(tile, steps done before)`` for the tiles of this block; returns the steps of all of them.
 
     Tiles of the same rows follow each other, and so do those of the same group: what is computed at the same time reads

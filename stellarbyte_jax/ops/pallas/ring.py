@@ -201,4 +201,5 @@ def store_some(value: Array, out_gmem: Any, row: Array, count: Array, column: Ar
             def _(run: int = run, start: Array = start, part: int = part) -> None:
                 target = out_gmem.at[pl.ds(row + start, run), pl.ds(column + part * 64, 64)]
                 plgpu.copy_smem_to_gmem(slot.at[pl.ds(start, run)], target)
+
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
