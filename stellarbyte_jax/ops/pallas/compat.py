@@ -42,9 +42,9 @@ def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, scratch: Any, *
 
 
 def processors() -> int:
-    """Multiprocessors of the device; those of an H100 where there is no GPU, and a few when a CPU interprets kernels."""
+    """Multiprocessors of the device; an H100's where there is no GPU, and a few in the interpreter."""
     if _interpreted:
-        return 2
+        return 3
     device = jax.devices()[0]
     return device.core_count if device.platform == "gpu" else _H100_PROCESSORS
 

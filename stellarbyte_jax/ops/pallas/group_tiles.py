@@ -28,8 +28,8 @@ class RowTiles(NamedTuple):
 def row_tiles(sizes_E: Int[Array, " E"], rows: int) -> RowTiles:
     """Tiles begin where groups begin, so that all but the last one of a group are full.
 
-    The windows of a group's last tile are moved back until they end where the group ends, over rows that the tile before
-    computes too, bit for bit the same: only in groups of fewer than 64 rows must a part of a window not be written.
+    The windows of a group's last tile are moved back until they end where the group ends, over rows that are computed
+    twice then, bit for bit the same: only in groups of fewer than 64 rows must a part of a window not be written.
     """
     E = sizes_E.shape[0]
     sizes_E = sizes_E.astype(jnp.int32)
@@ -54,10 +54,26 @@ def row_tiles(sizes_E: Int[Array, " E"], rows: int) -> RowTiles:
     return RowTiles(jnp.stack([group_T, *firsts, *written]), jnp.sum(tiles_G, dtype=jnp.int32)[None])
 
 
-def by_size(sizes_E: Int[Array, " E"]) -> Int[Array, "3 E"]:
-    """Groups from the largest to the smallest, as the group, its first row and its size.
+class BySize(NamedTuple):
+    """Groups from the largest to the smallest.
 
-    Work of very different lengths ends at about the same time on all multiprocessors when the longest is begun first.
+    Attributes:
+      table_3E: int32: the group, its first row and its size.
+      first_1: int32, of the tiles behind those of the largest group, how many are as much work for the blocks that have
+        one tile less of the largest group as this tile is for the others.
+    """
+
+    table_3E: Array
+    first_1: Array
+
+
+def by_size(sizes_E: Int[Array, " E"], tiles: int, blocks: int) -> BySize:
+    """Work of very different lengths ends at about the same time in all blocks when the longest is begun first.
+
+    Args:
+      sizes_E: rows of each group, which are summed over in the tiles of its result.
+      tiles: of each group's result.
+      blocks: that share them.
     """
     E = sizes_E.shape[0]
     sizes_E = sizes_E.astype(jnp.int32)
@@ -66,7 +82,16 @@ def by_size(sizes_E: Int[Array, " E"]) -> Int[Array, "3 E"]:
     before_EE = larger_EE | ((sizes_E[None, :] == sizes_E[:, None]) & (numbers_E[None, :] < numbers_E[:, None]))
     ranks_E = jnp.sum(before_EE, axis=1, dtype=jnp.int32)
     table_3E = jnp.stack([numbers_E, _before(sizes_E), sizes_E])
-    return jnp.zeros_like(table_3E).at[:, ranks_E].set(table_3E, unique_indices=True)
+    table_3E = jnp.zeros_like(table_3E).at[:, ranks_E].set(table_3E, unique_indices=True)
+    # In units of a step and what begins and ends a tile: about as long as two steps.
+    costs_E = (-(-table_3E[2] // HALF) + 2).astype(jnp.float32)
+    free = -tiles % blocks
+    budget = costs_E[0] * free / tiles  # for a tile of each smaller group
+    rest_E = costs_E.at[0].set(0)
+    before_E = jnp.sum(jnp.where(numbers_E[None, :] < numbers_E[:, None], rest_E[None, :], 0), axis=1)
+    whole = jnp.sum(jnp.where(numbers_E > 0, jnp.clip((budget - before_E) / costs_E, 0, 1), 0)) * tiles
+    first = whole.astype(jnp.int32) // max(free, 1) * free
+    return BySize(table_3E, first[None])
 
 
 def _before(counts_G: Array) -> Array:

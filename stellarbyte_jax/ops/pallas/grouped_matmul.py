@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.ops.pallas import compat
-from stellarbyte_jax.ops.pallas.group_tiles import HALF, RowTiles, by_size, row_tiles
+from stellarbyte_jax.ops.pallas.group_tiles import HALF, RowTiles, row_tiles
 from stellarbyte_jax.ops.pallas.grouped_rows import Tuning, grouped_rows
 from stellarbyte_jax.ops.pallas.grouped_weights import grouped_weights
 
@@ -39,7 +39,7 @@ def grouped_matmul(
     """
     if (reason := refusal(x_SD, w_EDF)) is not None:
         raise NotImplementedError(reason)
-    return _product(x_SD, w_EDF, row_tiles(sizes_E, x_SD.shape[0]), by_size(sizes_E))
+    return _product(x_SD, w_EDF, row_tiles(sizes_E, x_SD.shape[0]), sizes_E)
 
 
 def refusal(x_SD: Array, w_EDF: Array) -> str | None:
@@ -62,20 +62,20 @@ def tuning(kernel: str, columns: int) -> Tuning:
 
 
 @jax.custom_vjp
-def _product(x_SD: Array, w_EDF: Array, tiles: RowTiles, groups_3E: Array) -> Array:
-    del groups_3E
+def _product(x_SD: Array, w_EDF: Array, tiles: RowTiles, sizes_E: Array) -> Array:
+    del sizes_E
     return grouped_rows(x_SD, w_EDF, tiles, transpose=False, tuning=tuning("forward", w_EDF.shape[2]))
 
 
-def _forward(x_SD: Array, w_EDF: Array, tiles: RowTiles, groups_3E: Array) -> tuple[Array, Any]:
-    return _product(x_SD, w_EDF, tiles, groups_3E), (x_SD, w_EDF, tiles, groups_3E)
+def _forward(x_SD: Array, w_EDF: Array, tiles: RowTiles, sizes_E: Array) -> tuple[Array, Any]:
+    return _product(x_SD, w_EDF, tiles, sizes_E), (x_SD, w_EDF, tiles, sizes_E)
 
 
 def _backward(kept: Any, dy_SF: Array) -> tuple[Array, Array, None, None]:
-    x_SD, w_EDF, tiles, groups_3E = kept
+    x_SD, w_EDF, tiles, sizes_E = kept
     _, D, F = w_EDF.shape
     dx_SD = grouped_rows(dy_SF, w_EDF, tiles, transpose=True, tuning=tuning("dx", D))
-    dw_EDF = grouped_weights(x_SD, dy_SF, groups_3E, w_EDF.dtype, tuning=tuning("dw", F))
+    dw_EDF = grouped_weights(x_SD, dy_SF, sizes_E, w_EDF.dtype, tuning=tuning("dw", F))
     return dx_SD, dw_EDF, None, None
 
 

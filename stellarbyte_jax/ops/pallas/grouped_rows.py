@@ -15,7 +15,19 @@ from jaxtyping import Array, Float
 
 from stellarbyte_jax.ops.pallas import compat
 from stellarbyte_jax.ops.pallas.group_tiles import RowTiles
-from stellarbyte_jax.ops.pallas.ring import HALF, by_width, drain, fill, product, ring, roles, skip, store, store_some
+from stellarbyte_jax.ops.pallas.ring import (
+    HALF,
+    by_width,
+    drain,
+    fill,
+    product,
+    ring,
+    roles,
+    skip,
+    store,
+    store_some,
+    turned,
+)
 
 STEP = 64  # elements of the contracted axis that a stage of the ring holds: 128 bytes, the widest swizzle
 
@@ -141,6 +153,7 @@ def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, count: Any, E: 
     def turn(i: Array, done: Array) -> Array:
         number = first + i * stride
         row, column = lax.div(number, jnp.int32(columns)), lax.rem(number, jnp.int32(columns))
+        column = turned(row, column, columns)
         group, first0, first1, written0, written1 = [table[k, row] for k in range(5)]
         steps = jnp.where(group < E, jnp.int32(-(-K // STEP)), jnp.int32(0))
         # Behind the groups there is no matrix to read, and no step that would read it.

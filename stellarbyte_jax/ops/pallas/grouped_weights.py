@@ -14,26 +14,27 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.ops.pallas import compat
+from stellarbyte_jax.ops.pallas.group_tiles import by_size
 from stellarbyte_jax.ops.pallas.grouped_rows import Tuning
-from stellarbyte_jax.ops.pallas.ring import HALF, by_width, drain, fill, product, ring, roles, store
+from stellarbyte_jax.ops.pallas.ring import HALF, by_width, drain, fill, product, ring, roles, store, turned
 
 STEP = 64  # rows that a stage of the ring holds
 TD = 2 * HALF  # rows of a tile of the result
 
 
 def grouped_weights(
-    x_SD: Float[Array, "S D"], dy_SF: Float[Array, "S F"], groups_3E: Int[Array, "3 E"], dtype: Any, *, tuning: Tuning
+    x_SD: Float[Array, "S D"], dy_SF: Float[Array, "S F"], sizes_E: Int[Array, " E"], dtype: Any, *, tuning: Tuning
 ) -> Float[Array, "E D F"]:
     """``x^T dy`` over the rows of each group, summed in float32 in the order of rows; zeros for an empty group.
 
     Args:
       x_SD: at least 64 rows, in the order of groups.
       dy_SF: the other factor.
-      groups_3E: in the order of :func:`by_size`.
+      sizes_E: rows of each group.
       dtype: of the result; two bytes an element.
       tuning: of the kernel.
     """
-    (_, D), F, E = x_SD.shape, dy_SF.shape[1], groups_3E.shape[1]
+    (_, D), F, E = x_SD.shape, dy_SF.shape[1], sizes_E.shape[0]
     TF, stages = tuning.columns, tuning.stages
     scratch = dict(
         a_smem=compat.swizzled((stages, 2, STEP, HALF), x_SD.dtype),
@@ -47,6 +48,7 @@ def grouped_weights(
         x_gmem: Any,
         dy_gmem: Any,
         table: Any,
+        ahead: Any,
         out_gmem: Any,
         *,
         a_smem: Any,
@@ -68,7 +70,7 @@ def grouped_weights(
 
                 fill(done, tile.steps, consumed, copy)
 
-            drain(_for_tiles(tile, table, E, D, F, TF), consumed)
+            drain(_for_tiles(tile, table, ahead, E, D, F, TF), consumed)
 
         def compute() -> None:
             half = lax.axis_index("wg")
@@ -77,8 +79,8 @@ def grouped_weights(
                 whole = lax.div(tile.size, jnp.int32(STEP))
 
                 def mask(slot: Array) -> None:
-                    # Rows of the next group, or whatever lies behind the last one. Zeros in one factor alone would leave
-                    # the other's infinities. Each warpgroup masks its half of both, and waits for the other's.
+                    # Rows of the next group, or whatever lies behind the last one. Zeros in one factor alone would
+                    # leave the other's infinities. Each warpgroup masks its half of both, and waits for the other.
                     rows = tile.size - whole * STEP
                     _keep_rows(a_smem.at[slot, half], rows)
                     for part in range(TF // 128):
@@ -98,13 +100,14 @@ def grouped_weights(
 
                 by_width(tile.column, F, TF, of_width)
 
-            _for_tiles(tile, table, E, D, F, TF)
+            _for_tiles(tile, table, ahead, E, D, F, TF)
             plgpu.wait_smem_to_gmem(0)
 
         roles(load, compute)
 
     out = jax.ShapeDtypeStruct((E, D, F), dtype)
-    return compat.kernel(body, out, scratch, name="grouped_matmul_dw")(x_SD, dy_SF, groups_3E)
+    groups = by_size(sizes_E, -(-D // TD) * -(-F // TF), compat.processors())
+    return compat.kernel(body, out, scratch, name="grouped_matmul_dw")(x_SD, dy_SF, *groups)
 
 
 class _Tile(NamedTuple):
@@ -116,25 +119,41 @@ class _Tile(NamedTuple):
     steps: Array
 
 
-def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, E: int, D: int, F: int, TF: int) -> Array:
+def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, ahead: Any, E: int, D: int, F: int, TF: int) -> Array:
     """Calls ``each(tile, steps done before)`` for the tiles of this block; returns the steps of all of them.
 
-    Tiles of a group follow each other: what is computed at the same time reads the same rows.
+    Tiles of a group follow each other: what is computed at the same time reads the same rows. Those of the largest
+    group go round the blocks; the blocks that its last round leaves out begin with tiles of other groups meanwhile.
     """
-    first, stride = lax.axis_index("sm"), compat.processors()
+    block, blocks = lax.axis_index("sm"), compat.processors()
     rows, columns = -(-D // TD), -(-F // TF)
-    turns = lax.div(E * rows * columns - first + (stride - 1), jnp.int32(stride))
+    T = rows * columns
+    busy = T % blocks or blocks  # blocks with a tile of the last round
+    free = blocks - busy
+    largest = lax.div(T - block + (blocks - 1), jnp.int32(blocks))
+    begun = ahead[0]
+    early = jnp.where(block >= busy, lax.div(begun, jnp.int32(max(free, 1))), jnp.int32(0))
+    late = lax.div(jnp.maximum((E - 1) * T - begun - block + (blocks - 1), 0), jnp.int32(blocks))
 
     def turn(i: Array, done: Array) -> Array:
-        number = first + i * stride
-        rank, within = lax.div(number, jnp.int32(rows * columns)), lax.rem(number, jnp.int32(rows * columns))
+        number = jnp.where(
+            i < largest,
+            block + i * blocks,
+            jnp.where(
+                i < largest + early,
+                T + (block - busy) + (i - largest) * free,
+                T + begun + block + (i - largest - early) * blocks,
+            ),
+        )
+        rank, within = lax.div(number, jnp.int32(T)), lax.rem(number, jnp.int32(T))
         row, column = lax.div(within, jnp.int32(columns)), lax.rem(within, jnp.int32(columns))
+        column = turned(rank * rows + row, column, columns)
         group, start, size = [table[k, rank] for k in range(3)]
         steps = lax.div(size + (STEP - 1), jnp.int32(STEP))
         each(_Tile(group, row, column, start, size, steps), done)
         return done + steps
 
-    return lax.fori_loop(jnp.int32(0), turns, turn, jnp.int32(0))
+    return lax.fori_loop(jnp.int32(0), largest + early + late, turn, jnp.int32(0))
 
 
 def _keep_rows(block: Any, count: Array) -> None:

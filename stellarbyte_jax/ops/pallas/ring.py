@@ -158,6 +158,19 @@ def by_width(column: Array, columns: int, width: int, tile: Callable[[int], None
         pl.when(jnp.logical_not(is_last))(lambda: tile(width))
 
 
+def turned(row: Array, column: Array, columns: int) -> Array:
+    """Columns of tiles in an order that goes on by one from turn to turn of the blocks.
+
+    Otherwise a block might get tiles of the same column again and again, and the last column has less to do.
+
+    Args:
+      row: number of the row of tiles.
+      column: number within it.
+      columns: tiles of a row.
+    """
+    return lax.rem(column + lax.div(row * columns, jnp.int32(compat.processors())), jnp.int32(columns))
+
+
 def store(value: Array, out_gmem: Any, row: Array, column: Array, slots: Any) -> None:
     """Writes 64 rows to a matrix in global memory; what lies behind its end is dropped.
 
