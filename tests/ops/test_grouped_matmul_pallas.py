@@ -41,11 +41,13 @@ def test_the_kernels_can_be_lowered_for_a_gpu(hopper, rows, inputs, outputs, gro
     assert "stablehlo.transpose" not in text
 
 
+@pytest.mark.parametrize("alternate", [False, True])
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # rows that nobody reads
-def test_the_product_in_the_interpreter():
+def test_the_product_in_the_interpreter(alternate):
     rows = 150
     x, w, dy = drawn(rows, 128, 192, 5)
-    run = jax.jit(lambda x, w, s: grouped_rows(x, w, row_tiles(s, rows), transpose=False, tuning=SMALL))
+    tuning = SMALL._replace(alternate=alternate)
+    run = jax.jit(lambda x, w, s: grouped_rows(x, w, row_tiles(s, rows), transpose=False, tuning=tuning))
     with compat.interpreted():
         for load in ("one group has half", "tiny", "anywhere", "nobody has any"):
             sizes = loads(5, rows)[load]
@@ -68,6 +70,28 @@ def test_the_product_and_its_gradients_in_the_interpreter(monkeypatch):
             found = run(x_bad, w, dy_bad, jnp.asarray(sizes, jnp.int32))
             for name, ours, right in zip(NAMES, found, exact(x, w, dy, sizes), strict=True):
                 assert_rounded(ours, right, f"{name}, {load}")
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("columns", [64, 128])
+def test_kernels_whose_warpgroups_alternate_can_be_lowered_for_a_gpu(columns, transpose):
+    x, w = jnp.ones((512, 512), jnp.bfloat16), jnp.ones((3, 512, 512), jnp.bfloat16)
+    tuning = Tuning(columns=columns, stages=6, alternate=True)
+    run = jax.jit(lambda x, w, s: grouped_rows(x, w, row_tiles(s, 512), transpose=transpose, tuning=tuning))
+    program = run.trace(x, w, jnp.zeros(3, jnp.int32)).lower(lowering_platforms=("cuda",))
+    assert program.as_text().count("custom_call @mosaic_gpu") == 1
+
+
+@reads_transposed
+def test_warpgroups_wait_for_each_other(monkeypatch):
+    # Where a group of 64 rows or more ends within a window, two windows write the same: the detector minds that too.
+    monkeypatch.setattr(module, "tuning", lambda kernel, columns: SMALL)
+    rows, sizes = 214, [64, 128, 0, 22]
+    x, w, dy = drawn(rows, 128, 192, 4)
+    with compat.interpreted(detect_races=True):
+        found = with_gradients(grouped_matmul)(x, w, dy, jnp.asarray(sizes, jnp.int32))
+    for name, ours, right in zip(NAMES, found, exact(x, w, dy, sizes), strict=True):
+        assert_rounded(ours, right, name)
 
 
 @pytest.mark.parametrize(

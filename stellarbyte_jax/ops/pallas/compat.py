@@ -63,8 +63,9 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def store_plain(target: Any, value: jax.Array) -> None:
     """Stores to shared memory without transforms: slowly, for threads collide in its banks."""
-    if hasattr(plgpu, "store"):  # from jax 0.12 on, where an ordinary store refuses to be slow
-        plgpu.store(target, value, optimized=False)
+    store = getattr(plgpu, "store", None)
+    if store is not None:  # from jax 0.12 on, where an ordinary store refuses to be slow
+        store(target, value, optimized=False)
     else:
         target[...] = value
 
@@ -73,15 +74,19 @@ _interpreted = False
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Kernels traced inside run in jax's interpreter, on any device, slowly. Not for several threads."""
+def interpreted(detect_races: bool = False) -> Iterator[None]:
+    """Kernels traced inside run in jax's interpreter, on any device, slowly. Not for several threads.
+
+    Args:
+      detect_races: an exception where two warpgroups use memory in no order; needs jax 0.11.
+    """
     global _interpreted
     base = "jax._src.pallas.mosaic_gpu.interpret"
     params = importlib.import_module(f"{base}.params")
     _interpreted = True
     try:
         if hasattr(plgpu, "InterpretGPUParams"):
-            rules = params.InterpretGPUParams()
+            rules = params.InterpretGPUParams(detect_races=detect_races)
         else:  # jax 0.10, which does not know that the copy engine reads zeros behind the end of an array
             rules = params.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
         with params.force_gpu_interpret_mode(rules):

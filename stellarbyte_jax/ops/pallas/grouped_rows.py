@@ -1,4 +1,4 @@
-"""Rows times the matrix of their group on Hopper's tensor cores: the product, and the gradient of its rows.
+"""Rows times the matrix of their group on Hopper's tensor cores: the products, and the gradient of its rows.
 
 S rows, E groups, K contracted, N columns of the result, T tiles of rows.
 """
@@ -20,7 +20,7 @@ from stellarbyte_jax.ops.pallas.ring import (
     by_width,
     drain,
     fill,
-    product,
+    products,
     ring,
     roles,
     skip,
@@ -38,10 +38,13 @@ class Tuning(NamedTuple):
     Attributes:
       columns: of a tile; a multiple of 64, at most 256.
       stages: of the ring between loads and products.
+      alternate: each of the two warpgroups computes every other tile, one while the other writes; else both compute
+        half the rows of every tile, which may have twice as many columns then.
     """
 
     columns: int = 256
     stages: int = 4
+    alternate: bool = False
 
 
 def grouped_rows(
@@ -65,7 +68,7 @@ def grouped_rows(
         b_smem=compat.swizzled((stages, TN, STEP) if transpose else (stages, STEP, TN), x_SK.dtype),
         # A tile is written from one or the other of them, never from both at once.
         staging=[whole, cut] if compat.is_interpreted() else plgpu.RefUnion(whole, cut),
-        **ring(stages),
+        **ring(stages, 1 if tuning.alternate else 2),
     )
 
     def body(
@@ -81,48 +84,62 @@ def grouped_rows(
         loaded: Any,
         consumed: Any,
     ) -> None:
+        def barrier(slot: Array, reader: Array) -> Any:
+            return loaded.at[slot + reader * stages if tuning.alternate else slot]
+
         def load() -> None:
             def tile(tile: _Tile, done: Array) -> None:
                 def copy(k: Array, slot: Array) -> None:
+                    arrived = barrier(slot, lax.rem(tile.turn, jnp.int32(2)))
                     inner, outer = pl.ds(k * STEP, STEP), pl.ds(tile.column * TN, TN)
                     for half in range(2):
                         rows = pl.ds(tile.windows[half], HALF)
-                        plgpu.copy_gmem_to_smem(x_gmem.at[rows, inner], a_smem.at[slot, half], loaded.at[slot])
+                        plgpu.copy_gmem_to_smem(x_gmem.at[rows, inner], a_smem.at[slot, half], arrived)
                     part = (outer, inner) if transpose else (inner, outer)
-                    plgpu.copy_gmem_to_smem(w_gmem.at[tile.group, *part], b_smem.at[slot], loaded.at[slot])
+                    plgpu.copy_gmem_to_smem(w_gmem.at[tile.group, *part], b_smem.at[slot], arrived)
 
                 fill(done, tile.steps, consumed, copy)
 
             drain(_for_tiles(tile, table, count, E, K, N, TN), consumed)
 
         def compute() -> None:
-            half = lax.axis_index("wg")
+            mine = lax.axis_index("wg")
 
-            def tile(tile: _Tile, done: Array) -> None:
-                window = jnp.where(half == 0, *tile.windows)
-                written = jnp.where(half == 0, *tile.written)
+            def sums(tile: _Tile, done: Array, width: int, halves: list[Any]) -> None:
+                def factors(slot: Array) -> list[tuple[Any, Any]]:
+                    b = b_smem.at[slot]
+                    if width < TN:
+                        b = b.at[pl.ds(0, width), :] if transpose else b.at[:, pl.ds(0, width)]
+                    return [(a_smem.at[slot, half], compat.transposed(b) if transpose else b) for half in halves]
 
-                def of_width(width: int) -> None:
-                    def factors(slot: Array) -> tuple[Any, Any]:
-                        b = b_smem.at[slot]
-                        if width < TN:
-                            b = b.at[pl.ds(0, width), :] if transpose else b.at[:, pl.ds(0, width)]
-                        return a_smem.at[slot, half], compat.transposed(b) if transpose else b
-
-                    value = product(done, tile.steps, width, loaded, consumed, factors).astype(out_gmem.dtype)
-                    to = (out_gmem, window)
+                values = products(
+                    done, tile.steps, width, lambda slot: barrier(slot, mine), consumed, factors, count=len(halves)
+                )
+                for half, value in zip(halves, values, strict=True):
+                    window, written = [jnp.where(half == 0, *of) for of in (tile.windows, tile.written)]
+                    part = value.astype(out_gmem.dtype), out_gmem, window
 
                     @pl.when(written == HALF)
-                    def _() -> None:
-                        store(value, *to, tile.column * TN, staging[0].at[half])
+                    def _(part: Any = part) -> None:
+                        store(*part, tile.column * TN, staging[0].at[mine])
 
                     @pl.when(written < HALF)
-                    def _() -> None:
-                        store_some(value, *to, written, tile.column * TN, staging[1].at[half])
+                    def _(part: Any = part, written: Array = written) -> None:
+                        store_some(*part, written, tile.column * TN, staging[1].at[mine])
 
-                pl.when(written > 0)(lambda: by_width(tile.column, N, TN, of_width))
+            def shared(tile: _Tile, done: Array) -> None:
+                written = jnp.where(mine == 0, *tile.written)
+                mine_only = lambda width: sums(tile, done, width, [mine])  # noqa: E731
+                pl.when(written > 0)(lambda: by_width(tile.column, N, TN, mine_only))
                 pl.when(written == 0)(lambda: skip(done, tile.steps, loaded, consumed))
 
+            def alternating(tile: _Tile, done: Array) -> None:
+                for halves in ([0], [0, 1]):
+                    is_it = (lax.rem(tile.turn, jnp.int32(2)) == mine) & ((tile.written[1] > 0) == (len(halves) == 2))
+                    these = lambda width, halves=halves: sums(tile, done, width, halves)  # noqa: E731
+                    pl.when(is_it)(lambda these=these: by_width(tile.column, N, TN, these))
+
+            tile = alternating if tuning.alternate else shared
             _for_tiles(tile, table, count, E, K, N, TN)
             plgpu.wait_smem_to_gmem(0)
 
@@ -139,6 +156,7 @@ class _Tile(NamedTuple):
     windows: tuple[Array, Array]
     written: tuple[Array, Array]
     steps: Array
+    turn: Array
 
 
 def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, count: Any, E: int, K: int, N: int, TN: int) -> Array:
@@ -157,7 +175,7 @@ def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, count: Any, E: 
         group, first0, first1, written0, written1 = [table[k, row] for k in range(5)]
         steps = jnp.where(group < E, jnp.int32(-(-K // STEP)), jnp.int32(0))
         # Behind the groups there is no matrix to read, and no step that would read it.
-        each(_Tile(group, column, (first0, first1), (written0, written1), steps), done)
+        each(_Tile(group, column, (first0, first1), (written0, written1), steps, i), done)
         return done + steps
 
     return lax.fori_loop(jnp.int32(0), turns, turn, jnp.int32(0))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from stellarbyte_jax.ops.pallas import compat
 from stellarbyte_jax.ops.pallas.group_tiles import by_size
 from stellarbyte_jax.ops.pallas.grouped_rows import Tuning
-from stellarbyte_jax.ops.pallas.ring import HALF, by_width, drain, fill, product, ring, roles, store, turned
+from stellarbyte_jax.ops.pallas.ring import HALF, by_width, drain, fill, products, ring, roles, store, turned
 
 STEP = 64  # rows that a stage of the ring holds
 TD = 2 * HALF  # rows of a tile of the result
@@ -90,11 +90,14 @@ def grouped_weights(
                     plgpu.barrier_wait(masked)
 
                 def of_width(width: int) -> None:
-                    def factors(slot: Array) -> tuple[Any, Any]:
+                    def factors(slot: Array) -> list[tuple[Any, Any]]:
                         b = b_smem.at[slot]
-                        return compat.transposed(a_smem.at[slot, half]), b.at[:, pl.ds(0, width)] if width < TF else b
+                        b = b.at[:, pl.ds(0, width)] if width < TF else b
+                        return [(compat.transposed(a_smem.at[slot, half]), b)]
 
-                    value = product(done, tile.steps, width, loaded, consumed, factors, mask, whole)
+                    (value,) = products(
+                        done, tile.steps, width, lambda slot: loaded.at[slot], consumed, factors, mask, whole
+                    )
                     row = tile.row * TD + half * HALF
                     store(value.astype(dtype), out_gmem.at[tile.group], row, tile.column * TF, staging.at[half])
 

@@ -19,11 +19,17 @@ HALF = 64  # rows of a result that one of the others computes
 _STAGE_COPIES = 3  # two halves of the left factor, and the right one
 
 
-def ring(stages: int) -> dict[str, Any]:
-    """The barriers of a ring."""
+def ring(stages: int, readers: int = 2) -> dict[str, Any]:
+    """The barriers of a ring.
+
+    Args:
+      stages: of it.
+      readers: warpgroups that read each stage. With 1 each of two has its own barriers for what is loaded for it: it
+        must have waited for every time that one of them completes.
+    """
     return dict(
-        loaded=plgpu.Barrier(num_arrivals=_STAGE_COPIES, num_barriers=stages),
-        consumed=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        loaded=plgpu.Barrier(num_arrivals=_STAGE_COPIES, num_barriers=stages * (3 - readers)),
+        consumed=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
     )
 
 
@@ -75,38 +81,41 @@ def drain(steps: Array, consumed: Any) -> None:
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
 
 
-def product(
+def products(
     done: Array,
     steps: Array,
     columns: int,
-    loaded: Any,
+    loaded: Callable[[Array], Any],
     consumed: Any,
-    factors: Callable[[Array], tuple[Any, Any]],
+    factors: Callable[[Array], list[tuple[Any, Any]]],
     repair: Callable[[Array], None] | None = None,
     whole: Array | None = None,
-) -> Array:
-    """The sum over a tile's steps of the products of 64 rows with ``columns`` columns, in float32.
+    count: int = 1,
+) -> list[Array]:
+    """The sums over a tile's steps of the products of 64 rows with ``columns`` columns, in float32.
 
     Args:
       done: steps before this tile.
       steps: of the tile; 0 gives zeros.
-      columns: of the result.
-      loaded: barriers.
+      columns: of each result.
+      loaded: the barrier of a stage.
       consumed: barriers.
-      factors: both factors in a stage.
+      factors: both factors of each product in a stage.
       repair: changes a stage before it is used.
       whole: steps that need no repair, the first ones.
+      count: of products.
     """
     stages = consumed.shape[0]
 
-    def accumulate(acc: Any) -> Array:
+    def accumulate(*sums: Any) -> list[Array]:
         def step(k: Array, _: None, repaired: bool = False) -> None:
             slot = lax.rem(done + k, jnp.int32(stages))
-            plgpu.barrier_wait(loaded.at[slot])
+            plgpu.barrier_wait(loaded(slot))
             if repaired and repair is not None:
                 repair(slot)
-            plgpu.wgmma(acc, *factors(slot))
-            plgpu.wgmma_wait(1)  # the product before this one has read its stage
+            for total, (left, right) in zip(sums, factors(slot), strict=True):
+                plgpu.wgmma(total, left, right)
+            plgpu.wgmma_wait(count)  # the products before these have read their stage
 
             @pl.when(k > 0)
             def _() -> None:
@@ -116,15 +125,15 @@ def product(
         if whole is not None:
             lax.fori_loop(whole, steps, lambda k, _: step(k, _, repaired=True), None)
         plgpu.wgmma_wait(0)
-        return acc[...]
+        return [total[...] for total in sums]
 
-    value = pl.run_scoped(accumulate, plgpu.ACC((HALF, columns), jnp.float32))
+    values = pl.run_scoped(accumulate, *[plgpu.WGMMAAccumulatorRef((HALF, columns), jnp.float32)] * count)
 
     @pl.when(steps > 0)
     def _() -> None:
         plgpu.barrier_arrive(consumed.at[lax.rem(done + steps - 1, jnp.int32(stages))])
 
-    return value
+    return values
 
 
 def skip(done: Array, steps: Array, loaded: Any, consumed: Any) -> None:
