@@ -120,11 +120,11 @@ def grouped_rows(
                     part = value.astype(out_gmem.dtype), out_gmem, window
 
                     @pl.when(written == HALF)
-                    def _(part: Any = part) -> None:
+                    def _(part: tuple[Array, Any, Array] = part) -> None:
                         store(*part, tile.column * TN, staging[0].at[mine])
 
                     @pl.when(written < HALF)
-                    def _(part: Any = part, written: Array = written) -> None:
+                    def _(part: tuple[Array, Any, Array] = part, written: Array = written) -> None:
                         store_some(*part, written, tile.column * TN, staging[1].at[mine])
 
             def shared(tile: _Tile, done: Array) -> None:
