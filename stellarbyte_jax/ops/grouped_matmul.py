@@ -37,9 +37,10 @@ def grouped_matmul(
       x_SD: rows in the order of groups.
       w_EDF: matrices.
       groups: of the rows.
-      implementation: ``"auto"`` or ``"xla"``.
+      implementation: ``"auto"``, ``"xla"``, or ``"pallas"``: kernels for Hopper GPUs.
 
     Raises:
+      NotImplementedError: the kernels do not support the arrays or the device.
       ValueError: there is no such implementation, or the rows are not a whole number of blocks.
     """
     return dispatch("grouped_matmul", implementation, _IMPLEMENTATIONS, x_SD, w_EDF, groups)
@@ -66,6 +67,13 @@ def _xla(x_SD: Array, w_EDF: Array, groups: Groups) -> Array:
         raise ValueError(f"{x_SD.shape[0]} rows are not {blocks} equal blocks")
     y_GMF = _blocked(x_SD.reshape(blocks, -1, x_SD.shape[1]), w_EDF, groups.experts_G)
     return y_GMF.reshape(x_SD.shape[0], -1)
+
+
+def _pallas(x_SD: Array, w_EDF: Array, groups: Groups) -> Array:
+    # Not at the top: the kernels' language is slow to import, and on another platform it may be missing.
+    from stellarbyte_jax.ops.pallas.grouped_matmul import grouped_matmul as kernels
+
+    return kernels(x_SD, w_EDF, groups.sizes_E)
 
 
 @jax.custom_vjp
@@ -96,4 +104,4 @@ def _backward(kept: tuple[Array, Array, Array | None], dy_GMF: Array) -> tuple[A
 
 
 _blocked.defvjp(_forward, _backward)
-_IMPLEMENTATIONS = {"xla": _xla}
+_IMPLEMENTATIONS = {"xla": _xla, "pallas": _pallas}

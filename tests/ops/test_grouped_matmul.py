@@ -73,7 +73,7 @@ def test_gradients_of_blocks_are_added_as_they_are():
 
 def test_refusals():
     x, w, groups, *_ = drawn("rows")
-    with pytest.raises(ValueError, match="grouped_matmul: no implementation 'fast'; there are auto, xla"):
+    with pytest.raises(ValueError, match="grouped_matmul: no implementation 'fast'; there are auto, xla, pallas"):
         grouped_matmul(x, w, groups, implementation="fast")
     with pytest.raises(ValueError, match="3 rows are not 4 equal blocks"):
         grouped_matmul(x[:3], w, groups)

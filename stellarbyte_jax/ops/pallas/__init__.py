@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA Hopper GPUs, written in Pallas for Mosaic GPU, and what they share."""

@@ -1,0 +1,108 @@
+"""What differs between the versions of jax that are supported, for kernels of Mosaic GPU; and what the device is."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+_H100_PROCESSORS = 132
+
+
+def transposed(ref: Any) -> Any:
+    """A view of a matrix in shared memory with its axes swapped: the tensor cores read it so, nothing is copied."""
+    # jax 0.10 knows the method on some references only; later versions deprecate the function.
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
+def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, scratch: Any, *, name: str) -> Any:
+    """A kernel of one persistent block a multiprocessor: two warpgroups that compute (0, 1) and one that loads (2).
+
+    Args:
+      body: gets references to inputs, output and ``scratch``, by position.
+      out: what the kernel returns.
+      scratch: of shared memory and barriers.
+      name: in profiles.
+    """
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=scratch,
+        grid=(processors(),),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name=name,
+        # The default differs between versions. Here every layout is said, none is left to be inferred.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+
+
+def processors() -> int:
+    """Multiprocessors of the device; an H100's where there is no GPU, and a few in the interpreter."""
+    if _interpreted:
+        return 3
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else _H100_PROCESSORS
+
+
+def runs_here() -> bool:
+    """Whether the device, or the interpreter, runs kernels for Hopper."""
+    device = jax.devices()[0]
+    return _interpreted or (device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0")
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for matrices as tensor cores read them and as the copy engine writes them: 64 columns a tile."""
+    assert jnp.dtype(dtype).itemsize == 2 and shape[-1] % 64 == 0
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def store_plain(target: Any, value: jax.Array) -> None:
+    """Stores to shared memory without transforms: slowly, for threads collide in its banks."""
+    store = getattr(plgpu, "store", None)
+    if store is not None:  # from jax 0.12 on, where an ordinary store refuses to be slow
+        store(target, value, optimized=False)
+    else:
+        target[...] = value
+
+
+_interpreted = False
+
+
+@contextlib.contextmanager
+def interpreted(detect_races: bool = False) -> Iterator[None]:
+    """Kernels traced inside run in jax's interpreter, on any device, slowly. Not for several threads.
+
+    Args:
+      detect_races: an exception where two warpgroups use memory in no order; needs jax 0.11.
+    """
+    global _interpreted
+    base = "jax._src.pallas.mosaic_gpu.interpret"
+    params = importlib.import_module(f"{base}.params")
+    _interpreted = True
+    try:
+        if hasattr(plgpu, "InterpretGPUParams"):
+            rules = params.InterpretGPUParams(detect_races=detect_races)
+        else:  # jax 0.10, which does not know that the copy engine reads zeros behind the end of an array
+            rules = params.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+        with params.force_gpu_interpret_mode(rules):
+            yield
+    finally:
+        _interpreted = False
+        importlib.import_module(f"{base}.interpret_pallas_call").reset_gpu_interpret_mode_state()
+
+
+def is_interpreted() -> bool:
+    """Whether kernels are traced for the interpreter, which lacks some of what a GPU does."""
+    return _interpreted
+
+
+def row_numbers(shape: tuple[int, ...]) -> jax.Array:
+    """The number of its row for each element of a matrix, where the tensor cores' layout has the element."""
+    if _interpreted:  # in jax 0.10 the interpreter knows no layouts; in later ones they change nothing
+        return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)

@@ -1,0 +1,164 @@
+"""The gradient of the matrices of a grouped product, on Hopper's tensor cores: for each group, rows^T rows.
+
+S rows, E groups, D and F the axes of a matrix.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from stellarbyte_jax.ops.pallas import compat
+from stellarbyte_jax.ops.pallas.group_tiles import by_size
+from stellarbyte_jax.ops.pallas.grouped_rows import Tuning
+from stellarbyte_jax.ops.pallas.ring import HALF, by_width, drain, fill, products, ring, roles, store, turned
+
+STEP = 64  # rows that a stage of the ring holds
+TD = 2 * HALF  # rows of a tile of the result
+
+
+def grouped_weights(
+    x_SD: Float[Array, "S D"], dy_SF: Float[Array, "S F"], sizes_E: Int[Array, " E"], dtype: Any, *, tuning: Tuning
+) -> Float[Array, "E D F"]:
+    """``x^T dy`` over the rows of each group, summed in float32 in the order of rows; zeros for an empty group.
+
+    Args:
+      x_SD: at least 64 rows, in the order of groups.
+      dy_SF: the other factor.
+      sizes_E: rows of each group.
+      dtype: of the result; two bytes an element.
+      tuning: of the kernel.
+    """
+    (_, D), F, E = x_SD.shape, dy_SF.shape[1], sizes_E.shape[0]
+    TF, stages = tuning.columns, tuning.stages
+    scratch = dict(
+        a_smem=compat.swizzled((stages, 2, STEP, HALF), x_SD.dtype),
+        b_smem=compat.swizzled((stages, STEP, TF), x_SD.dtype),
+        staging=compat.swizzled((2, 2, HALF, 64), dtype),
+        masked=plgpu.Barrier(num_arrivals=2),
+        **ring(stages),
+    )
+
+    def body(
+        x_gmem: Any,
+        dy_gmem: Any,
+        table: Any,
+        ahead: Any,
+        out_gmem: Any,
+        *,
+        a_smem: Any,
+        b_smem: Any,
+        staging: Any,
+        masked: Any,
+        loaded: Any,
+        consumed: Any,
+    ) -> None:
+        def load() -> None:
+            def tile(tile: _Tile, done: Array) -> None:
+                def copy(k: Array, slot: Array) -> None:
+                    rows = pl.ds(tile.first + k * STEP, STEP)
+                    for half in range(2):
+                        columns = pl.ds(tile.row * TD + half * HALF, HALF)
+                        plgpu.copy_gmem_to_smem(x_gmem.at[rows, columns], a_smem.at[slot, half], loaded.at[slot])
+                    columns = pl.ds(tile.column * TF, TF)
+                    plgpu.copy_gmem_to_smem(dy_gmem.at[rows, columns], b_smem.at[slot], loaded.at[slot])
+
+                fill(done, tile.steps, consumed, copy)
+
+            drain(_for_tiles(tile, table, ahead, E, D, F, TF), consumed)
+
+        def compute() -> None:
+            half = lax.axis_index("wg")
+
+            def tile(tile: _Tile, done: Array) -> None:
+                whole = lax.div(tile.size, jnp.int32(STEP))
+
+                def mask(slot: Array) -> None:
+                    # Rows of the next group, or whatever lies behind the last one. Zeros in one factor alone would
+                    # leave the other's infinities. Each warpgroup masks its half of both, and waits for the other.
+                    rows = tile.size - whole * STEP
+                    _keep_rows(a_smem.at[slot, half], rows)
+                    for part in range(TF // 128):
+                        _keep_rows(b_smem.at[slot, :, pl.ds((half * (TF // 128) + part) * 64, 64)], rows)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(masked)
+                    plgpu.barrier_wait(masked)
+
+                def of_width(width: int) -> None:
+                    def factors(slot: Array) -> list[tuple[Any, Any]]:
+                        b = b_smem.at[slot]
+                        b = b.at[:, pl.ds(0, width)] if width < TF else b
+                        return [(compat.transposed(a_smem.at[slot, half]), b)]
+
+                    (value,) = products(
+                        done, tile.steps, width, lambda slot: loaded.at[slot], consumed, factors, mask, whole
+                    )
+                    row = tile.row * TD + half * HALF
+                    store(value.astype(dtype), out_gmem.at[tile.group], row, tile.column * TF, staging.at[half])
+
+                by_width(tile.column, F, TF, of_width)
+
+            _for_tiles(tile, table, ahead, E, D, F, TF)
+            plgpu.wait_smem_to_gmem(0)
+
+        roles(load, compute)
+
+    out = jax.ShapeDtypeStruct((E, D, F), dtype)
+    groups = by_size(sizes_E, -(-D // TD) * -(-F // TF), compat.processors())
+    return compat.kernel(body, out, scratch, name="grouped_matmul_dw")(x_SD, dy_SF, *groups)
+
+
+class _Tile(NamedTuple):
+    group: Array
+    row: Array
+    column: Array
+    first: Array
+    size: Array
+    steps: Array
+
+
+def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, ahead: Any, E: int, D: int, F: int, TF: int) -> Array:
+    """Calls ``each(tile, steps done before)`` for the tiles of this block; returns the steps of all of them.
+
+    Tiles of a group follow each other: what is computed at the same time reads the same rows. Those of the largest
+    group go round the blocks; the blocks that its last round leaves out begin with tiles of other groups meanwhile.
+    """
+    block, blocks = lax.axis_index("sm"), compat.processors()
+    rows, columns = -(-D // TD), -(-F // TF)
+    T = rows * columns
+    busy = T % blocks or blocks  # blocks with a tile of the last round
+    free = blocks - busy
+    largest = lax.div(T - block + (blocks - 1), jnp.int32(blocks))
+    begun = ahead[0]
+    early = jnp.where(block >= busy, lax.div(begun, jnp.int32(max(free, 1))), jnp.int32(0))
+    late = lax.div(jnp.maximum((E - 1) * T - begun - block + (blocks - 1), 0), jnp.int32(blocks))
+
+    def turn(i: Array, done: Array) -> Array:
+        number = jnp.where(
+            i < largest,
+            block + i * blocks,
+            jnp.where(
+                i < largest + early,
+                T + (block - busy) + (i - largest) * free,
+                T + begun + block + (i - largest - early) * blocks,
+            ),
+        )
+        rank, within = lax.div(number, jnp.int32(T)), lax.rem(number, jnp.int32(T))
+        row, column = lax.div(within, jnp.int32(columns)), lax.rem(within, jnp.int32(columns))
+        column = turned(rank * rows + row, column, columns)
+        group, start, size = [table[k, rank] for k in range(3)]
+        steps = lax.div(size + (STEP - 1), jnp.int32(STEP))
+        each(_Tile(group, row, column, start, size, steps), done)
+        return done + steps
+
+    return lax.fori_loop(jnp.int32(0), largest + early + late, turn, jnp.int32(0))
+
+
+def _keep_rows(block: Any, count: Array) -> None:
+    """Zeros behind the first ``count`` rows of a matrix in shared memory."""
+    block[...] = jnp.where(compat.row_numbers(block.shape) < count, block[...], jnp.zeros((), block.dtype))

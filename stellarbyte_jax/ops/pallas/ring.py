@@ -1,0 +1,227 @@
+"""A ring of stages in shared memory between the warpgroup that loads and the two that compute, and the way out.
+
+The loader fills a stage when both others have consumed what was in it; they go through all stages in the same order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from stellarbyte_jax.ops.pallas import compat
+
+LOADER = 2  # the warpgroup
+HALF = 64  # rows of a result that one of the others computes
+_STAGE_COPIES = 3  # two halves of the left factor, and the right one
+
+
+def ring(stages: int, readers: int = 2) -> dict[str, Any]:
+    """The barriers of a ring.
+
+    Args:
+      stages: of it.
+      readers: warpgroups that read each stage. With 1 each of two has its own barriers for what is loaded for it: it
+        must have waited for every time that one of them completes.
+    """
+    return dict(
+        loaded=plgpu.Barrier(num_arrivals=_STAGE_COPIES, num_barriers=stages * (3 - readers)),
+        consumed=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+    )
+
+
+def roles(load: Callable[[], None], compute: Callable[[], None]) -> None:
+    """What the warpgroups do; those that compute get the registers that loading does not need."""
+    is_loader = lax.axis_index("wg") == LOADER
+
+    @pl.when(is_loader)
+    def _() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        load()
+
+    @pl.when(jnp.logical_not(is_loader))
+    def _() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        compute()
+
+
+def fill(done: Array, steps: Array, consumed: Any, copy: Callable[[Array, Array], None]) -> None:
+    """Loads the stages of a tile.
+
+    Args:
+      done: steps before this tile.
+      steps: of the tile.
+      consumed: barriers.
+      copy: starts the copies of a step to a stage.
+    """
+    stages = consumed.shape[0]
+
+    def step(k: Array, _: None) -> None:
+        slot = lax.rem(done + k, jnp.int32(stages))
+
+        @pl.when(done + k >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(consumed.at[slot])
+
+        copy(k, slot)
+
+    lax.fori_loop(jnp.int32(0), steps, step, None)
+
+
+def drain(steps: Array, consumed: Any) -> None:
+    """Waits until the last stages are consumed: a barrier may not go while somebody still arrives at it."""
+    stages = consumed.shape[0]
+
+    def wait(step: Array, _: None) -> None:
+        plgpu.barrier_wait(consumed.at[lax.rem(step, jnp.int32(stages))])
+
+    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
+
+
+def products(
+    done: Array,
+    steps: Array,
+    columns: int,
+    loaded: Callable[[Array], Any],
+    consumed: Any,
+    factors: Callable[[Array], list[tuple[Any, Any]]],
+    repair: Callable[[Array], None] | None = None,
+    whole: Array | None = None,
+    count: int = 1,
+) -> list[Array]:
+    """The sums over a tile's steps of the products of 64 rows with ``columns`` columns, in float32.
+
+    Args:
+      done: steps before this tile.
+      steps: of the tile; 0 gives zeros.
+      columns: of each result.
+      loaded: the barrier of a stage.
+      consumed: barriers.
+      factors: both factors of each product in a stage.
+      repair: changes a stage before it is used.
+      whole: steps that need no repair, the first ones.
+      count: of products.
+    """
+    stages = consumed.shape[0]
+
+    def accumulate(*sums: Any) -> list[Array]:
+        def step(k: Array, _: None, repaired: bool = False) -> None:
+            slot = lax.rem(done + k, jnp.int32(stages))
+            plgpu.barrier_wait(loaded(slot))
+            if repaired and repair is not None:
+                repair(slot)
+            for total, (left, right) in zip(sums, factors(slot), strict=True):
+                plgpu.wgmma(total, left, right)
+            plgpu.wgmma_wait(count)  # the products before these have read their stage
+
+            @pl.when(k > 0)
+            def _() -> None:
+                plgpu.barrier_arrive(consumed.at[lax.rem(done + k - 1, jnp.int32(stages))])
+
+        lax.fori_loop(jnp.int32(0), steps if whole is None else whole, step, None)
+        if whole is not None:
+            lax.fori_loop(whole, steps, lambda k, _: step(k, _, repaired=True), None)
+        plgpu.wgmma_wait(0)
+        return [total[...] for total in sums]
+
+    values = pl.run_scoped(accumulate, *[plgpu.WGMMAAccumulatorRef((HALF, columns), jnp.float32)] * count)
+
+    @pl.when(steps > 0)
+    def _() -> None:
+        plgpu.barrier_arrive(consumed.at[lax.rem(done + steps - 1, jnp.int32(stages))])
+
+    return values
+
+
+def skip(done: Array, steps: Array, loaded: Any, consumed: Any) -> None:
+    """Goes through a tile's stages without a product."""
+    stages = consumed.shape[0]
+
+    def step(k: Array, _: None) -> None:
+        slot = lax.rem(done + k, jnp.int32(stages))
+        plgpu.barrier_wait(loaded.at[slot])
+        plgpu.barrier_arrive(consumed.at[slot])
+
+    lax.fori_loop(jnp.int32(0), steps, step, None)
+
+
+def by_width(column: Array, columns: int, width: int, tile: Callable[[int], None]) -> None:
+    """Calls ``tile`` with the columns that a tile computes: the last one has no more than the matrix.
+
+    Args:
+      column: number of the tile.
+      columns: of the matrix.
+      width: of a tile.
+      tile: to call.
+    """
+    last = -(-(columns % width) // 64) * 64
+    if last in (0, width):
+        tile(width)
+        return
+    is_last = column == columns // width
+    pl.when(is_last)(lambda: tile(last))
+    if columns > width:
+        pl.when(jnp.logical_not(is_last))(lambda: tile(width))
+
+
+def turned(row: Array, column: Array, columns: int) -> Array:
+    """Columns of tiles in an order that goes on by one from turn to turn of the blocks.
+
+    Otherwise a block might get tiles of the same column again and again, and the last column has less to do.
+
+    Args:
+      row: number of the row of tiles.
+      column: number within it.
+      columns: tiles of a row.
+    """
+    return lax.rem(column + lax.div(row * columns, jnp.int32(compat.processors())), jnp.int32(columns))
+
+
+def store(value: Array, out_gmem: Any, row: Array, column: Array, slots: Any) -> None:
+    """Writes 64 rows to a matrix in global memory; what lies behind its end is dropped.
+
+    Args:
+      value: [64, 64 n].
+      out_gmem: the matrix.
+      row: the first one.
+      column: the first one.
+      slots: [2, 64, 64] in shared memory, for two parts on their way.
+    """
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for part in range(value.shape[1] // 64):
+        slot = slots.at[part % 2]
+        if part > 1:
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        slot[...] = value[:, part * 64 : (part + 1) * 64]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(slot, out_gmem.at[pl.ds(row, HALF), pl.ds(column + part * 64, 64)])
+
+
+def store_some(value: Array, out_gmem: Any, row: Array, count: Array, column: Array, slot: Any) -> None:
+    """Writes the first ``count`` of 64 rows, as runs of 32, 16, ... rows: the copy engine's shapes are constants.
+
+    Args:
+      value: [64, 64 n].
+      out_gmem: the matrix.
+      row: the first one.
+      count: of rows, fewer than 64.
+      column: the first one.
+      slot: [64, 64] in shared memory, without transforms: others cannot be cut between any two rows.
+    """
+    for part in range(value.shape[1] // 64):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        compat.store_plain(slot, value[:, part * 64 : (part + 1) * 64])
+        plgpu.commit_smem()
+        for bit in range(5, -1, -1):
+            run = 1 << bit
+            start = lax.bitwise_and(count, jnp.int32(~(2 * run - 1)))
+
+            @pl.when(lax.bitwise_and(count, jnp.int32(run)) != 0)
+            def _(run: int = run, start: Array = start, part: int = part) -> None:
+                target = out_gmem.at[pl.ds(row + start, run), pl.ds(column + part * 64, 64)]
+                plgpu.copy_smem_to_gmem(slot.at[pl.ds(start, run)], target)
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

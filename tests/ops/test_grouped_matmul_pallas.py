@@ -1,0 +1,114 @@
+"""Kernels of the grouped product without a GPU: they are compiled for one as far as a CPU can, and interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.grouped import NAMES, assert_rounded, drawn, exact, poisoned, with_gradients
+
+from stellarbyte_jax.ops.grouped_matmul import Groups
+from stellarbyte_jax.ops.grouped_matmul import grouped_matmul as by_name
+from stellarbyte_jax.ops.pallas import compat
+from stellarbyte_jax.ops.pallas import grouped_matmul as module
+from stellarbyte_jax.ops.pallas.group_tiles import row_tiles
+from stellarbyte_jax.ops.pallas.grouped_matmul import grouped_matmul, refusal
+from stellarbyte_jax.ops.pallas.grouped_rows import Tuning, grouped_rows
+
+SMALL = Tuning(columns=128, stages=2)
+ROWS, SIZES = 140, [90, 0, 30, 7]  # a window that is moved back, an empty group, small ones, and rows behind
+reads_transposed = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 does not know transposed matrices"
+)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(compat, "runs_here", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "groups"),
+    [(16384, 2048, 1408, 64), (16384, 1408, 2048, 64), (131072, 4096, 1536, 128), (64, 64, 64, 1), (1000, 192, 320, 3)],
+)
+def test_the_kernels_can_be_lowered_for_a_gpu(hopper, rows, inputs, outputs, groups):
+    shapes = (rows, inputs), (groups, inputs, outputs), (rows, outputs)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+    program = jax.jit(with_gradients(grouped_matmul)).trace(*arrays, sizes).lower(lowering_platforms=("cuda",))
+    text = program.as_text()
+    assert text.count("custom_call @mosaic_gpu") == 3
+    for kernel in ("grouped_matmul", "grouped_matmul_dx", "grouped_matmul_dw"):
+        assert f"{kernel}_mosaic_gpu" in text
+    assert "stablehlo.transpose" not in text
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # rows that nobody reads
+def test_the_product_in_the_interpreter(alternate):
+    x, w, dy = drawn(ROWS, 128, 192, 4)
+    tuning = SMALL._replace(alternate=alternate)
+    run = jax.jit(lambda x, w, s: grouped_rows(x, w, row_tiles(s, ROWS), transpose=False, tuning=tuning))
+    (x_bad,) = poisoned(SIZES, x)
+    with compat.interpreted():
+        found = run(x_bad, w, jnp.asarray(SIZES, jnp.int32))
+        assert_rounded(found, exact(x, w, dy, SIZES)[0], "the product")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # rows that nobody reads
+@reads_transposed
+def test_the_product_and_its_gradients_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(module, "tuning", lambda kernel, columns: SMALL)
+    x, w, dy = drawn(ROWS, 64, 192, 4)
+    x_bad, dy_bad = poisoned(SIZES, x, dy)
+    with compat.interpreted():
+        found = jax.jit(with_gradients(grouped_matmul))(x_bad, w, dy_bad, jnp.asarray(SIZES, jnp.int32))
+        for name, ours, right in zip(NAMES, found, exact(x, w, dy, SIZES), strict=True):
+            assert_rounded(ours, right, name)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("columns", [64, 128])
+def test_kernels_whose_warpgroups_alternate_can_be_lowered_for_a_gpu(columns, transpose):
+    x, w = jnp.ones((512, 512), jnp.bfloat16), jnp.ones((3, 512, 512), jnp.bfloat16)
+    tuning = Tuning(columns=columns, stages=6, alternate=True)
+    run = jax.jit(lambda x, w, s: grouped_rows(x, w, row_tiles(s, 512), transpose=transpose, tuning=tuning))
+    program = run.trace(x, w, jnp.zeros(3, jnp.int32)).lower(lowering_platforms=("cuda",))
+    assert program.as_text().count("custom_call @mosaic_gpu") == 1
+
+
+@reads_transposed
+def test_warpgroups_wait_for_each_other(monkeypatch):
+    # Where a group of 64 rows or more ends within a window, two windows write the same: the detector minds that too.
+    monkeypatch.setattr(module, "tuning", lambda kernel, columns: SMALL)
+    rows, sizes = 214, [64, 128, 0, 22]
+    x, w, dy = drawn(rows, 128, 192, 4)
+    with compat.interpreted(detect_races=True):
+        found = with_gradients(grouped_matmul)(x, w, dy, jnp.asarray(sizes, jnp.int32))
+    for name, ours, right in zip(NAMES, found, exact(x, w, dy, sizes), strict=True):
+        assert_rounded(ours, right, name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "dtype", "reason"),
+    [
+        (128, 64, 64, jnp.float32, "both factors must be bfloat16 or both float16, not float32 and float32"),
+        (63, 64, 64, jnp.bfloat16, "there must be at least 64 rows, not 63"),
+        (128, 72, 64, jnp.bfloat16, "inputs and outputs must be multiples of 64, not 72 and 64"),
+        (128, 64, 32, jnp.float16, "inputs and outputs must be multiples of 64, not 64 and 32"),
+    ],
+)
+def test_what_the_kernels_refuse(hopper, rows, inputs, outputs, dtype, reason):
+    x, w = jnp.ones((rows, inputs), dtype), jnp.ones((2, inputs, outputs), dtype)
+    assert refusal(x, w) == reason
+    with pytest.raises(NotImplementedError, match=f"grouped_matmul: pallas refused: {reason}"):
+        by_name(x, w, Groups(jnp.asarray([3, 4], jnp.int32), None), implementation="pallas")
+
+
+def test_another_device_is_refused_by_name_and_passed_by():
+    x, w, dy = drawn(128, 64, 64, 2)
+    groups = Groups(jnp.asarray([64, 64], jnp.int32), None)
+    with pytest.raises(NotImplementedError, match=r"pallas refused: .* Hopper GPU \(compute capability 9.0\)"):
+        by_name(x, w, groups, implementation="pallas")
+    np.testing.assert_allclose(
+        np.asarray(by_name(x, w, groups), np.float64), exact(x, w, dy, [64, 64])[0], rtol=2**-7, atol=1e-3
+    )
