@@ -25,7 +25,7 @@ class Row:
       config: name of a config that comes with the package.
       settings: that change it.
       rows: of a batch, for each device with rows of its own: those of ``tensor`` and ``context`` share theirs.
-      single: the same is measured on one device; False: it does not fit there.
+      single: the same is measured on one device; False: most have no room for it.
       peer: worker that measures one; None: none.
       peers: settings with which the peer is measured in turn, the fastest one counts; it has those of the row besides.
       target: times as fast as one device, on two; None: not said.

@@ -196,7 +196,7 @@ def constrain(x: Array, axes: Sequence[str | None]) -> Array:
 def enter(x: Array, inside: tuple[str | None, ...], between: tuple[str | None, ...]) -> Array:
     """Activations as a product reads them, split as ``inside`` says; their gradient is split as ``between`` says.
 
-    So a layer gathers the positions of its input once, and its gradient is summed and cut in one collective.
+    So a layer gathers the tokens of its input once, and its gradient is summed and cut in one collective.
     """
     mesh = current_mesh()
     if mesh is None or spec_of(inside, x.shape, mesh) == spec_of(between, x.shape, mesh):

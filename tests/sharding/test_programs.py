@@ -119,7 +119,7 @@ def test_copies_exchange_gradients_alone():
 
 
 def test_heads_and_channels_exchange_activations_alone():
-    """Between layers positions are split: they are gathered before each part of a layer, and summed after it."""
+    """Between layers tokens are split: they are gathered before each part of a layer, and summed after it."""
     program, shapes = compiled({"tensor": 8}, remat="weights")
     found = exchanged(program)
     activations = ROWS * T * D
