@@ -38,6 +38,7 @@ SHORT: dict[str, str | tuple[str, str]] = {
     "python scripts/train.py --config configs/quickstart_moe.py": TINY.format(steps=2),
     "python scripts/train.py --config configs/quickstart.py": TINY.format(steps=5),
     "python scripts/train.py --config configs/sft.py": "--set steps=2 schedule.warmup_steps=1 evaluation.batches=1",
+    "python scripts/train.py --config configs/lora.py": "--set steps=2 schedule.warmup_steps=1 evaluation.batches=1",
     "python scripts/generate.py": "--max-new-tokens 4",
     "python scripts/evaluate.py": "--help",  # its tasks are not here, see tests/evaluation
     "python scripts/convert.py to-hf": "",
