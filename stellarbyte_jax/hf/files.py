@@ -97,7 +97,9 @@ class WeightFiles:
     def _open(self) -> None:
         index = self.directory / INDEX
         named = None
-        if index.is_file() and self._single == SINGLE and not (self.directory / SINGLE).is_file():  # beside one file an index is an older model's
+        if (
+            index.is_file() and self._single == SINGLE and not (self.directory / SINGLE).is_file()
+        ):  # beside one file an index is an older model's
             named = read_json(index).get("weight_map")
             if not (isinstance(named, dict) and named):
                 raise ValueError(f"{index} has no weight_map from tensor to file: copy the file again")

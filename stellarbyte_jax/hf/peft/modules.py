@@ -34,6 +34,7 @@ _TARGETS = {
 }
 _WEIGHT = ".weight"
 PREFIX = "base_model.model."  # of names in the files
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
 
 def target_of(path: str) -> str | None:
@@ -85,7 +86,7 @@ class Module:
     Attributes:
       name: of the module in transformers.
       parameter: of the module, which PEFT adapts itself where that is no linear layer; None: it is one, or a table.
-      target: what ``lora.target_modules`` calls it; of fused weights, what it calls the first.
+      target: what ``lora.target_modules`` calls its first matrix.
       groups: its matrices, joined along the outputs; a group for each expert, or one.
       is_table: whether rows of it are looked up.
     """
@@ -116,11 +117,6 @@ class Module:
         """Rows of B."""
         return sum(unit.outputs for unit in self.groups[0])
 
-    @property
-    def paths(self) -> set[str]:
-        """The weights of ours that are in it."""
-        return {unit.path for group in self.groups for unit in group}
-
     def joined(self, found: Iterable[Factors]) -> Factors:
         """One adapter of those of the matrices, in the order of :meth:`units`."""
         found = iter(found)
@@ -131,15 +127,18 @@ class Module:
         return Factors(a.reshape(-1, self.inputs), b.transpose(1, 2, 0).reshape(self.outputs, -1))
 
     def split(self, whole: Factors) -> list[tuple[Unit, Factors]]:
-        """The adapters of the matrices, without inner channels that are of other ones alone."""
+        """The adapters of the matrices, without inner channels that are of other ones alone, nor those without any."""
         count = len(self.groups)
         a = whole.a.reshape(count, -1, self.inputs)
         b = whole.b.reshape(self.outputs, -1, count).transpose(2, 0, 1)
+        joined = len(self.groups[0]) > 1 and b.any()
         found, start = [], 0
         for number, first in enumerate(self.groups[0]):
             rows = slice(start, start + first.outputs)
             start += first.outputs
-            used = np.flatnonzero(b[:, rows].any(axis=(0, 1))) if len(self.groups[0]) > 1 else slice(None)
+            used = np.flatnonzero(b[:, rows].any(axis=(0, 1))) if joined else np.arange(a.shape[1])
+            if not len(used) and whole.magnitude is None:
+                continue
             magnitude = None if whole.magnitude is None else whole.magnitude[rows]
             for group, a_RI, b_OR in zip(self.groups, a, b, strict=True):
                 found.append((group[number], Factors(a_RI[used], b_OR[rows][:, used], magnitude)))

@@ -18,7 +18,18 @@ from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.directory import from_pretrained
 from stellarbyte_jax.hf.files import WeightFiles
 from stellarbyte_jax.hf.hub import ADAPTER, ADAPTER_WEIGHTS, is_hub_name, local_directory
-from stellarbyte_jax.hf.peft.modules import PREFIX, Factors, Module, Names, names_of, put_factors, target_of
+from stellarbyte_jax.hf.peft.modules import (
+    EMBEDDING,
+    HEAD,
+    PREFIX,
+    Factors,
+    Module,
+    Names,
+    Unit,
+    names_of,
+    put_factors,
+    target_of,
+)
 from stellarbyte_jax.hf.peft.settings import Settings, read_settings
 from stellarbyte_jax.hf.settings import read_config
 from stellarbyte_jax.hf.table import Entry, Family
@@ -37,7 +48,6 @@ _FROM_PICKLE = (
     "d + '/adapter_model.safetensors')"
 )
 _PART = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?|(.+)\.lora_(magnitude)_vector(?:\.weight)?")
-_HEAD, _EMBEDDING = "lm_head", "model.embed_tokens"
 
 
 def base_directory(directory: Path) -> Path:
@@ -91,7 +101,7 @@ def load_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
     _, params = from_pretrained(base)
     params = _with_saved(params, read.saved)
     adapters, rest = split(with_adapters(model, params, jax.random.key(0)))
-    return model, merge(_filled(adapters, model, read, settings), rest)
+    return model, merge(_filled(adapters, model, read), rest)
 
 
 def _check_files(directory: Path) -> None:
@@ -110,12 +120,21 @@ class _Read:
     """What the tensors of an adapter are.
 
     Attributes:
-      factors: by modules, with their scale.
+      adapters: of modules.
       saved: tensors of the base that are others now.
     """
 
-    factors: list[tuple[Module, Factors, float]]
+    adapters: list["_Adapter"]
     saved: list[tuple[Entry, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """The adapter of a module, by its matrices; ``scale`` is what it is multiplied by."""
+
+    module: Module
+    factors: list[tuple[Unit, Factors]]
+    scale: float
 
 
 def _read(files: WeightFiles, settings: Settings, family: Family, config: ByteConfig, base: Path) -> _Read:
@@ -142,16 +161,14 @@ def _read(files: WeightFiles, settings: Settings, family: Family, config: ByteCo
     _check_shapes(files, parts, whole, modules, entries, settings, base)
     if not parts:
         raise ValueError(f"{files.directory / ADAPTER_WEIGHTS} holds no adapter (no lora_A): copy the file again")
-    factors = [_factors(files, modules[stem], held, settings) for stem, held in parts.items()]
+    adapters = [_adapter(files, modules[stem], held, settings) for stem, held in parts.items()]
     saved = [(entries[name], _float32(files, stored)) for name, stored in whole.items()]
-    return _Read(factors, saved)
+    return _Read(adapters, saved)
 
 
 def _by_stem(parts: Iterable[str], spelled: list[Names], settings: Settings) -> dict[str, Module]:
     """Modules by where their tensors are; one of several parameters of a module is inside the next one."""
-    found = {
-        module.name: module for names in spelled for module in names.modules.values() if module.parameter is None
-    }
+    found = {module.name: module for names in spelled for module in names.modules.values() if module.parameter is None}
     inside: dict[str, list[Module]] = {}
     for module in (module for names in spelled for module in names.modules.values() if module.parameter is not None):
         if module not in inside.setdefault(module.name, []):
@@ -213,9 +230,7 @@ def _float32(files: WeightFiles, name: str) -> np.ndarray:
     return files.read(name).astype(np.float32)
 
 
-def _factors(
-    files: WeightFiles, module: Module, held: Mapping[str, str], settings: Settings
-) -> tuple[Module, Factors, float]:
+def _adapter(files: WeightFiles, module: Module, held: Mapping[str, str], settings: Settings) -> _Adapter:
     magnitude = _float32(files, held["magnitude"]) if "magnitude" in held else None
     factors = Factors(_float32(files, held["A"]), _float32(files, held["B"]), magnitude)
     rank = len(factors.a) // len(module.groups)
@@ -225,7 +240,7 @@ def _factors(
             f"{files.directory / ADAPTER_WEIGHTS}: the adapter of {module.full_name} has rank {rank}, {settings.where} "
             f"says {said} (r, rank_pattern): copy both files again"
         )
-    return module, factors, settings.scale_of(module.full_name, rank)
+    return _Adapter(module, module.split(factors), settings.scale_of(module.full_name, rank))
 
 
 def _check_tied(parts: dict[str, dict[str, str]], whole: dict[str, str], settings: Settings) -> None:
@@ -234,28 +249,26 @@ def _check_tied(parts: dict[str, dict[str, str]], whole: dict[str, str], setting
     Raises:
       ValueError: one of them has an adapter that the other has not.
     """
-    stems = (_EMBEDDING, _HEAD)
+    stems = (EMBEDDING, HEAD)
     if not settings.ties and any(stem in parts or f"{stem}.weight" in whole for stem in stems):
         raise ValueError(
             f"{settings.where}: ensure_weight_tying is false, so PEFT changes embedding and head apart, which are one "
             "matrix in the base: train the adapter with ensure_weight_tying=True, or merge it with PEFT into a model "
             "whose head has a matrix of its own"
         )
-    parts.pop(_HEAD, None)
-    whole.pop(f"{_HEAD}.weight", None)
+    parts.pop(HEAD, None)
+    whole.pop(f"{HEAD}.weight", None)
 
 
 def _lora(read: _Read, settings: Settings, config: ByteConfig) -> LoRAConfig:
     """Settings of adapters that hold all of these."""
-    modules = [module for module, *_ in read.factors]
-    targets = {target for module in modules for target in map(target_of, module.paths) if target is not None}
-    layers = {module.layer for module in modules} - {None}
-    held = [used for module, factors, _ in read.factors for _, used in module.split(factors)]
-    rank = max(len(factors.a) for factors in held)
-    common = Counter(factor for *_, factor in read.factors).most_common(1)[0][0]
+    held = [(unit, factors, each.scale) for each in read.adapters for unit, factors in each.factors]
+    targets = {target for unit, *_ in held if (target := target_of(unit.path)) is not None}
+    layers = {each.module.layer for each in read.adapters} - {None}
+    rank = max(len(factors.a) for _, factors, _ in held)
+    common = Counter(each.scale for each in read.adapters).most_common(1)[0][0]
     alpha = common * (rank**0.5 if settings.rslora else rank)
-    apart = len({(len(factors.a), factor) for _, factors, factor in read.factors}) > 1
-    if apart:
+    if len({(len(factors.a), round(factor, 9)) for _, factors, factor in held}) > 1:
         _log.warning(
             "%s: modules have ranks or factors of their own: ranks are padded with zeros to %d, factors are in B",
             settings.where,
@@ -265,7 +278,7 @@ def _lora(read: _Read, settings: Settings, config: ByteConfig) -> LoRAConfig:
     some = layers and layers != set(range(config.num_hidden_layers)) and not config.moe.shared_pool
     return LoRAConfig(
         r=rank,
-        lora_alpha=settings.alpha if np.isclose(alpha, settings.alpha, rtol=1e-12) else alpha,
+        lora_alpha=settings.alpha if np.isclose(alpha, settings.alpha, rtol=1e-9) else alpha,
         rslora=settings.rslora,
         dora=settings.dora,
         dropout=0.0 if no_dropout else settings.dropout,
@@ -299,7 +312,7 @@ def _with_saved(params: Params, saved: list[tuple[Entry, np.ndarray]]) -> Params
     return made
 
 
-def _filled(adapters: Params, model: ByteTransformer, read: _Read, settings: Settings) -> Params:
+def _filled(adapters: Params, model: ByteTransformer, read: _Read) -> Params:
     """Fresh adapters with the numbers of the file, and zeros where it has none."""
     uses, leaves = flatten(param_uses(model)), flatten(adapters)
     arrays = {
@@ -307,9 +320,9 @@ def _filled(adapters: Params, model: ByteTransformer, read: _Read, settings: Set
         for path, leaf in leaves.items()
     }
     ours = model.config.lora.scale
-    for module, whole, factor in read.factors:
-        for unit, found in module.split(whole):
-            b = found.b if np.isclose(factor, ours, rtol=1e-12) else found.b * np.float32(factor / ours)
+    for each in read.adapters:
+        for unit, found in each.factors:
+            b = found.b if np.isclose(each.scale, ours, rtol=1e-9) else found.b * np.float32(each.scale / ours)
             put_factors(unit, found._replace(b=b), arrays, uses)
     made: Params = {}
     for path, array in arrays.items():

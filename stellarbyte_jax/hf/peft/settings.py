@@ -13,7 +13,7 @@ from typing import Any
 from stellarbyte_jax.config import LoRAConfig
 from stellarbyte_jax.config.foreign import clipped, listed, shown
 from stellarbyte_jax.hf.files import read_json
-from stellarbyte_jax.hf.hub import ADAPTER, ADAPTER_WEIGHTS
+from stellarbyte_jax.hf.hub import ADAPTER
 
 _MERGE = (
     "merge it into its base with PEFT: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -10,14 +10,23 @@ from typing import Any
 import numpy as np
 
 from stellarbyte_jax.config import ByteConfig
-
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.card import CARD, adapter_card
 from stellarbyte_jax.hf.export import differences
 from stellarbyte_jax.hf.files import Tensor, float_dtype, replacing, write_file, write_json
 from stellarbyte_jax.hf.hub import ADAPTER, ADAPTER_WEIGHTS, is_hub_name, local_directory
 from stellarbyte_jax.hf.layout import cast, interleaved_to_half
-from stellarbyte_jax.hf.peft.modules import PREFIX, Factors, Module, Names, factors_of, layer_of, names_of
+from stellarbyte_jax.hf.peft.modules import (
+    EMBEDDING,
+    HEAD,
+    PREFIX,
+    Factors,
+    Module,
+    Names,
+    factors_of,
+    layer_of,
+    names_of,
+)
 from stellarbyte_jax.hf.peft.settings import as_written, scale, settings_json
 from stellarbyte_jax.hf.settings import read_config
 from stellarbyte_jax.hf.table import Entry
@@ -73,7 +82,8 @@ def save_adapter(
     _check_modules(adapted, model.config, family.model_type)
     saved = [entry for entry in names.entries.values() if _is_saved(entry, leaves)]
     to = float_dtype(dtype)
-    tensors = [*_factor_tensors(adapted, to), *_saved_tensors(saved, adapted, leaves, to, reordered)]
+    tied = model.config.tie_word_embeddings
+    tensors = [*_factor_tensors(adapted, to, tied), *_saved_tensors(saved, adapted, leaves, to, reordered, tied)]
     named = str(base) if is_hub_name(base) else str(found.absolute())
     settings = settings_json(model.config.lora, named, _chosen(names, adapted, saved, model.config))
     if revision is not None:
@@ -175,13 +185,16 @@ def _stems(adapted: list[_Adapted]) -> dict[str, str]:
     }
 
 
-def _factor_tensors(adapted: list[_Adapted], dtype: np.dtype) -> list[Tensor]:
+def _factor_tensors(adapted: list[_Adapted], dtype: np.dtype, tied: bool) -> list[Tensor]:
     stems, tensors = _stems(adapted), []
     for each in adapted:
         stem = PREFIX + stems[each.module.full_name]
         ends = ("lora_embedding_A", "lora_embedding_B") if each.module.is_table else ("lora_A.weight", "lora_B.weight")
         named = [*zip(ends, each.factors[:2], strict=True), ("lora_magnitude_vector", each.factors.magnitude)]
         tensors += [_tensor(f"{stem}.{end}", array, dtype) for end, array in named if array is not None]
+        if each.module.is_table and tied:  # to the head the columns of the table's factors are rows
+            head = zip(("lora_A.weight", "lora_B.weight"), (each.factors.b.T, each.factors.a.T), strict=True)
+            tensors += [_tensor(f"{PREFIX}{HEAD}.{end}", array, dtype) for end, array in head]
     return tensors
 
 
@@ -191,6 +204,7 @@ def _saved_tensors(
     leaves: Mapping[str, np.ndarray],
     dtype: np.dtype,
     reordered: bool,
+    tied: bool,
 ) -> list[Tensor]:
     wrapped, tensors = {each.module.name for each in adapted}, []
     for entry in saved:
@@ -203,6 +217,8 @@ def _saved_tensors(
         if name.endswith(_BIAS) and name.removesuffix(_BIAS) in wrapped:
             name = f"{name.removesuffix(_BIAS)}.base_layer{_BIAS}"
         tensors.append(_tensor(PREFIX + name, np.concatenate(parts), entry.dtype(dtype)))
+        if name == f"{EMBEDDING}.weight" and tied:
+            tensors.append(replace(tensors[-1], name=f"{PREFIX}{HEAD}.weight"))
     return tensors
 
 
