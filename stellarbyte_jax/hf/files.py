@@ -97,9 +97,8 @@ class WeightFiles:
     def _open(self) -> None:
         index = self.directory / INDEX
         named = None
-        if (
-            index.is_file() and self._single == SINGLE and not (self.directory / SINGLE).is_file()
-        ):  # beside one file an index is an older model's
+        # Beside one file an index is an older model's.
+        if index.is_file() and self._single == SINGLE and not (self.directory / SINGLE).is_file():
             named = read_json(index).get("weight_map")
             if not (isinstance(named, dict) and named):
                 raise ValueError(f"{index} has no weight_map from tensor to file: copy the file again")
@@ -311,8 +310,8 @@ def replacing(target: Path, overwrite: bool, marker: str = "config.json") -> Ite
     """Gives an empty directory beside ``target`` that takes its place in one rename when the block succeeds.
 
     Raises:
-      ValueError: ``target`` is a file, or holds something and ``overwrite`` is false, or is no directory of its kind, which
-        has the file ``marker``.
+      ValueError: ``target`` is a file, or holds something and ``overwrite`` is false, or lacks the file ``marker`` that
+        directories of its kind have.
     """
     target = target.absolute()
     clear_abandoned(target)

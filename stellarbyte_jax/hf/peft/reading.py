@@ -204,7 +204,7 @@ def _check_shapes(
         module, needed = modules[stem], {"A", "B", *(["magnitude"] if settings.dora else [])}
         if set(held) != needed:
             raise ValueError(
-                f"{files.directory / ADAPTER_WEIGHTS}: {clipped(stem)} has {listed(sorted(held))} of its adapter, where "
+                f"{files.directory / ADAPTER_WEIGHTS}: {clipped(stem)} has {listed(sorted(held))} of its adapter, and "
                 f"{settings.where} asks for {listed(sorted(needed))}: copy both files again"
             )
         stored = files.shape(held["A"])

@@ -53,9 +53,9 @@ def save_adapter(
 ) -> None:
     """Writes adapters as a directory that ``peft.PeftModel.from_pretrained`` loads onto the base.
 
-    Rank, factor, targets, layers, DoRA, rsLoRA and ``modules_to_save`` are those of ``model.config.lora``. What the base
-    has as one tensor (Phi-3's fused projections, experts) gets one adapter of so many times the rank that computes the
-    same. The directory appears complete or not at all.
+    Rank, factor, targets, layers, DoRA, rsLoRA and ``modules_to_save`` are those of ``model.config.lora``. What the
+    base has as one tensor (Phi-3's fused projections, experts) gets one adapter of so many times the rank that computes
+    the same. The directory appears complete or not at all.
 
     Args:
       directory: to be made.
@@ -120,8 +120,8 @@ def _check(config: ByteConfig, base: ByteConfig, name: str, family: str) -> None
     apart = differences(config.without_adapters, base)
     if apart:
         raise ValueError(
-            f"{name} ({family}) is not the base of these adapters: {'; '.join(apart[:4])}. Name the model that they were "
-            "trained on, as a Hugging Face directory"
+            f"{name} ({family}) is not the base of these adapters: {'; '.join(apart[:4])}. Name the model that they "
+            "were trained on, as a Hugging Face directory"
         )
     if config.rope_pairing != base.rope_pairing and base.rope_pairing != "half":
         raise ValueError(f"{name} rotates other pairs (rope_pairing): name the model that the adapters were trained on")
