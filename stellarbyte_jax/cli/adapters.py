@@ -61,9 +61,15 @@ def _base_of(run: Path, step: int | None, config: TrainConfig) -> str:
     if config.init_from is not None and is_hub_name(config.init_from):
         return config.init_from
     base = load_base(run, step)["path"]
-    if find_source(base, weights=False).is_run:
+    source = find_source(base, weights=False)
+    if source.is_run:
         raise ValueError(
-            f"the base of these adapters is the run {shown(base)}, which PEFT cannot read: write it with convert to-hf "
+            f"the base of these adapters, {shown(base)}, is a run, which PEFT cannot read: write it with convert to-hf "
             "as a Hugging Face directory, and name that by --base"
+        )
+    if source.is_adapter:
+        raise ValueError(
+            f"the base of these adapters is an adapter itself, {shown(base)}: merge that into its own base with PEFT, "
+            "save it, and name the directory by --base"
         )
     return base

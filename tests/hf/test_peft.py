@@ -341,6 +341,16 @@ BAD = {
         lambda held: held.update({"base_model.model.score.weight": np.zeros((2, 32), np.float32)}),
         r"holds score\.weight, which",
     ),
+    "dora of an embedding": (
+        {},
+        lambda held: held.update(
+            {
+                f"base_model.model.model.embed_tokens.lora_{name}": np.zeros(shape, np.float32)
+                for name, shape in (("embedding_A", (3, 96)), ("embedding_B", (32, 3)), ("magnitude_vector", 32))
+            }
+        ),
+        "use_dora of an embedding is not implemented: merge it",
+    ),
     "nothing": ({}, lambda held: held.clear(), "holds no adapter"),
 }
 

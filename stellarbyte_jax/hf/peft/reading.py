@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from stellarbyte_jax.hf.peft.modules import (
     put_factors,
     target_of,
 )
-from stellarbyte_jax.hf.peft.settings import Settings, read_settings
+from stellarbyte_jax.hf.peft.settings import MERGE, Settings, read_settings
 from stellarbyte_jax.hf.settings import read_config
 from stellarbyte_jax.hf.table import Entry, Family
 from stellarbyte_jax.hf.tensors import flatten, put_leaf
@@ -40,6 +40,7 @@ from stellarbyte_jax.model.lora import MAGNITUDE, SCALE, is_learnt
 from stellarbyte_jax.model.trees import Params, merge
 
 _log = logging.getLogger(__name__)
+_Kind = Literal["embed", "head", "norms", "biases"]  # of lora.modules_to_save
 _PICKLED = "adapter_model.bin"
 _FROM_PICKLE = (
     "import sys, torch, safetensors.torch as s; d = sys.argv[1]; "
@@ -161,6 +162,8 @@ def _read(files: WeightFiles, settings: Settings, family: Family, config: ByteCo
     _check_shapes(files, parts, whole, modules, entries, settings, base)
     if not parts:
         raise ValueError(f"{files.directory / ADAPTER_WEIGHTS} holds no adapter (no lora_A): copy the file again")
+    if settings.dora and EMBEDDING in parts:
+        raise ValueError(f"{settings.where}: use_dora of an embedding is not implemented: {MERGE}")
     adapters = [_adapter(files, modules[stem], held, settings) for stem, held in parts.items()]
     saved = [(entries[name], _float32(files, stored)) for name, stored in whole.items()]
     return _Read(adapters, saved)
@@ -289,14 +292,15 @@ def _lora(read: _Read, settings: Settings, config: ByteConfig) -> LoRAConfig:
     )
 
 
-def _kinds(saved: list[tuple[Entry, np.ndarray]], targets: set[str]) -> tuple[Any, ...]:
+def _kinds(saved: list[tuple[Entry, np.ndarray]], targets: set[str]) -> tuple[_Kind, ...]:
     """What ``lora.modules_to_save`` calls weights that are others than the base's."""
     paths = [tuple(piece.path.split("/")) for entry, _ in saved for piece in entry.pieces]
-    kinds = ("embed", "head", "norms", "biases")
-    found = [k for k in kinds if k not in targets]
-    return tuple(
-        kind for kind in found if any(is_learnt(LoRAConfig(r=1, modules_to_save=(kind,)), path) for path in paths)
-    )
+
+    def is_saved(kind: _Kind) -> bool:
+        config = LoRAConfig(r=1, modules_to_save=(kind,))
+        return kind not in targets and any(is_learnt(config, path) for path in paths)
+
+    return tuple(kind for kind in get_args(_Kind) if is_saved(kind))
 
 
 def _with_saved(params: Params, saved: list[tuple[Entry, np.ndarray]]) -> Params:

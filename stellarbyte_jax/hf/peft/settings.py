@@ -15,7 +15,7 @@ from stellarbyte_jax.config.foreign import clipped, listed, shown
 from stellarbyte_jax.hf.files import read_json
 from stellarbyte_jax.hf.hub import ADAPTER
 
-_MERGE = (
+MERGE = (
     "merge it into its base with PEFT: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"
     ".save_pretrained(NEW_DIR)"
 )
@@ -102,7 +102,7 @@ def read_settings(directory: Path) -> Settings:
     path = directory / ADAPTER
     values, where = read_json(path), str(path)
     if values.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type is {shown(values.get('peft_type'))}; only LORA is read: {_MERGE}")
+        raise ValueError(f"{where}: peft_type is {shown(values.get('peft_type'))}; only LORA is read: {MERGE}")
     if values.get("init_lora_weights", True) not in _KEEPS_BASE:
         raise ValueError(
             f"{where}: init_lora_weights is {shown(values['init_lora_weights'])}, by which the base changes when the "
@@ -111,7 +111,7 @@ def read_settings(directory: Path) -> Settings:
     # What a newer version adds is off where it is null or empty.
     unknown = [name for name, value in values.items() if name not in _WITHOUT_EFFECT | _READ and value]
     if unknown:
-        raise ValueError(f"{where}: {listed(unknown)}: not implemented, nor known to be without effect: {_MERGE}")
+        raise ValueError(f"{where}: {listed(unknown)}: not implemented, nor known to be without effect: {MERGE}")
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not (isinstance(base, str) and base and isinstance(revision, str | None)):
         raise ValueError(
