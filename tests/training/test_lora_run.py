@@ -115,7 +115,7 @@ def test_a_run_goes_to_peft_and_another_begins_with_what_is_written(hf, tmp_path
     assert f"wrote {adapter}: adapters of {hf}\n" in capsys.readouterr().out
     bundle, expected = load_bundle(adapter), load_bundle(run)
     assert (bundle.stop_ids, bundle.add_bos) == (expected.stop_ids, expected.add_bos)
-    assert bundle.tokenizer.is_same(expected.tokenizer) and bundle.tokenizer.path == adapter
+    assert bundle.tokenizer.is_same(expected.tokenizer) and bundle.tokenizer.path == str(adapter)
     assert same_weights(bundle.params, expected.params)
 
     assert train(settings(tmp_path, adapter, "next", lora=lora)).exit_code == 0
