@@ -40,7 +40,11 @@ def test_what_is_left_goes_to_the_axis_that_asks_for_it(given, devices, sizes):
 @pytest.mark.parametrize(
     ("given", "devices", "told"),
     [
-        ({"tensor": 3}, 8, "mesh.tensor=3 does not divide the 8 devices: set sizes whose product divides 8, or mesh.data"),
+        (
+            {"tensor": 3},
+            8,
+            "mesh.tensor=3 does not divide the 8 devices: set sizes whose product divides 8, or mesh.data",
+        ),
         (
             {"fsdp": 2, "tensor": 8},
             8,

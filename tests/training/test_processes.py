@@ -102,7 +102,9 @@ def test_two_processes_are_one(alone, tmp_path):
     # It prints nothing, has no file of the run open, and no tracker.
     assert (other.out, said) == ("", "OPEN [] False")
     assert scalars(tmp_path / "run" / "tensorboard") == [
-        (line["step"], name, np.float32(value)) for line in lines_of(tmp_path / "run") for name, value in line.items()
+        (line["step"], name, np.float32(value))
+        for line in lines_of(tmp_path / "run")
+        for name, value in line.items()
         if name != "step"
     ]
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
