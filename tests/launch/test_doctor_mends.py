@@ -28,7 +28,7 @@ def argument(call, field):
 
 
 def assigned(function, line, *names):
-    """What a function assigns to these names down to a line, by statement; None where it leaves one of them as it is."""
+    """What a function assigns to these names down to a line, by statement; None where it leaves one as it is."""
     for statement in ast.walk(function):
         if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value and statement.lineno <= line:
             target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
