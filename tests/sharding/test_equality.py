@@ -90,6 +90,11 @@ STEPS = [
     ("memory", {"data": 2, "tensor": 2}, 2),
     ("experts with room", {"expert": 2, "context": 2, "tensor": 2}, 2),
     ("stellarbyte", {"expert": 2, "fsdp": 2, "tensor": 2}, 1),
+    # Parts of four rows, which all devices together do not divide: between layers ``tensor`` has positions.
+    ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, 4),
+    ("experts", {"expert": 2, "fsdp": 2, "tensor": 2}, 4),
+    ("experts with room", {"expert": 2, "data": 2, "tensor": 2}, 4),
+    ("stellarbyte", {"expert": 2, "fsdp": 2, "tensor": 2}, 4),
     pytest.param("original", {"fsdp": 2, "context": 2, "tensor": 2}, 2, marks=pytest.mark.slow),
     pytest.param("original", {"tensor": 8}, 2, marks=pytest.mark.slow),
     pytest.param("experts", {"expert": 2, "fsdp": 2, "data": 2}, 1, marks=pytest.mark.slow),

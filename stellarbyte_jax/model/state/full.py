@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from stellarbyte_jax.model.state.layer_cache import CachedKV, NewTokens
 from stellarbyte_jax.model.state.storage import ByAxes, Storage
+from stellarbyte_jax.sharding import constrain
 
 
 @struct.dataclass
@@ -86,7 +87,8 @@ class FullCache:
         """Notes where the call's tokens go, and which positions the slots then hold."""
         T = slots_BT.shape[1]
         nowhere_T = self.storage.slots + jnp.arange(T, dtype=jnp.int32)
-        slots_BT = jnp.where(stored_BT, slots_BT, nowhere_T[None, :])
+        # Said of the rows, or a mesh would split them further and gather these indices in every layer.
+        slots_BT = constrain(jnp.where(stored_BT, slots_BT, nowhere_T[None, :]), ("batch", None))
 
         # Row by row, as keys and values are written: see there.
         def put(old_S: Array, slots_T: Array, positions_T: Array) -> Array:
