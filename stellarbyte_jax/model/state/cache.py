@@ -56,7 +56,8 @@ class Cache:
         """
         offsets_1T = jnp.arange(valid_mask_BT.shape[1], dtype=jnp.int32)[None, :]
         first = 0 if memory is None else max(memory.slots)
-        positions_BT = constrain(self.lengths_B[:, None] + first + offsets_1T, ("batch", "sequence"))
+        # Said of the rows, or a mesh would split them further and gather sines of positions in prefill.
+        positions_BT = constrain(self.lengths_B[:, None] + first + offsets_1T, ("batch", None))
         groups = []
         for number, places in enumerate(self.groups):
             begun = []
