@@ -22,8 +22,13 @@ def top_k(x: Array, k: int, axes: Sequence[str]) -> tuple[Array, Array]:
     Returns:
       The values and int32 indices, [..., k] each.
     """
+
+    def local(x: Array) -> tuple[Array, Array]:
+        values, indices = jax.lax.top_k(x, k)
+        return values, indices
+
     mesh = current_mesh()
     if mesh is None:
-        return tuple(jax.lax.top_k(x, k))
+        return local(x)
     rows = PartitionSpec(*spec_of(axes, x.shape[:-1], mesh), None)
-    return jax.shard_map(lambda x: tuple(jax.lax.top_k(x, k)), mesh=mesh, in_specs=rows, out_specs=(rows, rows))(x)
+    return jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=(rows, rows))(x)
