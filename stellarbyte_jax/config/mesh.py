@@ -59,7 +59,10 @@ class MeshConfig(Section):
             raise ConfigError(f"{asked} asks for {fixed} devices, and there are {devices}: lower it, or add devices")
         if rest:
             if devices % fixed:
-                raise ConfigError(f"{asked} does not divide the {devices} devices: set other sizes, or mesh.{rest[0]}")
+                raise ConfigError(
+                    f"{asked} does not divide the {devices} devices: set sizes whose product divides {devices}, or "
+                    f"mesh.{rest[0]}"
+                )
             given[rest[0]] = devices // fixed
         return given
 
@@ -87,10 +90,13 @@ def check_mesh(sizes: dict[str, int], model: "ByteConfig", rows: int, parts: int
         f"set a multiple of {shards * parts}",
     )
     cuts = sizes["fsdp"] * sizes["expert"]
-    axes = " x ".join(f"mesh.{name}={sizes[name]}" for name in ("fsdp", "expert") if sizes[name] > 1)
+    axes = [name for name in ("fsdp", "expert") if sizes[name] > 1]
+    expert = math.gcd(sizes["expert"], model.hidden_size, model.moe.num_experts) if model.moe.num_experts else 1
+    fits = {"fsdp": math.gcd(sizes["fsdp"], model.hidden_size // expert), "expert": expert}
     require(
         model.hidden_size % cuts == 0,
-        f"{axes} cuts model.hidden_size={model.hidden_size}, which it does not divide: set another size",
+        f"{' x '.join(f'mesh.{name}={sizes[name]}' for name in axes)} cuts model.hidden_size={model.hidden_size}, "
+        f"which it does not divide: set {' '.join(f'mesh.{name}={fits[name]}' for name in axes)}",
     )
     _check_tensor(sizes["tensor"], model)
     if sizes["expert"] > 1:
@@ -99,27 +105,31 @@ def check_mesh(sizes: dict[str, int], model: "ByteConfig", rows: int, parts: int
             f"mesh.expert={sizes['expert']} cuts experts, and the model has none: set model.moe.num_experts, or "
             f"mesh.fsdp={cuts} mesh.expert=1",
         )
-        _divides("expert", sizes["expert"], model.moe.num_experts, "model.moe.num_experts")
+        _divides("expert", sizes["expert"], model.moe.num_experts, "model.moe.num_experts", f"set mesh.expert={expert}")
     _check_context(sizes["context"], model, sequence_length)
     model.moe.check_capacity(rows // parts * sequence_length // (shards * sizes["context"]))
 
 
-def _divides(axis: str, size: int, value: int, name: str, advice: str = "set another size") -> None:
+def _divides(axis: str, size: int, value: int, name: str, advice: str) -> None:
     require(value % size == 0, f"mesh.{axis}={size} cuts {name}={value}, which it does not divide: {advice}")
 
 
 def _check_tensor(size: int, model: "ByteConfig") -> None:
     if size == 1:
         return
-    _divides("tensor", size, model.num_attention_heads, "model.num_attention_heads")
-    kv = model.kv_heads
+    cut = {"model.num_attention_heads": model.num_attention_heads, "model.intermediate_size": model.mlp_size}
+    if model.moe.num_experts:
+        cut["model.moe.intermediate_size"] = model.expert_size
+    most, kv = math.gcd(size, *cut.values()), model.kv_heads
+    # A divisor of the size that was asked for, so that it divides the devices too; 1 always does.
+    fits = next(n for n in range(most, 0, -1) if most % n == 0 and (kv % n == 0 or n % kv == 0))
+    for name, value in cut.items():
+        _divides("tensor", size, value, name, f"set mesh.tensor={fits}")
     require(
         kv % size == 0 or size % kv == 0,
-        f"mesh.tensor={size} and model.num_key_value_heads={kv}: one must divide the other",
+        f"mesh.tensor={size} and model.num_key_value_heads={kv}, of which one must divide the other: "
+        f"set mesh.tensor={fits}",
     )
-    _divides("tensor", size, model.mlp_size, "model.intermediate_size")
-    if model.moe.num_experts:
-        _divides("tensor", size, model.expert_size, "model.moe.intermediate_size")
     multiple = math.lcm(size, model.vocab_size_multiple)
     _divides(
         "tensor", size, model.padded_vocab_size, "the vocabulary's rows", f"set model.vocab_size_multiple={multiple}"

@@ -228,7 +228,7 @@ class MoEConfig(Section):
         require(
             slots >= min(K, tokens),
             f"moe.capacity_factor {self.capacity_factor:g} gives an expert room for {slots} of {tokens:,} tokens, less "
-            f"than moe.num_experts_per_tok {K}: raise it, or moe.min_capacity",
+            f"than moe.num_experts_per_tok {K}: raise moe.capacity_factor or moe.min_capacity",
         )
 
     @property

@@ -150,7 +150,6 @@ def decode_block(
     A row ends with its first stop token, or with its ``max_new_tokens_B``-th one. The number of steps is static, since
     a loop that tests on the device whether to go on makes the host wait in every step.
     """
-    rows_B = jnp.arange(max_new_tokens_B.shape[0], dtype=jnp.int32)
 
     def step(now: Decoding, _: None) -> tuple[Decoding, Block]:
         with jax.named_scope("sample"):
@@ -164,7 +163,7 @@ def decode_block(
                 scores_B = jnp.where(active_B, chosen_B - jax.nn.logsumexp(now.logits_BV, axis=-1), 0.0)
             seen_BV = now.seen_BV
             if seen_BV is not None:
-                seen_BV = seen_BV.at[rows_B, tokens_B].set(True)
+                seen_BV = jax.vmap(lambda seen_V, token: seen_V.at[token].set(True))(seen_BV, tokens_B)
             done_B = now.done_B | sampler.is_stop(tokens_B) | (now.step + 1 >= max_new_tokens_B)
         logits_BV, state = forward_step(model, params, tokens_B, now.state)
         return Decoding(state, logits_BV, seen_BV, done_B, now.step + 1), Block(tokens_B, active_B, scores_B)

@@ -1,6 +1,7 @@
 """Sizes of meshes, and what they may cut."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -39,7 +40,11 @@ def test_what_is_left_goes_to_the_axis_that_asks_for_it(given, devices, sizes):
 @pytest.mark.parametrize(
     ("given", "devices", "told"),
     [
-        ({"tensor": 3}, 8, "mesh.tensor=3 does not divide the 8 devices: set other sizes, or mesh.data"),
+        (
+            {"tensor": 3},
+            8,
+            "mesh.tensor=3 does not divide the 8 devices: set sizes whose product divides 8, or mesh.data",
+        ),
         (
             {"fsdp": 2, "tensor": 8},
             8,
@@ -90,7 +95,8 @@ def test_what_every_axis_divides_is_taken():
         ),
         (
             {"fsdp": 3, "expert": 2, "rows": 24},
-            "mesh.fsdp=3 x mesh.expert=2 cuts model.hidden_size=32, which it does not divide: set another size",
+            "mesh.fsdp=3 x mesh.expert=2 cuts model.hidden_size=32, which it does not divide: set mesh.fsdp=1 "
+            "mesh.expert=1",
         ),
         (
             {"context": 2, "changes": {"attention_implementation": "reference"}},
@@ -99,20 +105,20 @@ def test_what_every_axis_divides_is_taken():
         ),
         (
             {"fsdp": 12, "rows": 24},
-            "mesh.fsdp=12 cuts model.hidden_size=32, which it does not divide: set another size",
+            "mesh.fsdp=12 cuts model.hidden_size=32, which it does not divide: set mesh.fsdp=4",
         ),
-        ({"tensor": 3}, "mesh.tensor=3 cuts model.num_attention_heads=8, which it does not divide: set another size"),
+        ({"tensor": 3}, "mesh.tensor=3 cuts model.num_attention_heads=8, which it does not divide: set mesh.tensor=1"),
         (
             {"tensor": 6, "changes": {"num_attention_heads": 12, "head_dim": 4}},
-            "mesh.tensor=6 and model.num_key_value_heads=4: one must divide the other",
+            "mesh.tensor=6 and model.num_key_value_heads=4, of which one must divide the other: set mesh.tensor=2",
         ),
         (
             {"tensor": 4, "changes": {"intermediate_size": 50}},
-            "mesh.tensor=4 cuts model.intermediate_size=50, which it does not divide: set another size",
+            "mesh.tensor=4 cuts model.intermediate_size=50, which it does not divide: set mesh.tensor=2",
         ),
         (
             {"tensor": 4, "changes": {"moe": dataclasses.replace(EXPERTS, intermediate_size=18)}},
-            "mesh.tensor=4 cuts model.moe.intermediate_size=18, which it does not divide: set another size",
+            "mesh.tensor=4 cuts model.moe.intermediate_size=18, which it does not divide: set mesh.tensor=2",
         ),
         (
             {"tensor": 4, "changes": {"vocab_size": 61, "vocab_size_multiple": 6}},
@@ -125,7 +131,7 @@ def test_what_every_axis_divides_is_taken():
         ),
         (
             {"expert": 4, "changes": {"moe": EXPERTS}},
-            "mesh.expert=4 cuts model.moe.num_experts=6, which it does not divide: set another size",
+            "mesh.expert=4 cuts model.moe.num_experts=6, which it does not divide: set mesh.expert=2",
         ),
         (
             {"context": 4, "length": 20},
@@ -166,3 +172,6 @@ def test_what_an_axis_does_not_divide_is_told(settings, told):
     with pytest.raises(ConfigError) as error:
         checked(**settings)
     assert str(error.value).startswith(told)
+    named = re.findall(r"mesh\.(\w+)=(\d+)", str(error.value).rpartition(": ")[2])
+    if named:
+        checked(**{**settings, **{axis: int(size) for axis, size in named}})  # as it says

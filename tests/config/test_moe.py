@@ -159,7 +159,8 @@ def test_the_capacity_of_a_step_has_room_for_the_choices_of_a_token(rows, settin
         return
     with pytest.raises(ConfigError) as error:
         TrainConfig(output_dir="runs/x", steps=200, model=ByteConfig(moe=moe), **given)
-    assert str(error.value) == f"{message} tokens, less than moe.num_experts_per_tok 4: raise it, or moe.min_capacity"
+    mend = "raise moe.capacity_factor or moe.min_capacity"
+    assert str(error.value) == f"{message} tokens, less than moe.num_experts_per_tok 4: {mend}"
 
 
 def test_which_layers_have_experts():

@@ -24,6 +24,14 @@ def computations(text):
     return found
 
 
+def of_program(program, mesh):
+    """(kind, axes) -> number of arrays, of all collectives of a compiled program; loops count once."""
+    found = collections.Counter()
+    for line in program.as_text().splitlines():
+        found.update(_collective(line, mesh, 0))
+    return found
+
+
 def of_loops(program, mesh, loop, smallest=0):
     """Collectives in the bodies of loops over layers, forward and backward.
 

@@ -39,11 +39,16 @@ def install(tmp_path, monkeypatch, answers, status=2):
 
 
 def lines(findings):
-    return [(each.level, each.line()) for each in findings]
+    return [(each.level, each.line()) for each in map(mendable, findings)]
 
 
 def only(findings) -> Finding:
     (found,) = findings
+    return mendable(found)
+
+
+def mendable(found: Finding) -> Finding:
+    assert found.level == "ok" or found.mend, found
     return found
 
 

@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from helpers.collectives import of_program
 from helpers.variants import BASE, make_model
 
 from stellarbyte_jax import generate, make_mesh, place_weights
 from stellarbyte_jax.config import CacheConfig, MoEConfig
 from stellarbyte_jax.inference import programs
+from stellarbyte_jax.inference.request import Request
 
 EXPERTS = MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=16)
 SMALL = dataclasses.replace(BASE, vocab_size=64, num_hidden_layers=2)
@@ -27,6 +29,19 @@ def test_texts_are_those_of_one_device():
     assert query.sharding.shard_shape(query.shape)[2] == query.shape[2] // 4
     with jax.set_mesh(split):
         found = generate(model, placed, PROMPTS, max_new_tokens=12)
+    assert [list(text) for text in found.sequences] == [list(text) for text in expected.sequences]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}], ids=["greedy", "sampled"])
+def test_texts_whose_rows_tensor_splits_in_the_prefill_are_those_of_one_device(sampling):
+    """As many prompts as devices: between layers each has one. A dense layer and one with experts."""
+    moe = dataclasses.replace(EXPERTS, first_k_dense_replace=1)
+    model, params = make_model(dataclasses.replace(SMALL, moe=moe))
+    prompts = [[3 * row + column for column in range(1 + row % 5)] for row in range(8)]
+    expected = generate(model, params, prompts, max_new_tokens=8, **sampling)
+    mesh = make_mesh({"data": 2, "expert": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        found = generate(model, place_weights(model, params, mesh), prompts, max_new_tokens=8, **sampling)
     assert [list(text) for text in found.sequences] == [list(text) for text in expected.sequences]
 
 
@@ -79,3 +94,35 @@ def test_a_cache_of_fewer_heads_than_devices_is_whole_on_each():
         )
     keys = state.cache.groups[0][0].storage.keys
     assert keys.shape[3] == 2 and keys.sharding.shard_shape(keys.shape) == keys.shape
+
+
+WRITTEN = {
+    "full and ring": {"sliding_window": 4, "sink_tokens": 1, "layer_types": ("sliding_attention", "full_attention")},
+    "8 bits": {"cache": CacheConfig(dtype="int8"), "num_hidden_layers": 1},
+    "pruned, of 8 bits": {"cache": CacheConfig(heavy_hitters=4, recent=4, dtype="int8"), "num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("sizes", [{"data": 4}, {"data": 2, "tensor": 2}], ids=str)
+def test_each_device_writes_and_reads_the_cache_of_its_rows(sizes, kind):
+    """Programs that prefill and decode exchange nothing over data: no indices, keys, scores or marks of tokens."""
+    model, params = make_model(dataclasses.replace(SMALL, **WRITTEN[kind]))
+    mesh = make_mesh(sizes)
+    placed = place_weights(model, params, mesh)
+    lengths_B = np.full(8, 16, np.int32)
+    request = Request.make(model.config, [[1]] * 8, max_new_tokens=4, repetition_penalty=1.5, log_probs=True)
+    asked = request.keys_B, request.sampler, lengths_B, np.int32(0)
+    with jax.set_mesh(mesh):
+        prompts = placed, np.ones((8, 16), np.int32), lengths_B, None
+        prefill = programs.prefill.lower(model, *prompts, cache_length=32).compile()
+        logits_BV, state = prefill(*prompts)
+        marks_BV, done_B = np.zeros(logits_BV.shape, bool), np.zeros(8, bool)
+        decoding = programs.Decoding(state, logits_BV, marks_BV, done_B, np.int32(0))
+        decode = programs.decode_block.lower(model, placed, decoding, *asked, steps=2, log_probs=True).compile()
+    for program in (prefill, decode):
+        found = set(of_program(program, mesh))
+        if "tensor" not in sizes:
+            assert not found
+        else:
+            assert found and found <= {(kind, "tensor") for kind in ("all-reduce", "all-gather", "reduce-scatter")}

@@ -19,6 +19,12 @@ from stellarbyte_jax.launch.doctor import measure
 from stellarbyte_jax.launch.doctor.finding import Finding
 
 ROOT = Path(__file__).parents[2]
+THREE_FOR_EACH_KEY = (
+    "model.num_attention_heads=12",
+    "model.num_key_value_heads=4",
+    "model.hidden_size=96",
+    "model.intermediate_size=96",
+)
 
 
 @pytest.fixture
@@ -80,18 +86,35 @@ def test_the_gpus_of_a_machine_where_jax_has_none(small, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("words", "what", "mend"),
     [
-        (["mesh.fsdp=2", "global_batch_size=7"], "global_batch_size=7 does not divide by 8"),
-        (["mesh.tensor=8", "model.num_attention_heads=6", "model.hidden_size=96"], "cuts model.num_attention_heads=6"),
-        (["mesh.expert=2"], "cuts experts, and the model has none"),
+        (
+            ["mesh.fsdp=2", "global_batch_size=7"],
+            "global_batch_size=7 does not divide by 8",
+            "set a multiple of 8",
+        ),
+        (
+            ["mesh.tensor=8", "model.num_attention_heads=6", "model.hidden_size=96"],
+            "cuts model.num_attention_heads=6",
+            "set mesh.tensor=2",
+        ),
+        (
+            ["mesh.data=1", "mesh.tensor=6", *THREE_FOR_EACH_KEY],
+            "mesh.tensor=6 and model.num_key_value_heads=4, of which one must divide the other",
+            "set mesh.tensor=2",
+        ),
+        (
+            ["mesh.expert=2"],
+            "cuts experts, and the model has none",
+            "set model.moe.num_experts, or mesh.fsdp=2 mesh.expert=1",
+        ),
     ],
 )
-def test_a_mesh_that_training_refuses_is_a_fault(words, what, small, tmp_path, capsys):
+def test_a_mesh_that_training_refuses_is_a_fault(words, what, mend, small, tmp_path, capsys):
     assert doctor.main(["--json", "--set", f"output_dir={tmp_path}", *words]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     (fault,) = [each for each in findings if each["level"] == "fault"]
-    assert fault["check"] == "mesh" and what in fault["what"] and fault["mend"].startswith("set ")
+    assert fault["check"] == "mesh" and what in fault["what"] and fault["mend"] == mend
     assert any(each["check"] == "products" for each in findings), "what there is, is measured"
 
 

@@ -121,6 +121,10 @@ def test_each_device_makes_the_logits_of_its_tokens_and_its_columns(sizes, tied,
     assert columns == V or f"{V}]{{1,0}} dot(" not in compiled.as_text()
     assert dkernel.sharding.is_equivalent_to(kept, 2)
     assert dx.sharding.shard_shape(dx.shape) == (*rows_and_positions, D)
+    flat, targets = X[:B].reshape(-1, D), TARGETS[:B].reshape(-1)
+    alone = jax.grad(lambda x, kernel: op.linear_cross_entropy(x, kernel, targets)[0], argnums=(0, 1))
+    for found, expected in zip((dx, dkernel), jax.jit(alone)(flat, KERNEL), strict=True):
+        np.testing.assert_allclose(np.asarray(found).reshape(expected.shape), expected, atol=1e-4)
 
 
 def test_a_tie_between_devices_is_no_hit():

@@ -219,6 +219,29 @@ def test_loss_and_gradients_are_those_of_one_device(name, mesh):
     check_gradients(slopes, wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("dense", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("experts", {"expert": 2, "fsdp": 2, "tensor": 2}),
+        ("experts with room", {"expert": 2, "data": 2, "tensor": 2}),
+        ("stellarbyte", {"expert": 2, "fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_rows_that_all_devices_together_do_not_divide_give_the_gradients_of_one(name, mesh):
+    """Four rows on eight devices: between layers ``tensor`` has positions."""
+    config = dataclasses.replace(config_of(name, 1, mesh=MeshConfig(**mesh)), global_batch_size=4)
+    batch = {part: x[:4] for part, x in batch_of(config).items()}
+    expected_loss, wanted = slopes_of(config, first_state(name, RECORDER), batch)
+    model = ByteTransformer(config.model)
+    with on_mesh(mesh_of(config)):
+        places = shardings(placed(state_shapes(config, model, RECORDER), model, RECORDER))
+        state = jax.device_put(first_state(name, RECORDER), places)
+        loss, slopes = slopes_of(config, state, place_batches()(batch), (None, places.params))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    check_gradients(slopes, wanted)
+
+
 def test_frequencies_of_long_texts_are_those_of_one_device():
     """Dynamic scaling reads where documents end, and positions are dealt out to devices."""
     config = config_of("dense", 1, data=DataConfig(sequence_length=16, arrangement="contiguous"))

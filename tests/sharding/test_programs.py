@@ -19,6 +19,7 @@ from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.training import placement
 from stellarbyte_jax.training.optimizer import make_optimizer
 from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, shardings
+from stellarbyte_jax.training.programs import compiled_create_state
 from stellarbyte_jax.training.state import state_shapes
 from stellarbyte_jax.training.step import make_train_step
 
@@ -60,6 +61,31 @@ def _compiled(mesh, optimizer, dtype, model):
         step = make_train_step(run, network, rule, lambda _: 0.0)
         step = jax.jit(step, out_shardings=(shardings(shapes), None), donate_argnums=0)
         return step.lower(shapes, batch).compile(), shapes
+
+
+def bytes_of(tree):
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "moe"), [({"fsdp": 4, "tensor": 2}, None), ({"expert": 8}, EXPERTS)], ids=["fsdp x tensor", "expert"]
+)
+def test_a_first_state_is_made_in_parts(mesh, moe):
+    """No device has a weight, or what the optimizer keeps of it, whole on the way."""
+    model = dataclasses.replace(
+        ByteConfig(vocab_size=64, hidden_size=D, num_attention_heads=8, intermediate_size=F, num_hidden_layers=L),
+        **({} if moe is None else {"moe": moe}),
+    )
+    run = settings(model=model, global_batch_size=ROWS, mesh=MeshConfig(data=1, **mesh), ema_decay=0.9)
+    network = ByteTransformer(model)
+    rule = make_optimizer(run, network)
+    with on_mesh(mesh_of(run)):
+        shapes = placed(state_shapes(run, network, rule), network, rule)
+        create = compiled_create_state(run, network, rule, shapes)
+        assert isinstance(create, jax.stages.Wrapped), "one program makes all of it where it stays"
+        memory = create.lower().compile().memory_analysis()
+    assert memory.output_size_in_bytes < 1.05 * bytes_of(shapes) / 8  # vectors are whole
+    assert memory.temp_size_in_bytes < bytes_of(shapes.params) / 8
 
 
 def exchanged(program):

@@ -1,7 +1,9 @@
 """A run of several processes: it is that of one, its parts of files are written once, and it ends as one."""
 
+import json
 import shutil
 import signal
+import struct
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from helpers.runs import cli, write_config
 from helpers.several import COMMON, assert_done, assert_same_run, batches_of, numbers, run
 from helpers.training import settings
+from tensorboardX.proto import event_pb2
 
 from stellarbyte_jax.checkpoint.weights import load_training_facts, load_weights
 from stellarbyte_jax.config import ConfigError, MeshConfig
@@ -82,8 +85,10 @@ def test_two_processes_are_one(alone, tmp_path):
     opened = (
         "[p for p in (os.path.realpath(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')) if '/run/' in p]"
     )
-    before = f"if rank == 1: at_step(3, lambda: print('OPEN', {opened}, file=sys.stderr))"
-    settings = (*COMMON, "export_at_end=true", 'sample_prompts=["a"]', "mesh.fsdp=2")
+    told = f"print('OPEN', {opened}, 'tensorboardX' in sys.modules, file=sys.stderr)"
+    before = f"if rank == 1: at_step(3, lambda: {told})"
+    ends = ("export_at_end=true", 'sample_prompts=["a"]')
+    settings = (*COMMON, *ends, 'logging.trackers=["tensorboard"]', "mesh.fsdp=2")
     ended = run(config, 2, *settings, before=f"{before}\n{WATCH_EXPORT}")
     assert_done(ended)
     _, expected, batches = alone
@@ -94,12 +99,35 @@ def test_two_processes_are_one(alone, tmp_path):
     main, other = ended
     assert "of 2 processes" in main.out and "sample: a|" in main.out and "data.train holds text" in main.out
     said, _, export = other.err.partition("\nEXPORT ")
-    assert (other.out, said) == ("", "OPEN []")  # it prints nothing, and has no file of the run open
+    # It prints nothing, has no file of the run open, and no tracker.
+    assert (other.out, said) == ("", "OPEN [] False")
+    assert scalars(tmp_path / "run" / "tensorboard") == [
+        (line["step"], name, np.float32(value))
+        for line in lines_of(tmp_path / "run")
+        for name, value in line.items()
+        if name != "step"
+    ]
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 1
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("step 6/6  loss") == 1
     gathers_one_tensor_at_a_time(tmp_path, main.err.partition("EXPORT ")[2].split(), export.split())
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(directory):
+    """All that TensorBoard's files hold, as (step, name, value), of the one process that writes one."""
+    (file,) = directory.iterdir()
+    data, found = file.read_bytes(), []
+    while data:
+        (length,) = struct.unpack_from("<Q", data)
+        event = event_pb2.Event.FromString(data[12 : 12 + length])  # between two checksums
+        found += [(event.step, each.tag, np.float32(each.simple_value)) for each in event.summary.value]
+        data = data[12 + length + 4 :]
+    return [each for each in found if not each[1].startswith("samples/")]
 
 
 def gathers_one_tensor_at_a_time(tmp_path, main, other):

@@ -1,5 +1,6 @@
 """A run on a mesh: from the first step to the export, and on another mesh from a checkpoint. On eight CPU devices."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,15 +8,21 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from helpers.runs import cli, write_config
-from helpers.training import some_weights
+from helpers.training import MODEL, settings, some_weights
 
+from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.checkpoint.weights import save_initial
-from stellarbyte_jax.config import MemoryConfig, load
+from stellarbyte_jax.config import CheckpointConfig, MemoryConfig, MeshConfig, load
 from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.model.decoder import ByteTransformer
-from stellarbyte_jax.training import begin, placement, run
+from stellarbyte_jax.training import begin, placement, resume, run
+from stellarbyte_jax.training.optimizer import make_optimizer
+from stellarbyte_jax.training.programs import compiled_create_state
+from stellarbyte_jax.training.resume import Progress
+from stellarbyte_jax.training.state import state_shapes
 
 COMMON = (
     "steps=6",
@@ -93,6 +100,55 @@ def what_validation_carries(monkeypatch):
     return seen
 
 
+def held_since(before):
+    """Bytes on the first device, of arrays that were not there before."""
+    new = [x for x in jax.live_arrays() if not any(x is other for other in before)]
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in new
+        if jax.devices()[0] in x.sharding.device_set
+    )
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_a_checkpoint_is_read_in_parts(mesh, tmp_path, monkeypatch):
+    """Of one device, and on a mesh: orbax is asked for each part where it stays, and makes nothing else."""
+    model = dataclasses.replace(MODEL, vocab_size=64, num_attention_heads=8)
+    one = settings(model=model, global_batch_size=8, ema_decay=0.9, mesh=MeshConfig(data=1))
+    many = dataclasses.replace(one, mesh=MeshConfig(**{"data": 1, **mesh}))
+    network = ByteTransformer(model)
+    rule = make_optimizer(one, network)
+    shapes = state_shapes(one, network, rule)
+    state = compiled_create_state(one, network, rule, shapes)()
+    asked, held, read = [], [], ocp.CheckpointManager.restore
+
+    def watched(self, step, args=None, **kwargs):
+        found = read(self, step, args=args, **kwargs)
+        wanted = [each.item for each in args.values() if isinstance(each, ocp.args.StandardRestore)]
+        if wanted:
+            asked.extend(jax.tree.leaves(wanted))
+            held.append(held_since(before))
+        return found
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", watched)
+    with contextlib.closing(Checkpointer(tmp_path / "run", CheckpointConfig())) as checkpointer:
+        resume.save(checkpointer, one, state, 1, {}, Progress())
+        checkpointer.wait()
+        with placement.on_mesh(placement.mesh_of(many)):
+            wanted = placement.placed(shapes, network, rule)
+            before = jax.live_arrays()
+            found = resume.restore(checkpointer, many, wanted, rule, print)
+    assert found is not None
+    parts = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(wanted))
+    whole = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert held == [parts] and parts < 1.1 * whole / math.prod(mesh.values()) * mesh.get("data", 1)
+    places = sorted((str(x.shape), str(x.sharding.spec)) for x in jax.tree.leaves(wanted))
+    assert sorted((str(x.shape), str(x.sharding.spec)) for x in asked) == places
+    for leaf, place, first in zip(*map(jax.tree.leaves, (found.state, wanted, state)), strict=True):
+        assert leaf.sharding.is_equivalent_to(place.sharding, leaf.ndim)
+        np.testing.assert_array_equal(leaf, first)
+
+
 @pytest.mark.parametrize("kind", ["directory", "run"])
 def test_a_run_begins_with_weights_of_which_each_device_holds_its_part(kind, tmp_path, monkeypatch):
     """Nothing else lies on a device when the state is made, and a warning about donated arrays would be an error."""
@@ -110,14 +166,9 @@ def test_a_run_begins_with_weights_of_which_each_device_holds_its_part(kind, tmp
     before = jax.live_arrays()
 
     def watched(weights, config, shapes, optimizer):
-        new = [x for x in jax.live_arrays() if not any(x is other for other in before)]
-        parts = [
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in new
-            if jax.devices()[0] in x.sharding.device_set
-        ]
+        held = held_since(before)
         found = original(weights, config, shapes, optimizer)
-        begun.append((sum(parts), found.state, shapes))
+        begun.append((held, found.state, shapes))
         return found
 
     monkeypatch.setattr(begin, "begin_with", watched)

@@ -18,6 +18,7 @@ from stellarbyte_jax.model.state.memory import Memory, checked_rows, with_memory
 from stellarbyte_jax.model.state.pruned import PrunedCache
 from stellarbyte_jax.model.state.ring import RingCache
 from stellarbyte_jax.model.state.storage import ByAxes, Storage
+from stellarbyte_jax.sharding import constrain
 
 
 @struct.dataclass
@@ -55,7 +56,8 @@ class Cache:
         """
         offsets_1T = jnp.arange(valid_mask_BT.shape[1], dtype=jnp.int32)[None, :]
         first = 0 if memory is None else max(memory.slots)
-        positions_BT = self.lengths_B[:, None] + first + offsets_1T
+        # Said of the rows, or a mesh would split them further and gather sines of positions in prefill.
+        positions_BT = constrain(self.lengths_B[:, None] + first + offsets_1T, ("batch", None))
         groups = []
         for number, places in enumerate(self.groups):
             begun = []

@@ -5,12 +5,14 @@ R layers of a stack, B batch, T new tokens, S slots, K key/value heads, H head s
 
 from typing import Self
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from stellarbyte_jax.model.state.layer_cache import CachedKV, NewTokens
 from stellarbyte_jax.model.state.storage import ByAxes, Storage
+from stellarbyte_jax.sharding import constrain
 
 
 @struct.dataclass
@@ -83,11 +85,16 @@ class FullCache:
 
     def _write_to(self, new: NewTokens, slots_BT: Array, stored_BT: Array) -> Self:
         """Notes where the call's tokens go, and which positions the slots then hold."""
-        B, T = slots_BT.shape
+        T = slots_BT.shape[1]
         nowhere_T = self.storage.slots + jnp.arange(T, dtype=jnp.int32)
-        slots_BT = jnp.where(stored_BT, slots_BT, nowhere_T[None, :])
-        rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
-        after_BS = self.positions_BS.at[rows_B1, slots_BT].set(new.positions_BS, mode="drop", unique_indices=True)
+        # Said of the rows, or a mesh would split them further and gather these indices in every layer.
+        slots_BT = constrain(jnp.where(stored_BT, slots_BT, nowhere_T[None, :]), ("batch", None))
+
+        # Row by row, as keys and values are written: see there.
+        def put(old_S: Array, slots_T: Array, positions_T: Array) -> Array:
+            return old_S.at[slots_T].set(positions_T, mode="drop", unique_indices=True)
+
+        after_BS = jax.vmap(put)(self.positions_BS, slots_BT, new.positions_BS)
         return self.replace(positions_BS=after_BS, new=new, write_indices_BT=slots_BT)  # type: ignore[attr-defined]
 
     def _written(self, k_BSKH: Array, v_BSKH: Array) -> Self:

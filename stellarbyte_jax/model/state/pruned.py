@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from stellarbyte_jax.model.state.layer_cache import CachedKV, NewTokens
 from stellarbyte_jax.model.state.storage import ByAxes, Storage
 from stellarbyte_jax.ops.attention import always_visible
+from stellarbyte_jax.sharding.largest import top_k
 
 
 class _Candidates(NamedTuple):
@@ -99,7 +100,7 @@ class PrunedCache:
             hidden_BSK = (positions_BSK <= newest_B11 + 1 - self.window) & (positions_BSK >= self.sink_tokens)
             rank_BSK = jnp.where(hidden_BSK, -1.0, rank_BSK)
         rank_BSK = jnp.where(positions_BSK < 0, -1.0, rank_BSK)
-        _, order_BKS = jax.lax.top_k(jnp.swapaxes(rank_BSK, 1, 2), S)
+        _, order_BKS = top_k(jnp.swapaxes(rank_BSK, 1, 2), S, ("batch", "kv_heads"))
         order_BSK = jnp.swapaxes(order_BKS, 1, 2)
 
         def retained(x: Array) -> Array:

@@ -81,10 +81,8 @@ class Storage:
 
         No two tokens of a row may have the same slot; those whose slot does not exist are not stored.
         """
-        rows_B1 = jnp.arange(slots_BT.shape[0], dtype=jnp.int32)[:, None]
-        written = jax.tree.map(
-            lambda old, x: old.at[layer, rows_B1, slots_BT].set(x, mode="drop", unique_indices=True), self, new
-        )
+        indices_BT2 = jnp.stack([jnp.broadcast_to(layer, slots_BT.shape), slots_BT], axis=-1)
+        written = jax.tree.map(lambda old, x: _put(old, indices_BT2, x), self, new)
         return written.by_axes(split_by)
 
     def replace_layer(self, layer: Int[Array, ""], new: "Storage") -> "Storage":
@@ -106,6 +104,23 @@ class Storage:
 
     def _floats(self, x: Array) -> Array:
         return jax.lax.bitcast_convert_type(x, self.dtype) if self.dtype in _BITS else x
+
+
+def _put(old: Array, indices_BT2: Int[Array, "B T 2"], new: Array) -> Array:
+    """Rows [B, T, ...] of new tokens in [R, B, S, ...], by layer and slot.
+
+    The rows of a batch are a batch of the scatter: with their numbers among the indices, a mesh that splits them would
+    gather the tokens of all rows on every device.
+    """
+    dims = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, new.ndim)),
+        inserted_window_dims=(0, 2),
+        scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+    return jax.lax.scatter(old, indices_BT2, new, dims, unique_indices=True, mode=mode)
 
 
 def quantize(x: Float[Array, "B T K H"], dtype: str) -> tuple[Array, Float[Array, "B T K"]]:
