@@ -321,7 +321,7 @@ def replacing(target: Path, overwrite: bool, marker: str = "config.json") -> Ite
         if not overwrite:
             raise ValueError(f"{target} is not empty: give another directory, or ask to overwrite it")
         if not (target / marker).is_file():
-            raise ValueError(f"{target} holds something that has no {marker}, so it is not overwritten")
+            raise ValueError(f"{target} holds something that is no model (no {marker}), so it is not overwritten")
     make_directory(target.parent, "directory")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")

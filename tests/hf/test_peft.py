@@ -295,7 +295,7 @@ def test_a_run_is_written_for_peft_and_read_as_any_model(bases, tmp_path, capsys
     with pytest.raises(ValueError, match="is not empty: give another directory, or ask to overwrite it"):
         save_adapter(target, model, params, base=bases("llama"))
     save_adapter(target, model, params, base=bases("llama"), overwrite=True)
-    with pytest.raises(ValueError, match=r"something that has no adapter_config\.json, so it is not overwritten"):
+    with pytest.raises(ValueError, match=r"no model \(no adapter_config\.json\), so it is not overwritten"):
         save_adapter(bases("llama"), model, params, base=bases("llama"), overwrite=True)
 
 
