@@ -32,7 +32,7 @@ class Bundle:
 
 
 def load_bundle(path: str | Path, step: int | None = None, *, revision: str | None = None) -> Bundle:
-    """Loads a Hugging Face directory or a name of the hub, a run directory or ``RUN/checkpoints/STEP``.
+    """Loads a Hugging Face directory or one of PEFT, a name of the hub, a run directory or ``RUN/checkpoints/STEP``.
 
     Under ``jax.set_mesh`` the weights are read straight into their parts on the mesh.
 

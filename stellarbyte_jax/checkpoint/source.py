@@ -1,4 +1,4 @@
-"""Where weights come from: a Hugging Face directory or name of the hub, a run, or ``RUN/checkpoints/STEP``."""
+"""Where weights come from: a Hugging Face directory or one of PEFT, a name of the hub, or a run or its checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from stellarbyte_jax.config import ByteConfig, TrainConfig
 from stellarbyte_jax.config.paths import expanded
 from stellarbyte_jax.hf.directory import from_pretrained, says_plain_text
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
+from stellarbyte_jax.hf.peft import base_directory, is_adapter, load_adapter
 from stellarbyte_jax.hf.settings import read_config
 from stellarbyte_jax.lora import as_base, kept_elsewhere, merge_adapters, split
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -42,8 +43,8 @@ class Source:
     """A directory with weights; nothing of it is read before it is asked for.
 
     Attributes:
-      path: the Hugging Face directory, or the run's.
-      is_run: which of them it is.
+      path: the Hugging Face directory, the run's, or that of an adapter of PEFT.
+      is_run: whether it is a run's.
       step: checkpoint of the run; None: the newest.
     """
 
@@ -51,13 +52,20 @@ class Source:
     is_run: bool
     step: int | None = None
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter of PEFT, whose base lies elsewhere."""
+        return not self.is_run and is_adapter(self.path)
+
     def model_config(self) -> ByteConfig:
-        """Settings of the model; of a run with adapters those of :meth:`weights`.
+        """Settings of the model; with adapters those of :meth:`weights`.
 
         Raises:
           ValueError, CheckpointError: the directory is incomplete or cannot be read.
         """
-        return merged_config(load_config(self.path, self.step).model) if self.is_run else read_config(self.path)[1]
+        if self.is_run:
+            return merged_config(load_config(self.path, self.step).model)
+        return read_config(base_directory(self.path) if self.is_adapter else self.path)[1]
 
     def settings(self) -> tuple[ByteConfig, Path, bool]:
         """Settings of the model, directory of its tokenizer, and whether its texts begin with bos.
@@ -68,7 +76,10 @@ class Source:
         if self.is_run:
             config = load_config(self.path, self.step)
             return merged_config(config.model), tokenizer_of(self.path, config), config.data.add_bos
-        return self.model_config(), self.path, self._begins_with_bos()
+        directory = self.path
+        if self.is_adapter and not TokenizerDirectory(directory).is_complete:
+            directory = base_directory(directory)
+        return self.model_config(), directory, _begins_with_bos(directory)
 
     def weights(self) -> tuple[ByteConfig, Params]:
         """Settings and weights of the model; of a run the averaged ones, where it keeps an average.
@@ -88,7 +99,7 @@ class Source:
           ValueError, CheckpointError: the directory is incomplete or cannot be read.
         """
         if not self.is_run:
-            model, params = from_pretrained(self.path)
+            model, params = (load_adapter if self.is_adapter else from_pretrained)(self.path)
             return model.config, params
         config, params = load_weights(self.path, self.step)
         if config.model.lora.r:
@@ -109,16 +120,19 @@ class Source:
         Raises:
           ValueError, CheckpointError: the directory is incomplete or cannot be read.
         """
+        if self.is_adapter:
+            return False
         if not self.is_run:
             return says_plain_text(self.path)
         step = stored_steps(self.path)[-1] if self.step is None else self.step
         return saw_plain_text(load_config(self.path, step), step)
 
-    def _begins_with_bos(self) -> bool:
-        if not TokenizerDirectory(self.path).is_complete:
-            return True
-        tokenizer = load_tokenizer(self.path)
-        return adds_bos(self.path, tokenizer.bos_id, tokenizer.eos_id)
+
+def _begins_with_bos(directory: Path) -> bool:
+    if not TokenizerDirectory(directory).is_complete:
+        return True
+    tokenizer = load_tokenizer(directory)
+    return adds_bos(directory, tokenizer.bos_id, tokenizer.eos_id)
 
 
 def merged_config(config: ByteConfig) -> ByteConfig:
@@ -178,7 +192,7 @@ def find_source(
     """The weights that a name means.
 
     Args:
-      name: a Hugging Face directory or ``owner/name`` of the hub, a run directory, or ``RUN/checkpoints/STEP``.
+      name: a Hugging Face directory, one of PEFT, ``owner/name`` of the hub, a run, or ``RUN/checkpoints/STEP``.
       step: checkpoint of a run; None for the newest, or for the one that ``name`` names.
       revision: of a name of the hub.
       weights: whether they will be asked for; else those of the hub are not fetched.
@@ -193,7 +207,7 @@ def find_source(
                 raise ValueError(f"revision {revision!r} is of a name of the Hugging Face hub, and {name} is a run")
             return Source(run, is_run=True, step=named)
     path = local_directory(name, revision, weights=weights)
-    if not (path / "config.json").is_file():
+    if not (is_adapter(path) or (path / "config.json").is_file()):
         raise ValueError(
             f"{path} is neither a Hugging Face directory (config.json) nor a run directory (checkpoints/): "
             "give the output_dir of a run, or a converted model"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.adapters import add_to_peft, to_peft
 from stellarbyte_jax.cli.program import DTYPES, also_spelled, local_path, new_parser, path_or_name, told_by_options
 from stellarbyte_jax.cli.tensors import inspect_checkpoints
 from stellarbyte_jax.command import command, imports
@@ -68,6 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "Checkpoints to and from Hugging Face directories, from the original's, to another size of the vocabulary, and "
         "from one MLP in a layer to experts.",
         "to-hf RUN OUT [--dtype bfloat16] [--verify]               RUN may also be RUN/checkpoints/STEP",
+        "to-peft RUN OUT [--base DIR]                              the adapters of a run, for PEFT",
         "from-hf DIR RUN [--verify]                                makes a run of DIR, or of owner/name of the hub",
         "from-original FILE.pth RUN [--config CONFIG]              makes a run of a checkpoint of the original",
         "inspect DIR [OTHER]                                       tensors of a checkpoint, or how two differ",
@@ -85,6 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--tokenizer", type=path_or_name, help="to copy its files; the run's where none")
     families = f"one of {', '.join(FAMILIES)} (default: the most widely read one that computes the same)"
     to_hf.add_argument("--family", metavar="NAME", help=families)
+    peft = add_to_peft(commands)
     from_hf = commands.add_parser("from-hf", help="make a run directory from a Hugging Face directory")
     from_hf.add_argument("source", type=path_or_name, help="Hugging Face directory, or owner/name of the hub")
     from_hf.add_argument("target", type=local_path, help="run directory to write")
@@ -141,7 +144,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     look.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
     for each in (to_hf, from_hf):
         each.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
-    for each in (to_hf, from_hf, from_original, resize, grow):
+    for each in (to_hf, peft, from_hf, from_original, resize, grow):
         each.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
     return parser.parse_args(arguments)
 
@@ -379,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if inspect_checkpoints(options.source, options.other, options.step, options.revision) else 1
         converters = {
             "to-hf": to_hf,
+            "to-peft": to_peft,
             "from-hf": from_hf,
             "from-original": from_original,
             "resize": resize,

@@ -176,7 +176,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         type=path_or_name,
         required=True,
         metavar="DIR",
-        help="a run, RUN/checkpoints/STEP, a Hugging Face directory, or owner/name of the hub",
+        help="a run, RUN/checkpoints/STEP, a Hugging Face directory or one of PEFT, or owner/name of the hub",
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model of the hub")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")

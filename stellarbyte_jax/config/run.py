@@ -209,8 +209,9 @@ class TrainConfig(Section):
     Attributes:
       output_dir: directory of the run: checkpoints, metrics, logs, exports
       steps: optimizer steps of the run
-      init_from: weights to begin with: a run, RUN/checkpoints/STEP, a Hugging Face directory or owner/name of the hub;
-        model and tokenizer, where they are left out, come from there too; without effect once the run has checkpoints
+      init_from: weights to begin with: a run, RUN/checkpoints/STEP, a Hugging Face directory or one of PEFT, or
+        owner/name of the hub; model and tokenizer, where they are left out, come from there too; without effect once
+        the run has checkpoints
       global_batch_size: rows of one optimizer step, over all devices and accumulation steps
       gradient_accumulation_steps: parts in which a batch is computed, one after the other; more: less memory
       seed: of initial weights, dropout and the order of documents

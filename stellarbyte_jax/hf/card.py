@@ -36,6 +36,36 @@ model, params = from_pretrained("path/to/this/directory")
 ```"""
 
 
+_ADAPTER = """---
+library_name: peft
+{}tags:
+- lora
+---
+
+# Low-rank adapters
+
+Of `{}`, exported by stellarbyte_jax.
+
+## Use
+
+With PEFT:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/directory"{})
+```
+
+With stellarbyte_jax:
+
+```python
+from stellarbyte_jax import load_run
+
+model = load_run("path/to/this/directory")
+```
+"""
+
+
 @dataclass(frozen=True)
 class TrainingFacts:
     """What is known of the run that the weights are of.
@@ -101,6 +131,18 @@ def model_card(
     if training is not None:
         sections += ["## Training", _table(("", ""), _facts(training))]
     return _FRONT.format(_OWN_CODE if own_code else "") + "\n" + "\n\n".join(sections) + "\n"
+
+
+def adapter_card(base: str, *, own_code: bool) -> str:
+    """Markdown of a directory with adapters alone, with the front matter of the Hugging Face Hub.
+
+    Args:
+      base: directory of the base model, or a name of the hub.
+      own_code: whether transformers needs the modelling file of the base.
+    """
+    trust = ", trust_remote_code=True" if own_code else ""
+    named = f"base_model: {base}\n" if not base.startswith("/") else ""
+    return _ADAPTER.format(named, base, trust)
 
 
 def _experts(config: ByteConfig) -> str:

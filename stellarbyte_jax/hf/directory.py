@@ -244,9 +244,8 @@ def _check_no_adapter(directory: Path) -> None:
     """Raises ValueError where transformers would apply an adapter of PEFT to the weights, if there are any at all."""
     if (directory / ADAPTER).is_file():
         raise ValueError(
-            f"{directory} holds an adapter of PEFT ({ADAPTER}), which is not applied here: merge it once with "
-            "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_DIR), or remove its "
-            "files where the weights hold it already"
+            f"{directory} holds an adapter of PEFT ({ADAPTER}), which is not applied here: load it onto its base with "
+            f"stellarbyte_jax.load_run({str(directory)!r}), or remove its files where the weights hold it already"
         )
 
 

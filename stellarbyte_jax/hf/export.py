@@ -81,7 +81,12 @@ def _lost(family: Family, config: ByteConfig) -> list[str]:
         back = parse_family(family, settings_json(family, config), family.model_type)
     except ValueError as error:
         return [str(error)]
-    ours, theirs = _meaning(config), _meaning(back)
+    return differences(config, back)
+
+
+def differences(config: ByteConfig, other: ByteConfig) -> list[str]:
+    """Settings by which the second computes another model than the first, in words."""
+    ours, theirs = _meaning(config), _meaning(other)
     return [
         f"{name} is {shown(value)}, there {shown(theirs[name])}"
         for name, value in ours.items()

@@ -73,14 +73,17 @@ class _Stored:
 class WeightFiles:
     """The tensors of a checkpoint directory by name; a context manager that maps the files and keeps no copy."""
 
-    def __init__(self, directory: Path, *, verify: bool = True) -> None:
+    def __init__(self, directory: Path, *, verify: bool = True, single: str = SINGLE) -> None:
         """Opens the directory's safetensors files; ``verify`` says whether tensors are compared with their checksums.
+
+        ``single`` is the file where there is one; one of another name has no index.
 
         Raises:
           ValueError: they are missing, unreadable, or differ from their index or from their list of checksums.
         """
         self.directory = directory
         self._verify = verify
+        self._single = single
         self._handles: dict[Path, Any] = {}
         self._touched: dict[Path, int] = {}  # bytes that were read of a file since it was mapped
         self._stored: dict[str, _Stored] = {}
@@ -94,7 +97,8 @@ class WeightFiles:
     def _open(self) -> None:
         index = self.directory / INDEX
         named = None
-        if index.is_file() and not (self.directory / SINGLE).is_file():  # beside one file an index is an older model's
+        # Beside one file an index is an older model's.
+        if index.is_file() and self._single == SINGLE and not (self.directory / SINGLE).is_file():
             named = read_json(index).get("weight_map")
             if not (isinstance(named, dict) and named):
                 raise ValueError(f"{index} has no weight_map from tensor to file: copy the file again")
@@ -104,7 +108,7 @@ class WeightFiles:
                     f"{index}: {shown(wrong[0])} must be in a file of this directory, not in "
                     f"{shown(named[wrong[0]])}: copy the file again"
                 )
-        for file in sorted(set(named.values())) if named else [SINGLE]:
+        for file in sorted(set(named.values())) if named else [self._single]:
             path = self.directory / file
             if not path.is_file():
                 raise ValueError(_missing(self.directory, path, named_by=index if named else None))
@@ -253,18 +257,19 @@ def write_tensors(
         shards[-1].append(tensor)
         filled += tensor.nbytes
     if len(shards) == 1:
-        _write_file(directory / SINGLE, shards[0], metadata)
+        write_file(directory / SINGLE, shards[0], metadata)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / file, shard, metadata)
+        write_file(directory / file, shard, metadata)
         weight_map |= {tensor.name: file for tensor in shard}
     total = {"total_parameters": sum(t.size for t in tensors), "total_size": sum(t.nbytes for t in tensors)}
     write_json(directory / INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _write_file(path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
+def write_file(path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes one file, with the ``metadata`` beside the checksums of its tensors."""
     checksums = unknown_checksums(tensor.name for tensor in tensors)
     with path.open("wb") as file:
         file.write(_header(tensors, {**metadata, **metadata_of(checksums)}))
@@ -301,11 +306,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
+def replacing(target: Path, overwrite: bool, marker: str = "config.json") -> Iterator[Path]:
     """Gives an empty directory beside ``target`` that takes its place in one rename when the block succeeds.
 
     Raises:
-      ValueError: ``target`` is a file, or holds something and ``overwrite`` is false, or is no directory of a model.
+      ValueError: ``target`` is a file, or holds something and ``overwrite`` is false, or lacks the file ``marker`` that
+        directories of its kind have.
     """
     target = target.absolute()
     clear_abandoned(target)
@@ -314,8 +320,8 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise ValueError(f"{target} is not empty: give another directory, or ask to overwrite it")
-        if not (target / "config.json").is_file():
-            raise ValueError(f"{target} holds something that is no model (no config.json), so it is not overwritten")
+        if not (target / marker).is_file():
+            raise ValueError(f"{target} holds something that is no model (no {marker}), so it is not overwritten")
     make_directory(target.parent, "directory")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")

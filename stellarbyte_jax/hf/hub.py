@@ -11,8 +11,8 @@ from stellarbyte_jax.tokenizer.directory import FILES, MODEL_CONFIG, MORE_TEMPLA
 
 # Only what is read: no pickles, and no second copy of the weights in another format, as some repositories hold one.
 _WEIGHTS = "model*.safetensors"
-ADAPTER = "adapter_config.json"  # of PEFT
-_SMALL = (MODEL_CONFIG, *FILES, f"{MORE_TEMPLATES}/*.jinja")  # settings name ends of texts, as tokenizers do
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
+_SMALL = (MODEL_CONFIG, ADAPTER, *FILES, f"{MORE_TEMPLATES}/*.jinja")  # settings name ends of texts, as tokenizers do
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _NAME = re.compile(f"{_PART}/{_PART}")
 _OWN_FOLDER = "runs"  # where the runs of our configs go
@@ -63,9 +63,10 @@ def _fetch(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import constants
 
     try:
-        wanted = [*_SMALL, *((INDEX, _WEIGHTS, ADAPTER) if weights else ())]
+        wanted = [*_SMALL, *((INDEX, _WEIGHTS, ADAPTER_WEIGHTS) if weights else ())]
         found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
-        if weights and not any(found.glob(_WEIGHTS)):  # without a network what is cached comes, if a tokenizer alone
+        held = [*found.glob(_WEIGHTS), *found.glob(ADAPTER_WEIGHTS)]
+        if weights and not held:  # without a network what is cached comes, if a tokenizer alone
             raise FileNotFoundError(f"no {_WEIGHTS} is among its files")
     except Exception as error:  # the hub's own kinds, those of its HTTP library and of the file system
         version = f" at revision {revision}" if revision else ""

@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from stellarbyte_jax.checkpoint.source import Source
-from stellarbyte_jax.hf.files import WeightFiles
+from stellarbyte_jax.hf.files import SINGLE, WeightFiles
+from stellarbyte_jax.hf.hub import ADAPTER_WEIGHTS
 from stellarbyte_jax.model.trees import Params
 
 _AT_ONCE = 1 << 22  # numbers that are float64 at the same time
@@ -91,7 +92,7 @@ def open_tensors(source: Source, *, as_tree: bool) -> Iterator[Tensors]:
     """The tensors of a checkpoint.
 
     Args:
-      source: a run, or a Hugging Face directory of any family, known here or not.
+      source: a run, a Hugging Face directory of any family, known here or not, or an adapter of PEFT.
       as_tree: a directory's as the leaves that they become here, to compare it with a run; else as its files hold them.
 
     Raises:
@@ -100,7 +101,7 @@ def open_tensors(source: Source, *, as_tree: bool) -> Iterator[Tensors]:
     if source.is_run or as_tree:
         yield _leaves(source.weights()[1])
         return
-    with WeightFiles(source.path) as files:
+    with WeightFiles(source.path, single=ADAPTER_WEIGHTS if source.is_adapter else SINGLE) as files:
         yield {name: Held(files.shape(name), files.dtype(name), partial(files.read, name)) for name in files.names()}
 
 

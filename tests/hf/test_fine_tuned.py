@@ -35,5 +35,7 @@ def test_an_adapter_is_not_passed_over(alone: bool, directory: Path) -> None:
     if alone:
         (directory / "config.json").unlink()
         (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"holds an adapter of PEFT \(adapter_config\.json\), .*: merge it once with "):
+    with pytest.raises(
+        ValueError, match=r"holds an adapter of PEFT \(adapter_config\.json\), .*: load it onto its base"
+    ):
         from_pretrained(directory)

@@ -110,6 +110,8 @@ def test_only_files_that_are_read_are_asked_for(asked: list[dict[str, Any]]) -> 
             "model.safetensors",
             "model-00001-of-00002.safetensors",
             "model.safetensors.index.json",
+            "adapter_config.json",
+            "adapter_model.safetensors",
             "tokenizer.json",
             "tokenizer_config.json",
             "special_tokens_map.json",
@@ -122,6 +124,7 @@ def test_only_files_that_are_read_are_asked_for(asked: list[dict[str, Any]]) -> 
     assert all(taken.values()), taken
     for name in [
         "pytorch_model.bin",
+        "adapter_model.bin",
         "model.pt",
         "consolidated.safetensors",
         "original/consolidated.00.pth",

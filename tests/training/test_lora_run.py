@@ -106,6 +106,29 @@ def test_a_run_is_exact_keeps_adapters_alone_and_leaves_merged_weights(hf, tmp_p
         np.testing.assert_array_equal(again[path], x, err_msg=path)
 
 
+@pytest.mark.slow
+def test_a_run_goes_to_peft_and_another_begins_with_what_is_written(hf, tmp_path, capsys):
+    lora = {"r": 2, "target_modules": ("q", "gate_up", "head"), "layers": (1,)}
+    assert train(settings(tmp_path, hf, lora=lora)).exit_code == 0
+    run, adapter = tmp_path / "run", tmp_path / "adapter"
+    assert convert(["to-peft", str(run), str(adapter)]) == 0
+    assert f"wrote {adapter}: adapters of {hf}\n" in capsys.readouterr().out
+    bundle, expected = load_bundle(adapter), load_bundle(run)
+    assert (bundle.stop_ids, bundle.add_bos) == (expected.stop_ids, expected.add_bos)
+    assert bundle.tokenizer.is_same(expected.tokenizer) and bundle.tokenizer.path == str(adapter)
+    assert same_weights(bundle.params, expected.params)
+
+    assert train(settings(tmp_path, adapter, "next", lora=lora)).exit_code == 0
+    (_, begun), (_, there) = stored(tmp_path / "next"), find_source(adapter).weights()
+    assert_same_tree(split(begun)[1], there)
+    capsys.readouterr()
+    assert convert(["to-peft", str(tmp_path / "next"), str(tmp_path / "more")]) == 1
+    assert "of these adapters is an adapter itself" in capsys.readouterr().err
+    assert train(settings(tmp_path, run, "third", lora=lora)).exit_code == 0
+    assert convert(["to-peft", str(tmp_path / "third"), str(tmp_path / "more")]) == 1
+    assert "is a run, which PEFT cannot read: write it with convert to-hf" in capsys.readouterr().err
+
+
 def test_a_base_that_moved_or_changed_is_told_and_named_anew(hf, tmp_path):
     assert train(settings(tmp_path, hf)).exit_code == 0
     before = stored(tmp_path / "run")[1]
