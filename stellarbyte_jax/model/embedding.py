@@ -4,7 +4,6 @@ B batch, T tokens, D model, V rows of the vocabulary with padding.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from stellarbyte_jax.model.initializers import matrix_init
 from stellarbyte_jax.model.linear import kernel, linear, low_rank_factors
 from stellarbyte_jax.model.lora import RANK, LookupAdapter, LowRank, lookup_adapter
 from stellarbyte_jax.model.params import materialise, param, product
+from stellarbyte_jax.model.trees import Open
 from stellarbyte_jax.sharding import current_mesh, gather
 from stellarbyte_jax.sharding.lookup import look_up
 
@@ -76,7 +76,7 @@ class Head(nn.Module):
     config: ByteConfig
 
     @nn.compact
-    def __call__(self, use: Callable[..., Any], x: Any, **options: Any) -> Any:
+    def __call__(self, use: Callable[..., Open], x: Open, **options: Open) -> Open:
         """What one of the functions of ``model.linear`` makes of the matrix."""
         c = self.config
         D, V = c.hidden_size, c.padded_vocab_size

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from stellarbyte_jax.config import ByteConfig, LoRAConfig
 from stellarbyte_jax.model.params import letters_of, materialise, param, product
+from stellarbyte_jax.model.trees import Open
 from stellarbyte_jax.sharding import gather
 
 _FLOAT32 = jnp.dtype(jnp.float32)
@@ -80,10 +81,10 @@ class Factors(NamedTuple):
       share: of DoRA, [batch, output] float32; None: it is none.
     """
 
-    matrix: Any
-    a: Any = None
-    b: Any = None
-    share: Any = None
+    matrix: Open
+    a: Open = None
+    b: Open = None
+    share: Open = None
 
 
 class LowRank(NamedTuple):
@@ -217,7 +218,9 @@ def adapter_of(
     inner = "".join(letter for letter in x if letter not in summed) + new + rank
     sizes = {**axes, RANK: config.r}
 
-    def weight(suffix: str, init: nn.initializers.Initializer, names: Mapping[str, str], summed: tuple[str, ...]):
+    def weight(
+        suffix: str, init: nn.initializers.Initializer, names: Mapping[str, str], summed: tuple[str, ...]
+    ) -> Array:
         shape = {axis: sizes[axis] for axis in names.values()}
         return param(module, name + suffix, init, shape, contracted=summed, batch=batch, float32=float32)
 
@@ -260,7 +263,7 @@ def _initializer(config: LoRAConfig, fan_in: int) -> nn.initializers.Initializer
     if config.init == "gaussian":
         return nn.initializers.normal(1 / config.r)
 
-    def uniform(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+    def uniform(key: Array, shape: tuple[int, ...], dtype: Open = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
     return uniform

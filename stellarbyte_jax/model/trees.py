@@ -10,6 +10,7 @@ Params = dict[str, Any]  # arrays
 Uses = dict[str, Any]  # a WeightUse for each weight
 Axes = dict[str, Any]  # the axis names of each weight
 Shapes = dict[str, Any]  # a jax.ShapeDtypeStruct for each weight
+Open = Any  # an array, or what is said of it in a tree of the same form
 IsTrainable = Callable[[tuple[str, ...]], bool]  # of a weight's path
 
 

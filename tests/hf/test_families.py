@@ -255,6 +255,7 @@ SILENT: dict[str, Any] = {
     "attention_implementation": "reference",
     "remat": "full",
     "scan_unroll": 2,
+    "lora": {"lora_alpha": 2.0},
     "cache": {"dtype": "int8"},
 }
 
