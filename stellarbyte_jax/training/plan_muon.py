@@ -15,6 +15,7 @@ from stellarbyte_jax.training.plan_exchange import AXES, Exchange
 
 _FLOAT32 = 4
 _SLOWER = 2  # products of float32 (as TF32, which jax takes on GPUs) than those of bfloat16, by the data sheets
+_TOGETHER = 0.7  # of what all deals take, that compiled programs hold at once where no deal is much larger
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Update:
 
     Attributes:
       exchanges: of matrices, to where they are whole and back.
-      buffers: bytes of all results, as they are kept, and of the matrices that are whole at a time.
+      buffers: bytes of all results, as they are kept, and of the matrices that are whole at once.
       flops: of a device, in float32.
     """
 
@@ -57,7 +58,8 @@ def of_update(optimizer: str, params: Any, uses: Any, sizes: Mapping[str, int]) 
         sent[axes] = sent.get(axes, 0) + 2 * _FLOAT32 * deal.numbers // deal.devices * (deal.devices - 1)
     exchanges = tuple(Exchange("all-to-all", axes, "matrices", size) for axes, size in sent.items() if size)
     kept = _FLOAT32 * sum(deal.matrices * math.prod(deal.part) for deal in found)
-    return Update(exchanges, kept + max(map(_whole_bytes, found), default=0), sum(map(_flops, found)))
+    whole = list(map(_whole_bytes, found))
+    return Update(exchanges, kept + round(max([*whole, _TOGETHER * sum(whole)])), sum(map(_flops, found)))
 
 
 def _whole_bytes(deal: Deal) -> int:

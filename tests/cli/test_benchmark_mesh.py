@@ -3,6 +3,7 @@
 import json
 import math
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -286,8 +287,10 @@ def test_rows_run_on_two_devices_of_a_cpu(row, peer, monkeypatch, tmp_path, capf
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of torch
-@pytest.mark.parametrize("name", ["huggingface_ddp", "huggingface_fsdp2"])
-def test_a_peer_is_measured_in_its_group(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "remat"), [("huggingface_ddp", "none"), ("huggingface_fsdp2", "none"), ("huggingface_fsdp2", "full")]
+)
+def test_a_peer_is_measured_in_its_group(name, remat, monkeypatch):
     """Of one process here; each takes its part of the rows, and the rate is that of all."""
     torch = pytest.importorskip("torch", reason="the peer is transformers on torch: pip install -e '.[torch]'")
     pytest.importorskip("transformers")
@@ -299,8 +302,16 @@ def test_a_peer_is_measured_in_its_group(name, monkeypatch):
     monkeypatch.setattr(
         torch_peers, "timed", lambda run, tokens, steps: counted.append((tokens, steps)) or {"tokens_per_second": 5}
     )
-    result = torch_peers.WORKERS[name](settings(), 3)
+    again, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.torch_utils_checkpoint",
+        lambda *args, **more: again.append(1) or checkpoint(*args, **more),
+    )
+    config = settings()
+    config = replace(config, model=replace(config.model, remat=remat))
+    result = torch_peers.WORKERS[name](config, 3)
     assert counted == [(4 * 16, 3)] and 0 < result["loss"] < 10 and result["weights"] == "float32"
+    assert bool(again) == (remat == "full"), "layers are computed again"
     assert not torch.distributed.is_initialized()
 
 

@@ -54,7 +54,7 @@ def update_of(run):
 
 @pytest.mark.parametrize(("mesh", "more"), MESHES, ids=str)
 def test_updates_exchange_and_hold_what_the_program_does(mesh, more):
-    """Programs of the CPU hold more, as they copy what is transposed: twice as much, with fsdp alone four times."""
+    """Programs of the CPU hold more, as they copy what is transposed; up to twice as much."""
     run = run_of(mesh, optimizer="muon", hidden_size=256, intermediate_size=1024, **more)
     program, found = program_of(run), update_of(run)
     exchanged = volumes(program.as_text())
@@ -62,8 +62,7 @@ def test_updates_exchange_and_hold_what_the_program_does(mesh, more):
     assert sum(each.sent for each in found.exchanges) == pytest.approx(exchanged["exchanged"], rel=1e-6)
     assert bool(found.exchanges) == (mesh != {"data": 8})
     theirs = program.memory_analysis().temp_size_in_bytes
-    copies = 4 if mesh == {"fsdp": 8} else 2
-    assert theirs / copies < found.buffers < 1.3 * theirs
+    assert theirs / 2 < found.buffers < 1.3 * theirs
 
 
 def test_a_step_has_one_update_whatever_its_parts():
