@@ -172,6 +172,7 @@ def test_no_program_shows_where_its_imports_were(path):
         "config.paths",
         "config.reference",
         "config.section",
+        "cli.adapters",
         "cli.parser",
         "cli.program",
         "cli.tensors",
