@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
+from helpers.processes import until
 
 from stellarbyte_jax.command import remedy
 from stellarbyte_jax.launch import (
     Interrupt,
     RunLock,
     _without_abandoned_reads,
+    signals,
     write_failure,
 )
 
@@ -142,6 +145,24 @@ def test_a_second_signal_ends_a_process_that_runs_no_python():
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_twice_at_once_is_one(second, monkeypatch):
+    """To all processes of a job, and once more from a wrapper that passes its own on."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(signals, "_SAME_SECONDS", 0.5)
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        os.kill(os.getpid(), second)
+        time.sleep(0.1)
+        assert (interrupt.signal, left) == (signal.SIGTERM, [])
+        time.sleep(0.5)
+        os.kill(os.getpid(), second)
+        until(lambda: left, 60)
+    assert left == [128 + second]
 
 
 def test_signals_of_children_are_not_counted():

@@ -117,6 +117,8 @@ def write_failure(path: Path, error: OSError) -> OSError:
 class Interrupt:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that the loop reads; a second one leaves at once.
 
+    What comes within a second of the first is the same one, which a wrapper passed on.
+
     Python lets the main thread alone handle signals: in another one they do what they did before.
     """
 

@@ -23,6 +23,7 @@ from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import DataConfig, EvaluationConfig
 from stellarbyte_jax.hf.directory import from_pretrained
+from stellarbyte_jax.launch import signals
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training import resume
 from stellarbyte_jax.training import run as run_module
@@ -194,6 +195,7 @@ def test_a_second_signal_leaves_at_once(config_file, tmp_path, monkeypatch):
         until(lambda: left, 60)
 
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(signals, "_SAME_SECONDS", 0)
     with at_step(3, twice):
         cli(config_file)
     assert left == [(130, [])]
