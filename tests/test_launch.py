@@ -76,6 +76,52 @@ def test_a_lock_that_was_removed_before_it_was_taken_is_none(tmp_path, monkeypat
         pass
 
 
+NO_HOME = """
+import os, pwd
+def unknown(number):
+    raise KeyError(number)
+pwd.getpwuid = unknown  # a user of a container who has a number alone
+del os.environ["HOME"]
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+import jax
+from pathlib import Path
+from stellarbyte_jax.data.files import DataError
+from stellarbyte_jax.data.sources import cache_path
+from stellarbyte_jax.launch import CompileCache
+from stellarbyte_jax.launch.doctor.places import existing
+from stellarbyte_jax.training.begin import _check_place
+CompileCache()
+_check_place(Path("/not/there"))
+print(jax.config.values["jax_compilation_cache_dir"], cache_path("/a"), existing(Path("~/a")) == Path.cwd())
+try:
+    cache_path(None)
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_user_without_a_home_directory_has_no_cache_there():
+    done = subprocess.run([sys.executable, "-c", NO_HOME], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == [
+        "None /a True",
+        "data.cache_dir: this user has no home directory to keep caches in: name a folder, or set HOME",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_and_left_as_it_was(tmp_path, monkeypatch, number):
+    """Lustre without -o flock."""
+
+    def none(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    told = rf"{tmp_path} takes no locks: {os.strerror(number)}; mount it with locks .* or choose another output_dir"
+    with pytest.raises(OSError, match=told), RunLock(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_that_was_given_back_names_nobody(tmp_path):
     with RunLock(tmp_path):
         pass
