@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from stellarbyte_jax import launch
 from stellarbyte_jax.command import remedy
-from stellarbyte_jax.launch import LOCKS_ADVICE
 from stellarbyte_jax.launch.doctor.finding import Finding
 
 GIB = 2**30
@@ -67,14 +67,14 @@ def check_locks(path: Path) -> Iterator[Finding]:
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            yield Finding("fault", "locks", f"{place} takes no locks: {error.strerror or error}", LOCKS_ADVICE)
+            yield Finding("fault", "locks", f"{place} takes no locks: {error.strerror or error}", launch.LOCKS_ADVICE)
             return
         try:
             fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield Finding("ok", "locks", f"locks hold on {place}")
         else:
-            yield Finding("fault", "locks", f"two processes could lock one file of {place}", LOCKS_ADVICE)
+            yield Finding("fault", "locks", f"two processes could lock one file of {place}", launch.LOCKS_ADVICE)
 
 
 def size_of(directory: Path) -> tuple[int, int]:
