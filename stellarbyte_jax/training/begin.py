@@ -20,7 +20,7 @@ from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
 from stellarbyte_jax.config.foreign import absent, listed, shown
 from stellarbyte_jax.config.moe import REBALANCING
-from stellarbyte_jax.config.paths import real
+from stellarbyte_jax.config.paths import home, real
 from stellarbyte_jax.config.reference import changed, written
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.loader import Loader, make_loader
@@ -254,7 +254,8 @@ def _check_place(run_dir: Path) -> None:
         return
     place = real(run_dir)
     held = [name for name in _PROJECT if (place / name).exists()]
-    what = f"holds a project ({held[0]})" if held else "is your home directory" if place == Path.home() else None
+    at_home = (own := home()) is not None and place == real(own)
+    what = f"holds a project ({held[0]})" if held else "is your home directory" if at_home else None
     what = "is the root of the file system" if place == place.parent else what
     if what is None and place.parent == place.parent.parent and _held(place):
         what = "is a folder of the system, or a volume, that holds other files"
