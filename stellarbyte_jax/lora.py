@@ -113,15 +113,16 @@ def merge_adapters(model: ByteTransformer, params: Params) -> tuple[ByteTransfor
         )
     adapters, base = split(params)
     uses, plain = param_uses(model), ByteTransformer(model.config.without_adapters)
-    merge_all = jax.jit(lambda adapters, base: _merged(base, adapters, uses), out_shardings=_places(plain))
+    merge_all = jax.jit(lambda adapters, base: merged(base, adapters, uses), out_shardings=_places(plain))
     return plain, merge_all(adapters, base)
 
 
-def _merged(base: Params, adapters: Params, uses: Uses) -> Params:
+def merged(base: Params, adapters: Params, uses: Uses) -> Params:
+    """Weights in float32, those that have a linear adapter with it in them; ``uses`` are those of all."""
     made: Params = {}
     for name, value in base.items():
         if isinstance(value, dict):
-            made[name] = _merged(value, adapters.get(name, {}), uses[name])
+            made[name] = merged(value, adapters.get(name, {}), uses[name])
         elif name + SCALE in adapters:
             made[name] = _with_delta(name, value, adapters, uses)
         else:

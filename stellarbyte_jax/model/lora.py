@@ -3,11 +3,15 @@
 R is the rank. An adapter of a weight ``w`` is two more weights beside it, ``w_lora_a`` with what the product contracts
 and ``w_lora_b`` with what it gives, a factor ``w_lora_scale`` that is not trained, and with DoRA a magnitude
 ``w_lora_m``. The factor is 0 in layers that have no adapter: all layers of a stack have arrays of one shape.
+
+In generation each row of a batch may have adapters of its own: A and B, and neither factor nor magnitude, then have an
+axis of rows before the others.
 """
 
 import math
+import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -110,11 +114,11 @@ class Adapter:
       letters: of the matrix.
       into: einsum of what the product reads and ``a``.
       out: einsum of the inner channels and ``b``.
-      a: [batch, contracted, R].
-      b: [batch, R, output].
+      a: [batch, contracted, R], or such an array for each row.
+      b: [batch, R, output], likewise.
       scale: float32 scalar.
       magnitude: of DoRA [batch, output]; None: it is none.
-      names_a: axis of each letter of ``a``.
+      names_a: axis of each letter of ``a``, without that of rows.
       names_b: likewise.
       contracted: dimensions of the matrix that are summed over.
       precision: of products.
@@ -153,9 +157,9 @@ class Adapter:
         if self.config.dropout and self.module.has_rng("dropout"):
             kept = 1 - self.config.dropout
             x = jnp.where(jax.random.bernoulli(self.module.make_rng("dropout"), kept, x.shape), x / kept, 0)
-        a = gather(materialise(self.a, x.dtype), tuple(self.names_a.values()))
+        a = _gathered(materialise(self.a, x.dtype), self.names_a.values())
         h = _ACTIVATIONS[self.config.activation](product(self.into, x, a, self.names_a, None, self.precision))
-        return LowRank(h, gather(self._scaled_b(x.dtype), tuple(self.names_b.values())))
+        return LowRank(h, _gathered(self._scaled_b(x.dtype), self.names_b.values()))
 
     def factors(self, matrix: Array) -> Factors:
         """With the matrix, in its dtype; all of it as it is kept on a mesh."""
@@ -222,23 +226,28 @@ def adapter_of(
         suffix: str, init: nn.initializers.Initializer, names: Mapping[str, str], summed: tuple[str, ...]
     ) -> Array:
         shape = {axis: sizes[axis] for axis in names.values()}
-        return param(module, name + suffix, init, shape, contracted=summed, batch=batch, float32=float32)
+        return param(module, name + suffix, init, shape, contracted=summed, batch=batch, float32=float32, by_row=True)
 
+    fan_in = math.prod(axes[axis] for axis in contracted)
+    a = weight(A, _initializer(config, fan_in), names_a, contracted)
+    b = weight(B, nn.initializers.zeros, names_b, (RANK,))
+    into, out = f"{x},{''.join(names_a)}->{inner}", f"{inner},{''.join(names_b)}->{result}"
+    if a.ndim > len(names_a):
+        into, out = _by_row(into), _by_row(out)
     magnitude = None
     if config.dora:
         shape = {axis: size for axis, size in axes.items() if axis not in contracted}
         # Filled with the lengths of the weights that a run begins with, see ``lora.with_adapters``.
         magnitude = param(module, name + MAGNITUDE, nn.initializers.ones, shape, batch=batch, float32=True)
-    fan_in = math.prod(axes[axis] for axis in contracted)
     return Adapter(
         module=module,
         config=config,
         stored=stored,
         letters=letters,
-        into=f"{x},{''.join(names_a)}->{inner}",
-        out=f"{inner},{''.join(names_b)}->{result}",
-        a=weight(A, _initializer(config, fan_in), names_a, contracted),
-        b=weight(B, nn.initializers.zeros, names_b, (RANK,)),
+        into=into,
+        out=out,
+        a=a,
+        b=b,
         scale=_scale(module, name, config),
         magnitude=magnitude,
         names_a=names_a,
@@ -252,6 +261,18 @@ def _scale(module: nn.Module, name: str, config: LoRAConfig) -> Array:
     init = nn.initializers.constant(config.scale)
     stored = param(module, name + SCALE, init, {}, float32=True, tracked=True)
     return jax.lax.stop_gradient(materialise(stored, _FLOAT32))
+
+
+def _by_row(spec: str) -> str:
+    """The einsum of activations and a matrix with a matrix for each row ``B``."""
+    x, weight, result = re.split(",|->", spec)
+    return f"{x.replace('...', 'B...')},B{weight}->{result.replace('...', 'B...')}"
+
+
+def _gathered(weight: Array, axes: Iterable[str]) -> Array:
+    """A part of an adapter as products use it; ``axes`` are those of a single one."""
+    axes = tuple(axes)
+    return gather(weight, ("batch", *axes) if weight.ndim > len(axes) else axes)
 
 
 def _scaled(stored: Array, scale: Array, dtype: jnp.dtype) -> Array:
@@ -273,7 +294,7 @@ class LookupAdapter(NamedTuple):
     """The adapter of a table, as it is stored: row i of the table gets ``scale * a[i] b``.
 
     Attributes:
-      a_VR: zero at the start: rows of it are looked up.
+      a_VR: zero at the start: rows of it are looked up. Or [B, V, R], as the next one.
       b_RD: random at the start.
       scale: float32 scalar.
     """
@@ -284,13 +305,18 @@ class LookupAdapter(NamedTuple):
 
     def of_rows(self, rows: Float[Array, "B T R"]) -> Float[Array, "B T D"]:
         """What rows of the table get, from those of ``a``."""
-        return product("BTR,RD->BTD", rows, self._scaled_b(rows.dtype), {"R": RANK, "D": "embed"})
+        return self._product("BTR,RD->BTD", rows, self._scaled_b(rows.dtype))
 
     def of_head(self, hidden: Float[Array, "*batch D"]) -> LowRank:
         """What the logits of a tied head get."""
         b_RD = self._scaled_b(hidden.dtype)
-        h = product("...D,RD->...R", hidden, b_RD, {"R": RANK, "D": "embed"})
-        return LowRank(h, gather(materialise(self.a_VR, hidden.dtype), ("vocab", RANK)).T)
+        h = self._product("...D,RD->...R", hidden, b_RD)
+        return LowRank(h, _gathered(materialise(self.a_VR, hidden.dtype), ("vocab", RANK)).mT)
+
+    def added(self, logits: Float[Array, "*batch V"], hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """The logits of a tied head with the adapter, from those of the table alone."""
+        low = self.of_head(hidden)
+        return logits + self._product("...R,RV->...V", low.h, low.b, logits.dtype)
 
     def merged(self, table_VD: Float[Array, "V D"]) -> Float[Array, "V D"]:
         """The table with the adapter in it, in its dtype."""
@@ -298,7 +324,11 @@ class LookupAdapter(NamedTuple):
         return (table_VD.astype(jnp.float32) + delta_VD).astype(table_VD.dtype)
 
     def _scaled_b(self, dtype: jnp.dtype) -> Array:
-        return gather(_scaled(self.b_RD, self.scale, dtype), (RANK, "embed"))
+        return _gathered(_scaled(self.b_RD, self.scale, dtype), (RANK, "embed"))
+
+    def _product(self, spec: str, x: Array, matrix: Array, out_dtype: jnp.dtype | None = None) -> Array:
+        names = {"R": RANK, "D": "embed", "V": "vocab"}
+        return product(spec if matrix.ndim == 2 else _by_row(spec), x, matrix, names, out_dtype)
 
 
 def lookup_adapter(module: nn.Module, name: str, rows: int, width: int) -> LookupAdapter | None:
@@ -306,7 +336,7 @@ def lookup_adapter(module: nn.Module, name: str, rows: int, width: int) -> Looku
     if not is_targeted(module, name):
         return None
     config = _config(module)
-    a_VR = param(module, name + A, nn.initializers.zeros, {"vocab": rows, RANK: config.r}, lookup=True)
+    a_VR = param(module, name + A, nn.initializers.zeros, {"vocab": rows, RANK: config.r}, lookup=True, by_row=True)
     init = nn.initializers.normal(1.0)
-    b_RD = param(module, name + B, init, {RANK: config.r, "embed": width}, contracted=(RANK,))
+    b_RD = param(module, name + B, init, {RANK: config.r, "embed": width}, contracted=(RANK,), by_row=True)
     return LookupAdapter(a_VR, b_RD, _scale(module, name, config))
