@@ -102,11 +102,8 @@ def padded(name: str, adapters: Adapters, empty: Params, uses: Uses) -> Params:
 def _check_shapes(
     name: str, given: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], uses: Uses, rank: int
 ) -> None:
-    wrong = []
-    for path, x in given.items():
-        if path not in arrays:
-            wrong.append(f"{path} is none of the base's")
-            continue
+    wrong = [f"{path} is none of the base's" for path in given if path not in arrays]
+    for path, x in ((path, x) for path, x in given.items() if path in arrays):
         axes = zip(uses[path].axes, arrays[path].shape, strict=True)
         wanted = tuple(rank if axis == RANK else size for axis, size in axes)
         if x.shape != wanted:
