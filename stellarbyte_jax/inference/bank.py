@@ -7,27 +7,29 @@ same compiled programs run. R is that rank, B the rows of a batch.
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stellarbyte_jax.checkpoint.adapters import Adapters, read_adapters
 from stellarbyte_jax.checkpoint.checksum import array_checksums
 from stellarbyte_jax.config import LoRAConfig
-from stellarbyte_jax.inference.padding import EXPERTS, check_adapters, check_routers, padded, targets_in
-from stellarbyte_jax.lora import merged, split
-from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses
-from stellarbyte_jax.model.lora import RANK, SCALE, A, B
-from stellarbyte_jax.model.params import WeightUse, kept_spec
-from stellarbyte_jax.model.placement import weight_places
+from stellarbyte_jax.hf.tensors import flatten
+from stellarbyte_jax.inference.bank_arrays import Form, by_row, joined, merge_into, padded, with_shares
+from stellarbyte_jax.inference.bank_checks import (
+    EXPERTS,
+    check_adapters,
+    check_checksums,
+    check_routers,
+    targets_in,
+)
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.lora import A
 from stellarbyte_jax.model.trees import Params, merge, partition
-from stellarbyte_jax.sharding import current_mesh, device_mesh, split_array
-from stellarbyte_jax.sharding.rules import kept_spec_of
 
 Choice = str | Mapping[str, float] | None
 Choices = Choice | Sequence[Choice]
@@ -38,12 +40,14 @@ class _Held(NamedTuple):
     """An adapter of the bank.
 
     Attributes:
-      factors: A, and B with the adapter's factor in it, of each weight that adapters of the bank may be of.
+      arrays: see ``bank_arrays.Form``.
       rank: its own; what is beyond is zero.
+      dora: whether it has DoRA.
     """
 
-    factors: Params
+    arrays: Params
     rank: int
+    dora: bool
 
 
 class AdapterBank:
@@ -69,6 +73,7 @@ class AdapterBank:
         slots: int = 8,
         max_rank: int = 16,
         target_modules: Sequence[str] = ("all-linear",),
+        dora: bool = False,
     ) -> None:
         """A bank without adapters.
 
@@ -81,6 +86,7 @@ class AdapterBank:
           max_rank: the largest rank of an adapter, or of several that are chosen together. Memory and operations of
             every adapter are those of this rank.
           target_modules: weights that adapters may be of, as in ``LoRAConfig``.
+          dora: whether there may be adapters with DoRA, which costs another product of every output.
 
         Raises:
           ValueError: the model has adapters itself, numbers are not positive, or there are no such weights.
@@ -92,14 +98,14 @@ class AdapterBank:
                 raise ValueError(f"{name} is {value!r}: give a whole number from 1 on")
         self.model, self.params, self.slots, self.max_rank = model, params, slots, max_rank
         # Adapters have their own factors in B, so that the network's is 1.
-        self._lora = LoRAConfig(r=max_rank, lora_alpha=float(max_rank), target_modules=tuple(target_modules))
-        self._network = _with_adapters(model, self._lora)
+        lora = LoRAConfig(r=max_rank, lora_alpha=float(max_rank), target_modules=tuple(target_modules), dora=dora)
+        self._lora, self._form = lora, Form(_with_adapters(model, lora))
         self._writing = threading.Lock()
         self._held: Mapping[str, _Held] = MappingProxyType({})
         self._checksums: Mapping[str, int] | None = None
-        mesh = device_mesh()
-        self._places = None if mesh is None else weight_places(self._network, mesh)
-        self._scales, self._zeros = map(self._placed, self._fresh())
+        self._scales, self._zeros = map(self._form.placed, (self._form.factors(), self._form.empty()))
+        adapted = {path.removesuffix(A) for path in flatten(self._zeros) if path.endswith(A)}
+        self._adapted, self._rest = partition(params, lambda path: "/".join(path) in adapted)
 
     @classmethod
     def holding(
@@ -120,8 +126,9 @@ class AdapterBank:
             model,
             params,
             slots=max(1, len(read)) if slots is None else slots,
-            max_rank=max((config.r for config in configs), default=1),
+            max_rank=max([1, *(config.r for config in configs)]),
             target_modules=targets or ("all-linear",),
+            dora=any(config.dora for config in configs),
         )
         for name, each in read.items():
             bank._add(name, each)
@@ -178,11 +185,8 @@ class AdapterBank:
         Raises:
           ValueError: as :meth:`chosen`.
         """
-        factors = self._resolved(adapter, self._held)
-        adapters = merge(factors, self._scales)
-        own = {(*path[:-1], path[-1].removesuffix(A)) for path in _paths(factors) if path[-1].endswith(A)}
-        adapted, rest = partition(self.params, lambda path: path in own)
-        return merge(_merge(self._network, adapted, adapters), rest)
+        adapters = merge(self._resolved(adapter, self._held), self._scales)
+        return merge(merge_into(self._form, self._adapted, adapters), self._rest)
 
     def chosen(self, model: ByteTransformer, adapter: Choices, rows: int) -> tuple[ByteTransformer, Params]:
         """The network that generates with adapters, and what it has besides the weights of the base.
@@ -201,7 +205,7 @@ class AdapterBank:
         held = self._held
         if adapter is None:
             return model, {}
-        network = _with_adapters(model, self._lora)
+        network = _with_adapters(model, dataclasses.replace(self._lora, dora=False))
         if isinstance(adapter, str | Mapping):
             return network, merge(self._resolved(adapter, held), self._scales)
         if not isinstance(adapter, Sequence):
@@ -213,7 +217,7 @@ class AdapterBank:
             same = adapter.index(each)
             found.append(found[same] if same < number else self._resolved(each, held))
         if not EXPERTS & targets_in(self._zeros):
-            return network, merge(_stacked(self._network, tuple(found)), self._scales)
+            return network, merge(by_row(self._form, tuple(found)), self._scales)
         if any(each is not found[0] for each in found):
             raise ValueError(
                 "rows differ in their adapters, and adapters of experts, which get the tokens of all rows together, "
@@ -228,9 +232,15 @@ class AdapterBank:
         self._check_room(name)
         check_adapters(name, adapters.model.config.lora, targets_in(adapters.params), self._lora)
         check_routers(name, adapters, self.params)
-        self._check_checksums(name, adapters)
-        arrays = padded(name, adapters, self._zeros, param_uses(self._network))
-        held = _Held(self._placed(arrays), adapters.model.config.lora.r)
+        if adapters.checksums is not None and all(x.dtype == np.float32 for x in jax.tree.leaves(self.params)):
+            if self._checksums is None:  # those of weights that were cast would be others
+                self._checksums = array_checksums(self.params)
+            check_checksums(name, adapters.checksums, self._checksums)
+        arrays, magnitudes = map(self._form.placed, padded(name, adapters, self._form))
+        lora = adapters.model.config.lora
+        if lora.dora:
+            arrays = with_shares(self._form, self._adapted, arrays, magnitudes, self._scales)
+        held = _Held(arrays, lora.r, lora.dora)
         with self._writing:
             self._check_room(name)
             self._held = MappingProxyType({**self._held, name: held})
@@ -241,20 +251,6 @@ class AdapterBank:
             raise ValueError(
                 f"the bank is full: its {self.slots} slots hold {_listed(held)}. Remove one before {name!r} is added, "
                 "or make a bank with more slots"
-            )
-
-    def _check_checksums(self, name: str, adapters: Adapters) -> None:
-        """Raises ValueError where a run's adapters were trained on other weights, as far as that can be told."""
-        if adapters.checksums is None or any(x.dtype != np.float32 for x in jax.tree.leaves(self.params)):
-            return  # those of weights that were cast are others
-        if self._checksums is None:
-            self._checksums = array_checksums(self.params)
-        ours, theirs = self._checksums, adapters.checksums
-        differ = sorted(path for path in ours.keys() | theirs.keys() if ours.get(path) != theirs.get(path))
-        if differ:
-            raise ValueError(
-                f"{name!r} was trained on another base: {len(differ)} weights differ, such as {differ[0]}. Make a bank "
-                "of the base that the run's init_from names"
             )
 
     def _check_model(self, model: ByteTransformer) -> None:
@@ -271,10 +267,16 @@ class AdapterBank:
         if choice is None:
             return self._zeros
         if isinstance(choice, str):
-            return self._known(choice, held).factors
+            return self._known(choice, held).arrays
         if not isinstance(choice, Mapping) or not choice:
             raise ValueError(f"an adapter is {choice!r}: give a name, names with what to multiply them by, or None")
         parts = {name: self._known(name, held) for name in choice}
+        multiplied = [name for name, part in parts.items() if part.dora]
+        if multiplied:
+            raise ValueError(
+                f"adapter {multiplied[0]!r} has DoRA, which multiplies outputs and is no sum: choose it alone, by its "
+                "name"
+            )
         total = sum(part.rank for part in parts.values())
         if total > self.max_rank:
             ranks = " + ".join(f"{part.rank} of {name}" for name, part in parts.items())
@@ -287,27 +289,9 @@ class AdapterBank:
             weight = choice[name]
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
                 raise ValueError(f"adapter {name!r} is multiplied by {weight!r}: give a finite number")
-            summed = _joined(self._network, summed, part.factors, np.int32(rank), np.float32(weight))
+            summed = joined(self._form, summed, part.arrays, np.int32(rank), np.float32(weight))
             rank += part.rank
         return summed
-
-    def _fresh(self) -> tuple[Params, Params]:
-        """Factors of 1, and A and B of zeros, which are the adapter of rows without one."""
-        compute = jnp.dtype(self.model.config.compute_dtype)
-
-        def array(use: WeightUse, shape: jax.ShapeDtypeStruct) -> np.ndarray:
-            if use.tracked:
-                return np.ones(shape.shape, np.float32)
-            return np.zeros(shape.shape, jnp.float32 if use.float32 else compute)
-
-        adapters = split(jax.tree.map(array, param_uses(self._network), param_shapes(self._network)))[0]
-        return partition(adapters, lambda path: path[-1].endswith(SCALE))
-
-    def _placed(self, arrays: Params) -> Params:
-        if self._places is None:
-            return jax.tree.map(jnp.asarray, arrays)
-        own = set(_paths(arrays))
-        return jax.tree.map(split_array, arrays, partition(self._places, lambda path: path in own)[0])
 
 
 def _read(
@@ -327,59 +311,5 @@ def _shapes(model: ByteTransformer) -> Params:
     return jax.tree.map(lambda leaf: leaf.shape, param_shapes(model))
 
 
-def _paths(tree: Params) -> list[tuple[str, ...]]:
-    return [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def _listed(held: Mapping[str, _Held]) -> str:
     return ", ".join(map(repr, held))
-
-
-@partial(jax.jit, static_argnames="network")
-def _merge(network: ByteTransformer, adapted: Params, adapters: Params) -> Params:
-    uses = param_uses(network)
-    whole = merged(adapted, adapters, uses)
-    return _like(jax.tree.map(lambda x, like: x.astype(like.dtype), whole, adapted), uses)
-
-
-@partial(jax.jit, static_argnames="network")
-def _joined(network: ByteTransformer, first: Params, second: Params, rank: jax.Array, weight: jax.Array) -> Params:
-    """The sum of two adapters: inner channels of the second, times a weight, come behind ``rank`` ones of the first."""
-
-    def join(path: tuple[jax.tree_util.DictKey, ...], x: jax.Array, y: jax.Array, use: WeightUse) -> jax.Array:
-        y = y.astype(jnp.float32) * weight if path[-1].key.endswith(B) else y
-        return x + jnp.roll(y, rank, axis=use.axes.index(RANK)).astype(x.dtype)
-
-    uses = param_uses(network)
-    return _like(jax.tree_util.tree_map_with_path(join, first, second, _part(uses, first)), uses)
-
-
-@partial(jax.jit, static_argnames="network")
-def _stacked(network: ByteTransformer, rows: tuple[Params, ...]) -> Params:
-    """Adapters of rows with an axis of rows, behind that of layers."""
-
-    def stack(use: WeightUse, *each: jax.Array) -> jax.Array:
-        at = use.axes[:1] == ("layers",)
-        whole = jnp.stack(each, axis=int(at))
-        mesh = current_mesh()
-        if mesh is None:
-            return whole
-        axes = (*use.axes[:at], "batch", *use.axes[at:])
-        return jax.lax.with_sharding_constraint(whole, kept_spec_of(axes, whole.shape, mesh))
-
-    return jax.tree.map(stack, _part(param_uses(network), rows[0]), *rows)
-
-
-def _like(made: Params, uses: Params) -> Params:
-    """Arrays as they are kept on the mesh that is set."""
-    mesh = current_mesh()
-    if mesh is None:
-        return made
-    return jax.tree.map(
-        lambda use, x: jax.lax.with_sharding_constraint(x, kept_spec(use, x.shape, mesh)), _part(uses, made), made
-    )
-
-
-def _part(tree: Params, like: Params) -> Params:
-    """What a tree says of the leaves of another one."""
-    return {name: _part(tree[name], value) if isinstance(value, dict) else tree[name] for name, value in like.items()}

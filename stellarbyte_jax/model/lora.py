@@ -4,8 +4,8 @@ R is the rank. An adapter of a weight ``w`` is two more weights beside it, ``w_l
 and ``w_lora_b`` with what it gives, a factor ``w_lora_scale`` that is not trained, and with DoRA a magnitude
 ``w_lora_m``. The factor is 0 in layers that have no adapter: all layers of a stack have arrays of one shape.
 
-In generation each row of a batch may have adapters of its own: A and B, and neither factor nor magnitude, then have an
-axis of rows before the others.
+In generation each row of a batch may have adapters of its own: A and B then have an axis of rows before the others. So
+has ``w_lora_share``, which is there in place of a magnitude: what DoRA multiplies outputs by, computed before.
 """
 
 import math
@@ -27,7 +27,7 @@ from stellarbyte_jax.sharding import gather
 
 _FLOAT32 = jnp.dtype(jnp.float32)
 RANK = "lora_rank"
-A, B, MAGNITUDE, SCALE = "_lora_a", "_lora_b", "_lora_m", "_lora_scale"
+A, B, MAGNITUDE, SCALE, SHARE = "_lora_a", "_lora_b", "_lora_m", "_lora_scale", "_lora_share"
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "none": lambda x: x,
@@ -49,7 +49,7 @@ _TARGETS = {
 
 def is_adapter(path: tuple[str, ...]) -> bool:
     """Whether the weight at a path is part of an adapter."""
-    return path[-1].endswith((A, B, MAGNITUDE, SCALE))
+    return path[-1].endswith((A, B, MAGNITUDE, SCALE, SHARE))
 
 
 def is_learnt(config: LoRAConfig, path: tuple[str, ...]) -> bool:
@@ -118,6 +118,8 @@ class Adapter:
       b: [batch, R, output], likewise.
       scale: float32 scalar.
       magnitude: of DoRA [batch, output]; None: it is none.
+      known_share: of DoRA in generation, float32 like the magnitude, or such an array for each row; None: it is to be
+        computed, where there is a magnitude.
       names_a: axis of each letter of ``a``, without that of rows.
       names_b: likewise.
       contracted: dimensions of the matrix that are summed over.
@@ -134,6 +136,7 @@ class Adapter:
     b: Array
     scale: Array
     magnitude: Array | None
+    known_share: Array | None
     names_a: Mapping[str, str]
     names_b: Mapping[str, str]
     contracted: tuple[int, ...]
@@ -143,14 +146,18 @@ class Adapter:
         """The product with the adapter, from that of the matrix alone; ``x`` is what it read."""
         low = self.low_rank(x)
         result = result + product(self.out, low.h, low.b, self.names_b, result.dtype, self.precision)
-        if self.magnitude is None:
+        share = self._share()
+        if share is None:
             return result
-        output = self.out.partition("->")[2].replace(".", "")
+        first, _, last = self.out.partition("->")[2].partition("...")
         rest = [letter for n, letter in enumerate(self.letters) if n not in self.contracted]
-        order = [letter for letter in output if letter in rest]
-        share = jnp.transpose(self._share(), [rest.index(letter) for letter in order])
-        sizes = [share.shape[order.index(letter)] if letter in order else 1 for letter in output]
-        return result * share.reshape([1] * (result.ndim - len(output)) + sizes).astype(result.dtype)
+        rest = ["B", *rest] if share.ndim > len(rest) else rest
+        order = [letter for letter in first + last if letter in rest]
+        share = jnp.transpose(share, [rest.index(letter) for letter in order])
+        sizes = dict(zip(order, share.shape, strict=True))
+        sizes_of_first, sizes_of_last = ([sizes.get(letter, 1) for letter in part] for part in (first, last))
+        between = [1] * (result.ndim - len(first + last))
+        return result * share.reshape(*sizes_of_first, *between, *sizes_of_last).astype(result.dtype)
 
     def low_rank(self, x: Float[Array, "..."]) -> LowRank:
         """Inner channels of what the product reads, in its dtype, and the matrix behind them, without a magnitude."""
@@ -163,20 +170,20 @@ class Adapter:
 
     def factors(self, matrix: Array) -> Factors:
         """With the matrix, in its dtype; all of it as it is kept on a mesh."""
-        share = None if self.magnitude is None else self._share()
+        share = self._share()
         return Factors(matrix, materialise(self.a, matrix.dtype), self._scaled_b(matrix.dtype), share)
 
     def factor_axes(self, axes: tuple[str, ...]) -> Factors:
         """Axes of :meth:`factors`, with those of the matrix."""
         rest = tuple(axis for n, axis in enumerate(axes) if n not in self.contracted)
-        share = None if self.magnitude is None else rest
+        share = None if self.magnitude is None and self.known_share is None else rest
         return Factors(axes, tuple(self.names_a.values()), tuple(self.names_b.values()), share)
 
     def merged(self, matrix: Array) -> Array:
         """The matrix with the adapter in it, in its dtype."""
-        whole = matrix.astype(jnp.float32) + self._delta()
-        if self.magnitude is not None:
-            whole = whole * jnp.expand_dims(self._share(), self.contracted)
+        whole, share = matrix.astype(jnp.float32) + self._delta(), self._share()
+        if share is not None:
+            whole = whole * jnp.expand_dims(share, self.contracted)
         return whole.astype(matrix.dtype)
 
     def _scaled_b(self, dtype: jnp.dtype) -> Array:
@@ -187,9 +194,10 @@ class Adapter:
         spec = f"{''.join(self.names_a)},{''.join(self.names_b)}->{self.letters}"
         return jnp.einsum(spec, materialise(self.a, _FLOAT32), self._scaled_b(_FLOAT32))
 
-    def _share(self) -> Array:
+    def _share(self) -> Array | None:
         """What DoRA multiplies outputs by: the magnitude by the length of the weights, which has no gradient."""
-        assert self.magnitude is not None
+        if self.magnitude is None:
+            return self.known_share
         whole = jax.lax.stop_gradient(materialise(self.stored, _FLOAT32) + self._delta())
         length = jnp.sqrt(jnp.sum(jnp.square(whole), axis=self.contracted))
         # Where a layer has no adapter, the magnitude has no part in it either.
@@ -234,9 +242,12 @@ def adapter_of(
     into, out = f"{x},{''.join(names_a)}->{inner}", f"{inner},{''.join(names_b)}->{result}"
     if a.ndim > len(names_a):
         into, out = _by_row(into), _by_row(out)
-    magnitude = None
-    if config.dora:
-        shape = {axis: size for axis, size in axes.items() if axis not in contracted}
+    magnitude = known_share = None
+    shape = {axis: size for axis, size in axes.items() if axis not in contracted}
+    if module.has_variable("params", name + SHARE):
+        ones = nn.initializers.ones
+        known_share = param(module, name + SHARE, ones, shape, batch=batch, float32=True, by_row=True)
+    elif config.dora:
         # Filled with the lengths of the weights that a run begins with, see ``lora.with_adapters``.
         magnitude = param(module, name + MAGNITUDE, nn.initializers.ones, shape, batch=batch, float32=True)
     return Adapter(
@@ -250,6 +261,7 @@ def adapter_of(
         b=b,
         scale=_scale(module, name, config),
         magnitude=magnitude,
+        known_share=known_share,
         names_a=names_a,
         names_b=names_b,
         contracted=tuple(n for n, axis in enumerate(axes) if axis in contracted),

@@ -52,6 +52,8 @@ def learnt(config, seed=0, **lora):
     numbers, lora = np.random.default_rng(seed), model.config.lora
 
     def drawn(path, leaf):
+        if path[-1].key.endswith("_m"):
+            return 1 + numbers.random(leaf.shape, np.float32)
         if not path[-1].key.endswith("_scale"):
             return np.float32(0.2) * numbers.standard_normal(leaf.shape, np.float32)
         has = [not leaf.shape or lora.layers is None or layer in lora.layers for layer in range(leaf.size)]
@@ -114,6 +116,29 @@ def test_rows_without_an_adapter_are_the_base_in_bfloat16_too():
     assert np.abs(found.log_probs[1] - base.log_probs[1]).max() > 0.01
 
 
+@pytest.mark.slow
+def test_rows_may_have_dora():
+    """Beside rows without it; layers without an adapter keep their lengths."""
+    model, params = make_model(SMALL)
+    loras = {
+        "a": {"r": 2, "dora": True, "target_modules": ("q", "gate_up", "head"), "layers": (1,)},
+        "b": {"target_modules": ("k", "down")},
+        "c": {"r": 1, "dora": True, "target_modules": ("o",)},
+    }
+    both = {name: learnt(SMALL, seed, **lora) for seed, (name, lora) in enumerate(loras.items())}
+    bank = AdapterBank.holding(model, params, both)
+    weights = {name: merged_by_hand(merge(adapters, params)) for name, (_, adapters) in both.items()}
+    found, base = texts(bank, ["a", "b", None, "c"]), texts(bank, None)
+    for row, name in ((0, "a"), (1, "b"), (3, "c")):
+        same(found, texts(bank, None, weights[name]), [row])
+        assert np.abs(found.log_probs[row] - base.log_probs[row]).max() > 0.01
+    np.testing.assert_array_equal(found.log_probs[2], base.log_probs[2])
+    same(texts(bank, {"b": 1}), texts(bank, None, weights["b"]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), bank.merge("a"), weights["a"])
+    with pytest.raises(ValueError, match="adapter 'c' has DoRA, which multiplies outputs and is no sum: choose it"):
+        texts(bank, {"b": 1, "c": 1})
+
+
 @pytest.mark.parametrize("name", ["a", "b", "sum"])
 def test_one_adapter_of_all_rows_is_that_merged(name):
     bank, weights = bank_of(DENSE_KIND)
@@ -122,7 +147,7 @@ def test_one_adapter_of_all_rows_is_that_merged(name):
 
 @pytest.mark.slow
 def test_adapters_of_experts_are_the_same_for_all_rows():
-    network, (model, params) = learnt(EXPERTS, 1, target_modules=("experts", "q")), make_model(EXPERTS)
+    network, (model, params) = learnt(EXPERTS, 1, dora=True, target_modules=("experts", "q")), make_model(EXPERTS)
     bank = AdapterBank.holding(model, params, {"a": network})
     expected = texts(bank, None, merged_by_hand(merge(network[1], params)))
     same(texts(bank, "a"), expected)
@@ -184,7 +209,7 @@ def test_a_call_goes_on_with_what_it_began_with():
     bank = empty(DENSE_KIND)
     both = networks(DENSE_KIND)
     bank.add("a", both["a"])
-    arrays = bank._held["a"].factors
+    arrays = bank._held["a"].arrays
     before = jax.tree.map(np.array, arrays)
     expected = texts(bank, ["a", None, "a", "a"])
     stream = stream_generate(bank.model, bank, PROMPTS, adapter=["a", None, "a", "a"], max_new_tokens=6)
@@ -240,6 +265,7 @@ def test_threads_generate_while_another_one_adds_and_removes():
             np.testing.assert_array_equal(each.log_probs, expected[number].log_probs)
 
 
+@pytest.mark.slow
 def test_warm_up_compiles_what_the_call_needs(compiled):
     model, params = make_model(dataclasses.replace(SMALL, num_hidden_layers=1))
     bank = AdapterBank.holding(model, params, {"a": learnt(model.config, 1, target_modules=("q",))})
@@ -286,7 +312,7 @@ def test_texts_on_a_mesh_are_those_of_one_device(sizes, kind):
         if len(sizes) == 1:
             same(texts(bank, "b"), texts(bank, None, bank.merge("b")))
         _, rows = bank.chosen(bank.model, choices, 4)
-    for tree, heads in ((bank._held["b"].factors, 2), (rows, 3)):  # [L, R, N, H] and [L, B, R, N, H]
+    for tree, heads in ((bank._held["b"].arrays, 2), (rows, 3)):  # [L, R, N, H] and [L, B, R, N, H]
         b = tree["layers"]["0"]["attn"]["q_lora_b"]
         assert b.sharding.shard_shape(b.shape)[heads] == b.shape[heads] // 2
     assert b.sharding.shard_shape(b.shape)[1] == 4 // sizes.get("data", 1) // sizes.get("fsdp", 1)

@@ -116,7 +116,7 @@ def test_adapters_of_runs_and_of_peft_and_those_of_another_base(base, tmp_path):
     bank.add("run", tmp_path / "peft")  # takes the place of the other one: the bank is not full
     loaded = load_adapter(tmp_path / "peft")
     bank.add("loaded", loaded)
-    held = [each.factors for each in bank._held.values()]
+    held = [each.arrays for each in bank._held.values()]
     for other in held[1:]:
         jax.tree.map(np.testing.assert_array_equal, held[0], other)
     jax.tree.map(
@@ -169,7 +169,10 @@ BAD = {
         lambda: refused(small_config(**SIZES, moe={"num_experts": 2, "first_k_dense_replace": 1})),
         "another base: .*layers/1/attn/k_lora_a is none of the base's",
     ),
-    "dora": (lambda: refused(dora=True), "'x' has DoRA, .*: generate with the merged weights"),
+    "dora": (
+        lambda: refused(dora=True),
+        "'x' has DoRA, which multiplies outputs besides: make the bank with dora=True",
+    ),
     "activation": (lambda: refused(activation="silu"), "lora.activation=silu, and all adapters of a bank are linear"),
     "saved": (lambda: refused(modules_to_save=("norms",)), r"trained with norms whole \(lora.modules_to_save\)"),
     "none": (lambda: (ByteTransformer(small_config(**SIZES)), {}), r"'x' has no adapters \(lora.r is 0\)"),

@@ -106,7 +106,7 @@ def read_adapter(
 ) -> tuple[ByteTransformer, Params]:
     """The same network, and its adapters alone: the weights of the base are not read.
 
-    Magnitudes of DoRA are those of the file, and what it holds whole (``lora.modules_to_save``) is left out.
+    Magnitudes of DoRA are NaN where the file has none, and what it holds whole (``lora.modules_to_save``) is left out.
 
     Args:
       directory: as for :func:`load_adapter`.
@@ -359,7 +359,8 @@ def _filled(adapters: Params, model: ByteTransformer, read: _Read) -> Params:
     def before(path: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
         if isinstance(leaf, jax.Array) and path.endswith((SCALE, MAGNITUDE)):
             return np.array(leaf)
-        return np.full(leaf.shape, ours if path.endswith(SCALE) else 0, np.float32)
+        empty = {SCALE: ours, MAGNITUDE: np.nan}
+        return np.full(leaf.shape, next((x for end, x in empty.items() if path.endswith(end)), 0), np.float32)
 
     arrays = {path: before(path, leaf) for path, leaf in flatten(adapters).items()}
     for each in read.adapters:

@@ -1,4 +1,4 @@
-"""Adapters of other settings as arrays of a bank."""
+"""Which adapters a bank can hold: what is wrong with others, and what to do."""
 
 from collections.abc import Mapping
 
@@ -8,8 +8,8 @@ from stellarbyte_jax.checkpoint.adapters import Adapters
 from stellarbyte_jax.config import LoRAConfig
 from stellarbyte_jax.config.foreign import listed
 from stellarbyte_jax.hf.peft.modules import target_of
-from stellarbyte_jax.hf.tensors import flatten, put_leaf
-from stellarbyte_jax.model.lora import RANK, SCALE, A, B
+from stellarbyte_jax.hf.tensors import flatten
+from stellarbyte_jax.model.lora import RANK, A
 from stellarbyte_jax.model.state.router import is_tracked
 from stellarbyte_jax.model.trees import Params, Uses
 
@@ -29,8 +29,8 @@ def check_adapters(name: str, lora: LoRAConfig, targets: frozenset[str], bank: L
     """Raises ValueError where adapters of these settings are none that a bank of those can hold."""
     if not lora.r:
         raise ValueError(f"{name!r} has no adapters (lora.r is 0): give a network with adapters")
-    if lora.dora:
-        raise ValueError(f"{name!r} has DoRA, whose lengths of outputs are no product of A and B: {_MERGED}")
+    if lora.dora and not bank.dora:
+        raise ValueError(f"{name!r} has DoRA, which multiplies outputs besides: make the bank with dora=True")
     if lora.activation != "none":
         raise ValueError(
             f"{name!r} has lora.activation={lora.activation}, and all adapters of a bank are linear: generate with the "
@@ -71,37 +71,20 @@ def check_routers(name: str, adapters: Adapters, base: Params) -> None:
             )
 
 
-def padded(name: str, adapters: Adapters, empty: Params, uses: Uses) -> Params:
-    """A, and B with the factor in it, with zeros up to the bank's rank, and of all weights of the bank.
-
-    Args:
-      name: of the adapter, for messages.
-      adapters: what :func:`check_adapters` let pass.
-      empty: arrays of the bank without an adapter.
-      uses: of the bank's weights.
-
-    Raises:
-      ValueError: shapes are those of another base.
-    """
-    given, of = flatten(adapters.params), flatten(uses)
-    arrays = {path: np.zeros(x.shape, x.dtype) for path, x in flatten(empty).items()}
-    factors = {path: x for path, x in given.items() if path.endswith((A, B))}
-    _check_shapes(name, factors, arrays, of, adapters.model.config.lora.r)
-    for path, x in factors.items():
-        x = np.asarray(x).astype(np.float32)
-        if path.endswith(B):
-            scale = np.asarray(given[path.removesuffix(B) + SCALE], np.float32)
-            x = x * scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
-        arrays[path][tuple(map(slice, x.shape))] = x.astype(arrays[path].dtype)
-    made: Params = {}
-    for path, array in arrays.items():
-        put_leaf(made, path, array)
-    return made
+def check_checksums(name: str, theirs: Mapping[str, int], ours: Mapping[str, int]) -> None:
+    """Raises ValueError where adapters were trained on other weights, by ``checksum.array_checksums`` of both."""
+    differ = sorted(path for path in ours.keys() | theirs.keys() if ours.get(path) != theirs.get(path))
+    if differ:
+        raise ValueError(
+            f"{name!r} was trained on another base: {len(differ)} weights differ, such as {differ[0]}. Make a bank of "
+            "the base that the run's init_from names"
+        )
 
 
-def _check_shapes(
+def check_shapes(
     name: str, given: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], uses: Uses, rank: int
 ) -> None:
+    """Raises ValueError where A and B of a rank, by path, are not of the weights that the arrays of a bank are of."""
     wrong = [f"{path} is none of the base's" for path in given if path not in arrays]
     for path, x in ((path, x) for path, x in given.items() if path in arrays):
         axes = zip(uses[path].axes, arrays[path].shape, strict=True)
