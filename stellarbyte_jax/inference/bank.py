@@ -17,7 +17,7 @@ import numpy as np
 
 from stellarbyte_jax.checkpoint.adapters import Adapters, read_adapters
 from stellarbyte_jax.checkpoint.checksum import array_checksums
-from stellarbyte_jax.config import LoRAConfig
+from stellarbyte_jax.config import ByteConfig, LoRAConfig
 from stellarbyte_jax.hf.tensors import flatten
 from stellarbyte_jax.inference.bank_arrays import Form, by_row, joined, merge_into, padded, with_shares
 from stellarbyte_jax.inference.bank_checks import (
@@ -99,7 +99,7 @@ class AdapterBank:
         self.model, self.params, self.slots, self.max_rank = model, params, slots, max_rank
         # Adapters have their own factors in B, so that the network's is 1.
         lora = LoRAConfig(r=max_rank, lora_alpha=float(max_rank), target_modules=tuple(target_modules), dora=dora)
-        self._lora, self._form = lora, Form(_with_adapters(model, lora))
+        self._lora, self._form = lora, Form(_with_adapters(model.config, lora))
         self._writing = threading.Lock()
         self._held: Mapping[str, _Held] = MappingProxyType({})
         self._checksums: Mapping[str, int] | None = None
@@ -205,7 +205,7 @@ class AdapterBank:
         held = self._held
         if adapter is None:
             return model, {}
-        network = _with_adapters(model, dataclasses.replace(self._lora, dora=False))
+        network = _with_adapters(model.config, dataclasses.replace(self._lora, dora=False))
         if isinstance(adapter, str | Mapping):
             return network, merge(self._resolved(adapter, held), self._scales)
         if not isinstance(adapter, Sequence):
@@ -303,8 +303,8 @@ def _read(
 
 
 @lru_cache(maxsize=64)
-def _with_adapters(model: ByteTransformer, lora: LoRAConfig) -> ByteTransformer:
-    return ByteTransformer(dataclasses.replace(model.config, lora=lora))
+def _with_adapters(config: ByteConfig, lora: LoRAConfig) -> ByteTransformer:
+    return ByteTransformer(dataclasses.replace(config, lora=lora))
 
 
 def _shapes(model: ByteTransformer) -> Params:

@@ -131,14 +131,15 @@ def merge_into(form: Form, weights: Params, adapters: Params) -> Params:
 @partial(jax.jit, static_argnames="form")
 def joined(form: Form, first: Params, second: Params, rank: jax.Array, weight: jax.Array) -> Params:
     """The sum of two adapters: inner channels of the second, times a weight, come behind ``rank`` ones of the first."""
+    uses, others = flatten(form.uses), flatten(second)
 
-    def join(path: tuple[jax.tree_util.DictKey, ...], x: jax.Array, y: jax.Array, use: WeightUse) -> jax.Array:
-        if path[-1].key.endswith(SHARE):
+    def join(path: str, x: jax.Array) -> jax.Array:
+        if path.endswith(SHARE):
             return x
-        y = y.astype(jnp.float32) * weight if path[-1].key.endswith(B) else y
-        return x + jnp.roll(y, rank, axis=use.axes.index(RANK)).astype(x.dtype)
+        y = others[path].astype(jnp.float32) * weight if path.endswith(B) else others[path]
+        return x + jnp.roll(y, rank, axis=uses[path].axes.index(RANK)).astype(x.dtype)
 
-    return _kept(form, jax.tree_util.tree_map_with_path(join, first, second, _part(form.uses, first)))
+    return _kept(form, _tree({path: join(path, x) for path, x in flatten(first).items()}))
 
 
 @partial(jax.jit, static_argnames="form")
