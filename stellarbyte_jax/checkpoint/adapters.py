@@ -8,6 +8,7 @@ from stellarbyte_jax.checkpoint.source import find_source
 from stellarbyte_jax.checkpoint.weights import load_base, load_weights
 from stellarbyte_jax.hf.peft import read_adapter
 from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.lora import is_adapter
 from stellarbyte_jax.model.trees import Params
 
 
@@ -54,4 +55,7 @@ def read_adapters(
     config, params = load_weights(source.path, source.step)
     if not config.model.lora.r:
         raise ValueError(f"{path} is a run without adapters, of all weights: generate with it itself")
-    return Adapters(ByteTransformer(config.model), params, load_base(source.path, source.step)["checksums"])
+    checksums = load_base(source.path, source.step)["checksums"]
+    if any(is_adapter(tuple(path.split("/"))) for path in checksums):
+        checksums = None  # the base has adapters itself, so that its weights as they are used have others
+    return Adapters(ByteTransformer(config.model), params, checksums)

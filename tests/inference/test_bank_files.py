@@ -133,6 +133,8 @@ def test_adapters_of_runs_and_of_peft_and_those_of_another_base(base, tmp_path):
         ValueError, match=r"'run' was trained on another base: 1 weights differ, such as embed/emb.* Make"
     ):
         other.add("run", tmp_path / "run")
+    save_run(tmp_path / "second", *ours, load_adapter(tmp_path / "peft")[1])
+    other.add("run", tmp_path / "second")  # whose base had adapters itself, merged since
     other.add("run", tmp_path / "peft")  # which says nothing of the weights
     cast = AdapterBank(model, jax.tree.map(lambda x: x.astype("bfloat16"), params), max_rank=2)
     cast.add("run", tmp_path / "run")
