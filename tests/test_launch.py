@@ -211,6 +211,24 @@ def test_a_signal_that_comes_twice_at_once_is_one(second, monkeypatch):
     assert left == [128 + second]
 
 
+def test_who_listened_before_a_run_listens_again_after_it():
+    """As the group of a process's run does, which ends the others."""
+    heard = []
+    outer = signals.LeaveAt(1, heard.append)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        outer.start([signal.SIGTERM])
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupt.signal == signal.SIGTERM and not heard
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: heard, 2)
+    finally:
+        outer.stop()
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+
+
 def test_signals_of_children_are_not_counted():
     done = subprocess.run([sys.executable, "-c", IN_XLA, "fork"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.endswith("there\n"), done.stderr

@@ -119,6 +119,7 @@ def test_options_go_before_the_environment():
         (("a:1", 2, None), {}, "belong together, and --process is missing"),
         ((None, 2, None), {}, "--coordinator and --process is missing"),
         (("a:1", 2, 2), {}, "--process 2 is none of --processes 2: they are 0 to 1"),
+        (("a:1", 1, 1), {}, "--process 1 is none of --processes 1: they are 0 to 0"),
         (("a", 2, 1), {}, "--coordinator a is no HOST:PORT"),
         (("a:65536", 2, 1), {}, r"--coordinator a:65536 is no HOST:PORT, .* \(ports: 1 to 65535\)"),
         (("a:0", 2, 0), {}, "--coordinator a:0 is no HOST:PORT"),

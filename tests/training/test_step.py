@@ -23,7 +23,7 @@ from helpers.training import (
     start,
 )
 
-from stellarbyte_jax.config import DataConfig, LossConfig
+from stellarbyte_jax.config import DataConfig, LossConfig, MoEConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, forward, logits
 from stellarbyte_jax.model.io import Aux, Inputs, State
 from stellarbyte_jax.training import step as step_module
@@ -101,10 +101,11 @@ def test_metrics_of_a_step():
     assert metrics["target_tokens"] == np.sum(batch["loss_mask"][:, 1:] & continues)
 
 
-def test_a_batch_without_targets_gives_zero_and_not_nan():
-    state, step = start(settings())
+@pytest.mark.parametrize(("parts", "without"), [(1, ["loss_mask"]), (2, ["loss_mask", "segment_ids"])])
+def test_a_batch_without_targets_gives_zero_and_not_nan(parts, without):
+    state, step = start(settings(gradient_accumulation_steps=parts))
     batch = packed_batch()
-    after, metrics = step(state, {**batch, "loss_mask": np.zeros_like(batch["loss_mask"])})
+    after, metrics = step(state, {**batch, **{name: np.zeros_like(batch[name]) for name in without}})
     assert float(metrics["loss"]) == float(metrics["gradient_norm"]) == float(metrics["target_tokens"]) == 0
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after.params))
 
@@ -193,6 +194,39 @@ def test_an_update_of_a_gradient_that_is_no_number_is_not_applied(monkeypatch, p
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"]) and not metrics["finite"]
     for name in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
+
+
+def test_an_update_of_a_loss_that_is_no_number_is_not_applied(monkeypatch):
+    """Nor what routers count of it."""
+
+    def infinite(*args, **kwargs):
+        total, sums, out = batch_loss(*args, **kwargs)
+        return total + jnp.inf, sums, out
+
+    monkeypatch.setattr(step_module, "batch_loss", infinite)
+    moe = MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=8)
+    before, after, metrics = one_step(model=dataclasses.replace(MODEL, moe=moe))
+    assert np.isfinite(metrics["gradient_norm"]) and not metrics["finite"]
+    assert jax.tree.leaves(before.frozen)
+    for name in ("params", "opt_state", "ema", "frozen"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
+
+
+def test_padding_counts_as_one_more_document(monkeypatch):
+    """Kernels for packed rows leave out the documents beyond the number that they are told."""
+    told = []
+
+    def watched(*args, **kwargs):
+        told.append(kwargs["max_segments"])
+        return batch_loss(*args, **kwargs)
+
+    monkeypatch.setattr(step_module, "batch_loss", watched)
+    config = settings(data=DataConfig(sequence_length=16, max_documents_per_sequence=3))
+    model = ByteTransformer(config.model)
+    state = jax.eval_shape(lambda: create_state(config, model, RECORDER))
+    jax.eval_shape(make_train_step(config, model, RECORDER, make_schedule(config)), state, packed_batch())
+    jax.eval_shape(make_eval_step(config, model, None), state.params, packed_batch(), State())
+    assert told == [4, 4]
 
 
 def test_weights_that_overflow_are_told():
