@@ -14,6 +14,7 @@ import types
 import pytest
 from helpers.processes import until
 
+from stellarbyte_jax import launch
 from stellarbyte_jax.command import remedy
 from stellarbyte_jax.launch import (
     Interrupt,
@@ -120,6 +121,15 @@ def test_a_file_system_without_locks_is_told_and_left_as_it_was(tmp_path, monkey
     with pytest.raises(OSError, match=told), RunLock(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_sees_another_owner_has_another_directory(tmp_path, monkeypatch):
+    """On its own disk, where an earlier run was killed."""
+    monkeypatch.setattr(launch, "_SEEN_SECONDS", 0.3)
+    with RunLock(tmp_path) as lock:
+        RunLock(tmp_path).see(lock.owner())
+        with pytest.raises(OSError, match=f"output_dir {tmp_path} on .* is not the directory that process 9 on b"):
+            RunLock(tmp_path).see("process 9 on b")
 
 
 def test_a_lock_that_was_given_back_names_nobody(tmp_path):

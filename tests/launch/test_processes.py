@@ -239,6 +239,24 @@ def test_what_libraries_say_of_a_lost_process_waits_until_it_is_known_who_it_is(
     assert one._client.kept["failed/1"] == str(error) and "gone/1" in one._client.kept
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (group.PeerError("process 2 of 3 left at SIGTERM", 143), 143),
+        (SystemExit(3), 3),
+        (ConfigError("steps=0"), 2),
+        (OSError("No space left on device"), 1),
+    ],
+)
+def test_a_process_that_told_the_others_of_its_error_ends_with_its_status(error, code, member, monkeypatch):
+    one, left = member(1), []
+    monkeypatch.setattr(group.os, "_exit", left.append)
+    one.fail(error)
+    one._leave()
+    assert left == [code]
+
+
 def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setattr(processes, "_START_SECONDS", 0.5)
     with socket.socket() as free:

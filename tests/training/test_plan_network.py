@@ -110,7 +110,8 @@ def test_tokens_go_to_experts_and_back_once_more_where_layers_are_computed_again
         plan = plan_on("model.num_hidden_layers=2", "model.moe.num_experts=4", f"model.remat={remat}", expert=4)
         layers = plan.config.model.num_hidden_layers
         found = [
-            calls(Exchange(kind, "expert", "tokens", 1), plan) for kind in ("all-to-all", "all-gather", "reduce-scatter")
+            calls(Exchange(kind, "expert", "tokens", 1), plan)
+            for kind in ("all-to-all", "all-gather", "reduce-scatter")
         ]
         assert found == [layers * slots, layers * gathered, layers * 2]
 
