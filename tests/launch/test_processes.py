@@ -1,6 +1,7 @@
 """Who belongs to a run: options, environment and launchers; and processes that do not find each other."""
 
 import contextlib
+import signal
 import socket
 import threading
 from types import SimpleNamespace
@@ -255,6 +256,19 @@ def test_a_process_that_told_the_others_of_its_error_ends_with_its_status(error,
     one.fail(error)
     one._leave()
     assert left == [code]
+
+
+def test_signals_that_are_ignored_stay_so_in_a_group(member):
+    """nohup: processes are to outlive their terminal."""
+    one, before = member(1), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        one.leave_at_signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.SIGTERM in one._handlers
+    finally:
+        one._signals.stop()
+        for number, handler in one._handlers.items():
+            signal.signal(number, handler)
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):
