@@ -14,6 +14,7 @@ import types
 import pytest
 from helpers.processes import until
 
+from stellarbyte_jax import launch
 from stellarbyte_jax.command import remedy
 from stellarbyte_jax.launch import (
     Interrupt,
@@ -122,6 +123,15 @@ def test_a_file_system_without_locks_is_told_and_left_as_it_was(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_a_process_that_sees_another_owner_has_another_directory(tmp_path, monkeypatch):
+    """On its own disk, where an earlier run was killed."""
+    monkeypatch.setattr(launch, "_SEEN_SECONDS", 0.3)
+    with RunLock(tmp_path) as lock:
+        RunLock(tmp_path).see(lock.owner())
+        with pytest.raises(OSError, match=f"output_dir {tmp_path} on .* is not the directory that process 9 on b"):
+            RunLock(tmp_path).see("process 9 on b")
+
+
 def test_a_lock_that_was_given_back_names_nobody(tmp_path):
     with RunLock(tmp_path):
         pass
@@ -209,6 +219,24 @@ def test_a_signal_that_comes_twice_at_once_is_one(second, monkeypatch):
         os.kill(os.getpid(), second)
         until(lambda: left, 60)
     assert left == [128 + second]
+
+
+def test_who_listened_before_a_run_listens_again_after_it():
+    """As the group of a process's run does, which ends the others."""
+    heard = []
+    outer = signals.LeaveAt(1, heard.append)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        outer.start([signal.SIGTERM])
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupt.signal == signal.SIGTERM and not heard
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: heard, 2)
+    finally:
+        outer.stop()
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
 
 
 def test_signals_of_children_are_not_counted():

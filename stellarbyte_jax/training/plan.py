@@ -264,7 +264,7 @@ class Planner:
             optimizer=state.optimizer,
             ema=state.ema,
             carried=state.carried,
-            batch=ahead * rows * parts * (length // sizes["context"]) * _TOKEN_BYTES,
+            batch=ahead * rows * parts * length * _TOKEN_BYTES,
             activations=kept.kept,
             working=max(kept.working, update.buffers - kept.kept - kept.logits - collectives),
             logits=kept.logits,

@@ -201,6 +201,13 @@ def test_targets_are_those_of_two_gpus(machine):
     assert row["speedup"] == 1.9 and "target" not in row and row["mesh"] == {"tensor": 4}
 
 
+def test_nothing_is_aimed_at_on_devices_of_a_cpu(machine):
+    machine(platform="cpu")
+    assert benchmark.main("mesh --only fsdp --no-peer --output out.json".split()) == 0
+    row = report()["results"]["fsdp"]
+    assert (row["model"], row["speedup"]) == ("tiny", 1.9) and "target" not in row
+
+
 @pytest.mark.parametrize(("options", "torch"), [("--no-peer", True), ("", False)])
 def test_peers_may_be_left_out(options, torch, machine, capsys):
     made = machine(torch=torch)

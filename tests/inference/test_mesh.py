@@ -1,6 +1,8 @@
 """Texts of a network that is split over devices. On eight CPU devices."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import numpy as np
@@ -132,3 +134,6 @@ def test_each_device_writes_and_reads_the_cache_of_its_rows(sizes, kind):
             assert not found
         else:
             assert found and found <= {(kind, "tensor") for kind in ("all-reduce", "all-gather", "reduce-scatter")}
+            integers = re.findall(r" = s32\[([\d,]+)\]\S* all-gather", program.as_text())
+            sizes_of = [math.prod(map(int, shape.split(","))) for shape in integers]
+            assert all(size <= 4 * 16 for size in sizes_of), "positions of a device's tokens, and not of all slots"

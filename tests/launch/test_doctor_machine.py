@@ -38,6 +38,12 @@ def test_two_gpus_as_their_tool_lists_them(tmp_path, monkeypatch):
         assert line.startswith("GPU 1") and part in line
 
 
+def test_of_many_processes_five_are_named_and_the_others_counted():
+    found = gpus.Gpus(processes=tuple((str(n), f"/usr/bin/p{n}", "10") for n in range(8)))
+    told = only(gpus.check_memory(found, own=0))
+    assert told.what == "other processes: " + ", ".join(f"{n} p{n} (10 MiB)" for n in range(1, 6)) + " and 2 more"
+
+
 def test_without_the_tool_jax_tells_of_memory():
     stats = {"bytes_limit": 3 * 2**30, "bytes_in_use": 2**30}
     devices = [SimpleNamespace(id=1, memory_stats=lambda: stats), SimpleNamespace(id=2, memory_stats=lambda: None)]
@@ -246,7 +252,11 @@ def test_the_memory_of_the_cgroup(tmp_path):
         {"sys/fs/cgroup/memory/job/memory.limit_in_bytes": f"{2**33}", "sys/fs/cgroup/memory.max": "1"},
     )
     free = machine(tmp_path / "0", "0::/\n", {})
-    assert [limits.memory_limit(root) for root in (second, first, free)] == [2**32, 2**33, None]
+    # No limit, as the first version writes it: the largest number of whole pages.
+    endless = machine(
+        tmp_path / "3", "4:memory:/job\n", {"sys/fs/cgroup/memory/job/memory.limit_in_bytes": f"{2**63 - 4096}\n"}
+    )
+    assert [limits.memory_limit(root) for root in (second, first, free, endless)] == [2**32, 2**33, None, None]
     assert limits.machine_memory(free) == 2**35
     told = only(limits.check_memory_limit(second, devices=2**33))
     assert told.level == "warning" and "less than the 8.0 GiB" in told.what
@@ -271,6 +281,7 @@ def test_variables_of_nccl():
     assert [each.level for each in forced] == ["warning", "warning"]
     off = only(limits.check_nccl({"NCCL_NVLS_ENABLE": "0", "NCCL_IB_DISABLE": "0"}, 2))
     assert off.level == "ok"
+    assert only(limits.check_nccl({}, 1)).what == "no variable of NCCL is set", "one GPU exchanges nothing"
 
 
 def test_variables_of_the_client():

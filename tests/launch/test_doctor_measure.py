@@ -18,7 +18,7 @@ from stellarbyte_jax.sharding import make_mesh
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("skew", "level"), [(0.0, "ok"), (5.0, "warning")])
+@pytest.mark.parametrize(("skew", "level"), [(0.0, "ok"), (5.0, "warning"), (-5.0, "warning")])
 def test_processes_meet_and_compare_clocks(skew, level, monkeypatch):
     port, found = free_port(), []
     real = time.time

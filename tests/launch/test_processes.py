@@ -1,6 +1,7 @@
 """Who belongs to a run: options, environment and launchers; and processes that do not find each other."""
 
 import contextlib
+import signal
 import socket
 import threading
 from types import SimpleNamespace
@@ -119,6 +120,7 @@ def test_options_go_before_the_environment():
         (("a:1", 2, None), {}, "belong together, and --process is missing"),
         ((None, 2, None), {}, "--coordinator and --process is missing"),
         (("a:1", 2, 2), {}, "--process 2 is none of --processes 2: they are 0 to 1"),
+        (("a:1", 1, 1), {}, "--process 1 is none of --processes 1: they are 0 to 0"),
         (("a", 2, 1), {}, "--coordinator a is no HOST:PORT"),
         (("a:65536", 2, 1), {}, r"--coordinator a:65536 is no HOST:PORT, .* \(ports: 1 to 65535\)"),
         (("a:0", 2, 0), {}, "--coordinator a:0 is no HOST:PORT"),
@@ -236,6 +238,37 @@ def test_what_libraries_say_of_a_lost_process_waits_until_it_is_known_who_it_is(
     one.fail(error)
     assert seconds == ([50.0] if waits else [])  # longer than the watch takes
     assert one._client.kept["failed/1"] == str(error) and "gone/1" in one._client.kept
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (group.PeerError("process 2 of 3 left at SIGTERM", 143), 143),
+        (SystemExit(3), 3),
+        (ConfigError("steps=0"), 2),
+        (OSError("No space left on device"), 1),
+    ],
+)
+def test_a_process_that_told_the_others_of_its_error_ends_with_its_status(error, code, member, monkeypatch):
+    one, left = member(1), []
+    monkeypatch.setattr(group.os, "_exit", left.append)
+    one.fail(error)
+    one._leave()
+    assert left == [code]
+
+
+def test_signals_that_are_ignored_stay_so_in_a_group(member):
+    """nohup: processes are to outlive their terminal."""
+    one, before = member(1), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        one.leave_at_signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.SIGTERM in one._handlers
+    finally:
+        one._signals.stop()
+        for number, handler in one._handlers.items():
+            signal.signal(number, handler)
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_coordinator_that_does_not_answer_is_named(monkeypatch):

@@ -140,14 +140,16 @@ def test_a_tie_between_devices_is_no_hit():
 def test_weights_and_losses_of_tokens_are_those_of_one_device(mesh):
     weights = jnp.asarray(RANDOM.random((B, T)), jnp.float32)
     (total, sums), gradients = value_and_gradients(linear_cross_entropy, TARGETS, weights)
-    losses = token_losses(X, KERNEL, TARGETS, vocab_size=WORDS)
+    losses, of_all = (token_losses(X, KERNEL, TARGETS, vocab_size=words) for words in (WORDS, None))
     with jax.set_mesh(make_mesh({**AXES, **mesh})):
         (found, found_sums), found_gradients = value_and_gradients(linear_cross_entropy, TARGETS, weights)
         found_losses = jax.jit(partial(token_losses, vocab_size=WORDS))(X, KERNEL, TARGETS)
+        found_of_all = jax.jit(token_losses)(X, KERNEL, TARGETS)
     np.testing.assert_allclose(found, total, rtol=1e-6)
     for name, value in sums.items():
         np.testing.assert_allclose(found_sums[name], value, rtol=1e-6, err_msg=name)
     for a, b in zip(found_gradients, gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
     np.testing.assert_allclose(found_losses, losses, atol=2e-5)
+    np.testing.assert_allclose(found_of_all, of_all, atol=2e-5)
     assert losses.shape == (2, B, T)

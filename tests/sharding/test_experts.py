@@ -14,7 +14,8 @@ from stellarbyte_jax.model.lora import Factors
 from stellarbyte_jax.model.moe import dropless
 from stellarbyte_jax.ops.expert_layout import block_rows, blocks_of_share, lay_out, parts_of
 from stellarbyte_jax.ops.routing import Choices
-from stellarbyte_jax.sharding.experts import on_devices
+from stellarbyte_jax.sharding import make_mesh
+from stellarbyte_jax.sharding.experts import Made, on_devices
 from stellarbyte_jax.training import placement
 from stellarbyte_jax.training.placement import mesh_of, on_mesh
 
@@ -69,3 +70,18 @@ def test_however_uneven_the_loads_are_devices_give_what_one_gives(loads, devices
         rows = NamedSharding(jax.sharding.get_mesh(), PartitionSpec("expert"))
         found = value_and_gradients(*jax.device_put((x, of_choices, weights, experts), rows))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_tokens_that_all_devices_have_are_not_exchanged():
+    """As of rows that devices do not divide, in generation: each has them all, and would compute every copy."""
+    seen = []
+
+    def local(x_BTD, tokens, shared, weights, exchange, differ):
+        seen.append((x_BTD.shape[0], exchange.devices, exchange.differ, differ))
+        return Made(x_BTD, tokens, jnp.zeros(()))
+
+    weights = tuple(Factors(jnp.ones(shape)) for shape in ((E, D, 2, F), (E, F, D)))
+    with jax.set_mesh(make_mesh({"expert": 2})):
+        for rows in (4, 3):
+            jax.eval_shape(lambda x: on_devices(local, x, None, None, weights, AXES), jnp.ones((rows, 1, D)))
+    assert seen == [(2, 2, True, ("expert",)), (3, 2, False, ())]

@@ -9,7 +9,7 @@ import pytest
 from helpers.runs import cli, data_setting, one_error
 
 from stellarbyte_jax.config import ConfigError
-from stellarbyte_jax.launch import RunLock
+from stellarbyte_jax.launch import RunLock, processes
 from stellarbyte_jax.training.guard import run_guarded
 
 MISTAKES = {
@@ -135,6 +135,17 @@ def test_a_place_that_is_no_place_for_a_run_gets_no_log(tmp_path):
     with pytest.raises(ConfigError, match="holds a project"):
         run_guarded(act, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_is_the_main_processs(tmp_path, capsys, monkeypatch):
+    def act():
+        raise ValueError("no tokenizer")
+
+    (tmp_path / "train.log").write_text("before\n")
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    assert run_guarded(act, str(tmp_path)) == 1
+    assert capsys.readouterr().err == "error: no tokenizer\n"
+    assert (tmp_path / "train.log").read_text() == "before\n"
 
 
 def test_a_run_in_use_keeps_its_log_for_itself(config_file, straight, tmp_path, capsys):

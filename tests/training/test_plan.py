@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from helpers.plans import H100, plan_of, run_of
 
@@ -12,10 +13,10 @@ from stellarbyte_jax.config import ConfigError, MeshConfig, MoEConfig, load
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training import placement
 from stellarbyte_jax.training.optimizer import make_optimizer
-from stellarbyte_jax.training.placement import mesh_of, on_mesh, placed, shardings
+from stellarbyte_jax.training.placement import mesh_of, on_mesh, place_batches, placed, shardings
 from stellarbyte_jax.training.plan import Planner
 from stellarbyte_jax.training.plan_devices import device_of
-from stellarbyte_jax.training.plan_exchange import Exchange, within_machine
+from stellarbyte_jax.training.plan_exchange import Exchange, buffer_bytes, within_machine
 from stellarbyte_jax.training.plan_search import REMATS, search
 from stellarbyte_jax.training.plan_search import settings as words
 from stellarbyte_jax.training.state import create_state, state_shapes
@@ -78,6 +79,35 @@ def test_segment_memory_is_carried():
     assert more - plan_of(run_of({"fsdp": 8})).bytes.carried > 3 * 8 * 16 * 128 * 4  # layers, rows, slots and width
 
 
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "context": 4}, {"data": 4, "tensor": 2}], ids=str)
+def test_batches_have_the_bytes_of_those_on_a_device(mesh):
+    """That of the step and those that are loaded meanwhile; their rows are split, their positions are not."""
+    run, rows = run_of(mesh, parts=2), np.zeros((64, 32), np.int32)
+    batch = {"tokens": rows, "positions": rows, "segment_ids": rows, "loss_mask": rows > 0}
+    with on_mesh(mesh_of(run)):
+        held = sum(x.addressable_data(0).nbytes for x in place_batches()(batch).values())
+    assert plan_of(run).bytes.batch == (1 + run.data.prefetch) * held
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "expected"),
+    [
+        ({"tensor": 2}, {}, 2 * 64 * 128 * 4),
+        ({"context": 4}, {}, 2 * 16 * 128 * 2 * (4 + 4)),  # keys and values and their gradients
+        ({"context": 4, "tensor": 2}, {}, 2 * 16 * 64 * 2 * (4 + 4) + 2 * 16 * 128 * 4),
+        ({"context": 4, "tensor": 2}, {"num_key_value_heads": 1}, 2 * 16 * 16 * 2 * (4 + 4) + 2 * 16 * 128 * 4),
+        ({"expert": 4}, {"moe": EXPERTS}, 2 * 64 * 4 * 128 * 4),  # tokens of all four, and what experts made of them
+        ({"expert": 4}, {"moe": dataclasses.replace(EXPERTS, dispatch="capacity")}, 0),
+        ({"data": 8}, {}, 0),
+    ],
+    ids=str,
+)
+def test_activations_of_other_devices(mesh, model, expected):
+    """Of two rows of 32 positions, width 128, in float32."""
+    sizes = {name: mesh.get(name, 1) for name in MeshConfig.names()}
+    assert buffer_bytes(run_of({}, **model).model, 2, 32, sizes) == expected
+
+
 def test_a_suggestion_fits_and_improves():
     planner = Planner(load(PRETRAIN, LARGE), H100)
     asked, best = planner.plan(MeshConfig().sizes(64)), search(planner, 64).best
@@ -109,6 +139,15 @@ def test_every_plan_that_fits_is_slower_than_the_suggestion():
     fitting = [each for each in plans if each.fits]
     assert 0 < len(fitting) < len(plans)
     assert best is not None and best.times.step == min(each.times.step for each in fitting)
+
+
+def test_parts_of_a_batch_are_divided_among_experts_too():
+    """Where nothing fits, a search looks at every number of parts that there can be, and at no other."""
+    planner = Planner(run_of({}, rows=4, moe=EXPERTS, num_hidden_layers=1), dataclasses.replace(H100, memory=1))
+    found = search(planner, 2)
+    assert found.best is None and found.smallest is not None
+    shards = math.prod(found.smallest.sizes[axis] for axis in ("data", "fsdp", "expert"))
+    assert found.smallest.config.gradient_accumulation_steps * shards == 4
 
 
 def test_axes_of_one_machine_have_the_fast_links():

@@ -54,12 +54,14 @@ class OnGpus(NamedTuple):
       settings: of the run.
       gib: peak memory of a device.
       tokens_per_second: of all devices; None: not compared.
+      mfu: likewise.
     """
 
     config: str
     settings: list[str]
     gib: float
     tokens_per_second: int | None
+    mfu: float | None
 
 
 def runs_on_gpus():
@@ -69,16 +71,16 @@ def runs_on_gpus():
             devices = row["devices"]
             for each, label in ((row, f"{name}, {devices}"), (row.get("single"), f"{name}, one of {devices}")):
                 if each is not None:
-                    yield (
-                        label,
-                        OnGpus(row["config"], each["settings"], each["peak_memory_gib"], each["tokens_per_second"]),
-                    )
+                    figures = (each[figure] for figure in ("peak_memory_gib", "tokens_per_second", "mfu"))
+                    yield label, OnGpus(row["config"], each["settings"], *figures)
 
 
 MOE = json.loads((ROOT / "benchmarks" / "moe.json").read_text())["results"]["capacity"]  # on an H100
 RUNS = {
     **dict(runs_on_gpus()),
-    "experts with a capacity": OnGpus("pretrain_moe", ["model.moe.dispatch=capacity"], MOE["peak_memory_gib"], None),
+    "experts with a capacity": OnGpus(
+        "pretrain_moe", ["model.moe.dispatch=capacity"], MOE["peak_memory_gib"], None, None
+    ),
 }
 
 
@@ -91,3 +93,4 @@ def test_memory_and_speed_of_a_mesh_are_what_gpus_reported(name):
     assert found.bytes.total / 2**30 == pytest.approx(row.gib, rel=0.15)
     if row.tokens_per_second is not None:
         assert found.tokens_per_second == pytest.approx(row.tokens_per_second, rel=0.15)
+        assert found.mfu == pytest.approx(row.mfu, rel=0.15)

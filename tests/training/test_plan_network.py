@@ -83,3 +83,40 @@ def test_latency_counts_once_a_call_and_the_fastest_way_is_taken():
     assert found.latency == pytest.approx(2 * (layers + 2) * 1e-6 * (8.4 + 7 * 3.4)), "Simple has more bandwidth"
     in_parts = plan_on("gradient_accumulation_steps=2", fsdp=8)
     assert calls(small, in_parts) == 2 * calls(small, plan)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "settings", "of_layer", "once"),
+    [
+        ("all-gather", "activations", [], 4, 2),
+        ("all-gather", "activations", ["model.remat=dots"], 6, 2),
+        ("reduce-scatter", "activations", [], 6, 2),
+        ("reduce-scatter", "activations", ["model.remat=full"], 7, 2),
+        ("reduce-scatter", "activations", ["model.parallel_residual=true", "model.remat=full"], 5, 2),
+        ("collective-permute", "keys and values", [], 2 * 3 * 2, 0),
+        ("collective-permute", "keys and values", ["model.remat=dots"], 2 * 3 * 3, 0),
+        ("all-reduce", "gradients", [], 1, 2),
+    ],
+)
+def test_calls_of_a_layer_and_those_besides(kind, what, settings, of_layer, once):
+    """By hand: of a branch its input, its result and their gradients; keys and values go to three other devices."""
+    plan = plan_on(*settings, context=4, tensor=2)
+    layers = plan.config.model.num_hidden_layers
+    assert calls(Exchange(kind, "tensor", what, 1), plan) == layers * of_layer + once
+
+
+def test_tokens_go_to_experts_and_back_once_more_where_layers_are_computed_again():
+    for remat, slots, gathered in (("none", 4, 2), ("full", 6, 3)):
+        plan = plan_on("model.num_hidden_layers=2", "model.moe.num_experts=4", f"model.remat={remat}", expert=4)
+        layers = plan.config.model.num_hidden_layers
+        found = [
+            calls(Exchange(kind, "expert", "tokens", 1), plan)
+            for kind in ("all-to-all", "all-gather", "reduce-scatter")
+        ]
+        assert found == [layers * slots, layers * gathered, layers * 2]
+
+
+def test_a_message_to_another_machine_takes_longer():
+    for kind in ("all-to-all", "collective-permute"):
+        assert latencies(kind, 8, 8) == [8.4 + 3.4, 14 + 1.9]
+        assert latencies(kind, 16, 8) == [14 + 4, 8.4 + 14]

@@ -421,3 +421,12 @@ def test_a_validation_loss_is_of_its_step():
     assert (progress.best_loss, progress.loss_at(5), progress.loss_at(7), progress.loss_at(8)) == (3.0, None, 3.5, None)
     progress.measured(9, float("nan"), {})
     assert progress.loss_at(9) is None
+
+
+def test_the_best_loss_is_a_number_less_than_those_before():
+    progress, found = resume.Progress(), []
+    for step, loss in enumerate((float("nan"), float("inf"), 3.0, 3.0, float("nan"), 2.0)):
+        progress.measured(step, loss, {})
+        found.append((progress.best_loss, progress.stale))
+    assert found == [(None, 1), (None, 2), (3.0, 0), (3.0, 1), (3.0, 2), (2.0, 0)]
+    assert progress.exhausted(0) and not progress.exhausted(1) and not progress.exhausted(None)

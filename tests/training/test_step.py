@@ -195,6 +195,35 @@ def test_an_update_of_a_gradient_that_is_no_number_is_not_applied(monkeypatch, p
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
 
 
+def test_an_update_of_a_loss_that_is_no_number_is_not_applied(monkeypatch):
+    def infinite(*args, **kwargs):
+        total, sums, out = batch_loss(*args, **kwargs)
+        return total + jnp.inf, sums, out
+
+    monkeypatch.setattr(step_module, "batch_loss", infinite)
+    before, after, metrics = one_step(model=dataclasses.replace(MODEL, num_hidden_layers=1))
+    assert np.isfinite(metrics["gradient_norm"]) and not metrics["finite"]
+    for name in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
+
+
+def test_padding_counts_as_one_more_document(monkeypatch):
+    """Kernels for packed rows leave out the documents beyond the number that they are told."""
+    told = []
+
+    def watched(*args, **kwargs):
+        told.append(kwargs["max_segments"])
+        return batch_loss(*args, **kwargs)
+
+    monkeypatch.setattr(step_module, "batch_loss", watched)
+    config = settings(data=DataConfig(sequence_length=16, max_documents_per_sequence=3))
+    model = ByteTransformer(config.model)
+    state = jax.eval_shape(lambda: create_state(config, model, RECORDER))
+    jax.eval_shape(make_train_step(config, model, RECORDER, make_schedule(config)), state, packed_batch())
+    jax.eval_shape(make_eval_step(config, model, None), state.params, packed_batch(), State())
+    assert told == [4, 4]
+
+
 def test_weights_that_overflow_are_told():
     huge = optax.chain(optax.scale(1e38), optax.scale(1e38))
     _, after, metrics = one_step(huge)
