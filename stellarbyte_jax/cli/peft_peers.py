@@ -1,0 +1,258 @@
+"""PEFT and the Trainer of transformers, beside which ``benchmark lora`` measures."""
+
+import contextlib
+import gc
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stellarbyte_jax.cli.lora_speed import chats, padding, without_adapters
+from stellarbyte_jax.cli.machine import gpus
+from stellarbyte_jax.cli.measurements import REPEATS, summary, tell
+from stellarbyte_jax.cli.torch_attention import (
+    VARLEN,
+    Inputs,
+    end_to_end,
+    fastest_kernel,
+    masked,
+    register,
+    variable_lengths,
+)
+from stellarbyte_jax.cli.torch_peers import llama, measure_peer
+from stellarbyte_jax.cli.workers import OUT_OF_MEMORY
+from stellarbyte_jax.command import MendableError, imports
+from stellarbyte_jax.config import LoRAConfig, TrainConfig
+
+_MODULES = {
+    **{name: (f"{name}_proj",) for name in ("q", "k", "v", "o", "down")},
+    "gate_up": ("gate_proj", "up_proj"),
+}
+_WARM = 11  # steps of the Trainer before it is timed, as many as others have
+
+
+def _device() -> Any:
+    """The device of torch.
+
+    Raises:
+      MendableError: there is a GPU, and torch does not find it.
+    """
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread rows over all of them
+    with imports():
+        import torch
+
+    if not torch.cuda.is_available() and gpus():
+        raise MendableError(f"torch {torch.__version__} finds no GPU, and there is one: install torch with CUDA")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _peft(adapters: Literal["float32", "bfloat16"], on_chats: bool) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
+        """Adapters on a frozen base in ``lora.base_dtype``, compiled; those in float32 under autocast."""
+        return _where_it_fits(lambda checkpointing: _adapters(config, steps, adapters, on_chats, checkpointing))
+
+    return measure
+
+
+def _where_it_fits(measure: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
+    """Measures, and where the GPU's memory is too small, again with layers that the backward pass computes anew."""
+    with imports():
+        import torch
+
+    for checkpointing in (False, True):
+        try:
+            return {**measure(checkpointing), "gradient_checkpointing": checkpointing}
+        except torch.OutOfMemoryError as error:
+            tell(str(error).partition(". ")[0])
+        # Behind the handler, whose traceback holds the tensors.
+        torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return {"error": OUT_OF_MEMORY}
+
+
+def _adapters(config: TrainConfig, steps: int, adapters: str, on_chats: bool, checkpointing: bool) -> dict[str, Any]:
+    with imports():
+        import peft
+        import torch
+
+    device = _device()
+    more = _chats(config, device) if on_chats else _random(config, device)
+    lora = config.model.lora
+    model = peft.get_peft_model(
+        _network(config, device, lora.base_dtype, more.implementation),
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # a float is a number too
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            lora_dropout=lora.dropout,
+            target_modules=_modules(lora),
+        ),
+        autocast_adapter_dtype=adapters == "float32",
+    ).train()
+    network = model.get_base_model()  # with adapters; what is round it only breaks the graph
+    if checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    half = adapters == "float32" and lora.base_dtype == "bfloat16"
+    compiled = torch.compile(network, disable=device.type == "cpu")
+    with more.kernel():
+        result = measure_peer(config, steps, compiled, device, half, batches=more.batches, tokens=more.tokens)
+    learnt = [weight for weight in network.parameters() if weight.requires_grad]
+    return {
+        **result,
+        **({} if more.tokens is None else padding(config, more.tokens)),
+        "attention": more.name,
+        "adapters": str(learnt[0].dtype).removeprefix("torch.") + (", autocast" if half else ""),
+        "trained": sum(weight.numel() for weight in learnt),
+        "peft": peft.__version__,
+    }
+
+
+def _modules(lora: LoRAConfig) -> list[str]:
+    unknown = lora.targets - _MODULES.keys()
+    if unknown:
+        raise MendableError(f"the peer has no {', '.join(sorted(unknown))}: --set model.lora.target_modules=all-linear")
+    return [module for target in sorted(lora.targets) for module in _MODULES[target]]
+
+
+def _network(config: TrainConfig, device: Any, dtype: str, implementation: str) -> Any:
+    with imports():
+        import torch
+        import transformers
+
+    torch.manual_seed(0)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(
+            llama(config.model), dtype=getattr(torch, dtype), attn_implementation=implementation
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a peer is given.
+
+    Attributes:
+      batches: arguments of the model, on the device; None: random tokens.
+      tokens: of a batch, on average; None: all positions.
+      implementation: of attention, as transformers calls it.
+      name: of it, for the report.
+      kernel: context inside which the model is compiled and runs.
+    """
+
+    batches: Sequence[Inputs] | None
+    tokens: float | None
+    implementation: str
+    name: str
+    kernel: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+
+def _random(config: TrainConfig, device: Any) -> _Work:
+    name, kernel = fastest_kernel(config, device)
+    return _Work(None, None, "sdpa", f"sdpa, {name}", kernel)
+
+
+def _chats(config: TrainConfig, device: Any) -> _Work:
+    """Packed conversations, which do not see each other."""
+    batches, tokens = chats(config)
+    attend = variable_lengths(device)
+    if attend is None:
+        inputs = [masked(batch, device) for batch in batches]
+        return _Work(inputs, tokens, "sdpa", "sdpa, rows with a mask")
+    register(attend, config.data.sequence_length)
+    inputs = [end_to_end(batch, config.data.max_documents_per_sequence, device) for batch in batches]
+    return _Work(inputs, tokens, VARLEN, "varlen flash, rows end to end")
+
+
+def _trainer(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """Full fine-tuning of the same network by the Trainer: float32 weights, bfloat16 autocast, compiled."""
+    config = without_adapters(config)
+    return _where_it_fits(lambda checkpointing: _by_trainer(config, steps, checkpointing))
+
+
+def _by_trainer(config: TrainConfig, steps: int, checkpointing: bool) -> dict[str, Any]:
+    with imports():
+        import accelerate
+        import torch
+        import transformers
+        from transformers.trainer_callback import PrinterCallback
+
+    device = _device()
+    on_gpu = device.type == "cuda"
+    more = _chats(config, device)
+    assert more.batches is not None and more.tokens is not None
+    torch.set_float32_matmul_precision("high")
+    total = _WARM + REPEATS * steps
+    times: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            step = state.global_step
+            if step == 1 or (step >= _WARM and (step - _WARM) % steps == 0):
+                if on_gpu:
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter())
+                tell(f"step {step} of {total}")
+
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = transformers.TrainingArguments(
+            output_dir=directory,
+            max_steps=total,
+            per_device_train_batch_size=1,  # an item of the data is a batch
+            bf16=on_gpu,
+            torch_compile=on_gpu,
+            optim="adamw_torch_fused",
+            learning_rate=6e-4,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=checkpointing,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            use_cpu=not on_gpu,
+        )
+        trainer = transformers.Trainer(
+            model=_network(config, device, "float32", more.implementation),
+            args=arguments,
+            train_dataset=list(itertools.islice(itertools.cycle(more.batches), total)),  # type: ignore[arg-type]
+            data_collator=lambda items: items[0],
+            callbacks=[Clock()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        loss = trainer.train().training_loss
+    first, *marks = times
+    rates = [more.tokens * steps / (end - begin) for begin, end in itertools.pairwise(marks)]
+    name = f"{torch.cuda.get_device_name()}, compiled" if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    memory = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
+    return {
+        **summary(rates, steps),
+        **memory,
+        "first_step_seconds": round(first - start, 1),
+        "mean_loss": loss,
+        "on": f"torch {torch.__version__}, transformers {transformers.__version__}, {name}",
+        **padding(config, more.tokens),
+        "attention": more.name,
+        "weights": "float32",
+        "accelerate": accelerate.__version__,
+    }
+
+
+WORKERS = {
+    "lora_peft": _peft("float32", False),
+    "lora_peft_bfloat16": _peft("bfloat16", False),
+    "lora_chats_peft": _peft("float32", True),
+    "lora_chats_peft_bfloat16": _peft("bfloat16", True),
+    "sft_chats_trainer": _trainer,
+}
