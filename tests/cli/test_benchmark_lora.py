@@ -130,7 +130,10 @@ def torch(monkeypatch):
         pytest.importorskip(package, reason=NEEDS_TORCH)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(peft_peers, "gpus", list)
-    return torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny products: several would wait for each other
+    yield torch
+    torch.set_num_threads(threads)
 
 
 def once(counted):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -67,7 +68,10 @@ def ours(config: TrainConfig, batches: list[dict[str, np.ndarray]], adapter: Pat
     assert begun is not None
     state = begun.state
     save_adapter(adapter, model, state.weights, base=str(config.init_from))
-    step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config)), donate_argnums=0)
+    # Not as quickly compiled as in other tests: these steps take long.
+    fast = {"xla_backend_optimization_level": 3}
+    train_step = make_train_step(config, model, optimizer, make_schedule(config))
+    step = jax.jit(train_step, donate_argnums=0, compiler_options=fast)
     losses = []
     for batch in batches:
         state, metrics = step(state, batch)
@@ -114,6 +118,16 @@ def sees(segments_BT: np.ndarray) -> np.ndarray:
     return same_BTT & np.tri(segments_BT.shape[1], dtype=bool)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of torch: beside other tests, two wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_losses_are_those_of_peft(tmp_path: Path) -> None:
     directory = smollm2()
     config = settings(directory, tmp_path)
