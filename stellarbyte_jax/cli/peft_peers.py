@@ -52,40 +52,58 @@ def _device() -> Any:
 def _peft(adapters: Literal["float32", "bfloat16"], on_chats: bool) -> Callable[[TrainConfig, int], dict[str, Any]]:
     def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
         """Adapters on a frozen base in ``lora.base_dtype``, compiled; those in float32 under autocast."""
-        return _where_it_fits(lambda checkpointing: _adapters(config, steps, adapters, on_chats, checkpointing))
+        device = _device()
+        works = _on_chats(config, device) if on_chats else _on_random_tokens(config, device)
+        return _measured(device, works, lambda work, again: _adapters(config, steps, device, adapters, work, again))
 
     return measure
 
 
-def _where_it_fits(measure: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
-    """Measures, and where the GPU's memory is too small, again with layers that the backward pass computes anew."""
+def _measured(
+    device: Any, works: Sequence["_Work"], measure: Callable[["_Work", bool], dict[str, Any]]
+) -> dict[str, Any]:
+    """Measures with the first attention that runs; where memory is short, with layers that are made anew backwards.
+
+    Args:
+      device: of torch.
+      works: what the peer is given, by the attention that is preferred.
+      measure: of one of these, and whether layers are made anew.
+    """
     with imports():
         import torch
 
-    for checkpointing in (False, True):
+    left, checkpointing = list(works), False
+    while True:
+        work = left[0]
         try:
-            return {**measure(checkpointing), "gradient_checkpointing": checkpointing}
+            return {**measure(work, checkpointing), "attention": work.name, "gradient_checkpointing": checkpointing}
         except torch.OutOfMemoryError as error:
-            tell(str(error).partition(". ")[0])
-        # Behind the handler, whose traceback holds the tensors.
+            if checkpointing:
+                return {"error": OUT_OF_MEMORY}
+            told, checkpointing = str(error).partition(". ")[0], True
+        except (RuntimeError, AssertionError, TypeError) as error:  # of compilers and kernels
+            if len(left) == 1:
+                raise
+            told, left = f"{work.name}: {type(error).__name__}: {str(error)[:300]}", left[1:]
+        tell(told)
+        # Behind the handlers, whose tracebacks hold the tensors.
         torch.compiler.reset()
         gc.collect()
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    return {"error": OUT_OF_MEMORY}
 
 
-def _adapters(config: TrainConfig, steps: int, adapters: str, on_chats: bool, checkpointing: bool) -> dict[str, Any]:
+def _adapters(
+    config: TrainConfig, steps: int, device: Any, adapters: str, work: "_Work", checkpointing: bool
+) -> dict[str, Any]:
     with imports():
         import peft
         import torch
 
-    device = _device()
-    more = _chats(config, device) if on_chats else _random(config, device)
     lora = config.model.lora
     model = peft.get_peft_model(
-        _network(config, device, lora.base_dtype, more.implementation),
+        _network(config, device, lora.base_dtype, work.implementation),
         peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.r,
@@ -97,18 +115,17 @@ def _adapters(config: TrainConfig, steps: int, adapters: str, on_chats: bool, ch
         ),
         autocast_adapter_dtype=adapters == "float32",
     ).train()
-    network = model.get_base_model()  # with adapters; what is round it only breaks the graph
+    network: Any = model.get_base_model()  # with adapters; what is round it only breaks the graph
     if checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     half = adapters == "float32" and lora.base_dtype == "bfloat16"
     compiled = torch.compile(network, disable=device.type == "cpu")
-    with more.kernel():
-        result = measure_peer(config, steps, compiled, device, half, batches=more.batches, tokens=more.tokens)
+    with work.kernel():
+        result = measure_peer(config, steps, compiled, device, half, batches=work.batches, tokens=work.tokens)
     learnt = [weight for weight in network.parameters() if weight.requires_grad]
     return {
         **result,
-        **({} if more.tokens is None else padding(config, more.tokens)),
-        "attention": more.name,
+        **({} if work.tokens is None else padding(config, work.tokens)),
         "adapters": str(learnt[0].dtype).removeprefix("torch.") + (", autocast" if half else ""),
         "trained": sum(weight.numel() for weight in learnt),
         "peft": peft.__version__,
@@ -150,43 +167,42 @@ class _Work:
     tokens: float | None
     implementation: str
     name: str
-    kernel: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    kernel: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
-def _random(config: TrainConfig, device: Any) -> _Work:
+def _on_random_tokens(config: TrainConfig, device: Any) -> list[_Work]:
     name, kernel = fastest_kernel(config, device)
-    return _Work(None, None, "sdpa", f"sdpa, {name}", kernel)
+    preferred = [] if name is None else [_Work(None, None, "sdpa", f"sdpa, {name}", kernel)]
+    return [*preferred, _Work(None, None, "sdpa", "sdpa, torch's choice")]
 
 
-def _chats(config: TrainConfig, device: Any) -> _Work:
+def _on_chats(config: TrainConfig, device: Any) -> list[_Work]:
     """Packed conversations, which do not see each other."""
     batches, tokens = chats(config)
-    attend = variable_lengths(device)
-    if attend is None:
-        inputs = [masked(batch, device) for batch in batches]
-        return _Work(inputs, tokens, "sdpa", "sdpa, rows with a mask")
-    register(attend, config.data.sequence_length)
-    inputs = [end_to_end(batch, config.data.max_documents_per_sequence, device) for batch in batches]
-    return _Work(inputs, tokens, VARLEN, "varlen flash, rows end to end")
+    works = [_Work([masked(batch, device) for batch in batches], tokens, "sdpa", "sdpa, rows with a mask")]
+    if (attend := variable_lengths(device)) is not None:
+        register(attend, config.data.sequence_length)
+        laid = [end_to_end(batch, config.data.max_documents_per_sequence, device) for batch in batches]
+        works.insert(0, _Work(laid, tokens, VARLEN, "varlen flash, rows end to end"))
+    return works
 
 
 def _trainer(config: TrainConfig, steps: int) -> dict[str, Any]:
     """Full fine-tuning of the same network by the Trainer: float32 weights, bfloat16 autocast, compiled."""
-    config = without_adapters(config)
-    return _where_it_fits(lambda checkpointing: _by_trainer(config, steps, checkpointing))
+    config, device = without_adapters(config), _device()
+    works = _on_chats(config, device)
+    return _measured(device, works, lambda work, again: _by_trainer(config, steps, device, work, again))
 
 
-def _by_trainer(config: TrainConfig, steps: int, checkpointing: bool) -> dict[str, Any]:
+def _by_trainer(config: TrainConfig, steps: int, device: Any, work: _Work, checkpointing: bool) -> dict[str, Any]:
     with imports():
         import accelerate
         import torch
         import transformers
         from transformers.trainer_callback import PrinterCallback
 
-    device = _device()
+    assert work.batches is not None and work.tokens is not None
     on_gpu = device.type == "cuda"
-    more = _chats(config, device)
-    assert more.batches is not None and more.tokens is not None
     torch.set_float32_matmul_precision("high")
     total = _WARM + REPEATS * steps
     times: list[float] = []
@@ -223,9 +239,9 @@ def _by_trainer(config: TrainConfig, steps: int, checkpointing: bool) -> dict[st
             use_cpu=not on_gpu,
         )
         trainer = transformers.Trainer(
-            model=_network(config, device, "float32", more.implementation),
+            model=_network(config, device, "float32", work.implementation),
             args=arguments,
-            train_dataset=list(itertools.islice(itertools.cycle(more.batches), total)),  # type: ignore[arg-type]
+            train_dataset=list(itertools.islice(itertools.cycle(work.batches), total)),  # type: ignore[arg-type]
             data_collator=lambda items: items[0],
             callbacks=[Clock()],
         )
@@ -233,7 +249,7 @@ def _by_trainer(config: TrainConfig, steps: int, checkpointing: bool) -> dict[st
         start = time.perf_counter()
         loss = trainer.train().training_loss
     first, *marks = times
-    rates = [more.tokens * steps / (end - begin) for begin, end in itertools.pairwise(marks)]
+    rates = [work.tokens * steps / (end - begin) for begin, end in itertools.pairwise(marks)]
     name = f"{torch.cuda.get_device_name()}, compiled" if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     memory = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
     return {
@@ -242,8 +258,7 @@ def _by_trainer(config: TrainConfig, steps: int, checkpointing: bool) -> dict[st
         "first_step_seconds": round(first - start, 1),
         "mean_loss": loss,
         "on": f"torch {torch.__version__}, transformers {transformers.__version__}, {name}",
-        **padding(config, more.tokens),
-        "attention": more.name,
+        **padding(config, work.tokens),
         "weights": "float32",
         "accelerate": accelerate.__version__,
     }

@@ -8,7 +8,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from stellarbyte_jax.cli.lora_speed import Batch
 from stellarbyte_jax.cli.measurements import tell
@@ -96,10 +96,11 @@ def variable_lengths(device: Any) -> Attend | None:
         return None
     try:
         with imports():
-            from torch.nn.attention.varlen import varlen_attn
+            from torch.nn.attention import varlen
     except ImportError:
         tell("this torch has no attention for sequences of several lengths: a mask stands for it")
         return None
+    varlen_attn = cast(Any, varlen.varlen_attn)
     known = inspect.signature(varlen_attn).parameters
     named: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     grouped = {**named, "enable_gqa": True} if "enable_gqa" in known else named
@@ -162,17 +163,17 @@ def reference(q_WNH: Any, k_WKH: Any, v_WKH: Any, places: Any, longest: int) -> 
 
 def fastest_kernel(
     config: TrainConfig, device: Any
-) -> tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+) -> tuple[str | None, Callable[[], contextlib.AbstractContextManager[Any]]]:
     """The fused kernel that does attention of whole rows fastest, and a context that prefers it.
 
-    Each is tried forward and backward. Where none can be tried, torch chooses.
+    Each is tried forward and backward. None where none can be tried.
     """
     with imports():
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if device.type != "cuda":
-        return "torch's choice", contextlib.nullcontext
+        return None, contextlib.nullcontext
     c, rows, length = config.model, config.global_batch_size, config.data.sequence_length
     heads = (c.num_attention_heads, c.kv_heads, c.kv_heads)
     made = [
@@ -187,7 +188,7 @@ def fastest_kernel(
         except RuntimeError as error:
             tell(f"{backend.name}: {str(error).splitlines()[0][:200]}")
     if not seconds:
-        return "torch's choice", contextlib.nullcontext
+        return None, contextlib.nullcontext
     first, *rest = sorted(seconds, key=lambda backend: seconds[backend])
     order = [first, *rest, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     name = first.name.removesuffix("_ATTENTION").lower()

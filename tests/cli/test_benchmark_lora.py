@@ -216,25 +216,50 @@ def test_a_kernel_that_gives_other_results_is_not_used(torch, capsys):
     assert torch_attention._problem(missing, device) == "NotImplementedError: no such kernel"
 
 
+MEMORY, KERNEL = "CUDA out of memory. Tried to allocate 9 GiB", "no such kernel"
+
+
 @pytest.mark.parametrize(
-    ("short", "result"),
+    ("problems", "result"),
     [
-        (0, {"tokens_per_second": 5, "gradient_checkpointing": False}),
-        (1, {"tokens_per_second": 5, "gradient_checkpointing": True}),
-        (2, {"error": "out of memory"}),
+        ([], ("first", False)),
+        ([MEMORY], ("first", True)),
+        ([MEMORY, MEMORY], None),
+        ([KERNEL], ("second", False)),
+        ([KERNEL, MEMORY], ("second", True)),
     ],
 )
-def test_layers_are_computed_again_where_memory_is_short(short, result, torch, capsys):
-    asked = []
+def test_a_peer_is_measured_in_the_way_that_works(problems, result, torch, capsys):
+    """Layers are made anew where memory is short, and another kernel stands for one that fails."""
+    left = list(problems)
 
-    def measure(checkpointing):
-        asked.append(checkpointing)
-        if len(asked) <= short:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return {"tokens_per_second": 5}
+    def measure(work, checkpointing):
+        if not left:
+            return {"of": work.name}
+        problem = left.pop(0)
+        raise torch.OutOfMemoryError(problem) if problem == MEMORY else RuntimeError(problem)
 
-    assert peft_peers._where_it_fits(measure) == result and asked == [False, True][: short + 1]
-    assert capsys.readouterr().err.count("CUDA out of memory\n") == short
+    works = [peft_peers._Work(None, None, "sdpa", name) for name in ("first", "second")]
+    found = peft_peers._measured(torch.device("cpu"), works, measure)
+    if result is None:
+        assert found == {"error": "out of memory"}
+    else:
+        name, checkpointing = result
+        assert found == {"of": name, "attention": name, "gradient_checkpointing": checkpointing}
+    told = capsys.readouterr().err
+    assert ("CUDA out of memory\n" in told, "first: RuntimeError: no such kernel\n" in told) == (
+        MEMORY in problems,
+        KERNEL in problems,
+    )
+
+
+def test_what_fails_in_every_way_is_an_error(torch):
+    def measure(work, checkpointing):
+        raise RuntimeError(f"{KERNEL} {work.name}")
+
+    works = [peft_peers._Work(None, None, "sdpa", name) for name in ("first", "second")]
+    with pytest.raises(RuntimeError, match="no such kernel second"):
+        peft_peers._measured(torch.device("cpu"), works, measure)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
