@@ -132,11 +132,11 @@ def _problem(attend: Attend, device: Any) -> str | None:
     places = torch.tensor([0, 3, 8, 8], dtype=torch.int32, device=device)
     slope = torch.randn(8, 4, 64, device=device)
     try:
-        found = attend(*ours, places, 16)
+        found = attend(ours[0], ours[1], ours[2], places, 16)
         found.backward(slope.to(found.dtype))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
-    expected = reference(*theirs, places, 16)
+    expected = reference(theirs[0], theirs[1], theirs[2], places, 16)
     expected.backward(slope)
     pairs = [(found, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
     close = all(a is not None and torch.allclose(a.float(), b, rtol=0.05, atol=0.05) for a, b in pairs)
