@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stellarbyte_jax.config import ByteConfig, TrainConfig
     from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
     from stellarbyte_jax.inference.api import generate
+    from stellarbyte_jax.inference.bank import AdapterBank
     from stellarbyte_jax.model.decoder import ByteTransformer
     from stellarbyte_jax.model.placement import place_weights
     from stellarbyte_jax.sharding import make_mesh
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "ByteConfig",
     "ByteTransformer",
     "TrainConfig",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdapterBank": ("stellarbyte_jax.inference.bank", "AdapterBank"),
     "ByteConfig": ("stellarbyte_jax.config", "ByteConfig"),
     "ByteTransformer": ("stellarbyte_jax.model.decoder", "ByteTransformer"),
     "TrainConfig": ("stellarbyte_jax.config", "TrainConfig"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params, param_uses, trained, weights_alone
-from stellarbyte_jax.model.lora import MAGNITUDE, RANK, SCALE, A, B, is_adapter
+from stellarbyte_jax.model.lora import MAGNITUDE, RANK, SCALE, SHARE, A, B, is_adapter
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.placement import weight_places
 from stellarbyte_jax.model.trees import IsTrainable, Params, Uses, all_trainable, merge, partition
@@ -113,15 +113,16 @@ def merge_adapters(model: ByteTransformer, params: Params) -> tuple[ByteTransfor
         )
     adapters, base = split(params)
     uses, plain = param_uses(model), ByteTransformer(model.config.without_adapters)
-    merge_all = jax.jit(lambda adapters, base: _merged(base, adapters, uses), out_shardings=_places(plain))
+    merge_all = jax.jit(lambda adapters, base: merged(base, adapters, uses), out_shardings=_places(plain))
     return plain, merge_all(adapters, base)
 
 
-def _merged(base: Params, adapters: Params, uses: Uses) -> Params:
+def merged(base: Params, adapters: Params, uses: Uses) -> Params:
+    """Weights in float32, those that have a linear adapter with it in them; ``uses`` are those of all."""
     made: Params = {}
     for name, value in base.items():
         if isinstance(value, dict):
-            made[name] = _merged(value, adapters.get(name, {}), uses[name])
+            made[name] = merged(value, adapters.get(name, {}), uses[name])
         elif name + SCALE in adapters:
             made[name] = _with_delta(name, value, adapters, uses)
         else:
@@ -131,16 +132,9 @@ def _merged(base: Params, adapters: Params, uses: Uses) -> Params:
 
 def _with_delta(name: str, value: Array, adapters: Params, uses: Uses) -> Array:
     """``W + scale A B``, and with DoRA its direction times the magnitude, in float32."""
-    letters: dict[str, str] = {}
-
-    def of(part: str) -> str:
-        return "".join(letters.setdefault(axis, string.ascii_letters[len(letters)]) for axis in uses[part].axes)
-
-    parts = (name + A, name + B, name + SCALE)
-    spec = f"{','.join(map(of, parts))}->{of(name)}"
-    whole = value.astype(jnp.float32) + jnp.einsum(
-        spec, *(adapters[part].astype(jnp.float32) for part in parts), precision=jax.lax.Precision.HIGHEST
-    )
+    whole = _sum(name, value, adapters, uses)
+    if name + SHARE in adapters:
+        return whole * jnp.expand_dims(adapters[name + SHARE], uses[name].contracted)
     magnitude = adapters.get(name + MAGNITUDE)
     if magnitude is None:
         return whole
@@ -148,6 +142,31 @@ def _with_delta(name: str, value: Array, adapters: Params, uses: Uses) -> Array:
     has_adapter = (scale > 0).reshape(scale.shape + (1,) * (magnitude.ndim - scale.ndim))
     share = jnp.where(has_adapter, magnitude / _lengths(whole, uses[name]), 1.0)
     return whole * jnp.expand_dims(share, uses[name].contracted)
+
+
+def shares(base: Params, adapters: Params, uses: Uses) -> Params:
+    """What DoRA multiplies outputs by: magnitudes by lengths of the weights with adapters, 1 where these are NaN."""
+    made: Params = {}
+    for name, value in base.items():
+        if isinstance(value, dict):
+            made[name] = shares(value, adapters[name], uses[name])
+        else:
+            magnitude, length = adapters[name + MAGNITUDE], _lengths(_sum(name, value, adapters, uses), uses[name])
+            made[name + SHARE] = jnp.where(jnp.isnan(magnitude), 1.0, magnitude / length)
+    return made
+
+
+def _sum(name: str, value: Array, adapters: Params, uses: Uses) -> Array:
+    letters: dict[str, str] = {}
+
+    def of(part: str) -> str:
+        return "".join(letters.setdefault(axis, string.ascii_letters[len(letters)]) for axis in uses[part].axes)
+
+    parts = (name + A, name + B, name + SCALE)
+    spec = f"{','.join(map(of, parts))}->{of(name)}"
+    return value.astype(jnp.float32) + jnp.einsum(
+        spec, *(adapters[part].astype(jnp.float32) for part in parts), precision=jax.lax.Precision.HIGHEST
+    )
 
 
 class _Change(NamedTuple):

@@ -1,6 +1,7 @@
 """Strict settings and eight CPU devices for every test; set before jax is imported."""
 
 import datetime
+import gc
 import json
 import os
 import platform
@@ -35,6 +36,8 @@ if not ON_GPU:
     jax.config.update("jax_num_cpu_devices", 8)  # of this process: those that tests start have one
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tracing makes millions of objects that live long; looking through all of them each time costs a tenth of a run.
+gc.set_threshold(100_000, 50, 100)
 # They are the same programs every time.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
+from helpers.processes import until
 
 from stellarbyte_jax.command import remedy
 from stellarbyte_jax.launch import (
     Interrupt,
     RunLock,
     _without_abandoned_reads,
+    signals,
     write_failure,
 )
 
@@ -71,6 +74,52 @@ def test_a_lock_that_was_removed_before_it_was_taken_is_none(tmp_path, monkeypat
             pytest.fail("two processes would have a lock each")
     with RunLock(tmp_path):
         pass
+
+
+NO_HOME = """
+import os, pwd
+def unknown(number):
+    raise KeyError(number)
+pwd.getpwuid = unknown  # a user of a container who has a number alone
+del os.environ["HOME"]
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+import jax
+from pathlib import Path
+from stellarbyte_jax.data.files import DataError
+from stellarbyte_jax.data.sources import cache_path
+from stellarbyte_jax.launch import CompileCache
+from stellarbyte_jax.launch.doctor.places import existing
+from stellarbyte_jax.training.begin import _check_place
+CompileCache()
+_check_place(Path("/not/there"))
+print(jax.config.values["jax_compilation_cache_dir"], cache_path("/a"), existing(Path("~/a")) == Path.cwd())
+try:
+    cache_path(None)
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_user_without_a_home_directory_has_no_cache_there():
+    done = subprocess.run([sys.executable, "-c", NO_HOME], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == [
+        "None /a True",
+        "data.cache_dir: this user has no home directory to keep caches in: name a folder, or set HOME",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_and_left_as_it_was(tmp_path, monkeypatch, number):
+    """Lustre without -o flock."""
+
+    def none(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    told = rf"{tmp_path} takes no locks: {os.strerror(number)}; mount it with locks .* or choose another output_dir"
+    with pytest.raises(OSError, match=told), RunLock(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_that_was_given_back_names_nobody(tmp_path):
@@ -142,6 +191,24 @@ def test_a_second_signal_ends_a_process_that_runs_no_python():
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_twice_at_once_is_one(second, monkeypatch):
+    """To all processes of a job, and once more from a wrapper that passes its own on."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(signals, "_SAME_SECONDS", 0.5)
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        os.kill(os.getpid(), second)
+        time.sleep(0.1)
+        assert (interrupt.signal, left) == (signal.SIGTERM, [])
+        time.sleep(0.5)
+        os.kill(os.getpid(), second)
+        until(lambda: left, 60)
+    assert left == [128 + second]
 
 
 def test_signals_of_children_are_not_counted():

@@ -186,7 +186,9 @@ class Checkpointer:
             # with them, for 20 minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        self._replaced = run_dir.absolute() / "replaced"
+        # Among the checkpoints, which may be a link or a volume: a rename stays within one file system.
+        self._replaced = self.directory / "replaced"
+        self._earlier_replaced = run_dir.absolute() / "replaced"  # where earlier versions set them aside
         self._lost: list[str] = []
         if processes.is_main():
             self._put_back()
@@ -197,11 +199,12 @@ class Checkpointer:
 
     def _put_back(self) -> None:
         """A checkpoint whose replacement was not finished comes back."""
-        for path in self._replaced.glob("[0-9]*"):
-            if not (self.directory / path.name).exists():
-                self.directory.mkdir(parents=True, exist_ok=True)
-                path.rename(self.directory / path.name)
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        for aside in (self._replaced, self._earlier_replaced):
+            for path in aside.glob("[0-9]*"):
+                if not (self.directory / path.name).exists():
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    path.rename(self.directory / path.name)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _drop_unreadable_lists(self) -> list[str]:
         """Removes orbax's notes of a step that keep it from opening the directory; items are read without them."""

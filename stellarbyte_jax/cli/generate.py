@@ -14,7 +14,8 @@ from stellarbyte_jax.config import ByteConfig
 with imports():
     from stellarbyte_jax.checkpoint.bundle import load_bundle
     from stellarbyte_jax.data.text import read_plain
-    from stellarbyte_jax.inference.api import Generated, remember, warm_up
+    from stellarbyte_jax.inference.api import Generated, Weights, remember, warm_up
+    from stellarbyte_jax.inference.bank import AdapterBank
     from stellarbyte_jax.inference.capacity import TooLongError, limits_of
     from stellarbyte_jax.inference.reconfigure import reconfigure
     from stellarbyte_jax.inference.text import continue_text, encode_prompt
@@ -35,6 +36,8 @@ _SETTINGS = (
     "prefill_chunk",
 )
 
+_NO_ADAPTER = "none"
+
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,12 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         '--model runs/quickstart --prompt "The river" --prompt "春天" --temperature 0.8 --top-p 0.95',
         "--model path/to/hugging_face_directory --chat",
         "--model runs/quickstart --prompt-file long.txt --set sliding_window=512 sink_tokens=4",
+        "--model exported --adapter runs/lora adapter none --prompt one --prompt two --prompt three",
         settings=ByteConfig,
     )
     add_model(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     parser.add_argument(
         "--prompt-file", action="append", default=[], type=local_path, metavar="FILE", help="one prompt a file"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="DIRECTORY",
+        help="adapter of the model: a run, a directory of PEFT or owner/name; one, or one a prompt (none: no adapter)",
     )
     parser.add_argument("--chat", action="store_true", help="prompts are messages; without any, read from the terminal")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
@@ -117,11 +129,18 @@ def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     model, params, tokenizer = reconfigure(bundle.model, overrides), bundle.params, bundle.tokenizer
     bos = bundle.add_bos if options.bos is None else options.bos
     settings["stop_tokens"] = bundle.stop_ids + options.stop_token
+    if options.adapter:
+        settings["adapter"] = _choices(options.adapter, max(1, len(prompts)))
+        named = {name: name for name in options.adapter if name != _NO_ADAPTER}
+        params = AdapterBank.holding(model, params, named)
     if options.remember is not None:
         text = encode_prompt(tokenizer, _read(options.remember), add_bos=bos)
         length = options.segment_length
         length = model.config.max_position_embeddings if length is None else length
-        settings["memory"] = remember(model, params, [text] * max(1, len(prompts)), segment_length=length)
+        texts_before = [text] * max(1, len(prompts))
+        settings["memory"] = remember(
+            model, params, texts_before, segment_length=length, adapter=settings.get("adapter")
+        )
         bos = bool(options.bos)  # prompts go on with the text
     texts = {**settings, "stop_texts": options.stop}
     if options.chat and bundle.plain_text:
@@ -156,8 +175,15 @@ def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     return 0
 
 
+def _choices(names: list[str], prompts: int) -> str | list[str | None] | None:
+    if len(names) not in (1, prompts):
+        raise ValueError(f"--adapter names {len(names)} for {prompts} prompts: give one, or one a prompt")
+    chosen = [None if name == _NO_ADAPTER else name for name in names]
+    return chosen if len(names) > 1 else chosen[0]
+
+
 def _converse(
-    model: ByteTransformer, params: Any, tokenizer: Tokenizer, conversation: Conversation, texts: dict[str, Any]
+    model: ByteTransformer, params: Weights, tokenizer: Tokenizer, conversation: Conversation, texts: dict[str, Any]
 ) -> int:
     if texts["max_length"] is not None:
         raise ValueError("--max-length cannot be used in a conversation, whose prompts grow: give --max-new-tokens")

@@ -20,6 +20,12 @@ def expanded(path: str | Path) -> str:
     return made
 
 
+def home() -> Path | None:
+    """The home directory; None where there is none, as for a user of a container who has a number alone."""
+    made = os.path.expanduser("~")
+    return Path(made) if os.path.isabs(made) else None
+
+
 def real(path: str | Path) -> Path:
     """The absolute path without links, as far as they lead anywhere.
 

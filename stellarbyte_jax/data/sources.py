@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from stellarbyte_jax.config.foreign import clipped, digits, is_file_name, json_object, shown
-from stellarbyte_jax.config.paths import expanded
+from stellarbyte_jax.config.paths import expanded, home
 from stellarbyte_jax.data.convert import CONVERTERS, write_atomically
 from stellarbyte_jax.data.files import OPEN_FILES, ArrayFile, BadRecordError, ByteFile, DataError, write_array
 from stellarbyte_jax.data.line_index import Lines, holds_text, index_lines, index_paragraphs
@@ -40,8 +40,17 @@ _STEM_BYTES = 100  # with the key, within the 143 bytes that encrypted file syst
 
 
 def cache_path(cache_dir: str | Path | None) -> Path:
-    """Where line indexes and converted files go; None: ``~/.cache/stellarbyte_jax``."""
-    return Path.home() / ".cache" / "stellarbyte_jax" if cache_dir is None else Path(expanded(cache_dir))
+    """Where line indexes and converted files go; None: ``~/.cache/stellarbyte_jax``.
+
+    Raises:
+      DataError: there is no home directory.
+    """
+    if cache_dir is not None:
+        return Path(expanded(cache_dir))
+    place = home()
+    if place is None:
+        raise DataError("data.cache_dir: this user has no home directory to keep caches in: name a folder, or set HOME")
+    return place / ".cache" / "stellarbyte_jax"
 
 
 @functools.lru_cache(maxsize=OPEN_FILES)

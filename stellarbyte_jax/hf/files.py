@@ -23,6 +23,7 @@ from ml_dtypes import bfloat16
 
 from stellarbyte_jax.command import make_directory
 from stellarbyte_jax.config.foreign import clipped, is_file_name, json_object, listed, shown
+from stellarbyte_jax.config.paths import real
 from stellarbyte_jax.hf.checksums import check, checksum, metadata_of, stored_checksums, unknown_checksums
 
 SINGLE = "model.safetensors"
@@ -309,11 +310,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def replacing(target: Path, overwrite: bool, marker: str = "config.json") -> Iterator[Path]:
     """Gives an empty directory beside ``target`` that takes its place in one rename when the block succeeds.
 
+    A link is followed: it leads to what was written.
+
     Raises:
       ValueError: ``target`` is a file, or holds something and ``overwrite`` is false, or lacks the file ``marker`` that
         directories of its kind have.
     """
-    target = target.absolute()
+    target = real(target)
     clear_abandoned(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: give a directory")
@@ -356,7 +359,7 @@ def clear_abandoned(target: Path, *, alone: bool = False) -> None:
       target: the directory.
       alone: whether it is known that nobody writes it now, whatever process has the number of one that did.
     """
-    target = target.absolute()
+    target = real(target)
     for what in ("old", "partial"):
         for left in [*target.parent.glob(f".{glob.escape(target.name)}.{what}-*")]:
             process = left.name.rpartition("-")[2]

@@ -9,12 +9,15 @@ import jax
 import numpy as np
 
 from stellarbyte_jax.inference import capacity, programs
+from stellarbyte_jax.inference.bank import AdapterBank, Choices
 from stellarbyte_jax.inference.request import Prompts, Request, check_memory, checked_prompts
 from stellarbyte_jax.model.decoder import ByteTransformer, Params
 from stellarbyte_jax.model.state.memory import Memory
+from stellarbyte_jax.model.trees import merge
 from stellarbyte_jax.sharding import on_host
 
 NewTokens = list[list[int]]
+Weights = Params | AdapterBank
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +58,10 @@ class Generated:
 
 def generate(
     model: ByteTransformer,
-    params: Params,
+    params: Weights,
     tokens: Prompts,
     *,
+    adapter: Choices = None,
     max_new_tokens: int | None = None,
     max_length: int | None = None,
     temperature: float = 0.0,
@@ -79,8 +83,11 @@ def generate(
 
     Args:
       model: the network.
-      params: its weights, in any floating dtype; see :func:`programs.cast_for_inference` for many calls.
+      params: its weights, in any floating dtype; see :func:`programs.cast_for_inference` for many calls. Or a bank of
+        them and of adapters.
       tokens: one prompt (a flat list or array) or several (a list of lists of any lengths, or an array [B, T]).
+      adapter: of the bank, for all rows or a list with one for each: a name, ``{name: weight}`` for a sum of several,
+        or None for the weights alone; see :meth:`bank.AdapterBank.chosen`.
       max_new_tokens: number of new tokens of each row; give this or ``max_length``.
       max_length: number of tokens of each row, prompt included.
       temperature: 0 takes the most likely token; 1 samples the model's own distribution.
@@ -98,7 +105,8 @@ def generate(
 
     Raises:
       ValueError: a prompt is empty, holds ids outside of the vocabulary, or does not fit into the model with the new
-        tokens; a setting is out of its range; or settings do not go together with the model.
+        tokens; a setting is out of its range; settings do not go together with the model; or the bank has no such
+        adapter.
     """
     request = Request.make(
         model.config,
@@ -119,7 +127,7 @@ def generate(
         seed=seed,
     )
     began = time.perf_counter()
-    params = programs.cast_for_inference(model, params)
+    model, params = _network(model, params, adapter, len(request.prompts))
     decoding = programs.start(model, params, request)
     prefilled = time.perf_counter()
     blocks = []
@@ -132,18 +140,20 @@ def generate(
     return _collect(request, blocks, prefilled - began, decoded - prefilled)
 
 
-def stream_generate(model: ByteTransformer, params: Params, tokens: Prompts, **settings: Any) -> Iterator[NewTokens]:
+def stream_generate(
+    model: ByteTransformer, params: Weights, tokens: Prompts, *, adapter: Choices = None, **settings: Any
+) -> Iterator[NewTokens]:
     """Yields each row's new tokens every few steps; the settings are those of :func:`generate`.
 
     Raises:
       ValueError: as :func:`generate`, at the call and not at the first step.
     """
     request = Request.make(model.config, tokens, short_blocks=True, **settings)
+    network, cast = _network(model, params, adapter, len(request.prompts))
 
     def blocks() -> Iterator[NewTokens]:
-        cast = programs.cast_for_inference(model, params)
-        decoding = programs.start(model, cast, request)
-        for block in programs.run(model, cast, request, decoding, request.capacity.block_sizes):
+        decoding = programs.start(network, cast, request)
+        for block in programs.run(network, cast, request, decoding, request.capacity.block_sizes):
             yield _new_tokens(block)
 
     return blocks()
@@ -151,27 +161,30 @@ def stream_generate(model: ByteTransformer, params: Params, tokens: Prompts, **s
 
 def remember(
     model: ByteTransformer,
-    params: Params,
+    params: Weights,
     tokens: Prompts,
     *,
     segment_length: int,
     memory: Memory | None = None,
+    adapter: Choices = None,
 ) -> Memory:
     """Reads texts segment by segment, as in training, and returns what the model remembers of them.
 
     Args:
       model: one with ``config.memory``.
-      params: its weights.
+      params: its weights, or a bank.
       tokens: as for :func:`generate`, of any lengths.
       segment_length: tokens read at once; that of training, ``data.sequence_length``, is best.
       memory: what was read before; nothing where it is not given.
+      adapter: as for :func:`generate`.
 
     Raises:
-      ValueError: the model has no memory, or ``memory`` is of another number of rows and its policy is strict.
+      ValueError: the model has no memory, ``memory`` is of another number of rows and its policy is strict, or the bank
+        has no such adapter.
     """
     capacity.require_positive("segment_length", segment_length)
     prompts = checked_prompts(tokens, model.config.vocab_size)
-    params = programs.cast_for_inference(model, params)
+    model, params = _network(model, params, adapter, len(prompts))
     read = Memory.create(model.config, len(prompts)) if memory is None else memory
     check_memory(model.config, read, len(prompts))
     for at in range(0, max(p.size for p in prompts), segment_length):
@@ -184,18 +197,36 @@ def remember(
     return read
 
 
-def warm_up(model: ByteTransformer, params: Params, tokens: Prompts, *, stream: bool = False, **settings: Any) -> float:
+def warm_up(
+    model: ByteTransformer,
+    params: Weights,
+    tokens: Prompts,
+    *,
+    stream: bool = False,
+    adapter: Choices = None,
+    **settings: Any,
+) -> float:
     """Compiles what :func:`generate` with the same arguments needs, and returns the seconds that it took.
 
     It runs the prompts and one block of each kind. ``stream`` says whether the call will have a ``stream``.
     """
     began = time.perf_counter()
     request = Request.make(model.config, tokens, short_blocks=stream, **settings)
-    params = programs.cast_for_inference(model, params)
+    model, params = _network(model, params, adapter, len(request.prompts))
     decoding = programs.start(model, params, request)
     sizes = list(dict.fromkeys(request.capacity.block_sizes))
     jax.block_until_ready(list(programs.run(model, params, request, decoding, sizes)))
     return time.perf_counter() - began
+
+
+def _network(model: ByteTransformer, params: Weights, adapter: Choices, rows: int) -> tuple[ByteTransformer, Params]:
+    """The network that computes the rows of a call, and its weights in the compute dtype."""
+    if isinstance(params, AdapterBank):
+        network, adapters = params.chosen(model, adapter, rows)
+        return network, merge(adapters, programs.cast_for_inference(model, params.params))
+    if adapter is not None:
+        raise ValueError("adapter names one of a bank: give an AdapterBank in place of the weights")
+    return model, programs.cast_for_inference(model, params)
 
 
 def _collect(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stellarbyte_jax.inference.api import Generated, NewTokens, generate
+from stellarbyte_jax.inference.api import Generated, NewTokens, Weights, generate
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.tokenizer.codec import Tokenizer
 
@@ -22,7 +22,7 @@ class Continued:
 
 def generate_text(
     model: ByteTransformer,
-    params: dict[str, Any],
+    params: Weights,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
@@ -41,7 +41,7 @@ def generate_text(
 
 def continue_text(
     model: ByteTransformer,
-    params: dict[str, Any],
+    params: Weights,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
@@ -54,7 +54,7 @@ def continue_text(
 
     Args:
       model: the network.
-      params: its weights.
+      params: its weights, or a bank.
       tokenizer: the model's.
       prompts: ids of each prompt, see :func:`encode_prompt` and ``tokenizer.chat.Conversation``.
       stop_tokens: ids that end a row; None for the tokenizer's eos.

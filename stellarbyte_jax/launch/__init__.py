@@ -18,6 +18,7 @@ from types import CoroutineType, FrameType
 from typing import Self
 
 from stellarbyte_jax.command import remedy
+from stellarbyte_jax.config.paths import home
 from stellarbyte_jax.interrupts import KeepingInterrupts
 from stellarbyte_jax.launch.signals import NUMBERS, LeaveAt
 
@@ -25,7 +26,8 @@ from stellarbyte_jax.launch.signals import NUMBERS, LeaveAt
 class CompileCache:
     """XLA's persistent cache of compiled programs, switched on for every program however small.
 
-    ``JAX_COMPILATION_CACHE_DIR`` chooses the directory; ``~/.cache/stellarbyte_jax/xla`` otherwise.
+    ``JAX_COMPILATION_CACHE_DIR`` chooses the directory; ``~/.cache/stellarbyte_jax/xla`` otherwise. Without a home
+    directory there is no cache: in a folder of temporary files, others could leave programs for this user to run.
     """
 
     def __init__(self) -> None:
@@ -34,8 +36,8 @@ class CompileCache:
 
         self.misses = 0
         self.compile_seconds = 0.0
-        if not jax.config.values.get("jax_compilation_cache_dir"):
-            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stellarbyte_jax" / "xla"))
+        if not jax.config.values.get("jax_compilation_cache_dir") and (place := home()) is not None:
+            jax.config.update("jax_compilation_cache_dir", str(place / ".cache" / "stellarbyte_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.monitoring.register_event_listener(self._count)
         jax.monitoring.register_event_duration_secs_listener(self._add)
@@ -117,6 +119,8 @@ def write_failure(path: Path, error: OSError) -> OSError:
 class Interrupt:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that the loop reads; a second one leaves at once.
 
+    What comes within a second of the first is the same one, which a wrapper passed on.
+
     Python lets the main thread alone handle signals: in another one they do what they did before.
     """
 
@@ -177,6 +181,7 @@ class Interrupt:
 
 
 LOCK = "run.lock"  # in the run's directory
+LOCKS_ADVICE = "mount it with locks (Lustre: -o flock; NFS: version 4), or choose another output_dir"
 _SEEN_SECONDS = 30  # in which a file of another machine appears on a file system over the network
 
 
@@ -197,6 +202,7 @@ class RunLock:
 
         Raises:
           InUseError: another process has it.
+          OSError: the file system has no locks.
         """
         self._file = self._path.open("a+", encoding="utf-8")
         try:
@@ -210,6 +216,12 @@ class RunLock:
             raise InUseError(
                 f"{self._path.parent} is in use by {owner}: wait until it ends, stop it, or choose another output_dir"
             ) from None
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                if os.fstat(self._file.fileno()).st_size == 0:
+                    self._path.unlink()
+            self._file.close()
+            raise OSError(f"{self._directory} takes no locks: {error.strerror or error}; {LOCKS_ADVICE}") from error
         self._opened = os.open(self._directory, os.O_RDONLY)  # so that no other one gets its number
         self._file.truncate(0)
         self._file.write(f"{self.owner()}\n")

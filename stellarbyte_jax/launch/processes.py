@@ -61,7 +61,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     name = f"a process that {launcher} started" if given is None else f"process {given.process} of {given.processes}"
     last_words = groups.LastWords(name, _START_SECONDS)
     try:
-        _connect(name, given, gpus_of_slurm(os.environ) if launcher == "Slurm" else None)
+        _connect(name, given, gpus_of(launcher, os.environ))
     except BaseException:
         last_words.none()
         raise
@@ -99,8 +99,8 @@ def given_by(
     if not 0 <= process < processes:
         raise ConfigError(f"--process {process} is none of --processes {processes}: they are 0 to {processes - 1}")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"--coordinator {coordinator} is no HOST:PORT, such as 10.0.0.1:8476")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"--coordinator {coordinator} is no HOST:PORT, such as 10.0.0.1:8476 (ports: 1 to 65535)")
     return Given(coordinator, processes, process)
 
 
@@ -152,14 +152,22 @@ def _wait_for(given: Given) -> None:
     )
 
 
-def gpus_of_slurm(environment: Mapping[str, str]) -> list[int] | None:
-    """All GPUs that a task with a machine to itself sees; None elsewhere: jax takes the one of the task."""
-    alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    if not alone or "JAX_LOCAL_DEVICE_IDS" in environment:
+def gpus_of(launcher: str | None, environment: Mapping[str, str]) -> list[int] | None:
+    """All GPUs that this process sees, where they are its own; None elsewhere: jax takes that of its number.
+
+    They are where it sees one, and under Slurm where a task has a machine to itself or sees as many as
+    ``--gpus-per-task`` gave it.
+    """
+    if launcher not in ("Slurm", "Open MPI") or "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    gpus = environment.get("SLURM_GPUS_ON_NODE", "") if visible is None else str(len(visible.split(",")))
-    return list(range(int(gpus))) if gpus.isdecimal() and int(gpus) > 1 else None
+    seen = environment.get("SLURM_GPUS_ON_NODE", "") if visible is None else str(len(visible.split(",")))
+    own = visible is not None and seen == "1"
+    if launcher == "Slurm":
+        alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        given = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # after their type
+        own = own or alone is not None or (visible is not None and seen == given)
+    return list(range(int(seen))) if own and seen.isdecimal() else None
 
 
 def _connect(name: str, given: Given | None, gpus: list[int] | None = None) -> None:

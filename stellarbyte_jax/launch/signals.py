@@ -1,12 +1,17 @@
 """Signals that end a process at once, also while its main thread is in a program of XLA and runs no Python."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# One signal may come twice: a scheduler sends it to all processes of a job, and a wrapper among these (uv run, a
+# container's) passes its own on. What comes within this time of a signal that was counted is the same one.
+_SAME_SECONDS = 1.0
 
 
 class LeaveAt:
@@ -46,12 +51,14 @@ class LeaveAt:
                 signal.set_wakeup_fd(-1)
 
     def _listen(self, read: int) -> None:
-        count = 0
+        count, last = 0, -math.inf
         with open(read, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
-                number = byte[0]
-                count += number in self._numbers
-                if number in self._numbers and count == self._nth:
+                number, now = byte[0], time.monotonic()
+                if number not in self._numbers or now - last < _SAME_SECONDS:
+                    continue
+                count, last = count + 1, now
+                if count == self._nth:
                     threading.Thread(target=self._leave, args=(number,), name="leaving", daemon=True).start()
-                elif number in self._numbers and count > self._nth:
+                elif count > self._nth:
                     os._exit(128 + number)

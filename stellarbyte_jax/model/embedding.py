@@ -38,7 +38,12 @@ class Embed(nn.Module):
         """Embedded tokens in the compute dtype."""
         table_VD, adapter = self()
         rows_BTD = self._rows(table_VD, tokens_BT)
-        return rows_BTD if adapter is None else rows_BTD + adapter.of_rows(self._rows(adapter.a_VR, tokens_BT, RANK))
+        return rows_BTD if adapter is None else rows_BTD + adapter.of_rows(self._adapter_rows(adapter.a_VR, tokens_BT))
+
+    def _adapter_rows(self, a: Float[Array, "*batch V R"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T R"]:
+        if a.ndim == 2:
+            return self._rows(a, tokens_BT, RANK)
+        return materialise(jnp.take_along_axis(a, tokens_BT[:, :, None], axis=1), self.config.compute_dtype)
 
     def _rows(
         self, table: Float[Array, "V _"], tokens_BT: Int[Array, "B T"], axis: str = "embed"
@@ -60,11 +65,9 @@ class Embed(nn.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits of the tied head."""
         float32 = jnp.dtype(jnp.float32)
-        kernel_DV, low = self.factors(hidden)
-        logits = product(_LOGITS, hidden, kernel_DV, {"D": "embed", "V": "vocab"}, float32)
-        if low is None:
-            return logits
-        return logits + product("...R,RV->...V", low.h, low.b, {"R": RANK, "V": "vocab"}, float32)
+        table_VD, adapter = self()
+        logits = product(_LOGITS, hidden, self._matrix(table_VD), {"D": "embed", "V": "vocab"}, float32)
+        return logits if adapter is None else adapter.added(logits, hidden)
 
     def _matrix(self, table_VD: Float[Array, "V D"]) -> Float[Array, "D V"]:
         return gather(materialise(table_VD, self.config.compute_dtype), ("vocab", "embed")).T

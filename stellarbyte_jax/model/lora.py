@@ -3,11 +3,15 @@
 R is the rank. An adapter of a weight ``w`` is two more weights beside it, ``w_lora_a`` with what the product contracts
 and ``w_lora_b`` with what it gives, a factor ``w_lora_scale`` that is not trained, and with DoRA a magnitude
 ``w_lora_m``. The factor is 0 in layers that have no adapter: all layers of a stack have arrays of one shape.
+
+In generation each row of a batch may have adapters of its own: A and B then have an axis of rows before the others. So
+has ``w_lora_share``, which is there in place of a magnitude: what DoRA multiplies outputs by, computed before.
 """
 
 import math
+import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +27,7 @@ from stellarbyte_jax.sharding import gather
 
 _FLOAT32 = jnp.dtype(jnp.float32)
 RANK = "lora_rank"
-A, B, MAGNITUDE, SCALE = "_lora_a", "_lora_b", "_lora_m", "_lora_scale"
+A, B, MAGNITUDE, SCALE, SHARE = "_lora_a", "_lora_b", "_lora_m", "_lora_scale", "_lora_share"
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "none": lambda x: x,
@@ -45,7 +49,7 @@ _TARGETS = {
 
 def is_adapter(path: tuple[str, ...]) -> bool:
     """Whether the weight at a path is part of an adapter."""
-    return path[-1].endswith((A, B, MAGNITUDE, SCALE))
+    return path[-1].endswith((A, B, MAGNITUDE, SCALE, SHARE))
 
 
 def is_learnt(config: LoRAConfig, path: tuple[str, ...]) -> bool:
@@ -110,11 +114,13 @@ class Adapter:
       letters: of the matrix.
       into: einsum of what the product reads and ``a``.
       out: einsum of the inner channels and ``b``.
-      a: [batch, contracted, R].
-      b: [batch, R, output].
+      a: [batch, contracted, R], or such an array for each row.
+      b: [batch, R, output], likewise.
       scale: float32 scalar.
       magnitude: of DoRA [batch, output]; None: it is none.
-      names_a: axis of each letter of ``a``.
+      known_share: of DoRA in generation, float32 like the magnitude, or such an array for each row; None: it is to be
+        computed, where there is a magnitude.
+      names_a: axis of each letter of ``a``, without that of rows.
       names_b: likewise.
       contracted: dimensions of the matrix that are summed over.
       precision: of products.
@@ -130,6 +136,7 @@ class Adapter:
     b: Array
     scale: Array
     magnitude: Array | None
+    known_share: Array | None
     names_a: Mapping[str, str]
     names_b: Mapping[str, str]
     contracted: tuple[int, ...]
@@ -139,40 +146,44 @@ class Adapter:
         """The product with the adapter, from that of the matrix alone; ``x`` is what it read."""
         low = self.low_rank(x)
         result = result + product(self.out, low.h, low.b, self.names_b, result.dtype, self.precision)
-        if self.magnitude is None:
+        share = self._share()
+        if share is None:
             return result
-        output = self.out.partition("->")[2].replace(".", "")
+        first, _, last = self.out.partition("->")[2].partition("...")
         rest = [letter for n, letter in enumerate(self.letters) if n not in self.contracted]
-        order = [letter for letter in output if letter in rest]
-        share = jnp.transpose(self._share(), [rest.index(letter) for letter in order])
-        sizes = [share.shape[order.index(letter)] if letter in order else 1 for letter in output]
-        return result * share.reshape([1] * (result.ndim - len(output)) + sizes).astype(result.dtype)
+        rest = ["B", *rest] if share.ndim > len(rest) else rest
+        order = [letter for letter in first + last if letter in rest]
+        share = jnp.transpose(share, [rest.index(letter) for letter in order])
+        sizes = dict(zip(order, share.shape, strict=True))
+        sizes_of_first, sizes_of_last = ([sizes.get(letter, 1) for letter in part] for part in (first, last))
+        between = [1] * (result.ndim - len(first + last))
+        return result * share.reshape(*sizes_of_first, *between, *sizes_of_last).astype(result.dtype)
 
     def low_rank(self, x: Float[Array, "..."]) -> LowRank:
         """Inner channels of what the product reads, in its dtype, and the matrix behind them, without a magnitude."""
         if self.config.dropout and self.module.has_rng("dropout"):
             kept = 1 - self.config.dropout
             x = jnp.where(jax.random.bernoulli(self.module.make_rng("dropout"), kept, x.shape), x / kept, 0)
-        a = gather(materialise(self.a, x.dtype), tuple(self.names_a.values()))
+        a = _gathered(materialise(self.a, x.dtype), self.names_a.values())
         h = _ACTIVATIONS[self.config.activation](product(self.into, x, a, self.names_a, None, self.precision))
-        return LowRank(h, gather(self._scaled_b(x.dtype), tuple(self.names_b.values())))
+        return LowRank(h, _gathered(self._scaled_b(x.dtype), self.names_b.values()))
 
     def factors(self, matrix: Array) -> Factors:
         """With the matrix, in its dtype; all of it as it is kept on a mesh."""
-        share = None if self.magnitude is None else self._share()
+        share = self._share()
         return Factors(matrix, materialise(self.a, matrix.dtype), self._scaled_b(matrix.dtype), share)
 
     def factor_axes(self, axes: tuple[str, ...]) -> Factors:
         """Axes of :meth:`factors`, with those of the matrix."""
         rest = tuple(axis for n, axis in enumerate(axes) if n not in self.contracted)
-        share = None if self.magnitude is None else rest
+        share = None if self.magnitude is None and self.known_share is None else rest
         return Factors(axes, tuple(self.names_a.values()), tuple(self.names_b.values()), share)
 
     def merged(self, matrix: Array) -> Array:
         """The matrix with the adapter in it, in its dtype."""
-        whole = matrix.astype(jnp.float32) + self._delta()
-        if self.magnitude is not None:
-            whole = whole * jnp.expand_dims(self._share(), self.contracted)
+        whole, share = matrix.astype(jnp.float32) + self._delta(), self._share()
+        if share is not None:
+            whole = whole * jnp.expand_dims(share, self.contracted)
         return whole.astype(matrix.dtype)
 
     def _scaled_b(self, dtype: jnp.dtype) -> Array:
@@ -183,9 +194,10 @@ class Adapter:
         spec = f"{''.join(self.names_a)},{''.join(self.names_b)}->{self.letters}"
         return jnp.einsum(spec, materialise(self.a, _FLOAT32), self._scaled_b(_FLOAT32))
 
-    def _share(self) -> Array:
+    def _share(self) -> Array | None:
         """What DoRA multiplies outputs by: the magnitude by the length of the weights, which has no gradient."""
-        assert self.magnitude is not None
+        if self.magnitude is None:
+            return self.known_share
         whole = jax.lax.stop_gradient(materialise(self.stored, _FLOAT32) + self._delta())
         length = jnp.sqrt(jnp.sum(jnp.square(whole), axis=self.contracted))
         # Where a layer has no adapter, the magnitude has no part in it either.
@@ -222,25 +234,34 @@ def adapter_of(
         suffix: str, init: nn.initializers.Initializer, names: Mapping[str, str], summed: tuple[str, ...]
     ) -> Array:
         shape = {axis: sizes[axis] for axis in names.values()}
-        return param(module, name + suffix, init, shape, contracted=summed, batch=batch, float32=float32)
+        return param(module, name + suffix, init, shape, contracted=summed, batch=batch, float32=float32, by_row=True)
 
-    magnitude = None
-    if config.dora:
-        shape = {axis: size for axis, size in axes.items() if axis not in contracted}
+    fan_in = math.prod(axes[axis] for axis in contracted)
+    a = weight(A, _initializer(config, fan_in), names_a, contracted)
+    b = weight(B, nn.initializers.zeros, names_b, (RANK,))
+    into, out = f"{x},{''.join(names_a)}->{inner}", f"{inner},{''.join(names_b)}->{result}"
+    if a.ndim > len(names_a):
+        into, out = _by_row(into), _by_row(out)
+    magnitude = known_share = None
+    shape = {axis: size for axis, size in axes.items() if axis not in contracted}
+    if module.has_variable("params", name + SHARE):
+        ones = nn.initializers.ones
+        known_share = param(module, name + SHARE, ones, shape, batch=batch, float32=True, by_row=True)
+    elif config.dora:
         # Filled with the lengths of the weights that a run begins with, see ``lora.with_adapters``.
         magnitude = param(module, name + MAGNITUDE, nn.initializers.ones, shape, batch=batch, float32=True)
-    fan_in = math.prod(axes[axis] for axis in contracted)
     return Adapter(
         module=module,
         config=config,
         stored=stored,
         letters=letters,
-        into=f"{x},{''.join(names_a)}->{inner}",
-        out=f"{inner},{''.join(names_b)}->{result}",
-        a=weight(A, _initializer(config, fan_in), names_a, contracted),
-        b=weight(B, nn.initializers.zeros, names_b, (RANK,)),
+        into=into,
+        out=out,
+        a=a,
+        b=b,
         scale=_scale(module, name, config),
         magnitude=magnitude,
+        known_share=known_share,
         names_a=names_a,
         names_b=names_b,
         contracted=tuple(n for n, axis in enumerate(axes) if axis in contracted),
@@ -252,6 +273,18 @@ def _scale(module: nn.Module, name: str, config: LoRAConfig) -> Array:
     init = nn.initializers.constant(config.scale)
     stored = param(module, name + SCALE, init, {}, float32=True, tracked=True)
     return jax.lax.stop_gradient(materialise(stored, _FLOAT32))
+
+
+def _by_row(spec: str) -> str:
+    """The einsum of activations and a matrix with a matrix for each row ``B``."""
+    x, weight, result = re.split(",|->", spec)
+    return f"{x.replace('...', 'B...')},B{weight}->{result.replace('...', 'B...')}"
+
+
+def _gathered(weight: Array, axes: Iterable[str]) -> Array:
+    """A part of an adapter as products use it; ``axes`` are those of a single one."""
+    axes = tuple(axes)
+    return gather(weight, ("batch", *axes) if weight.ndim > len(axes) else axes)
 
 
 def _scaled(stored: Array, scale: Array, dtype: jnp.dtype) -> Array:
@@ -273,7 +306,7 @@ class LookupAdapter(NamedTuple):
     """The adapter of a table, as it is stored: row i of the table gets ``scale * a[i] b``.
 
     Attributes:
-      a_VR: zero at the start: rows of it are looked up.
+      a_VR: zero at the start: rows of it are looked up. Or [B, V, R], as the next one.
       b_RD: random at the start.
       scale: float32 scalar.
     """
@@ -284,13 +317,18 @@ class LookupAdapter(NamedTuple):
 
     def of_rows(self, rows: Float[Array, "B T R"]) -> Float[Array, "B T D"]:
         """What rows of the table get, from those of ``a``."""
-        return product("BTR,RD->BTD", rows, self._scaled_b(rows.dtype), {"R": RANK, "D": "embed"})
+        return self._product("BTR,RD->BTD", rows, self._scaled_b(rows.dtype))
 
     def of_head(self, hidden: Float[Array, "*batch D"]) -> LowRank:
         """What the logits of a tied head get."""
         b_RD = self._scaled_b(hidden.dtype)
-        h = product("...D,RD->...R", hidden, b_RD, {"R": RANK, "D": "embed"})
-        return LowRank(h, gather(materialise(self.a_VR, hidden.dtype), ("vocab", RANK)).T)
+        h = self._product("...D,RD->...R", hidden, b_RD)
+        return LowRank(h, _gathered(materialise(self.a_VR, hidden.dtype), ("vocab", RANK)).mT)
+
+    def added(self, logits: Float[Array, "*batch V"], hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """The logits of a tied head with the adapter, from those of the table alone."""
+        low = self.of_head(hidden)
+        return logits + self._product("...R,RV->...V", low.h, low.b, logits.dtype)
 
     def merged(self, table_VD: Float[Array, "V D"]) -> Float[Array, "V D"]:
         """The table with the adapter in it, in its dtype."""
@@ -298,7 +336,11 @@ class LookupAdapter(NamedTuple):
         return (table_VD.astype(jnp.float32) + delta_VD).astype(table_VD.dtype)
 
     def _scaled_b(self, dtype: jnp.dtype) -> Array:
-        return gather(_scaled(self.b_RD, self.scale, dtype), (RANK, "embed"))
+        return _gathered(_scaled(self.b_RD, self.scale, dtype), (RANK, "embed"))
+
+    def _product(self, spec: str, x: Array, matrix: Array, out_dtype: jnp.dtype | None = None) -> Array:
+        names = {"R": RANK, "D": "embed", "V": "vocab"}
+        return product(spec if matrix.ndim == 2 else _by_row(spec), x, matrix, names, out_dtype)
 
 
 def lookup_adapter(module: nn.Module, name: str, rows: int, width: int) -> LookupAdapter | None:
@@ -306,7 +348,7 @@ def lookup_adapter(module: nn.Module, name: str, rows: int, width: int) -> Looku
     if not is_targeted(module, name):
         return None
     config = _config(module)
-    a_VR = param(module, name + A, nn.initializers.zeros, {"vocab": rows, RANK: config.r}, lookup=True)
+    a_VR = param(module, name + A, nn.initializers.zeros, {"vocab": rows, RANK: config.r}, lookup=True, by_row=True)
     init = nn.initializers.normal(1.0)
-    b_RD = param(module, name + B, init, {RANK: config.r, "embed": width}, contracted=(RANK,))
+    b_RD = param(module, name + B, init, {RANK: config.r, "embed": width}, contracted=(RANK,), by_row=True)
     return LookupAdapter(a_VR, b_RD, _scale(module, name, config))

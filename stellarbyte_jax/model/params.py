@@ -106,6 +106,7 @@ def param(
     lookup: bool = False,
     float32: bool = False,
     tracked: bool = False,
+    by_row: bool = False,
 ) -> Array:
     """Makes or fetches a weight, as it is stored: :func:`materialise` makes an array of a dtype of it.
 
@@ -119,6 +120,7 @@ def param(
       lookup: whether rows are looked up.
       float32: whether it is used in float32.
       tracked: whether it is a number that training keeps.
+      by_row: whether a given weight may have an axis of rows before the others: one of its own for each row of a batch.
 
     Raises:
       ValueError: an axis is none of ``sharding.WEIGHT_AXES``, or the given weight has another shape.
@@ -140,7 +142,7 @@ def param(
         return jnp.asarray(module.param(name, _first, init, shape, use))
     # Module.param would trace the initializer for its shape: nearly half of the time that tracing a network takes.
     made = jnp.asarray(nn.meta.unbox(module.get_variable("params", name)))  # numpy arrays are weights too
-    if made.shape != shape:
+    if made.shape != shape and not (by_row and made.shape[1:] == shape):
         asked = ", ".join(f"{axis} {size}" for axis, size in axes.items())
         raise ValueError(
             f"weight {name} has shape {made.shape}, the config asks for {shape} ({asked}): give its weights"
@@ -168,15 +170,15 @@ def product(
     """An einsum of activations and a weight, split over the mesh by the weight's axes.
 
     Args:
-      spec: of the einsum. ``B`` is the axis of rows, ``T`` and ``S`` are axes of positions.
+      spec: of the einsum. ``B`` is the axis of rows, also of a weight that has one, ``T`` and ``S`` are axes of
+        positions.
       x: activations.
       matrix: weight in their dtype.
       names: axis of each letter of the weight.
       out_dtype: of the result, where it is not that of ``x``.
       precision: of a float32 product; None: what jax is set to.
     """
-    output = spec.partition("->")[2].replace(".", "")
-    inputs = spec.partition(",")[0].replace(".", "")
+    output, inputs = spec.partition("->")[2], spec.partition(",")[0]
     lengths = [x.shape[inputs.index(letter)] for letter in "TS" if letter in inputs]
     rows, positions = stream_axes(max(lengths, default=1))
     stream = {"B": rows, "T": positions, "S": positions}
@@ -189,7 +191,9 @@ def product(
 
 
 def _axes(x: Array, letters: str, named: Mapping[str, str]) -> tuple[str | None, ...]:
-    return (None,) * (x.ndim - len(letters)) + tuple(named.get(letter) for letter in letters)
+    first, _, last = letters.partition("...")
+    between = (None,) * (x.ndim - len(first + last))
+    return (*map(named.get, first), *between, *map(named.get, last))
 
 
 def _between(letters: str, named: Mapping[str, str], stream: Mapping[str, str]) -> Mapping[str, str]:

@@ -20,7 +20,7 @@ from stellarbyte_jax.checkpoint.weights import load_config, stored_steps
 from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig, compose
 from stellarbyte_jax.config.foreign import absent, listed, shown
 from stellarbyte_jax.config.moe import REBALANCING
-from stellarbyte_jax.config.paths import real
+from stellarbyte_jax.config.paths import home, real
 from stellarbyte_jax.config.reference import changed, written
 from stellarbyte_jax.config.section import require
 from stellarbyte_jax.data.loader import Loader, make_loader
@@ -33,7 +33,7 @@ from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.state.router import with_twins_of
 from stellarbyte_jax.sharding import device_mesh
 from stellarbyte_jax.tokenizer.codec import check_vocabulary, load_tokenizer
-from stellarbyte_jax.tokenizer.directory import TokenizerDirectory, copy_tokenizer, write_json
+from stellarbyte_jax.tokenizer.directory import CHAT_TEMPLATE, TokenizerDirectory, copy_tokenizer, write_json
 from stellarbyte_jax.tokenizer.special import kept_ids
 from stellarbyte_jax.training import chat, finish, messages
 from stellarbyte_jax.training.console import Reporter
@@ -106,9 +106,15 @@ class Found:
 def find_tokenizer(config: TrainConfig) -> Found:
     """Finds the tokenizer: a directory, else what a run keeps of the one that it began with, else a name of the hub.
 
+    So it does the file of a chat template: where it is gone, what the run keeps of it.
+
     Raises:
       ValueError: the hub did not give it, or there is no such directory.
     """
+    return _with_kept_template(_find_tokenizer(config))
+
+
+def _find_tokenizer(config: TrainConfig) -> Found:
     name, run = config.data.tokenizer, Path(config.output_dir)
     if os.path.lexists(name):
         return _written_otherwise(config, run) or Found(config, config)
@@ -123,6 +129,19 @@ def find_tokenizer(config: TrainConfig) -> Found:
             "name that again"
         )
     return Found(config, config)
+
+
+def _with_kept_template(found: Found) -> Found:
+    data, run = found.used.data, Path(found.used.output_dir)
+    template, copy = data.chat.template, run / CHAT_TEMPLATE
+    if data.format != "chat" or template is None or os.path.lexists(template) or not copy.is_file():
+        return found
+    own = _own(run)
+    if own is None or own.data.chat.template != template:
+        return found
+    used = replace(found.used, data=replace(data, chat=replace(data.chat, template=str(copy))))
+    note = f"data.chat.template: {absent(template)}; its copy in {copy} is used"
+    return replace(found, used=used, note=note if found.note is None else f"{found.note}\n{note}")
 
 
 def with_copy(config: TrainConfig, run: Path) -> tuple[TrainConfig, str | None]:
@@ -235,7 +254,8 @@ def _check_place(run_dir: Path) -> None:
         return
     place = real(run_dir)
     held = [name for name in _PROJECT if (place / name).exists()]
-    what = f"holds a project ({held[0]})" if held else "is your home directory" if place == Path.home() else None
+    at_home = (own := home()) is not None and place == real(own)
+    what = f"holds a project ({held[0]})" if held else "is your home directory" if at_home else None
     what = "is the root of the file system" if place == place.parent else what
     if what is None and place.parent == place.parent.parent and _held(place):
         what = "is a folder of the system, or a volume, that holds other files"
@@ -306,7 +326,7 @@ def _keep(found: Found, parameters: ParameterCounts) -> None:
         target = run_dir / TOKENIZER
         ids = chat.ids_of_run(found.used, kept_ids(target, tokenizer, found.used.model.vocab_size))
         copy_tokenizer(tokenizer, target, ids)
-        chat.keep_template(found.used, target)
+        chat.keep_template(found.used, run_dir, target)
     except OSError as error:
         source = error.filename if error.filename2 is None else None  # a copy that fails names both
         if source is not None and Path(source).parent == Path(tokenizer):

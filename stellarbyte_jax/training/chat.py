@@ -9,7 +9,7 @@ from stellarbyte_jax.data.encode_chat import template_source
 from stellarbyte_jax.inference.text import encode_prompt
 from stellarbyte_jax.tokenizer.chat import Conversation
 from stellarbyte_jax.tokenizer.codec import Tokenizer, load_tokenizer
-from stellarbyte_jax.tokenizer.directory import CHAT_TEMPLATE, TokenizerDirectory
+from stellarbyte_jax.tokenizer.directory import CHAT_TEMPLATE
 from stellarbyte_jax.tokenizer.special import as_list, stop_ids
 from stellarbyte_jax.tokenizer.template import ChatTemplate
 from stellarbyte_jax.tokenizer.turns import TurnEncoder
@@ -68,12 +68,16 @@ def _end_of_reply(tokenizer: Tokenizer) -> int | None:
     return end
 
 
-def keep_template(config: TrainConfig, directory: Path) -> None:
-    """Gives the run's copy of the tokenizer the run's own chat template, for what reads its weights later."""
+def keep_template(config: TrainConfig, run: Path, tokenizer: Path) -> None:
+    """Gives the run's copy of the tokenizer the run's own chat template, for what reads its weights later.
+
+    The run has one beside it, with which it goes on where the file was moved, see ``begin.find_tokenizer``.
+    """
     if config.data.format == "chat" and config.data.chat.template is not None:
         template, _ = template_source(config.data.chat, load_tokenizer(config.data.tokenizer))
-        if TokenizerDirectory(directory).chat_template() != template:
-            (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        for copy in (run / CHAT_TEMPLATE, tokenizer / CHAT_TEMPLATE):
+            if not copy.is_file() or copy.read_text(encoding="utf-8") != template:
+                copy.write_text(template, encoding="utf-8")
 
 
 def ids_of_run(config: TrainConfig, kept: dict[str, int | list[int]]) -> dict[str, int | list[int]]:

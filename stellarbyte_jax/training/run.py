@@ -365,6 +365,7 @@ def _validate(run: _Run, step: int, batches: Loader) -> float | None:
             run.report.line(f"step {step}/{run.total}  validation broken off: it is done when the run goes on")
             return None
         run.progress.measured(step, validated["loss"], measured_on(batches, limit))
+        validated |= {name: float(count) for name, count in batches.counts.items()}
         run.report.line(f"step {step}/{run.total}  validation  {format_metrics(validated)}")
         named = {f"validation/{name}": value for name, value in validated.items()}
         run.publish(step, {**named, **run.meter.totals()})

@@ -1,10 +1,14 @@
 """Items of a step: frozen weights and trained ones apart, formats, and what an older version wrote."""
 
 import asyncio
+import contextlib
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -170,6 +174,41 @@ def test_a_checkpoint_is_replaced_when_it_is_whole(checkpointer, monkeypatch):
     checkpointer.wait()
     assert checkpointer.restore(lambda stored: (stored.step, stored.json("data")), print) == (7, 2)
     assert sorted(p.name for p in checkpointer.directory.parent.iterdir()) == ["checkpoints"]
+
+
+def test_checkpoints_on_another_file_system_are_replaced_too(tmp_path, monkeypatch):
+    """Where ``checkpoints`` is a link or a volume, nothing can be renamed into the folder above it."""
+    volume, run = tmp_path / "volume", tmp_path / "run"
+    volume.mkdir()
+    run.mkdir()
+    (run / "checkpoints").symlink_to(volume)
+    rename = Path.rename
+
+    def within_one(path, target):
+        if len({volume in Path(place).parent.resolve().joinpath("x").parents for place in (path, target)}) > 1:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", within_one)
+    config = settings()
+    with contextlib.closing(Checkpointer(run, CheckpointConfig())) as checkpointer:
+        for best in (2.5, 1.5):
+            resume.save(checkpointer, config, start(config, RECORDER)[0], 3, {}, Progress(best))
+        found = restore(checkpointer, config, lambda path: True)
+    assert found.progress.best_loss == 1.5 and [path.name for path in volume.iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("folder", ["checkpoints/replaced", "replaced"])
+def test_a_checkpoint_whose_replacement_was_killed_comes_back(folder, tmp_path):
+    """Earlier versions set it aside beside the checkpoints."""
+    run, config = tmp_path / "run", settings()
+    with contextlib.closing(Checkpointer(run, CheckpointConfig())) as checkpointer:
+        resume.save(checkpointer, config, start(config, RECORDER)[0], 3, {}, Progress(2.5))
+    (run / folder).mkdir()
+    (run / "checkpoints" / "3").rename(run / folder / "3")
+    with contextlib.closing(Checkpointer(run, CheckpointConfig())) as checkpointer:
+        assert restore(checkpointer, config, lambda path: True).progress.best_loss == 2.5
+    assert not (run / folder).exists()
 
 
 @pytest.mark.parametrize("main", [True, False])

@@ -346,6 +346,21 @@ def test_an_earlier_model_is_replaced_whole(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "config.json").read_text() == "new"
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_to_another_disk_stays_one(tmp_path: Path, there: bool) -> None:
+    place, link = tmp_path / "disk" / "model", tmp_path / "run" / "hf"
+    link.parent.mkdir()
+    link.symlink_to(place)
+    if there:
+        place.mkdir(parents=True)
+        (place / "config.json").write_text("old")
+    with replacing(link, True) as partial:
+        assert partial.parent == place.parent
+        (partial / "config.json").write_text("new")
+    assert link.is_symlink() and (place / "config.json").read_text() == "new"
+    assert os.listdir(link.parent) == ["hf"] and os.listdir(place.parent) == ["model"]
+
+
 def test_what_is_no_model_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     letter = tmp_path / "home" / "letter.txt"

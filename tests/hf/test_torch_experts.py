@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.grids import mostly_slow
 from helpers.hf_models import NEEDS_TORCH, assert_same_tree, edit_config, edit_tensors, tensors
 from helpers.torch_exports import PARTS, Exports, load, logits_of, modules_in
 from helpers.variants import BASE, VARIANTS, make_model, run, with_twins
@@ -32,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
 CONTEXT = next(name for name, settings in MODELS.items() if settings["moe"].get("gate") == "context")
 SHARED = next(name for name, settings in MODELS.items() if settings["moe"].get("n_shared_experts"))
 POOL = next(name for name, settings in MODELS.items() if settings["moe"].get("shared_pool"))
+BESIDE = "a pool beside dense layers, shared experts, groups of one"
 MODELS |= {
     "all that is of training, deepnorm, gelu": {
         "moe": {
@@ -49,7 +51,7 @@ MODELS |= {
         "hidden_act": "gelu",
         "tie_word_embeddings": True,
     },
-    "a pool beside dense layers, shared experts, groups of one": {
+    BESIDE: {
         "moe": {
             "num_experts": 3,
             "n_group": 3,
@@ -132,7 +134,7 @@ def is_of_experts(name: str) -> bool:
     return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, CONTEXT, POOL))
 def test_greedy_texts_of_a_ragged_batch_are_ours(name: str, exports: Exports) -> None:
     prompts = [TOKENS_BT[0, :5].tolist(), TOKENS_BT[1, :9].tolist()]
     ours = [list(row) for row in generate(*made(name), prompts, max_new_tokens=48).sequences]
@@ -204,7 +206,7 @@ def test_it_trains_where_every_setting_of_our_training_is_set(exports: Exports) 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of one part of torch about another
-@pytest.mark.parametrize("name", [CONTEXT, "a pool beside dense layers, shared experts, groups of one"])
+@pytest.mark.parametrize("name", mostly_slow([CONTEXT, BESIDE], CONTEXT))
 def test_few_tokens_compile_as_one_graph_and_many_with_breaks(name: str, exports: Exports) -> None:
     """Of one layer with experts, since each layer is compiled anew; other tests compile those without."""
     peer = load(exports.directory(name))

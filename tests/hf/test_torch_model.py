@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.grids import mostly_slow
 from helpers.hf_models import NEEDS_TORCH, SMALL, assert_same_tree, random_model
 from helpers.torch_exports import PARTS, Exports, load, logits_of, modules_in
 from helpers.training import settings, start
@@ -74,6 +75,8 @@ MODELS: dict[str, dict[str, Any]] = {
 OWN = {"yarn", "yarn, all", "llama3", "linear", "dynamic"}  # that another family expresses without this
 CACHED = [name for name in MODELS if name != "dynamic"]  # whose cache agrees with a full pass in the first layer alone
 THEIR_WARNINGS = pytest.mark.filterwarnings("ignore::FutureWarning")  # of one part of transformers about another
+# Of which greedy texts are compared every time.
+GREEDY = ("the project's own config", "windows, interleaved", "the original")
 # Texts of many tokens: one model for each position scheme, scaling and kind of window.
 LONG = ("the original, learned", "sinks, mixed", "interleaved xpos", "tied, padded, geglu", "yarn, all", "llama3")
 LONG += ("linear",)
@@ -143,7 +146,9 @@ def test_every_cache_continues_a_text(name: str, exports: Exports) -> None:
     ("name", "length"),
     [
         ("the project's own config", 128),
-        *((name, 20) for name in CACHED if name not in {*OWN, "the project's own config"}),
+        ("windows, interleaved", 20),
+        ("the original", 20),
+        *(pytest.param(name, 20, marks=pytest.mark.slow) for name in CACHED if name not in {*OWN, *GREEDY}),
         *(pytest.param(name, 128, marks=pytest.mark.slow) for name in LONG),
     ],
 )
@@ -189,7 +194,9 @@ def test_positions_that_begin_anew_are_another_text(name: str, exports: Exports)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of one part of torch about another
-@pytest.mark.parametrize("name", ["the project's own config", "windows, interleaved"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["the project's own config", "windows, interleaved"], "windows, interleaved")
+)
 def test_it_compiles_as_one_graph(name: str, exports: Exports) -> None:
     """Of two layers, with and without a window, since each is compiled anew."""
     peer = load(exports.directory(name))

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.full_pass import full_pass
+from helpers.grids import mostly_slow
 from helpers.tiny_generation import LONG, PROMPTS, TRAINED, continue_to, make, some_rows
 
 from stellarbyte_jax.config import CacheConfig, MemoryConfig, RopeScaling
@@ -73,7 +74,17 @@ def assert_greedy(result, logits):
         np.testing.assert_allclose(scores[: len(new)], expected, atol=5e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    mostly_slow(
+        VARIANTS,
+        "window, more sinks than a chunk",
+        "some layers with window and sinks, xpos",
+        "the original's own, window",
+        "memory of some layers, xpos",
+        "heavy hitters, window, sinks",
+    ),
+)
 def test_long_texts_equal_the_pass_over(variant):
     """Several times round the rings, for rows of different lengths; prompts are read at once, then in parts."""
     model, params = make(**VARIANTS[variant])
@@ -88,8 +99,11 @@ def test_long_texts_equal_the_pass_over(variant):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"sliding_window": 7, "sink_tokens": 2}, {"cache": CacheConfig(heavy_hitters=40, recent=24)}],
-    ids=["full", "ring", "pruned"],
+    [
+        pytest.param({}, id="full"),
+        pytest.param({"sliding_window": 7, "sink_tokens": 2}, id="ring", marks=pytest.mark.slow),
+        pytest.param({"cache": CacheConfig(heavy_hitters=40, recent=24)}, id="pruned"),
+    ],
 )
 def test_dynamic_scaling_equals_a_full_pass_over_each_text(changes):
     """Every longer text turns all tokens anew. One layer: deeper ones read what a shorter text made of its tokens."""

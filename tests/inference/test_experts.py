@@ -67,7 +67,7 @@ def test_a_step_of_many_rows_copies_no_weights():
 @pytest.mark.parametrize(
     "variant",
     [
-        "a dense layer, experts by sigmoid in groups, one shared, windows",
+        pytest.param("a dense layer, experts by sigmoid in groups, one shared, windows", marks=pytest.mark.slow),
         "experts in every second layer, by context, priority and temperature",
     ],
 )

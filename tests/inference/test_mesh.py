@@ -32,7 +32,13 @@ def test_texts_are_those_of_one_device():
     assert [list(text) for text in found.sequences] == [list(text) for text in expected.sequences]
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param({"temperature": 1.0, "top_p": 0.9, "seed": 3}, id="sampled", marks=pytest.mark.slow),
+    ],
+)
 def test_texts_whose_rows_tensor_splits_in_the_prefill_are_those_of_one_device(sampling):
     """As many prompts as devices: between layers each has one. A dense layer and one with experts."""
     moe = dataclasses.replace(EXPERTS, first_k_dense_replace=1)

@@ -48,16 +48,24 @@ def test_a_launcher_of_several_processes_is_known_and_one_task_stays_alone(envir
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
         ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "2"}, [0, 1]),
         ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "2,3"}, [0, 1]),
-        ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "2"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "2"}, [0]),
         ({"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4", "JAX_LOCAL_DEVICE_IDS": "1"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_GPUS_ON_NODE": "4"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "1,2", "SLURM_GPUS_ON_NODE": "4"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "3"}, [0]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, [0, 1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_GPUS_PER_TASK": "a100:2", "CUDA_VISIBLE_DEVICES": "0,1"}, [0, 1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_GPUS_PER_TASK": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_GPUS_PER_TASK": "2", "SLURM_GPUS_ON_NODE": "2"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
         ({"SLURM_GPUS_ON_NODE": "4"}, None),
     ],
 )
-def test_a_task_that_has_a_machine_to_itself_takes_all_its_gpus(environment, gpus, monkeypatch):
-    """JAX alone would take the first of them, and leave the others idle."""
+def test_a_task_takes_all_gpus_that_are_its_own(environment, gpus, monkeypatch):
+    """Of a machine that it has to itself, of --gpus-per-task, or the one that it sees.
+
+    JAX alone would take the one of the task's number: others would be idle, or there would be none of that number.
+    """
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name, value in {**SLURM, **environment}.items():
         monkeypatch.setenv(name, value)
@@ -72,6 +80,14 @@ def test_a_task_that_has_a_machine_to_itself_takes_all_its_gpus(environment, gpu
     with pytest.raises(MendableError, match="as far as this"):
         processes.join()
     assert asked == [gpus]
+
+
+def test_under_open_mpi_too_a_process_takes_the_one_gpu_that_it_sees():
+    """As where a wrapper of each process chose it; the variables of a batch job of Slurm say nothing of it."""
+    batch = {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_PER_TASK": "2"}
+    assert processes.gpus_of("Open MPI", {**batch, "CUDA_VISIBLE_DEVICES": "3"}) == [0]
+    assert processes.gpus_of("Open MPI", {**batch, "CUDA_VISIBLE_DEVICES": "0,1"}) is None
+    assert processes.gpus_of("Kubernetes", {"CUDA_VISIBLE_DEVICES": "3"}) is None
 
 
 def test_kubernetes_needs_its_package(monkeypatch):
@@ -104,6 +120,8 @@ def test_options_go_before_the_environment():
         ((None, 2, None), {}, "--coordinator and --process is missing"),
         (("a:1", 2, 2), {}, "--process 2 is none of --processes 2: they are 0 to 1"),
         (("a", 2, 1), {}, "--coordinator a is no HOST:PORT"),
+        (("a:65536", 2, 1), {}, r"--coordinator a:65536 is no HOST:PORT, .* \(ports: 1 to 65535\)"),
+        (("a:0", 2, 0), {}, "--coordinator a:0 is no HOST:PORT"),
         (("a:1", 2, None), {"STELLARBYTE_PROCESS": "x"}, "STELLARBYTE_PROCESS=x must be an integer"),
     ],
 )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.grids import mostly_slow
 from helpers.numpy_decoder import decoder
 from helpers.variants import BASE, VARIANTS, call, make, run, run_on, some_tokens, step, weights_alone
 
@@ -57,6 +58,18 @@ def test_logits_equal_numpy(network):
         np.testing.assert_array_equal(of_documents(model, params, other_end)[:, :7], logits[:, :7])
 
 
+@pytest.mark.parametrize(
+    "network",
+    mostly_slow(
+        VARIANTS,
+        "mixed windows, qk norm, bias",
+        "the original's own",
+        "windows, sinks, pruned weights, cap",
+        "experts of which some are twins",
+        "a pool of experts, parallel, xpos",
+    ),
+    indirect=True,
+)
 def test_gradients_in_bfloat16_reach_every_weight_and_no_token_feels_a_later_one(network):
     model, params = network
     model = type(model)(dataclasses.replace(model.config, compute_dtype="bfloat16"))

@@ -78,10 +78,10 @@ def spread_through_depth(layers=100, **settings):
     "settings",
     [
         {},
-        {"residual_scaling": "branch", "initialization": "normal"},
+        pytest.param({"residual_scaling": "branch", "initialization": "normal"}, marks=pytest.mark.slow),
         {"residual_scaling": "deepnorm"},
-        {"layer_scale_init": 0.1},
-        {"parallel_residual": True},
+        pytest.param({"layer_scale_init": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"parallel_residual": True}, marks=pytest.mark.slow),
     ],
     ids=["depth", "branch", "deepnorm", "layer scale", "parallel"],
 )

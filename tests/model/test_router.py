@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import numpy_decoder
+from helpers.grids import mostly_slow
 from helpers.training import RECORDER, packed_batch, settings
 from helpers.variants import BASE, make, some_tokens
 
@@ -227,7 +228,7 @@ def test_a_gate_with_history_needs_the_state_that_a_cache_begins_with():
     assert str(error.value) == ("the gates read the history of a text, which the state lacks: begin with State.empty")
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", mostly_slow(NOISES, "gumbel"))
 def test_noise_differs_by_layer_step_and_part_and_repeats_with_seed_and_step(noise, monkeypatch):
     """All layers of all parts have the same logits: what differs is noise."""
     seen = []
@@ -237,7 +238,7 @@ def test_noise_differs_by_layer_step_and_part_and_repeats_with_seed_and_step(noi
         return choose(scores_NE, *args, **kwargs)
 
     choose = router_module.choose_experts
-    model_config = dataclasses.replace(BASE, moe={"num_experts": E, **NOISES[noise]}, num_hidden_layers=3)
+    model_config = dataclasses.replace(BASE, moe={"num_experts": E, **NOISES[noise]}, num_hidden_layers=2)
     config = settings(model=model_config, gradient_accumulation_steps=2, loss=LossConfig(router_load=0.0))
     model = ByteTransformer(model_config)
     batch = {name: np.concatenate([x[:2], x[:2]]) for name, x in packed_batch().items()}
@@ -256,8 +257,8 @@ def test_noise_differs_by_layer_step_and_part_and_repeats_with_seed_and_step(noi
         return set(seen)
 
     found = scores(0, 0)
-    assert len(found) == 6, "of three layers and two parts"
+    assert len(found) == 4, "of two layers and two parts"
     assert scores(0, 0) == found
-    assert len(found | scores(0, 1)) == 12
+    assert len(found | scores(0, 1)) == 8
     if noise == "gumbel":  # another program for each seed
-        assert len(found | scores(1, 0)) == 12
+        assert len(found | scores(1, 0)) == 8

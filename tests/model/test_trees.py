@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.grids import mostly_slow
 from helpers.training import (
     MODEL,
     RECORDER,
@@ -89,7 +90,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "muon", "accumulation, ema, some weights of a layer"))
 def test_frozen_weights_stay_and_cost_nothing(case):
     """Bit-equal after steps that move all others; neither optimizer nor average stores anything of them."""
     changes, is_trainable = CASES[case]
@@ -118,7 +119,7 @@ def test_frozen_weights_stay_and_cost_nothing(case):
         assert set(flat(state.ema)) == set(flat(state.params))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", mostly_slow([1, 2], 2))
 def test_the_others_learn_as_if_its_gradient_were_left_out(parts):
     """Three steps against AdamW in numpy on the gradient of the whole model; clipping and norm leave it out too."""
     config = settings(gradient_accumulation_steps=parts, optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-3))

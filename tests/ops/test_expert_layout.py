@@ -104,7 +104,7 @@ def test_rows_go_to_experts_and_come_back(seed, block):
     random, experts = drawn(N, K, E, seed)
     weights = random.random((N, K)).astype(np.float32)  # of pairs without an expert too
     x, factors = random.standard_normal((N, D)).astype(np.float32), random.standard_normal((E, D)).astype(np.float32)
-    layout = lay_out(jnp.asarray(experts), E, block)
+    layout = lay_out_jit(jnp.asarray(experts), E, block)
     of_row = np.searchsorted(np.cumsum(layout.groups.sizes_E), np.arange(layout.pairs_S.size), side="right")
     empty = np.asarray(layout.pairs_S) == N * K
 
@@ -120,7 +120,7 @@ def test_rows_go_to_experts_and_come_back(seed, block):
 
     arguments = jnp.asarray(x), jnp.asarray(weights), jnp.asarray(factors)
     np.testing.assert_allclose(ours(*arguments), plainly(*arguments), atol=1e-6)
-    slopes = [jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), (0, 1, 2))(*arguments) for f in (ours, plainly)]
+    slopes = [jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), (0, 1, 2)))(*arguments) for f in (ours, plainly)]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *slopes)
 
 
@@ -129,7 +129,7 @@ def test_what_choices_give_a_token_is_summed_in_float32():
     N, K, E, D = 3, 8, 8, 16
     random = np.random.default_rng(0)
     experts = np.stack([random.permutation(E) for _ in range(N)])
-    layout = lay_out(jnp.asarray(experts), E, 4)
+    layout = lay_out_jit(jnp.asarray(experts), E, 4)
     given = jnp.asarray(random.standard_normal((layout.pairs_S.size, D)), jnp.bfloat16)
     exact = np.asarray(given, np.float32)[layout.rows_NK].sum(axis=1)
     _, pull = jax.vjp(lambda x: to_experts(x, layout), jnp.zeros((N, D), jnp.bfloat16))
@@ -141,7 +141,7 @@ def test_no_array_of_all_choices_of_all_tokens_is_made():
     """The largest array of the way back is the rows', forward and backward."""
     N, K, E, D = 512, 8, 16, 32
     experts = jnp.asarray(np.stack([np.random.default_rng(n).permutation(E)[:K] for n in range(N)]))
-    layout = lay_out(experts, E)
+    layout = lay_out_jit(experts, E, None)
 
     def f(x, weights):
         return jnp.sum(from_experts(to_experts(x, layout), layout, weights) ** 2)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.grids import mostly_slow
 from helpers.grouped import NAMES, assert_rounded, drawn, exact, poisoned, with_gradients
 
 from stellarbyte_jax.ops.grouped_matmul import Groups
@@ -28,7 +29,13 @@ def hopper(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs", "groups"),
-    [(16384, 2048, 1408, 64), (16384, 1408, 2048, 64), (131072, 4096, 1536, 128), (64, 64, 64, 1), (1000, 192, 320, 3)],
+    [
+        (16384, 2048, 1408, 64),
+        pytest.param(16384, 1408, 2048, 64, marks=pytest.mark.slow),
+        pytest.param(131072, 4096, 1536, 128, marks=pytest.mark.slow),
+        (64, 64, 64, 1),
+        pytest.param(1000, 192, 320, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_the_kernels_can_be_lowered_for_a_gpu(hopper, rows, inputs, outputs, groups):
     shapes = (rows, inputs), (groups, inputs, outputs), (rows, outputs)
@@ -42,7 +49,7 @@ def test_the_kernels_can_be_lowered_for_a_gpu(hopper, rows, inputs, outputs, gro
     assert "stablehlo.transpose" not in text
 
 
-@pytest.mark.parametrize("alternate", [False, True])
+@pytest.mark.parametrize("alternate", mostly_slow([False, True], False))
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # rows that nobody reads
 def test_the_product_in_the_interpreter(alternate):
     x, w, dy = drawn(ROWS, 128, 192, 4)

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stellarbyte_jax.ops.expert_layout import blocks_of_share, from_experts, lay_out, part_of, parts_of, to_experts
+from stellarbyte_jax.ops import expert_layout
+from stellarbyte_jax.ops.expert_layout import blocks_of_share, from_experts, part_of, parts_of, to_experts
 from stellarbyte_jax.ops.parts import sum_of_parts
+
+lay_out = jax.jit(expert_layout.lay_out, static_argnums=(1, 2))
 
 
 def cube(number, inputs, rest):
@@ -68,8 +71,8 @@ def test_parts_of_a_layout_add_up_to_it(loads, blocks):
     def whole(inputs):
         return times_factors(inputs, layout)
 
-    np.testing.assert_allclose(jax.jit(in_parts)(inputs), whole(inputs), atol=1e-6)
-    found, slopes = (jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2))(inputs) for f in (in_parts, whole))
+    np.testing.assert_allclose(jax.jit(in_parts)(inputs), jax.jit(whole)(inputs), atol=1e-6)
+    found, slopes = (jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2)))(inputs) for f in (in_parts, whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, slopes)
 
 

@@ -16,13 +16,13 @@ from stellarbyte_jax.sharding.ring import dealt_order
 @pytest.mark.parametrize(
     ("devices", "kind", "softcap"),
     [
-        (2, "plain", None),
+        pytest.param(2, "plain", None, marks=pytest.mark.slow),
         (8, "plain", 2.0),
         (2, "packed", 2.0),
-        (8, "packed", None),
-        (2, "window", None),
+        pytest.param(8, "packed", None, marks=pytest.mark.slow),
+        pytest.param(2, "window", None, marks=pytest.mark.slow),
         (8, "window", 2.0),
-        (2, "packed, window, sinks", 2.0),
+        pytest.param(2, "packed, window, sinks", 2.0, marks=pytest.mark.slow),
         (8, "packed, window, sinks", None),
     ],
 )

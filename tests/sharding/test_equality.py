@@ -86,7 +86,7 @@ MESHES = [
 # A step of each kind, for every run of the tests; others are slow.
 STEPS = [
     ("dense", {"fsdp": 2, "context": 2, "tensor": 2}, 1),
-    ("dense", {"data": 2, "fsdp": 4}, 2),
+    pytest.param("dense", {"data": 2, "fsdp": 4}, 2, marks=pytest.mark.slow),
     ("memory", {"data": 2, "tensor": 2}, 2),
     ("experts with room", {"expert": 2, "context": 2, "tensor": 2}, 2),
     ("stellarbyte", {"expert": 2, "fsdp": 2, "tensor": 2}, 1),

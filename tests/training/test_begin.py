@@ -239,7 +239,8 @@ def test_a_project_is_no_place_for_a_run(held, tmp_path, tokenizer, monkeypatch)
 
 
 def test_neither_home_nor_the_root_is_a_place_for_a_run(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "link"))
     for place, what in ((tmp_path, "is your home directory"), (Path("/"), "is the root of the file system")):
         with pytest.raises(ConfigError, match=what):
             begin.check(settings(tmp_path, tokenizer, output_dir=str(place)))

@@ -56,6 +56,49 @@ def test_validation_tells_each_reply(run):
     assert "validation/loss_reply_3" not in validated[0]
 
 
+def test_validation_tells_what_it_did_not_read(run, tmp_path, capsys):
+    """Of each pass, a conversation that does not fit and one that is no conversation."""
+    config, _ = run
+    valid = tmp_path / "valid.jsonl"
+    long = {"messages": [{"role": "user", "content": "long " * 99}, {"role": "assistant", "content": "ok"}]}
+    lines = open(config.data.validation[0], encoding="utf-8").read()
+    valid.write_text(f"{lines}{json.dumps(long)}\n" + '{"messages": []}\n')
+    told = [f"data.validation={valid}", "data.on_error=skip", f"output_dir={tmp_path / 'run'}"]
+    settings = [f"data.train={config.data.train[0]}", f"data.chat.template={config.data.chat.template}", *told]
+    more = ["data.format=chat", "data.sequence_length=64", "steps=4", "evaluation.interval=2"]
+    assert cli(write_config(tmp_path), *settings, *more) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    counts = [
+        (line["validation/skipped_lines"], line["validation/left_out_conversations"])
+        for line in lines
+        if "validation/loss" in line
+    ]
+    assert counts == [(1, 1), (1, 1)]
+    assert "skipped lines 1  left out 1" in capsys.readouterr().out
+
+
+def test_a_template_that_was_moved_is_the_one_that_the_run_keeps(run, tmp_path, capsys):
+    config, _ = run
+    template, kept = tmp_path / "t.jinja", tmp_path / "run" / "chat_template.jinja"
+    template.write_text(TEMPLATE)
+    settings = [f"data.train={config.data.train[0]}", f"data.chat.template={template}", f"output_dir={kept.parent}"]
+    settings += [
+        "data.format=chat",
+        "data.sequence_length=64",
+        f"data.validation={config.data.validation[0]}",
+        "schedule.warmup_steps=1",
+    ]
+    file = write_config(tmp_path)
+    assert cli(file, *settings, "steps=2") == 0
+    template.rename(tmp_path / "moved.jinja")
+    assert cli(file, *settings, "steps=4") == 0
+    assert f"data.chat.template: {template} does not exist; its copy in {kept} is used" in capsys.readouterr().out
+    assert load(str(kept.parent / "train_config.json"), []).data.chat.template == str(template)
+    other = [*settings, f"data.chat.template={tmp_path / 'other.jinja'}"]
+    assert cli(file, *other, "steps=6") != 0
+    assert "other.jinja cannot be read" in capsys.readouterr().err, "not the file of this run"
+
+
 def test_what_is_sampled_is_an_answer(run):
     config, directory = run
     (sample,) = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]

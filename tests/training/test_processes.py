@@ -172,7 +172,7 @@ if rank == RANK:
     def twice():
         for _ in range(2):
             os.kill(os.getpid(), signal.NUMBER)
-            __import__("time").sleep(0.01)  # two that wait to be delivered are one
+            __import__("time").sleep(1.2)  # two that come together are one
     at_step(2, twice)
 """
 BEFORE_TRAINING = """

@@ -23,6 +23,7 @@ from stellarbyte_jax.checkpoint.store import Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_weights, save_initial
 from stellarbyte_jax.config import DataConfig, EvaluationConfig
 from stellarbyte_jax.hf.directory import from_pretrained
+from stellarbyte_jax.launch import signals
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.training import resume
 from stellarbyte_jax.training import run as run_module
@@ -129,7 +130,7 @@ def test_resume_is_exact(config_file, straight, tmp_path, capfd):
             assert step == 10 if code == 143 else 12 <= step < 14
             assert "the same command goes on from there" in out
         elif step == 10:
-            assert (run / "replaced" / "10").exists() and not (run / "checkpoints" / "10").exists()
+            assert (run / "checkpoints" / "replaced" / "10").exists() and not (run / "checkpoints" / "10").exists()
         assert any("tmp" in p.name for p in (run / "checkpoints").iterdir()) == (code == 0)
     assert max(log_of(run)[0]) >= 14, "steps that are lost"
     assert cli(config_file) == 0
@@ -140,7 +141,8 @@ def test_resume_is_exact(config_file, straight, tmp_path, capfd):
     assert tokens == expected and len(tokens) == len(seconds) == 22
     (config, params), (_, expected) = load_weights(run), load_weights(straight)
     assert config.steps == 20 and same_weights(params, expected)
-    assert not any("tmp" in p.name for p in (run / "checkpoints").iterdir()) and not (run / "replaced").exists()
+    assert not any("tmp" in p.name for p in (run / "checkpoints").iterdir())
+    assert not (run / "checkpoints" / "replaced").exists()
 
 
 @pytest.mark.parametrize(("batch", "step", "times"), [(1, 10, 2), (3, 20, 1)])
@@ -166,7 +168,7 @@ def test_a_signal_ends_a_validation_which_is_done_when_the_run_goes_on(
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == sorted(
         p.name for p in (straight / "checkpoints").iterdir()
     )
-    assert not (run / "replaced").exists()
+    assert not (run / "checkpoints" / "replaced").exists()
     assert cli(config_file) == 0 and "is complete" in capsys.readouterr().out
 
 
@@ -194,6 +196,7 @@ def test_a_second_signal_leaves_at_once(config_file, tmp_path, monkeypatch):
         until(lambda: left, 60)
 
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(signals, "_SAME_SECONDS", 0)
     with at_step(3, twice):
         cli(config_file)
     assert left == [(130, [])]

@@ -35,7 +35,7 @@ from stellarbyte_jax.hf.settings import read_config
 from stellarbyte_jax.hf.table import Entry, Family
 from stellarbyte_jax.hf.tensors import flatten, put_leaf
 from stellarbyte_jax.lora import split, with_adapters
-from stellarbyte_jax.model.decoder import ByteTransformer, param_uses
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes, param_uses
 from stellarbyte_jax.model.lora import MAGNITUDE, SCALE, is_learnt
 from stellarbyte_jax.model.trees import Params, merge
 
@@ -60,9 +60,9 @@ def base_directory(directory: Path) -> Path:
     return _base(read_settings(directory))
 
 
-def _base(settings: Settings) -> Path:
+def _base(settings: Settings, *, weights: bool = True) -> Path:
     if is_hub_name(settings.base):
-        return local_directory(settings.base, settings.revision)
+        return local_directory(settings.base, settings.revision, weights=weights)
     path = Path(expanded(settings.base))
     if not path.is_dir():
         raise ValueError(
@@ -92,17 +92,47 @@ def load_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
     """
     found = local_directory(directory, revision)
     settings = read_settings(found)
-    _check_files(found)
     base = _base(settings)
-    family, config = read_config(base)
-    with WeightFiles(found, single=ADAPTER_WEIGHTS) as files:
-        read = _read(files, settings, family, config, base)
-    lora = _lora(read, settings, config)
-    model = ByteTransformer(replace(config, lora=lora))
+    model, read = _opened(found, settings, base)
     _, params = from_pretrained(base)
     params = _with_saved(params, read.saved)
     adapters, rest = split(with_adapters(model, params, jax.random.key(0)))
-    return model, merge(_filled(adapters, model, read), rest)
+    filled = _filled(adapters, model, read)
+    return model, merge(jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), filled, adapters), rest)
+
+
+def read_adapter(
+    directory: str | Path, *, base: str | Path | None = None, revision: str | None = None
+) -> tuple[ByteTransformer, Params]:
+    """The same network, and its adapters alone: the weights of the base are not read.
+
+    Magnitudes of DoRA are NaN where the file has none, and what it holds whole (``lora.modules_to_save``) is left out.
+
+    Args:
+      directory: as for :func:`load_adapter`.
+      base: Hugging Face directory of the base, or ``owner/name``; None: what the adapter names.
+      revision: branch, tag or commit of a name of the hub.
+
+    Returns:
+      The model and arrays of numpy, float32.
+
+    Raises:
+      ValueError: as :func:`load_adapter`.
+    """
+    found = local_directory(directory, revision)
+    settings = read_settings(found)
+    where = _base(settings, weights=False) if base is None else local_directory(base, weights=False)
+    model, read = _opened(found, settings, where)
+    return model, _filled(split(param_shapes(model))[0], model, read)
+
+
+def _opened(directory: Path, settings: Settings, base: Path) -> tuple[ByteTransformer, "_Read"]:
+    """The network with the adapters of a directory, and what its tensors are."""
+    _check_files(directory)
+    family, config = read_config(base)
+    with WeightFiles(directory, single=ADAPTER_WEIGHTS) as files:
+        read = _read(files, settings, family, config, base)
+    return ByteTransformer(replace(config, lora=_lora(read, settings, config))), read
 
 
 def _check_files(directory: Path) -> None:
@@ -317,18 +347,27 @@ def _with_saved(params: Params, saved: list[tuple[Entry, np.ndarray]]) -> Params
 
 
 def _filled(adapters: Params, model: ByteTransformer, read: _Read) -> Params:
-    """Fresh adapters with the numbers of the file, and zeros where it has none."""
-    uses, leaves = flatten(param_uses(model)), flatten(adapters)
-    arrays = {
-        path: np.array(leaf) if path.endswith((SCALE, MAGNITUDE)) else np.zeros(leaf.shape, np.float32)
-        for path, leaf in leaves.items()
-    }
-    ours = model.config.lora.scale
+    """Adapters with the numbers of the file, and zeros where it has none.
+
+    Args:
+      adapters: fresh ones, whose factors and magnitudes stay where the file has none; or shapes, of adapters without.
+      model: the network.
+      read: from the file.
+    """
+    uses, ours = flatten(param_uses(model)), model.config.lora.scale
+
+    def before(path: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and path.endswith((SCALE, MAGNITUDE)):
+            return np.array(leaf)
+        empty = {SCALE: ours, MAGNITUDE: np.nan}
+        return np.full(leaf.shape, next((x for end, x in empty.items() if path.endswith(end)), 0), np.float32)
+
+    arrays = {path: before(path, leaf) for path, leaf in flatten(adapters).items()}
     for each in read.adapters:
         for unit, found in each.factors:
             b = found.b if np.isclose(each.scale, ours, rtol=1e-9) else found.b * np.float32(each.scale / ours)
             put_factors(unit, found._replace(b=b), arrays, uses)
     made: Params = {}
     for path, array in arrays.items():
-        put_leaf(made, path, jax.device_put(array, leaves[path].sharding))
+        put_leaf(made, path, array)
     return made

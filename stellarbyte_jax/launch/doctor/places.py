@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from stellarbyte_jax import launch
 from stellarbyte_jax.command import remedy
 from stellarbyte_jax.launch.doctor.finding import Finding
 
@@ -15,7 +16,7 @@ GIB = 2**30
 
 def existing(path: Path) -> Path:
     """The directory itself, or the nearest one above it that exists: the doctor makes none."""
-    path = path.expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()  # pathlib raises where there is no home directory
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
@@ -31,7 +32,7 @@ def check_directory(name: str, path: Path, setting: str, wanted: float) -> Itera
       wanted: GiB that should be free.
     """
     place = existing(path)
-    shown = str(path) if place == path.expanduser().absolute() else f"{path} (to be made in {place})"
+    shown = str(path) if place == Path(os.path.expanduser(path)).absolute() else f"{path} (to be made in {place})"
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"x")
@@ -58,7 +59,6 @@ def check_locks(path: Path) -> Iterator[Finding]:
       path: of the directory, which must be writable.
     """
     place = existing(path)
-    mend = "mount it with locks (Lustre: -o flock; NFS: version 4), or choose another output_dir"
     try:
         first = tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-")
     except OSError:  # check_directory tells it
@@ -67,14 +67,14 @@ def check_locks(path: Path) -> Iterator[Finding]:
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            yield Finding("fault", "locks", f"{place} takes no locks: {error.strerror or error}", mend)
+            yield Finding("fault", "locks", f"{place} takes no locks: {error.strerror or error}", launch.LOCKS_ADVICE)
             return
         try:
             fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield Finding("ok", "locks", f"locks hold on {place}")
         else:
-            yield Finding("fault", "locks", f"two processes could lock one file of {place}", mend)
+            yield Finding("fault", "locks", f"two processes could lock one file of {place}", launch.LOCKS_ADVICE)
 
 
 def size_of(directory: Path) -> tuple[int, int]:
