@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
+from stellarbyte_jax.cli.lora_speed import NAMES as OF_LORA
+from stellarbyte_jax.cli.lora_speed import WORKERS as LORA
+from stellarbyte_jax.cli.lora_speed import compared
+from stellarbyte_jax.cli.lora_speed import settings as lora_settings
 from stellarbyte_jax.cli.machine import facts
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
 from stellarbyte_jax.cli.mesh_speed import COMPARED, Row, has_failed, least_devices, measure, rows
 from stellarbyte_jax.cli.mesh_speed import NAMES as ON_MESH
 from stellarbyte_jax.cli.moe_speed import WORKERS as EXPERTS
+from stellarbyte_jax.cli.peft_peers import WORKERS as LORA_PEERS
 from stellarbyte_jax.cli.program import load_settings, local_path, new_parser, positive
 from stellarbyte_jax.cli.torch_peers import WORKERS as PEERS
 from stellarbyte_jax.cli.workers import OUT_OF_MEMORY, run_worker
@@ -32,15 +37,20 @@ _NAMES = {
     "checkpoint": ["verified", "unverified"],
     "eval": ["eval", "eval_huggingface"],
     "moe": ["dropless", "capacity", "huggingface_moe", "huggingface_moe_bfloat16"],
+    "lora": list(OF_LORA),
 }
-WORKERS = OTHERS | EVALUATION | EXPERTS | PEERS
-_PEERS = ("huggingface", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16")  # they need torch
+WORKERS = OTHERS | EVALUATION | EXPERTS | PEERS | LORA | LORA_PEERS
+_PEERS = {  # with the packages that they need
+    **dict.fromkeys(("huggingface", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16"), ("torch",)),
+    **{name: ("torch", "accelerate" if name == "sft_chats_trainer" else "peft") for name in LORA_PEERS},
+}
 _CONFIGS = {"moe": ("pretrain_moe", "quickstart_moe")}  # on a GPU, and without
 _SMALL = "quickstart"  # what is trained where there is no GPU
 _SMALL_GENERATE = ["small_batch_1", "small_batch_8"]
-_TRAINED = ("train", "moe", "mesh")  # those that measure training steps
+_TRAINED = ("train", "moe", "mesh", "lora")  # those that measure training steps
 _STEPS = 20
 _FLOPS = "6 (active parameters - embedding) + 6 L T D a token, causal attention counted half"
+_FROZEN = "; of a weight that is frozen beside adapters 4 for 6: its gradient is not computed"
 # More than JAX's three quarters, and room for NCCL; devices of a CPU, which a GPU's machine leaves alone.
 _VARIABLES = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "JAX_NUM_CPU_DEVICES": "2"}
 
@@ -62,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, result in measured:
         report["results"][name] = result
         _write(part, {**report, "incomplete": True})
+    if options.what == "lora":
+        report["compared"] = compared(report["results"])
+        _write(part, {**report, "incomplete": True})
+        for name, result in report["compared"].items():
+            _tell(name, result)
     if any(has_failed(result) for result in report["results"].values()):
         return _kept(output, part, "a measurement failed", 1)
     if options.only and not options.output:
@@ -91,20 +106,39 @@ def _work(options: argparse.Namespace) -> int:
 
 
 def _names(options: argparse.Namespace, small: bool) -> list[str]:
-    """What is measured, without peers that are not wanted or cannot be; says so."""
+    """What is measured, without peers that are not wanted or cannot be; says so.
+
+    Raises:
+      MendableError: a peer that ``--only`` names cannot be measured.
+    """
     if options.only:
-        return list(dict.fromkeys(options.only))
-    names = _SMALL_GENERATE if small and options.what == "generate" else _NAMES[options.what]
-    if _peers(options, any(name in _PEERS for name in names)):
+        names = list(dict.fromkeys(options.only))
+        for name in names if options.what == "lora" else ():
+            if lacking := _lacking(_PEERS.get(name, ())):
+                raise MendableError(f"--only {name} needs {' and '.join(lacking)}: pip install {' '.join(lacking)}")
         return names
-    return [name for name in names if name not in _PEERS]
+    names = _SMALL_GENERATE if small and options.what == "generate" else _NAMES[options.what]
+    if options.no_peer:
+        return [name for name in names if name not in _PEERS]
+    lacking = _lacking([package for name in names for package in _PEERS.get(name, ())])
+    for package in lacking:
+        _tell_lacking(package)
+    return [name for name in names if not set(lacking).intersection(_PEERS.get(name, ()))]
+
+
+def _lacking(packages: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys(packages) if importlib.util.find_spec(name) is None]
+
+
+def _tell_lacking(package: str) -> None:
+    print(f"no peer: {package} is not installed (pip install {package})")
 
 
 def _peers(options: argparse.Namespace, asked: bool) -> bool:
-    """Whether peers can be measured; a line where torch is missing for it."""
-    missing = asked and not options.no_peer and importlib.util.find_spec("torch") is None
+    """Whether peers on torch can be measured; a line where it is missing for one."""
+    missing = asked and not options.no_peer and bool(_lacking(["torch"]))
     if missing:
-        print("no peer: torch is not installed (pip install torch)")
+        _tell_lacking("torch")
     return not (options.no_peer or missing)
 
 
@@ -117,6 +151,8 @@ def _measured(options: argparse.Namespace, small: bool) -> Iterator[tuple[str, d
                 f"no GPU: measures the model of {options.config}, for generation one of 25M parameters; "
                 "--config names another"
             )
+    if options.what == "lora":
+        options.set = [*lora_settings(small), *options.set]
     load_settings(options.config, options.set)
     names = _names(options, small)
 
@@ -183,7 +219,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
         "what": options.what,
         "date": date.today().isoformat(),
         **facts(_environment(options)),
-        **({"flops": _FLOPS} if options.what in _TRAINED else {}),
+        **({"flops": _FLOPS + (_FROZEN if options.what == "lora" else "")} if options.what in _TRAINED else {}),
         "config": {"file": options.config, "set": options.set},
         "results": {},
     }
@@ -213,7 +249,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "cache       decoding over caches of each dtype, 25M parameters in float32\n"
         "checkpoint  seconds to save and restore a run, and for checksums alone\n"
         "eval        requests of lm-eval (extra eval), and its backend for transformers (extra torch, accelerate)\n"
-        "moe         the training step with experts by dispatch, and the Qwen3-MoE of transformers in that shape",
+        "moe         the training step with experts by dispatch, and the Qwen3-MoE of transformers in that shape\n"
+        "lora        adapters on a model of 1.10B parameters, on random tokens and on packed conversations, and all\n"
+        "            its weights, beside PEFT and the Trainer of transformers (extra torch; peft, accelerate)",
         "train --no-peer",
         "mesh --only fsdp --only tensor --output two_rows.json",
         "data --set 'data.train=my_corpus/train/*.jsonl'",

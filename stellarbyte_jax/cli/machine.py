@@ -13,6 +13,8 @@ _PACKAGES = (
     "flax",
     "torch",
     "transformers",
+    "peft",
+    "accelerate",
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
     "nvidia-cudnn-cu12",
@@ -27,12 +29,12 @@ def facts(more: Mapping[str, str]) -> dict[str, Any]:
     Args:
       more: variables of the processes that measure, beside those of this one.
     """
-    gpus, variables = _gpus(), {**os.environ, **more}
+    found, variables = gpus(), {**os.environ, **more}
     return {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-        **({"gpus": [name for name, _ in gpus], "driver": gpus[0][1]} if gpus else {}),
+        **({"gpus": [name for name, _ in found], "driver": found[0][1]} if found else {}),
         "environment": {name: variables[name] for name in sorted(variables) if name.startswith(_VARIABLES)},
     }
 
@@ -44,7 +46,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _gpus() -> list[list[str]]:
+def gpus() -> list[list[str]]:
     """Name and driver of each NVIDIA GPU of the machine; none where ``nvidia-smi`` is missing or fails."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:

@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def tell(text: str) -> None:
         print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
+def timed(run: Any, tokens: float, steps: int) -> dict[str, Any]:
     """Median tokens a second of ``run(steps)``, which returns when the work is done."""
     rates = []
     for number in range(1, REPEATS + 1):
@@ -40,17 +40,39 @@ def timed(run: Any, tokens: int, steps: int) -> dict[str, Any]:
         run(steps)
         rates.append(tokens * steps / (time.perf_counter() - start))
         tell(f"repeat {number} of {REPEATS}: {rates[-1]:,.0f} tokens/s")
+    return summary(rates, steps)
+
+
+def summary(rates: Sequence[float], steps: int) -> dict[str, Any]:
+    """Median, lowest and highest of the tokens a second of repeats of so many steps."""
     return {
         "tokens_per_second": round(statistics.median(rates)),
         "lowest": round(min(rates)),
         "highest": round(max(rates)),
-        "repeats": REPEATS,
+        "repeats": len(rates),
         "steps": steps,
     }
 
 
-def _ours(config: TrainConfig, steps: int, batches: Any, devices: int, profile: Path | None) -> dict[str, Any]:
-    """On the mesh that is set, of so many devices; with a directory for a trace of further steps."""
+def train_ours(
+    config: TrainConfig,
+    steps: int,
+    batches: Iterator[Any],
+    devices: int,
+    profile: Path | None = None,
+    tokens: float | None = None,
+) -> dict[str, Any]:
+    """Speed of our training step on the mesh that is set.
+
+    Args:
+      config: of the run.
+      steps: of a repeat.
+      batches: on the devices.
+      devices: of the mesh.
+      profile: directory for a trace of :data:`traces.STEPS` further steps; None: none.
+      tokens: of a batch, on average, that are no padding; the share of the peak is then not said, since attention
+        within short documents is not what FLOPs of a token count. None: every position counts.
+    """
     with imports():
         import jax
 
@@ -83,10 +105,10 @@ def _ours(config: TrainConfig, steps: int, batches: Any, devices: int, profile: 
         jax.block_until_ready(metrics)
 
     run(5)
-    result = timed(run, config.global_batch_size * config.data.sequence_length, steps)
+    result = timed(run, tokens or config.global_batch_size * config.data.sequence_length, steps)
     flops = flops_per_token(config.model, parameter_counts(model).active, config.data.sequence_length)
     peak = peak_flops()
-    if peak is not None:
+    if peak is not None and tokens is None:
         result["mfu"] = round(result["tokens_per_second"] * flops.causal / (peak * devices), 4)
     memory = {name: round(value, 2) for name, value in memory_metrics().items()}
     if profile is not None:
@@ -145,7 +167,7 @@ def synthetic(config: TrainConfig, steps: int, profile: Path | None = None) -> d
     with on_mesh(mesh):
         place = place_batches()
         made = [place({"tokens": random.integers(0, config.model.vocab_size, shape, dtype=np.int32)}) for _ in range(4)]
-        return _ours(config, steps, itertools.cycle(made), mesh.size, profile)
+        return train_ours(config, steps, itertools.cycle(made), mesh.size, profile)
 
 
 def _real(config: TrainConfig, steps: int, profile: Path | None = None) -> dict[str, Any]:
@@ -158,7 +180,7 @@ def _real(config: TrainConfig, steps: int, profile: Path | None = None) -> dict[
         rows, place = config.global_batch_size, place_batches()
         loader = make_loader(config.data, split="train", batch_size=rows, seed=0, transform=place)
         with contextlib.closing(loader):
-            return _ours(config, steps, loader, mesh.size, profile)
+            return train_ours(config, steps, loader, mesh.size, profile)
 
 
 def _rounded(result: dict[str, float]) -> dict[str, float]:

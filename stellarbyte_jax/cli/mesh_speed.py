@@ -82,7 +82,7 @@ def _qwen_3(layers: int) -> tuple[str, ...]:
     return (*_shape(2048, layers, 32, 4, 6144, 2048), *experts, *head)
 
 
-_DENSE = _shape(2048, 16, 32, 8, 8192, 2048)  # 1.10B parameters
+DENSE = _shape(2048, 16, 32, 8, 8192, 2048)  # 1.10B parameters
 _LESS_MEMORY = ("model.remat=full", "model.scan_unroll=1")
 _SHARDED: dict[str, Any] = {"axes": ("fsdp",), "config": "pretrain", "single": False}
 _PEER: dict[str, Any] = {"least": 4, "peer": "huggingface_fsdp2", "peers": ((), ("model.remat=full",))}
@@ -90,18 +90,18 @@ _EXPERTS: dict[str, Any] = {"config": "pretrain_moe", "steps": 10}
 _LARGE_EXPERTS = {**_EXPERTS, "rows": 4, "single": False, "least": 4, "steps": 5}
 _QWEN_3 = {"30.5B, 3.4B active": 48, "23.1B, 2.7B active": 36, "15.6B, 2.0B active": 24, "8.1B, 1.3B active": 12}
 ROWS: dict[str, dict[str, Row]] = {
-    "fsdp": {"1.10B": Row(("fsdp",), "pretrain", _DENSE, 8, peer="huggingface_fsdp2", target=1.92)},
+    "fsdp": {"1.10B": Row(("fsdp",), "pretrain", DENSE, 8, peer="huggingface_fsdp2", target=1.92)},
     "data": {"162M": Row(("data",), "pretrain", (), 32, peer="huggingface_ddp", target=1.92, steps=20)},
-    "tensor": {"1.10B": Row(("tensor",), "pretrain", _DENSE, 8, target=1.6)},
+    "tensor": {"1.10B": Row(("tensor",), "pretrain", DENSE, 8, target=1.6)},
     "expert": {"1.3B, 220M active": Row(("expert",), settings=(), rows=8, target=1.8, **_EXPERTS)},
     "context": {"355M": Row(("context",), "pretrain", _shape(1024, 24, 16, 4, 3072, 32768), 1, target=1.7)},
     "large": {
         "6.74B": Row(settings=(*_LLAMA_2, *_LESS_MEMORY), rows=4, **_SHARDED),
         "6.74B, a row a device": Row(settings=(*_LLAMA_2, *_LESS_MEMORY), rows=1, **_SHARDED),
         "3.01B": Row(settings=(*_shape(3072, 28, 24, 8, 8192, 2048), *_LESS_MEMORY), rows=4, **_SHARDED),
-        "1.10B": Row(settings=(*_DENSE, *_LESS_MEMORY), rows=4, **_SHARDED),
+        "1.10B": Row(settings=(*DENSE, *_LESS_MEMORY), rows=4, **_SHARDED),
     },
-    "tensor_fsdp": {"1.10B": Row(("fsdp", "tensor"), "pretrain", _DENSE, 8)},
+    "tensor_fsdp": {"1.10B": Row(("fsdp", "tensor"), "pretrain", DENSE, 8)},
     "expert_fsdp": {"1.3B, 220M active": Row(("fsdp", "expert"), settings=(), rows=8, **_EXPERTS)},
     "context_fsdp": {"355M": Row(("context", "fsdp"), "pretrain", _shape(1024, 24, 16, 4, 3072, 65536), 1)},
     "llama": {
@@ -115,13 +115,13 @@ ROWS: dict[str, dict[str, Row]] = {
     },
 }
 # Without GPUs: whether everything runs. Nothing follows from the figures, devices of a CPU share its cores.
-_TINY = ("optimizer.name=adamw", "optimizer.learning_rate=6e-4", *_shape(128, 2, 8, 8, 256, 64))
+TINY = ("optimizer.name=adamw", "optimizer.learning_rate=6e-4", *_shape(128, 2, 8, 8, 256, 64))
 
 
 def _small(row: Row) -> Row:
     config = {"pretrain": "quickstart", "pretrain_moe": "quickstart_moe"}[row.config]
     less_memory = tuple(setting for setting in row.settings if setting.startswith(("model.remat=", "model.scan_")))
-    return replace(row, config=config, settings=(*_TINY, *less_memory), rows=min(row.rows, 2), target=None)
+    return replace(row, config=config, settings=(*TINY, *less_memory), rows=min(row.rows, 2), target=None)
 
 
 NAMES = tuple(ROWS)

@@ -1,9 +1,10 @@
 """The Llama of transformers on torch, beside which ``benchmark`` measures: alone, under DDP, and under FSDP2."""
 
 import contextlib
+import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stellarbyte_jax.cli.measurements import tell, timed
@@ -22,7 +23,7 @@ def train_peer(config: TrainConfig, steps: int, model: Any) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = _half(config, model, device)
     model = torch.compile(model.to(device), disable=device.type == "cpu")
-    return _measured(config, steps, model, device, half)
+    return measure_peer(config, steps, model, device, half)
 
 
 def _half(config: TrainConfig, model: Any, device: Any) -> bool:
@@ -33,10 +34,29 @@ def _half(config: TrainConfig, model: Any, device: Any) -> bool:
     return device.type == "cuda" and config.model.compute_dtype == "bfloat16" and model.dtype == torch.float32
 
 
-def _measured(
-    config: TrainConfig, steps: int, model: Any, device: Any, half: bool, processes: int = 1
+def measure_peer(
+    config: TrainConfig,
+    steps: int,
+    model: Any,
+    device: Any,
+    half: bool,
+    processes: int = 1,
+    *,
+    batches: Sequence[Mapping[str, Any]] | None = None,
+    tokens: float | None = None,
 ) -> dict[str, Any]:
-    """Speed of a model that is on its device, each process with its part of a batch's rows."""
+    """Speed of training those weights of a model that have gradients.
+
+    Args:
+      config: of the run.
+      steps: of a repeat.
+      model: on its device.
+      device: of torch.
+      half: products are made in bfloat16 by autocast.
+      processes: that train it, each with its part of a batch's rows.
+      batches: arguments of the model, on the device, taken in turn; None: random tokens.
+      tokens: of a batch, on average, that count; None: every position.
+    """
     with imports():
         import numpy as np
         import torch
@@ -44,21 +64,24 @@ def _measured(
 
     on_gpu = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    learnt = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     length = config.data.sequence_length
-    random = np.random.default_rng(int(os.environ.get("RANK", "0")))
-    shape = (config.global_batch_size // processes, length)
-    batches = [torch.from_numpy(random.integers(0, config.model.vocab_size, shape)).to(device) for _ in range(4)]
+    if batches is None:
+        random = np.random.default_rng(int(os.environ.get("RANK", "0")))
+        shape = (config.global_batch_size // processes, length)
+        made = [torch.from_numpy(random.integers(0, config.model.vocab_size, shape)).to(device) for _ in range(4)]
+        batches = [{"input_ids": tokens, "labels": tokens} for tokens in made]
+    taken = itertools.cycle(batches)
     loss: Any = None
 
     def run(count: int) -> None:
         nonlocal loss
-        for index in range(count):
-            tokens = batches[index % 4]
+        for _ in range(count):
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                loss = model(input_ids=tokens, labels=tokens).loss
+                loss = model(**next(taken)).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(learnt, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if on_gpu:
@@ -74,7 +97,7 @@ def _measured(
     name = f"{torch.cuda.get_device_name()}, compiled" if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     memory = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
     return {
-        **timed(run, config.global_batch_size * length, steps),
+        **timed(run, tokens or config.global_batch_size * length, steps),
         **memory,
         "first_step_seconds": round(first, 1),
         "loss": loss.item(),
@@ -83,7 +106,7 @@ def _measured(
     }
 
 
-def _llama(c: ByteConfig) -> Any:
+def llama(c: ByteConfig) -> Any:
     """Settings of a Llama of transformers with this shape."""
     with imports():
         import transformers
@@ -108,7 +131,7 @@ def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
         import transformers
 
     torch.manual_seed(0)
-    return train_peer(config, steps, transformers.LlamaForCausalLM(_llama(config.model)))
+    return train_peer(config, steps, transformers.LlamaForCausalLM(llama(config.model)))
 
 
 @contextlib.contextmanager
@@ -138,11 +161,11 @@ def _data_parallel(config: TrainConfig, steps: int) -> dict[str, Any]:
         from torch.nn.parallel import DistributedDataParallel
 
     with _group() as (device, processes):
-        model = transformers.LlamaForCausalLM(_llama(config.model)).to(device)
+        model = transformers.LlamaForCausalLM(llama(config.model)).to(device)
         half = _half(config, model, device)
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         compiled = torch.compile(parallel, disable=device.type == "cpu")
-        return {**_measured(config, steps, compiled, device, half, processes), "weights": "float32"}
+        return {**measure_peer(config, steps, compiled, device, half, processes), "weights": "float32"}
 
 
 def _fully_sharded(config: TrainConfig, steps: int) -> dict[str, Any]:
@@ -156,9 +179,7 @@ def _fully_sharded(config: TrainConfig, steps: int) -> dict[str, Any]:
     dtype = config.model.compute_dtype
     with _group() as (device, processes):
         with device:
-            model: Any = transformers.AutoModelForCausalLM.from_config(
-                _llama(config.model), dtype=getattr(torch, dtype)
-            )
+            model: Any = transformers.AutoModelForCausalLM.from_config(llama(config.model), dtype=getattr(torch, dtype))
         layers = model.model.layers
         for index, layer in enumerate(layers):
             if config.model.remat == "full":
@@ -167,7 +188,7 @@ def _fully_sharded(config: TrainConfig, steps: int) -> dict[str, Any]:
             layers[index] = torch.compile(layer, disable=device.type == "cpu")
             fully_shard(layers[index])
         fully_shard(model)
-        return {**_measured(config, steps, model, device, False, processes), "weights": dtype}
+        return {**measure_peer(config, steps, model, device, False, processes), "weights": dtype}
 
 
 WORKERS = {

@@ -333,5 +333,5 @@ def test_each_process_of_a_peer_takes_its_rows(monkeypatch):
 
     counted = []
     monkeypatch.setattr(torch_peers, "timed", lambda run, tokens, steps: counted.append(tokens) or {})
-    result = torch_peers._measured(settings(), 1, Model(1, 1), torch.device("cpu"), False, 2)
+    result = torch_peers.measure_peer(settings(), 1, Model(1, 1), torch.device("cpu"), False, 2)
     assert set(shapes) == {(2, 16)} and counted == [4 * 16] and result["devices"] == 2
