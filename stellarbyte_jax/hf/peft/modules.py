@@ -42,7 +42,7 @@ def target_of(path: str) -> str | None:
     return _TARGETS.get("/".join(path.split("/")[-2:]))
 
 
-class Factors(NamedTuple):
+class PeftFactors(NamedTuple):
     """The adapter of a matrix as PEFT has it.
 
     Attributes:
@@ -117,16 +117,16 @@ class Module:
         """Rows of B."""
         return sum(unit.outputs for unit in self.groups[0])
 
-    def joined(self, found: Iterable[Factors]) -> Factors:
+    def joined(self, found: Iterable[PeftFactors]) -> PeftFactors:
         """One adapter of those of the matrices, in the order of :meth:`units`."""
         found = iter(found)
         experts = [_block(list(itertools.islice(found, len(group)))) for group in self.groups]
         if self.parameter is None or len(experts) == 1:
             return experts[0]
         a, b = (np.stack(parts) for parts in zip(*((each.a, each.b) for each in experts), strict=True))
-        return Factors(a.reshape(-1, self.inputs), b.transpose(1, 2, 0).reshape(self.outputs, -1))
+        return PeftFactors(a.reshape(-1, self.inputs), b.transpose(1, 2, 0).reshape(self.outputs, -1))
 
-    def split(self, whole: Factors) -> list[tuple[Unit, Factors]]:
+    def split(self, whole: PeftFactors) -> list[tuple[Unit, PeftFactors]]:
         """The adapters of the matrices, without inner channels that are of other ones alone, nor those without any."""
         count = len(self.groups)
         a = whole.a.reshape(count, -1, self.inputs)
@@ -141,7 +141,7 @@ class Module:
                 continue
             magnitude = None if whole.magnitude is None else whole.magnitude[rows]
             for group, a_RI, b_OR in zip(self.groups, a, b, strict=True):
-                found.append((group[number], Factors(a_RI[used], b_OR[rows][:, used], magnitude)))
+                found.append((group[number], PeftFactors(a_RI[used], b_OR[rows][:, used], magnitude)))
         return found
 
     def units(self) -> Iterator[Unit]:
@@ -155,7 +155,7 @@ def layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _block(parts: list[Factors]) -> Factors:
+def _block(parts: list[PeftFactors]) -> PeftFactors:
     if len(parts) == 1:
         return parts[0]
     b = np.zeros((sum(len(part.b) for part in parts), sum(part.b.shape[1] for part in parts)), parts[0].b.dtype)
@@ -165,7 +165,9 @@ def _block(parts: list[Factors]) -> Factors:
         b[row : row + rows, column : column + columns] = part.b
         row, column = row + rows, column + columns
     magnitudes = [part.magnitude for part in parts if part.magnitude is not None]
-    return Factors(np.concatenate([part.a for part in parts]), b, np.concatenate(magnitudes) if magnitudes else None)
+    return PeftFactors(
+        np.concatenate([part.a for part in parts]), b, np.concatenate(magnitudes) if magnitudes else None
+    )
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def _units(piece: Piece, shape: tuple[int, ...], use: WeightUse) -> Iterator[Uni
 
 def factors_of(
     unit: Unit, leaves: Mapping[str, np.ndarray], uses: Mapping[str, WeightUse], reordered: bool
-) -> Factors | None:
+) -> PeftFactors | None:
     """The adapter of a matrix, from the leaves of a network by path; None: its weight has none.
 
     Args:
@@ -251,10 +253,12 @@ def factors_of(
     a, b = part(A), part(B)
     rank = a.shape[-1]
     magnitude = part(MAGNITUDE).reshape(-1) if unit.path + MAGNITUDE in leaves else None
-    return Factors(a.reshape(-1, rank).T, b.reshape(rank, -1).T, magnitude)
+    return PeftFactors(a.reshape(-1, rank).T, b.reshape(rank, -1).T, magnitude)
 
 
-def put_factors(unit: Unit, found: Factors, leaves: Mapping[str, np.ndarray], uses: Mapping[str, WeightUse]) -> None:
+def put_factors(
+    unit: Unit, found: PeftFactors, leaves: Mapping[str, np.ndarray], uses: Mapping[str, WeightUse]
+) -> None:
     """Puts the adapter of a matrix into leaves of zeros, whose rank may be larger."""
 
     def part(suffix: str) -> np.ndarray:

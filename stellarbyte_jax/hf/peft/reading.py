@@ -22,9 +22,9 @@ from stellarbyte_jax.hf.peft.modules import (
     EMBEDDING,
     HEAD,
     PREFIX,
-    Factors,
     Module,
     Names,
+    PeftFactors,
     Unit,
     names_of,
     put_factors,
@@ -164,7 +164,7 @@ class _Adapter:
     """The adapter of a module, by its matrices; ``scale`` is what it is multiplied by."""
 
     module: Module
-    factors: list[tuple[Unit, Factors]]
+    factors: list[tuple[Unit, PeftFactors]]
     scale: float
 
 
@@ -265,7 +265,7 @@ def _float32(files: WeightFiles, name: str) -> np.ndarray:
 
 def _adapter(files: WeightFiles, module: Module, held: Mapping[str, str], settings: Settings) -> _Adapter:
     magnitude = _float32(files, held["magnitude"]) if "magnitude" in held else None
-    factors = Factors(_float32(files, held["A"]), _float32(files, held["B"]), magnitude)
+    factors = PeftFactors(_float32(files, held["A"]), _float32(files, held["B"]), magnitude)
     rank = len(factors.a) // len(module.groups)
     said = settings.rank_of(module.full_name)
     if rank != said:

@@ -20,9 +20,9 @@ from stellarbyte_jax.hf.peft.modules import (
     EMBEDDING,
     HEAD,
     PREFIX,
-    Factors,
     Module,
     Names,
+    PeftFactors,
     factors_of,
     layer_of,
     names_of,
@@ -132,7 +132,7 @@ class _Adapted:
     """A module with its adapter; ``parts`` is how many ranks of ours it has."""
 
     module: Module
-    factors: Factors
+    factors: PeftFactors
     parts: int
 
 
@@ -154,7 +154,7 @@ def _adapted(
         if config.lora.dora and module.parameter is not None:
             raise ValueError(f"PEFT has no DoRA of {module.target}: train it without lora.dora, or write it merged")
         whole = [
-            each or Factors(np.zeros((0, unit.inputs), np.float32), np.zeros((unit.outputs, 0), np.float32))
+            each or PeftFactors(np.zeros((0, unit.inputs), np.float32), np.zeros((unit.outputs, 0), np.float32))
             for unit, each in zip(module.units(), parts, strict=True)
         ]
         factors = module.joined(whole)
