@@ -50,7 +50,7 @@ def forget_programs() -> Iterator[None]:
     """Each compiled program maps memory, and a process may map only so many pieces: 65,530 where nobody raised that."""
     yield
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
 
 
