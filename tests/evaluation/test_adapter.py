@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.grids import mostly_slow
 from helpers.hf_models import random_model
 from helpers.local_tasks import write_tasks
 from helpers.tiny_documents import save_byte_tokenizer
@@ -75,7 +76,9 @@ def ours(places, batch_size=8):
     return as_lm(replace(bundle, model=float32), batch_size=batch_size)
 
 
-@pytest.mark.parametrize("task", ["status_choice", "word_order", "corpus", "status_name"])
+@pytest.mark.parametrize(
+    "task", mostly_slow(["status_choice", "word_order", "corpus", "status_name"], "corpus", "status_name")
+)
 def test_numbers_are_those_of_lm_evals_own_backend(places, peer, task):
     """Choices that share a context, texts without one, windows of long texts, and answers up to a stop text."""
     found = evaluate_tasks(ours(places), [places[1][task]], limit=6)

@@ -20,6 +20,7 @@ SMALL = dataclasses.replace(BASE, vocab_size=64, num_hidden_layers=2)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_one_device():
     """A dense layer and one with experts; several devices read one head of keys and values."""
     moe = dataclasses.replace(EXPERTS, first_k_dense_replace=1)
