@@ -27,7 +27,7 @@ TEMPLATES = {
     "strftime_now": "{{ strftime_now('%Y') }}" + LOOP,
     "tojson": "{% for m in messages %}{{ m | tojson }}{{ m.content | tojson(indent=2) }}{% endfor %}",
     "an argument in the first line": "{%- set thinks = false %}{% macro f() %}{{ thinks is defined }}{% endmacro %}"
-    "{% for m in messages %}{% if thinks is defined and thinks is false %}{{ m.content }}{% endif %}{% endfor %}{{ f() }}",
+    "{% for m in messages %}{% if thinks is defined and not thinks %}{{ m.content }}{% endif %}{% endfor %}{{ f() }}",
     "tools and documents": "{{ tools is none }} {{ documents is none }}" + LOOP,
     "special tokens": "{{ unk_token }}{{ pad_token }}{{ mask_token }}" + LOOP,
     "add_generation_prompt": LOOP + "{% if add_generation_prompt %}>{% endif %}",
