@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stellarbyte_jax.checkpoint.source import find_source
-from stellarbyte_jax.checkpoint.weights import load_base, load_weights
+from stellarbyte_jax.checkpoint.source import find_source, tokenizer_of
+from stellarbyte_jax.checkpoint.weights import load_base, load_config, load_weights
 from stellarbyte_jax.hf.peft import read_adapter
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.lora import is_adapter
 from stellarbyte_jax.model.trees import Params
+from stellarbyte_jax.tokenizer.codec import Tokenizer, load_tokenizer
+from stellarbyte_jax.tokenizer.directory import TokenizerDirectory
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,19 @@ def read_adapters(
     if any(is_adapter(tuple(path.split("/"))) for path in checksums):
         checksums = None  # the base has adapters itself, so that its weights as they are used have others
     return Adapters(ByteTransformer(config.model), params, checksums)
+
+
+def tokenizer_of_adapters(path: str | Path) -> Tokenizer | None:
+    """The tokenizer with the chat template and the ends that adapters were trained with; None: it is the base's.
+
+    Args:
+      path: as for :func:`read_adapters`.
+
+    Raises:
+      ValueError: it is none of these, or files of the tokenizer are broken.
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    source = find_source(path, weights=False)
+    if source.is_run:
+        return load_tokenizer(tokenizer_of(source.path, load_config(source.path, source.step)))
+    return load_tokenizer(source.path) if TokenizerDirectory(source.path).is_complete else None

@@ -103,7 +103,9 @@ class Source:
             return model.config, params
         config, params = load_weights(self.path, self.step)
         if config.model.lora.r:
-            base, _ = read_base(load_base(self.path, self.step), str(self.path))
+            # What was fetched from the hub may not be here, or no longer.
+            named = config.init_from if config.init_from is not None and is_hub_name(config.init_from) else None
+            base, _ = read_base(load_base(self.path, self.step), str(self.path), named)
             params = merge(params, partition(base, kept_elsewhere(ByteTransformer(config.model)))[0])
         return config.model, params
 

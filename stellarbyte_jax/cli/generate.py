@@ -12,6 +12,7 @@ from stellarbyte_jax.command import command, imports
 from stellarbyte_jax.config import ByteConfig
 
 with imports():
+    from stellarbyte_jax.checkpoint.adapters import tokenizer_of_adapters
     from stellarbyte_jax.checkpoint.bundle import load_bundle
     from stellarbyte_jax.data.text import read_plain
     from stellarbyte_jax.inference.api import Generated, Weights, remember, warm_up
@@ -23,6 +24,7 @@ with imports():
     from stellarbyte_jax.model.decoder import ByteTransformer
     from stellarbyte_jax.tokenizer.chat import Conversation
     from stellarbyte_jax.tokenizer.codec import Tokenizer
+    from stellarbyte_jax.tokenizer.special import stop_ids
 
 _SETTINGS = (
     "max_new_tokens",
@@ -129,10 +131,16 @@ def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     model, params, tokenizer = reconfigure(bundle.model, overrides), bundle.params, bundle.tokenizer
     bos = bundle.add_bos if options.bos is None else options.bos
     settings["stop_tokens"] = bundle.stop_ids + options.stop_token
+    speakers = [tokenizer]  # whose chat template each prompt has, or all
     if options.adapter:
         settings["adapter"] = _choices(options.adapter, max(1, len(prompts)))
         named = {name: name for name in options.adapter if name != _NO_ADAPTER}
         params = AdapterBank.holding(model, params, named)
+        own = {name: tokenizer_of_adapters(name) or tokenizer for name in named}
+        speakers = [own.get(name, tokenizer) for name in options.adapter]
+        ends = [i for each in own.values() for i in stop_ids(each.path, each.eos_id)]
+        known = {i for i in ends if 0 <= i < model.config.vocab_size}
+        settings["stop_tokens"] += sorted(known.difference(settings["stop_tokens"]))
     if options.remember is not None:
         text = encode_prompt(tokenizer, _read(options.remember), add_bos=bos)
         length = options.segment_length
@@ -143,20 +151,21 @@ def _generate(options: argparse.Namespace, settings: dict[str, Any]) -> int:
         )
         bos = bool(options.bos)  # prompts go on with the text
     texts = {**settings, "stop_texts": options.stop}
-    if options.chat and bundle.plain_text:
+    if options.chat and bundle.plain_text and (not options.adapter or _NO_ADAPTER in options.adapter):
         print(
             f"warning: {options.model} was trained on plain text, not on conversations: expect it to go on with the "
             "messages, not to answer them",
             file=sys.stderr,
         )
 
-    def conversation() -> Conversation:
-        return Conversation(tokenizer, system=options.system, parse_contents=options.parse_contents)
+    def conversation(number: int) -> Conversation:
+        speaker = speakers[number % len(speakers)]
+        return Conversation(speaker, system=options.system, parse_contents=options.parse_contents)
 
     if options.chat and not prompts:
-        return _converse(model, params, tokenizer, conversation(), texts)
+        return _converse(model, params, tokenizer, conversation(0), texts)
     if options.chat:
-        rows = [conversation().ask(prompt) for prompt in prompts]
+        rows = [conversation(number).ask(prompt) for number, prompt in enumerate(prompts)]
     else:
         rows = [encode_prompt(tokenizer, prompt, add_bos=bos) for prompt in prompts]
     stream = len(rows) == 1 or bool(options.stop)

@@ -104,7 +104,11 @@ class BatchIterator(grain.DatasetIterator):
         self._skipped += group["skipped"]
         self._empty_groups = 0 if len(group["tokens"]) else self._empty_groups + 1
         if self._empty_groups >= self._dataset.epoch_groups > 0:
-            raise DataError("no document of the data holds any text: every line is empty, too long or was skipped")
+            raise DataError(
+                "no document of the data holds any text: every line is empty, too long or was skipped; name other "
+                "files, or raise data.sequence_length where conversations are too long, it is "
+                f"{self._dataset.sequence_length}"
+            )
         return group
 
     def _read(self) -> dict[str, Any] | None:

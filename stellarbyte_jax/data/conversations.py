@@ -26,7 +26,13 @@ _ROLES = {
 }
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 _LISTS = ("messages", "conversations", "conversation")
-_TEXTS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
+_TEXTS = (
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class ConversationFormat:
     Attributes:
       field: that holds the messages; None: the first that is there of ``messages``, ``conversations``,
         ``conversation``, or ``instruction`` and ``output`` (with ``input``), ``prompt`` and ``completion`` or
-        ``response``, ``question`` and ``answer``, with ``system`` and ``history`` where these are there.
+        ``response``, ``question`` and ``answer``, ``input`` and ``output``, with ``system`` and ``history`` where these
+        are there.
     """
 
     field: str | None = None
@@ -68,7 +75,12 @@ class ConversationFormat:
         if not isinstance(record, dict):
             raise BadRecordError(f"a line must hold a JSON object or a list of messages, not {clipped(shown(record))}")
         messages = self._messages(record)
-        silent = frozenset(n for n, message in enumerate(messages) if message.pop("weight", 1) == 0)
+        weights = [message.pop("weight", 1) for message in messages]
+        silent = frozenset(
+            n
+            for n, (message, weight) in enumerate(zip(messages, weights, strict=True))
+            if weight == 0 and message["role"] == "assistant"
+        )
         last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         if last is None:
             raise BadRecordError("no message is the assistant's, so that there is nothing to learn")
@@ -127,6 +139,9 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     role = _ROLES.get(given.lower()) if isinstance(given, str) else None
     if role is None:
         raise BadRecordError(f"{where} has the role {shown(given)}; known are {listed(_ROLES)}")
+    weight = message.get("weight")
+    if not (weight is None or (isinstance(weight, int | float) and weight in (0, 1))):
+        raise BadRecordError(f"{where} has the weight {clipped(shown(weight))}: give 0, not to learn it, or 1")
     calls = message.get("tool_calls") or None
     content_key = _first(message, _CONTENT_KEYS)
     content = _content(None if content_key is None else message[content_key], where)
@@ -174,7 +189,12 @@ def _tools(record: Mapping[str, Any]) -> list[Any] | None:
 def _of_fields(record: Mapping[str, Any], asked: str, answered: str) -> list[dict[str, Any]]:
     """Messages of fields with texts; where both hold lists of messages, these follow each other."""
     if isinstance(record[asked], list) and isinstance(record[answered], list):
-        return _listed_messages([*record[asked], *record[answered]], f"{asked}, {answered}")
+        # Whoever parts a conversation into these means the second to be learnt alone.
+        before = [
+            {**message, "weight": 0} if isinstance(message, dict) and message.get("weight") is None else message
+            for message in record[asked]
+        ]
+        return _listed_messages([*before, *record[answered]], f"{asked}, {answered}")
     text = functools.partial(_text_of, record)
     question = text(asked)
     if (more := text("input").strip()) and asked == "instruction":

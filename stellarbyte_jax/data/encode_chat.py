@@ -134,7 +134,11 @@ class EncodeConversations:
         messages, limit = dialogue.messages, self.sequence_length
         ids, replies = self._turns(dialogue, messages)
         if max(replies, default=0) < 1:
-            raise BadRecordError("the chat template marks nothing of what is to be learnt with {% generation %}")
+            raise BadRecordError(
+                'nothing is to be learnt: each reply has "weight": 0, or is not the last (data.chat.replies=last)'
+                if any(replies)
+                else "the chat template marks nothing of what is to be learnt with {% generation %}"
+            )
         if len(ids) <= limit:
             return _arrays(ids, replies, None)
         if self.chat.too_long == "raise":

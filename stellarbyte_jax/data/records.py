@@ -19,6 +19,7 @@ from stellarbyte_jax.data.sources import Corpus, ShardSource
 from stellarbyte_jax.data.text import TextFormat, read_text
 from stellarbyte_jax.data.whole import WholeConversations
 from stellarbyte_jax.tokenizer.codec import Tokenizer
+from stellarbyte_jax.tokenizer.template import ChatTemplate
 
 
 class Records(Protocol):
@@ -115,8 +116,9 @@ class ChatRecords:
             at += source.documents
 
     def encoder(self, corpus: Corpus) -> EncodeConversations:
-        """Conversations to ids and replies."""
-        template_source(self.data.chat, self.tokenizer)
+        """Conversations to ids and replies; DataError or ValueError where there is no template, or a broken one."""
+        source, where = template_source(self.data.chat, self.tokenizer)
+        ChatTemplate(source, self.tokenizer.special_tokens, where)  # a broken one is no fault of a line
         d = self.data
         return EncodeConversations(corpus, d.chat, d.tokenizer, d.sequence_length, on_error=d.on_error)
 

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stellarbyte_jax.config.foreign import clipped
-from stellarbyte_jax.tokenizer.provenance import trace
+from stellarbyte_jax.tokenizer.provenance import Traced, trace
 from stellarbyte_jax.tokenizer.sandbox import Written, make_environment
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -86,6 +88,7 @@ class ChatTemplate:
         written: Written | None,
     ) -> str:
         try:
+            messages = [_with_reasoning(message) for message in messages]
             self._environment.budget.start((*messages, *(tools or ())))
             self._environment.written = written
             pieces = self._template.generate(
@@ -100,5 +103,14 @@ class ChatTemplate:
             raise ValueError(f"the chat template of {self._where} refuses the messages: {_line(error)}") from None
 
 
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with its thoughts under the names that templates read, as ``transformers`` 5.24 gives it."""
+    thoughts = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
+
+
 def _line(error: BaseException) -> str:
-    return clipped(" ".join((str(error).strip() or type(error).__name__).split()), 300)
+    told = str(error).strip() or type(error).__name__
+    for name in (f"{Traced.__module__}.{Traced.__name__}", f"'{Traced.__name__}'"):  # who writes templates knows str
+        told = told.replace(name, "'str'" if name.startswith("'") else "str")
+    return clipped(" ".join(told.split()), 300)

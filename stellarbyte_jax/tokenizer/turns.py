@@ -5,7 +5,7 @@ import functools
 import itertools
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,33 @@ class TurnEncoder:
         return [min(bisect.bisect_right(ends, begin) + 1, len(replies)) for begin, _ in places]
 
     def _said_by(self, messages: Sequence[Mapping[str, Any]], number: int, tools: Sequence[Any] | None) -> Spans:
-        """Places of what one message brings to the text of all."""
-        alone = functools.partial(operator.eq, number)
-        return said(self._template.render(messages, add_generation_prompt=False, tools=tools, traced=alone))
+        """Places of what one message brings to the text of all, without those at the end that later messages repeat.
+
+        So does a result of a tool that is headed by the name of what was called.
+        """
+        text, found = self._brought(messages, number, tools)
+        if len(found) < 2 or number + 1 == len(messages):
+            return found
+        until, before = self._brought(messages[: number + 1], number, tools)
+        own, pieces = [until[a:b] for a, b in before], [text[a:b] for a, b in found]
+        while len(pieces) > 1 and 0 < own.count(pieces[-1]) < pieces.count(pieces[-1]):
+            pieces.pop()
+        return found[: len(pieces)]
+
+    def _brought(
+        self, messages: Sequence[Mapping[str, Any]], number: int, tools: Sequence[Any] | None
+    ) -> tuple[str, Spans]:
+        """The text of all messages, and places of what one of them brings."""
+
+        def rendered(traced: Callable[[int | None], bool]) -> str:
+            return self._template.render(messages, add_generation_prompt=False, tools=tools, traced=traced)
+
+        text = rendered(functools.partial(operator.eq, number))
+        found = said(text)
+        if len(found) > 1:  # what is marked as safe HTML counts as said, whoever says it
+            always = said(rendered(lambda number: False))
+            found = tuple((a, b) for a, b in found if not any(begin <= a and b <= end for begin, end in always))
+        return str.__str__(text), found
 
     def _replies(self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> Spans:
         """Begin and end of each reply, in the order of the assistant's messages."""

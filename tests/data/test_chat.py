@@ -99,6 +99,13 @@ def test_a_reply_that_is_not_learnt_has_no_weight_of_prompts(replies, written):
     assert set(batch["replies"][0].tolist()) == {-1, 0, 2}
 
 
+def test_a_last_reply_of_weight_0_leaves_nothing_to_learn(written):
+    record = conversation("1+1?", "2", "No.", "3")
+    record["messages"][3]["weight"] = 0
+    with pytest.raises(DataError, match=r'a.jsonl:1: nothing is to be learnt: each reply has "weight": 0, or is not'):
+        batches(written([record], chat={"replies": "last"}))
+
+
 def test_a_template_that_marks_nothing_is_an_error(written, tmp_path):
     template = tmp_path / "t.jinja"
     template.write_text(
@@ -120,9 +127,10 @@ def test_a_template_of_ones_own(written, tmp_path):
     with pytest.raises(DataError, match=r"a.jsonl:1: the chat template of .*t.jinja refuses the messages: no"):
         template.write_text("{{ raise_exception('no') }}")
         batches(written(TALK, chat={"template": str(template)}))
-    with pytest.raises(ValueError, match=r"the chat template of .*t.jinja is not valid"):
-        template.write_text("{% for %}")
-        batches(written(TALK, chat={"template": str(template)}))
+    template.write_text("{% for %}")
+    for on_error in ("raise", "skip"):  # it is no line that is to be skipped
+        with pytest.raises(ValueError, match=r"^the chat template of .*t.jinja is not valid: [^;]*$"):
+            batches(written(TALK, chat={"template": str(template)}, on_error=on_error))
 
 
 LONG = conversation("one", "1 " * 20, "two", "2 " * 20, "three", "3 " * 20)
@@ -136,12 +144,14 @@ def test_a_conversation_that_does_not_fit_loses_whole_turns(written):
     assert counts == {"shortened_conversations": 1}
     found, counts = batches(written([LONG, *TALK], shuffle=False, sequence_length=32))
     assert sorted(text[0] for text in learnt(found)) == sorted("H24鲸") and counts == {"left_out_conversations": 1}
+    found, _ = batches(written([LONG], sequence_length=120, chat={"replies": "last"}))
+    assert learnt(found) == ["2 " * 20 + "<|SEOS|>"], "the last that is left"
     skipped = written([LONG, *TALK], shuffle=False, sequence_length=100, chat={"too_long": "skip"})
     found, counts = batches(skipped)
     assert len(learnt(found)) == 4 and counts == {"left_out_conversations": 1}
     with pytest.raises(DataError, match=r"a.jsonl:1: \d+ tokens are more than data.sequence_length=100: raise that"):
         batches(written([LONG, *TALK], sequence_length=100, chat={"too_long": "raise"}))
-    with pytest.raises(DataError, match="every line is empty, too long or was skipped"):
+    with pytest.raises(DataError, match=r"too long or was skipped; .* raise data.sequence_length .* is 32$"):
         batches(written([LONG], sequence_length=32))
 
 

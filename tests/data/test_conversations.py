@@ -18,6 +18,7 @@ FORMS = {
     "messages in prompt and completion": {"prompt": TURN[:1], "completion": TURN[1:]},
     "prompt and response": {"prompt": "Hi", "response": "Hello."},
     "question and answer": {"question": "Hi", "answer": "Hello.", "messages": None},
+    "input and output": {"input": "Hi", "output": "Hello."},
     "parts of text": {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in TURN]},
     "nulls of a column": {"messages": [{**m, "tool_calls": None, "name": None} for m in TURN], "tools": None},
     "what nobody answers": {"messages": [*TURN, {"role": "user", "content": "And?"}]},
@@ -65,6 +66,14 @@ def test_messages_with_weight_0_are_not_learnt():
     found = ConversationFormat().dialogue({"messages": [TURN[0], {**TURN[1], "weight": 0}, *TURN]})
     assert found.silent == {1} and found.messages == [*TURN, *TURN]
     assert ConversationFormat().dialogue({"messages": [TURN[0], {**TURN[1], "weight": 1}]}).silent == set()
+
+
+def test_of_a_prompt_and_its_completion_the_completion_is_learnt():
+    """The assistant's messages in the prompt are not, where their weight does not say so."""
+    found = ConversationFormat().dialogue({"prompt": [*TURN, TURN[0]], "completion": TURN[1:]})
+    assert found.silent == {1} and found.messages == [*TURN, *TURN]
+    learnt = {"prompt": [TURN[0], {**TURN[1], "weight": 1}, TURN[0]], "completion": TURN[1:]}
+    assert ConversationFormat().dialogue(learnt).silent == set()
 
 
 def test_parts_are_joined_and_what_is_blank_is_left_out():
@@ -130,6 +139,11 @@ BAD = {
         {"messages": [TURN[0], {**TURN[1], "tool_calls": [{"function": {}}]}]},
         r"tool_calls must be",
     ),
+    "half a weight": (
+        {"messages": [TURN[0], {**TURN[1], "weight": 0.5}]},
+        r"message 2 has the weight 0.5: give 0, not to learn it, or 1",
+    ),
+    "a weight that is no number": ({"messages": [TURN[0], {**TURN[1], "weight": "0"}]}, r"has the weight '0'"),
     "nothing to learn": ({"messages": [TURN[0], {**TURN[1], "weight": 0}]}, r'every message .* "weight": 0'),
 }
 

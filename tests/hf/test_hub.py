@@ -1,5 +1,7 @@
 """Names of the hub: which ones are, what is asked for, and what is said where nothing came. No test has a network."""
 
+import dataclasses
+import json
 import os
 import shutil
 from fnmatch import fnmatch
@@ -7,16 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import jax
+import numpy as np
 import pytest
 from helpers.hf_models import assert_same_tree, random_model, save_words
 from huggingface_hub import constants
 
 import stellarbyte_jax
-from stellarbyte_jax.checkpoint.source import find_source
+from stellarbyte_jax import AdapterBank
+from stellarbyte_jax.checkpoint.source import find_source, identity
+from stellarbyte_jax.checkpoint.store import BASE, Checkpointer, CheckpointError
 from stellarbyte_jax.checkpoint.weights import load_config, load_weights
 from stellarbyte_jax.cli import convert
+from stellarbyte_jax.config import CheckpointConfig, DataConfig, ScheduleConfig, TrainConfig
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.hub import is_hub_name, local_directory
+from stellarbyte_jax.hf.peft import load_adapter, save_adapter
+from stellarbyte_jax.lora import split
+from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 MODEL, WEIGHTS = random_model(num_hidden_layers=1)
@@ -197,3 +208,49 @@ def test_a_failure_of_the_hub_is_one_line_with_what_was_tried(monkeypatch: pytes
         "(OSError: 401 Client Error.): mend the name, set HF_TOKEN for a private or gated model, or check the "
         "network"
     )
+
+
+def adapted() -> tuple[ByteTransformer, Params]:
+    """A network with adapters, and such ones that change nothing."""
+    network = ByteTransformer(dataclasses.replace(MODEL.config, lora={"r": 1, "target_modules": ("q",)}))
+    return network, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), split(param_shapes(network))[0])
+
+
+def test_adapters_name_a_base_of_the_hub_and_its_revision(asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    network, adapters = adapted()
+    save_adapter(tmp_path / "a", network, adapters, base="org/name", revision="v1", dtype="bfloat16")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/name", "v1")
+    with open(tmp_path / "a" / "adapter_model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"} == {"BF16"}
+    AdapterBank.holding(MODEL, WEIGHTS, {"a": tmp_path / "a"})
+    assert all("model*.safetensors" not in question["allow_patterns"] for question in asked), "settings are enough"
+    read = load_adapter(tmp_path / "a")[1]
+    assert_same_tree(jax.tree.map(np.asarray, split(read)[1]), WEIGHTS)
+    assert {(question["repo_id"], question["revision"]) for question in asked} == {("org/name", "v1")}
+
+
+def test_the_base_of_adapters_is_fetched_where_it_is_not_here(asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    """A run of adapters that is taken to another machine has the name of its base, whose cache is elsewhere there."""
+    network, adapters = adapted()
+    for name, fetched in (("org/name", True), ("../base", False)):
+        run = tmp_path / f"run {fetched}"
+        config = TrainConfig(
+            output_dir=str(run),
+            steps=9,
+            init_from=name,
+            model=network.config,
+            data=DataConfig(sequence_length=16),
+            schedule=ScheduleConfig(warmup_steps=0),
+        )
+        checkpointer = Checkpointer(run, CheckpointConfig())
+        of = {"config": config.to_dict(), BASE: identity("/no/such", WEIGHTS)}
+        checkpointer.save(3, {"params": adapters}, of, frozen=[])
+        checkpointer.close()
+        if fetched:
+            assert_same_tree(jax.tree.map(np.asarray, find_source(run).weights()[1]), WEIGHTS)
+            assert [question["repo_id"] for question in asked] == ["org/name"]
+        else:
+            with pytest.raises(CheckpointError, match="/no/such cannot be read: "):
+                find_source(run).weights()

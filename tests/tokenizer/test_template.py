@@ -26,6 +26,8 @@ TEMPLATES = {
     "continue": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
     "strftime_now": "{{ strftime_now('%Y') }}" + LOOP,
     "tojson": "{% for m in messages %}{{ m | tojson }}{{ m.content | tojson(indent=2) }}{% endfor %}",
+    "an argument in the first line": "{%- set thinks = false %}{% macro f() %}{{ thinks is defined }}{% endmacro %}"
+    "{% for m in messages %}{% if thinks is defined and not thinks %}{{ m.content }}{% endif %}{% endfor %}{{ f() }}",
     "tools and documents": "{{ tools is none }} {{ documents is none }}" + LOOP,
     "special tokens": "{{ unk_token }}{{ pad_token }}{{ mask_token }}" + LOOP,
     "add_generation_prompt": LOOP + "{% if add_generation_prompt %}>{% endif %}",
@@ -67,6 +69,17 @@ def test_the_text_is_that_of_transformers(name, prompt):
         assert found.startswith(str(datetime.datetime.now().year))
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_have_the_names_that_templates_read(name):
+    """Those of gpt-oss read one, others another, and data sets have a third."""
+    messages = [{"role": "assistant", "content": "4", name: "add"}, {"role": "user", "content": "", name: None}]
+    source = "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}|{{ m.content }};{% endfor %}"
+    text = ChatTemplate(source, {}, "here").render(messages, add_generation_prompt=False)
+    assert text.startswith("add|add|4;") and "add" not in text[len("add|add|4;") :]
+    both = [{"content": "4", "thinking": "a", "reasoning_content": "b"}]
+    assert ChatTemplate(source, {}, "here").render(both, add_generation_prompt=False) == "a|b|4;"
+
+
 def test_what_a_template_may_not_do_is_one_short_line():
     """All in one process with limits of its own; one that ends it, and those after it, are missing."""
     done = subprocess.run(
@@ -81,6 +94,19 @@ def test_what_a_template_may_not_do_is_one_short_line():
         or len(found[name]) >= 500
     }
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("{{ messages[0].content.text.x }}", "'str object' has no attribute 'text'"),
+        ("{{ messages[0].content + {} }}", "unsupported operand type(s) for +: 'str' and 'dict'"),
+    ],
+)
+def test_a_text_is_a_str_in_what_is_told_of_a_template(source, told):
+    with pytest.raises(ValueError, match=r"refuses the messages: ") as raised:
+        ChatTemplate(source, {}, "here").render(MESSAGES, add_generation_prompt=False)
+    assert str(raised.value).endswith(told)
 
 
 def test_a_long_conversation_is_rendered():

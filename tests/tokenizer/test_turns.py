@@ -169,6 +169,30 @@ def test_calls_of_tools_are_learnt_and_their_results_are_not(words, peer):
         assert "北京" in call and call.endswith("</tool_call><|im_end|>") and answer == "21 degrees.<|im_end|>"
 
 
+@pytest.mark.parametrize("generation", [False, True])
+def test_what_a_template_marks_as_safe_is_no_reply(generation, words):
+    """Descriptions of tools that pass the filter, in a template whose replies are two pieces."""
+    tools = "{% for t in tools %}<|im_start|>system\n{{ t | tojson | safe }} and {{ t.name }}<|im_end|>\n{% endfor %}"
+    source = tools + (marked if generation else plain)("tools").replace("{{ tools | tojson }}", "")
+    turns = encoder(words, source).encode(CALLS, [{"name": "weather"}])
+    call, answer = learnt(words, turns)
+    assert call == '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call><|im_end|>'
+    assert answer == "21 degrees.<|im_end|>"
+
+
+def test_what_a_result_repeats_of_its_call_is_no_reply(words):
+    """A template may head what a tool says by the name of what was called before."""
+    source = (
+        EACH + "{% if m.role == 'tool' %}<|im_start|>{{ ns.name }} says\n{{ m.content }}<|im_end|>\n{% else %}"
+        "<|im_start|>{{ m.role }}\n{% for c in m.tool_calls or [] %}{% set ns.name = c.function.name %}"
+        "{{ c.function.name }}: {{ c.function.arguments.city }}{% endfor %}{{ m.content }}<|im_end|>\n{% endif %}"
+        + DONE
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = encoder(words, "{% set ns = namespace(name='') %}" + source).encode(CALLS)
+    assert learnt(words, turns) == ["weather: 北京<|im_end|>", "21 degrees.<|im_end|>"]
+
+
 def test_by_hand(words):
     """A reply, the token that ends it, and nothing else; the newline after it is the template's."""
     turns = encoder(words, plain("chatml")).encode(CONVERSATIONS["a system message, three turns, spaces at the ends"])
