@@ -265,7 +265,7 @@ TINY = "--steps 1 --set model.vocab_size=64 model.hidden_size=16 model.intermedi
     ("row", "peer"),
     [
         pytest.param("fsdp", True, marks=pytest.mark.slow),  # the peer starts torch in two processes
-        pytest.param("data", True, marks=pytest.mark.slow),
+        pytest.param("data", True, marks=(pytest.mark.slow, pytest.mark.repeats)),
         ("context", False),
     ],
 )

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+_REPEATS = (pytest.mark.slow, pytest.mark.repeats)
+
 
 def mostly_slow(cases: Iterable[Any], *always: Any) -> list[Any]:
-    """Parameters of a test: those named run in every run of the tests, the others in that of slow ones."""
+    """Parameters of a test: those named run always, the others, which repeat them, in ``make test-slow`` alone."""
     cases = list(cases)
     unknown = [case for case in always if case not in cases]
     assert not unknown, f"no such cases: {unknown}"
-    return [pytest.param(case, marks=() if case in always else pytest.mark.slow) for case in cases]
+    return [pytest.param(case, marks=() if case in always else _REPEATS) for case in cases]
