@@ -73,16 +73,13 @@ def compared(results: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Seque
     """
     made = {}
     measured = {name: result for name, result in results.items() if "tokens_per_second" in result}
-    for name in peers.keys() & measured:
-        ours = measured[name]
-        rates = {
-            peer: measured[peer]["tokens_per_second"]
-            for peer in peers[name]
-            if peer in measured and measured[peer].get("devices", 1) == ours.get("devices", 1)
-        }
-        if rates:
-            peer = max(rates, key=lambda peer: rates[peer])
-            made[name] = {"peer": peer, "times_the_peer": round(ours["tokens_per_second"] / rates[peer], 3)}
+    for name, beside in peers.items():
+        ours = measured.get(name, {})
+        there = [peer for peer in beside if peer in measured and measured[peer].get("devices") == ours.get("devices")]
+        if ours and there:
+            peer = max(there, key=lambda peer: measured[peer]["tokens_per_second"])
+            times = ours["tokens_per_second"] / measured[peer]["tokens_per_second"]
+            made[name] = {"peer": peer, "times_the_peer": round(times, 3)}
     return made
 
 

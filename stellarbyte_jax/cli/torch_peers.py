@@ -1,4 +1,4 @@
-"""The Llama of transformers on torch, beside which ``benchmark`` measures: on one device, under DDP, and under FSDP2."""
+"""The Llama of transformers on torch, beside which ``benchmark`` measures: on one device, and on several."""
 
 import contextlib
 import gc
