@@ -284,18 +284,17 @@ def _fuse_loss(model: Any, device: Any) -> None:
 
 def _liger(config: TrainConfig, steps: int) -> dict[str, Any]:
     """With liger's loss, then with its norms, rotation and MLP too, which torch may fail to compile; the faster."""
-    with imports():
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
     with _group(alone=True) as (device, _):
         tell("kernels of liger: the loss")
         found = [{**_with_copies(config, steps, device, _fuse_loss), "kernels": "loss"}]
         start_over(device)
         tell("kernels of liger: all")
         try:
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
             apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)  # of models made later
             found.append({**_with_copies(config, steps, device, _fuse_loss), "kernels": "all"})
-        except Exception as error:  # of compilers and kernels: the loss alone was measured
+        except Exception as error:  # of its names for parts of transformers, of compilers and kernels
             told = f"{type(error).__name__}: {str(error)[:300]}"
             tell(told)
             found.append({"error": told, "kernels": "all"})
