@@ -267,7 +267,9 @@ def _fuse_loss(model: Any, device: Any) -> None:
     """Head and loss as one kernel of liger, which has logits of a part of the positions at a time."""
     del device
     with imports():
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyLoss,
+        )
         from torch.nn.functional import pad
         from transformers.modeling_outputs import CausalLMOutput
 
@@ -290,7 +292,9 @@ def _liger(config: TrainConfig, steps: int) -> dict[str, Any]:
         start_over(device)
         tell("kernels of liger: all")
         try:
-            from liger_kernel.transformers import apply_liger_kernel_to_llama
+            from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+                apply_liger_kernel_to_llama,
+            )
 
             apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)  # of models made later
             found.append({**_with_copies(config, steps, device, _fuse_loss), "kernels": "all"})
