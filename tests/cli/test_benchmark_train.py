@@ -130,7 +130,7 @@ def liger(monkeypatch, torch):
     module.apply_liger_kernel_to_llama = lambda **options: asked.append(options)
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
-    monkeypatch.setattr(torch_peers.metadata, "version", lambda name: {"liger-kernel": "1.2.3"}[name])
+    monkeypatch.setattr(torch_peers, "metadata", types.SimpleNamespace(version={"liger-kernel": "1.2.3"}.get))
     return asked
 
 
@@ -165,9 +165,18 @@ def test_peers_train_the_same_network(remat, torch, liger, monkeypatch):
 
 
 @pytest.mark.filterwarnings(*OF_TORCH)
-@pytest.mark.parametrize("name", ["huggingface_bfloat16", "huggingface_liger"])
-def test_products_are_of_bfloat16_copies_and_float32_weights_are_trained(name, torch, liger, monkeypatch):
-    seen = set()
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        ("huggingface_bfloat16", ["ForCausalLMLoss", *2 * ["LlamaDecoderLayer"]]),
+        ("huggingface_liger", 4 * ["LlamaDecoderLayer"]),
+    ],
+)
+def test_products_are_of_bfloat16_copies_and_float32_weights_are_trained(name, compiled, torch, liger, monkeypatch):
+    seen, made = set(), []
+    monkeypatch.setattr(
+        torch, "compile", lambda part, disable: made.append(getattr(part, "__name__", type(part).__name__)) or part
+    )
     linear = torch.nn.functional.linear
     monkeypatch.setattr(
         torch.nn.functional, "linear", lambda x, weight, *bias: seen.add(weight.dtype) or linear(x, weight, *bias)
@@ -184,6 +193,7 @@ def test_products_are_of_bfloat16_copies_and_float32_weights_are_trained(name, t
     config = settings(model=dataclasses.replace(MODEL, compute_dtype="bfloat16"))
     result = torch_peers.WORKERS[name](config, 3)
     assert seen == {torch.bfloat16} and not result["half"], "no autocast beside it"
+    assert made == compiled
     assert result["weights"] == "float32, copies in bfloat16"
     of_head = [asked for asked in liger if asked != KERNELS_ALL]
     assert of_head == 2 * (name == "huggingface_liger") * [(torch.bfloat16, torch.bfloat16)], "with what it is given"
@@ -193,11 +203,13 @@ def test_products_are_of_bfloat16_copies_and_float32_weights_are_trained(name, t
 @pytest.mark.parametrize(("speeds", "kernels"), [([9, 7], "loss"), ([7, 9], "all")])
 def test_all_kernels_of_liger_are_tried_too_and_the_faster_way_counts(speeds, kernels, torch, liger, monkeypatch):
     monkeypatch.setattr(torch_peers, "timed", timed(speeds))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: liger.append("reset"))
     result = torch_peers.WORKERS["huggingface_liger"](settings(), 3)
     assert (result["tokens_per_second"], result["kernels"]) == (9, kernels)
     (other,) = result["others"]
     assert other["tokens_per_second"] == 7 and other["kernels"] != kernels
-    assert liger.index(KERNELS_ALL) == len(liger) // 2 and liger.count(KERNELS_ALL) == 1, "before the second model"
+    half = len(liger) // 2
+    assert liger[half - 1 : half + 1] == ["reset", KERNELS_ALL] and liger.count(KERNELS_ALL) == 1, "between the models"
 
 
 @pytest.mark.filterwarnings(*OF_TORCH)
