@@ -12,16 +12,18 @@ from typing import Any
 
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
 from stellarbyte_jax.cli.lora_speed import NAMES as OF_LORA
+from stellarbyte_jax.cli.lora_speed import PEERS as BESIDE_LORA
 from stellarbyte_jax.cli.lora_speed import WORKERS as LORA
-from stellarbyte_jax.cli.lora_speed import compared
 from stellarbyte_jax.cli.lora_speed import settings as lora_settings
 from stellarbyte_jax.cli.machine import facts
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
+from stellarbyte_jax.cli.measurements import compared
 from stellarbyte_jax.cli.mesh_speed import COMPARED, Row, has_failed, least_devices, measure, rows
 from stellarbyte_jax.cli.mesh_speed import NAMES as ON_MESH
 from stellarbyte_jax.cli.moe_speed import WORKERS as EXPERTS
 from stellarbyte_jax.cli.peft_peers import WORKERS as LORA_PEERS
 from stellarbyte_jax.cli.program import load_settings, local_path, new_parser, positive
+from stellarbyte_jax.cli.torch_peers import PEERS as BESIDE_TRAINING
 from stellarbyte_jax.cli.torch_peers import WORKERS as PEERS
 from stellarbyte_jax.cli.workers import OUT_OF_MEMORY, run_worker
 from stellarbyte_jax.command import MendableError, command, imports, make_directory, print_error
@@ -29,7 +31,7 @@ from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.config.section import ConfigError
 
 _NAMES = {
-    "train": ["synthetic", "real", "huggingface"],
+    "train": ["synthetic", "real", "huggingface", "huggingface_bfloat16", "huggingface_liger"],
     "mesh": list(ON_MESH),
     "data": ["jsonl", "shards"],
     "generate": ["batch_1", "batch_8", "batch_32", "batch_128"],
@@ -40,10 +42,14 @@ _NAMES = {
     "lora": list(OF_LORA),
 }
 WORKERS = OTHERS | EVALUATION | EXPERTS | PEERS | LORA | LORA_PEERS
-_PEERS = {  # with the packages that they need
-    **dict.fromkeys(("huggingface", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16"), ("torch",)),
+_ON_TORCH = ("huggingface", "huggingface_bfloat16", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16")
+_PEERS = {  # with the packages that they need, as pip calls them
+    **dict.fromkeys(_ON_TORCH, ("torch",)),
+    "huggingface_liger": ("torch", "liger-kernel"),
     **{name: ("torch", "accelerate" if name == "sft_chats_trainer" else "peft") for name in LORA_PEERS},
 }
+_ON_GPU = ("huggingface_liger",)  # whose kernels run nowhere else
+_COMPARED = {"train": BESIDE_TRAINING, "lora": BESIDE_LORA}
 _CONFIGS = {"moe": ("pretrain_moe", "quickstart_moe")}  # on a GPU, and without
 _SMALL = "quickstart"  # what is trained where there is no GPU
 _SMALL_GENERATE = ["small_batch_1", "small_batch_8"]
@@ -72,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, result in measured:
         report["results"][name] = result
         _write(part, {**report, "incomplete": True})
-    if options.what == "lora":
-        report["compared"] = compared(report["results"])
+    if options.what in _COMPARED:
+        report["compared"] = compared(report["results"], _COMPARED[options.what])
         _write(part, {**report, "incomplete": True})
         for name, result in report["compared"].items():
             _tell(name, result)
@@ -113,13 +119,19 @@ def _names(options: argparse.Namespace, small: bool) -> list[str]:
     """
     if options.only:
         names = list(dict.fromkeys(options.only))
-        for name in names if options.what == "lora" else ():
+        for name in names:
+            if small and name in _ON_GPU:
+                raise MendableError(f"--only {name} needs a GPU, and JAX finds none: leave it out")
             if lacking := _lacking(_PEERS.get(name, ())):
                 raise MendableError(f"--only {name} needs {' and '.join(lacking)}: pip install {' '.join(lacking)}")
         return names
     names = _SMALL_GENERATE if small and options.what == "generate" else _NAMES[options.what]
     if options.no_peer:
         return [name for name in names if name not in _PEERS]
+    alone = [name for name in names if small and name in _ON_GPU]
+    for name in alone:
+        print(f"no peer: {name} needs a GPU")
+    names = [name for name in names if name not in alone]
     lacking = _lacking([package for name in names for package in _PEERS.get(name, ())])
     for package in lacking:
         _tell_lacking(package)
@@ -127,7 +139,7 @@ def _names(options: argparse.Namespace, small: bool) -> list[str]:
 
 
 def _lacking(packages: Sequence[str]) -> list[str]:
-    return [name for name in dict.fromkeys(packages) if importlib.util.find_spec(name) is None]
+    return [name for name in dict.fromkeys(packages) if importlib.util.find_spec(name.replace("-", "_")) is None]
 
 
 def _tell_lacking(package: str) -> None:
@@ -153,7 +165,10 @@ def _measured(options: argparse.Namespace, small: bool) -> Iterator[tuple[str, d
             )
     if options.what == "lora":
         options.set = [*lora_settings(small), *options.set]
-    load_settings(options.config, options.set)
+    config = load_settings(options.config, options.set)
+    if options.what == "train" and config.model.moe.num_experts and not (options.no_peer or options.only):
+        print("no peer: the Llama of transformers has no experts; benchmark moe measures a peer that has")
+        options.no_peer = True
     names = _names(options, small)
 
     def each() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -211,7 +226,8 @@ def _changed(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
 
 
 def _tell(name: str, result: dict[str, Any]) -> None:
-    print(f"{name:14} " + "  ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+    """A line of figures; slower ways in which the same was measured are in the file alone."""
+    print(f"{name:14} " + "  ".join(f"{key} {value}" for key, value in result.items() if key != "others"), flush=True)
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
@@ -242,7 +258,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "benchmark",
         "Measure throughput in medians over repeats, each measurement in a process of its own. Until all is measured,\n"
         "FILE.part has what is; it stays where something fails or the command is killed.\n\n"
-        "train       this project's training step on random and real batches, and the Llama of transformers\n"
+        "train       this project's training step on random and real batches, and the Llama of transformers in three\n"
+        "            ways (extra torch; liger-kernel), of which the fastest counts\n"
         "mesh        training over all GPUs by each axis of a mesh, beside one GPU, and torch's FSDP2 and DDP\n"
         "data        batches from the files and from prepared shards; needs no device\n"
         "generate    128 prompt tokens and 256 new ones, a model of 1.10B parameters, by batch size\n"

@@ -80,17 +80,4 @@ def _sft(config: TrainConfig, steps: int, profile: Path | None = None) -> dict[s
     return _on_chats(without_adapters(config), steps, profile)
 
 
-def compared(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Ours beside the fastest of its peers, where both were measured."""
-    made = {}
-    for name, peers in PEERS.items():
-        there = {peer: results[peer] for peer in peers if "tokens_per_second" in results.get(peer, {})}
-        ours = results.get(name, {})
-        if "tokens_per_second" in ours and there:
-            peer = max(there, key=lambda peer: there[peer]["tokens_per_second"])
-            times = ours["tokens_per_second"] / there[peer]["tokens_per_second"]
-            made[name] = {"peer": peer, "times_the_peer": round(times, 3)}
-    return made
-
-
 WORKERS = {"lora": synthetic, "lora_chats": _on_chats, "sft_chats": _sft}

@@ -15,6 +15,8 @@ _PACKAGES = (
     "transformers",
     "peft",
     "accelerate",
+    "liger-kernel",
+    "triton",
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
     "nvidia-cudnn-cu12",

@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,35 @@ def summary(rates: Sequence[float], steps: int) -> dict[str, Any]:
         "repeats": len(rates),
         "steps": steps,
     }
+
+
+def fastest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The fastest of the ways in which the same was measured, with the others beside it where it has figures."""
+    best = max(found, key=lambda result: result.get("tokens_per_second", 0))
+    others = [result for result in found if result is not best]
+    return {**best, **({"others": others} if others and "error" not in best else {})}
+
+
+def compared(results: Mapping[str, Mapping[str, Any]], peers: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """Ours beside the fastest of its peers, where both were measured, on as many devices.
+
+    Args:
+      results: of all measurements, by name.
+      peers: names of those beside each of ours.
+
+    Returns:
+      By the name of ours: ``peer``, the fastest one's name, and ``times_the_peer``, our tokens a second over its.
+    """
+    made = {}
+    measured = {name: result for name, result in results.items() if "tokens_per_second" in result}
+    for name, beside in peers.items():
+        ours = measured.get(name, {})
+        there = [peer for peer in beside if peer in measured and measured[peer].get("devices") == ours.get("devices")]
+        if ours and there:
+            peer = max(there, key=lambda peer: measured[peer]["tokens_per_second"])
+            times = ours["tokens_per_second"] / measured[peer]["tokens_per_second"]
+            made[name] = {"peer": peer, "times_the_peer": round(times, 3)}
+    return made
 
 
 def train_ours(

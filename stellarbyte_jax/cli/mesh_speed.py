@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stellarbyte_jax.cli.measurements import fastest
 from stellarbyte_jax.cli.workers import OUT_OF_MEMORY
 
 Result = dict[str, Any]
@@ -190,9 +191,7 @@ def _fastest_peer(name: str, row: Row, devices: int, run: Run) -> Result:
         found[part] = run(str(row.peer), part, row, [*row.typed(devices), *changes], devices)
         if changes:
             found[part]["changes"] = list(changes)
-    fastest = max(found.values(), key=lambda result: result.get("tokens_per_second", 0))
-    others = [result for result in found.values() if result is not fastest]
-    return {**fastest, **({"others": others} if others and "error" not in fastest else {})}
+    return fastest([*found.values()])
 
 
 def _compared(parts: Result, target: float | None) -> Result:

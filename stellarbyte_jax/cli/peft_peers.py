@@ -1,7 +1,6 @@
 """PEFT and the Trainer of transformers, beside which ``benchmark lora`` measures."""
 
 import contextlib
-import gc
 import itertools
 import os
 import tempfile
@@ -22,7 +21,7 @@ from stellarbyte_jax.cli.torch_attention import (
     register,
     variable_lengths,
 )
-from stellarbyte_jax.cli.torch_peers import llama, measure_peer
+from stellarbyte_jax.cli.torch_peers import llama, measure_peer, start_over
 from stellarbyte_jax.cli.workers import OUT_OF_MEMORY
 from stellarbyte_jax.command import MendableError, imports
 from stellarbyte_jax.config import LoRAConfig, TrainConfig
@@ -86,12 +85,7 @@ def _measured(
                 raise
             told, left = f"{work.name}: {type(error).__name__}: {str(error)[:300]}", left[1:]
         tell(told)
-        # Behind the handlers, whose tracebacks hold the tensors.
-        torch.compiler.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        start_over(device)  # behind the handlers, whose tracebacks hold the tensors
 
 
 def _adapters(

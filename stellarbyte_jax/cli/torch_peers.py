@@ -1,15 +1,22 @@
-"""The Llama of transformers on torch, beside which ``benchmark`` measures: alone, under DDP, and under FSDP2."""
+"""The Llama of transformers on torch, beside which ``benchmark`` measures: on one device, and on several."""
 
 import contextlib
+import gc
 import itertools
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
-from stellarbyte_jax.cli.measurements import tell, timed
+from stellarbyte_jax.cli.measurements import fastest, tell, timed
 from stellarbyte_jax.command import imports
 from stellarbyte_jax.config import ByteConfig, TrainConfig
+
+_LLAMAS = ("huggingface", "huggingface_bfloat16", "huggingface_liger")
+# Of what ``benchmark train`` measures of ours, the peers beside it, on random tokens; the fastest counts.
+PEERS = dict.fromkeys(("synthetic", "real"), _LLAMAS)
 
 
 def train_peer(config: TrainConfig, steps: int, model: Any) -> dict[str, Any]:
@@ -56,6 +63,10 @@ def measure_peer(
       processes: that train it, each with its part of a batch's rows.
       batches: arguments of the model, on the device, taken in turn; None: random tokens.
       tokens: of a batch, on average, that count; None: every position.
+
+    Returns:
+      The rate, the peak of the GPU's memory, the loss of the last step and what it ran on; ``error`` instead, where
+      that loss is not finite: such a run has not trained.
     """
     with imports():
         import numpy as np
@@ -95,12 +106,15 @@ def measure_peer(
     run(10)
     count = f"{processes} x " if processes > 1 else ""
     name = f"{torch.cuda.get_device_name()}, compiled" if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    rates = timed(run, tokens or config.global_batch_size * length, steps)
+    if not math.isfinite(last := loss.item()):
+        return {"error": f"the loss is {last}"}
     memory = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_gpu else {}
     return {
-        **timed(run, tokens or config.global_batch_size * length, steps),
+        **rates,
         **memory,
         "first_step_seconds": round(first, 1),
-        "loss": loss.item(),
+        "loss": last,
         **({} if processes == 1 else {"devices": processes}),
         "on": f"torch {torch.__version__}, transformers {transformers.__version__}, {count}{name}",
     }
@@ -135,17 +149,22 @@ def _huggingface(config: TrainConfig, steps: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _group() -> Iterator[tuple[Any, int]]:
-    """The processes that ``workers.run_worker`` started: the device of this one, and how many there are."""
+def _group(*, alone: bool = False) -> Iterator[tuple[Any, int]]:
+    """The processes that ``workers.run_worker`` started: the device of this one, and how many there are.
+
+    Args:
+      alone: this process is a group of its own, whatever the variables of ``torch.distributed`` say.
+    """
     with imports():
         import torch
         import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu")
+    device = torch.device(f"cuda:{0 if alone else os.environ['LOCAL_RANK']}" if on_gpu else "cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    members: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **members)
     torch.manual_seed(0)
     try:
         yield device, dist.get_world_size()
@@ -169,30 +188,139 @@ def _data_parallel(config: TrainConfig, steps: int) -> dict[str, Any]:
 
 
 def _fully_sharded(config: TrainConfig, steps: int) -> dict[str, Any]:
-    """Under FSDP2, each layer compiled and cut, with remat=full checkpointed; all weights in the compute dtype."""
+    """Under FSDP2, all weights in the compute dtype."""
     with imports():
         import torch
         import transformers
-        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-        from torch.distributed.fsdp import fully_shard
 
     dtype = config.model.compute_dtype
     with _group() as (device, processes):
         with device:
             model: Any = transformers.AutoModelForCausalLM.from_config(llama(config.model), dtype=getattr(torch, dtype))
-        layers = model.model.layers
-        for index, layer in enumerate(layers):
-            if config.model.remat == "full":
-                layer = checkpoint_wrapper(layer)
-            # Compiled first: what gathers weights then stays outside of the compiled function.
-            layers[index] = torch.compile(layer, disable=device.type == "cpu")
-            fully_shard(layers[index])
-        fully_shard(model)
+        _shard(config, model, device)
         return {**measure_peer(config, steps, model, device, False, processes), "weights": dtype}
+
+
+def _shard(config: TrainConfig, model: Any, device: Any, **settings: Any) -> None:
+    """Hands a Llama to FSDP2, each layer compiled and cut, with remat=full checkpointed.
+
+    Args:
+      config: of the run.
+      model: on its device.
+      device: of torch.
+      settings: of ``fully_shard``.
+    """
+    with imports():
+        import torch
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+        from torch.distributed.fsdp import fully_shard
+
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        if config.model.remat == "full":
+            layer = checkpoint_wrapper(layer)
+        # Compiled first: what gathers weights then stays outside of the compiled function.
+        layers[index] = torch.compile(layer, disable=device.type == "cpu")
+        fully_shard(layers[index], **settings)
+    fully_shard(model, **settings)
+
+
+def _with_copies(config: TrainConfig, steps: int, device: Any, prepare: Callable[[Any, Any], None]) -> dict[str, Any]:
+    """On one device under FSDP2's mixed precision: copies in the compute dtype of float32 weights, which are trained.
+
+    Args:
+      config: of the run.
+      steps: of a repeat.
+      device: of torch, that of a group of one process.
+      prepare: changes the model on its device, before FSDP2 has it.
+    """
+    with imports():
+        import torch
+        import transformers
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    torch.manual_seed(0)
+    with device:
+        model = transformers.LlamaForCausalLM(llama(config.model))
+    prepare(model, device)
+    dtype = config.model.compute_dtype
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+    # The copies stay until the backward pass: on one device, making them again there saves no other's memory.
+    _shard(config, model, device, mp_policy=policy, reshard_after_forward=False)
+    return {**measure_peer(config, steps, model, device, False), "weights": f"float32, copies in {dtype}"}
+
+
+def _compile_loss(model: Any, device: Any) -> None:
+    with imports():
+        import torch
+
+    model.loss_function = torch.compile(model.loss_function, disable=device.type == "cpu")
+
+
+def _mixed_precision(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """Each layer compiled, and the loss."""
+    with _group(alone=True) as (device, _):
+        return _with_copies(config, steps, device, _compile_loss)
+
+
+def _fuse_loss(model: Any, device: Any) -> None:
+    """Head and loss as one kernel of liger, which has logits of a part of the positions at a time."""
+    del device
+    with imports():
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyLoss,
+        )
+        from torch.nn.functional import pad
+        from transformers.modeling_outputs import CausalLMOutput
+
+    fused = LigerFusedLinearCrossEntropyLoss()
+
+    def forward(input_ids: Any, labels: Any) -> Any:
+        hidden_BTD = model.model(input_ids=input_ids).last_hidden_state
+        targets_BT = pad(labels, (0, 1), value=fused.ignore_index)[:, 1:]
+        # An output of transformers: FSDP2 looks for tensors in what it returns.
+        return CausalLMOutput(loss=fused(model.lm_head.weight, hidden_BTD.flatten(0, 1), targets_BT.flatten()))
+
+    model.forward = forward  # inside of which FSDP2 has the head's weight whole
+
+
+def _liger(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """With liger's loss, then with its norms, rotation and MLP too, which torch may fail to compile; the faster."""
+    with _group(alone=True) as (device, _):
+        tell("kernels of liger: the loss")
+        found = [{**_with_copies(config, steps, device, _fuse_loss), "kernels": "loss"}]
+        start_over(device)
+        tell("kernels of liger: all")
+        try:
+            from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+                apply_liger_kernel_to_llama,
+            )
+
+            apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)  # of models made later
+            found.append({**_with_copies(config, steps, device, _fuse_loss), "kernels": "all"})
+        except Exception as error:  # of its names for parts of transformers, of compilers and kernels
+            told = f"{type(error).__name__}: {str(error)[:300]}"
+            tell(told)
+            found.append({"error": told, "kernels": "all"})
+    return {**fastest(found), "liger": metadata.version("liger-kernel")}
+
+
+def start_over(device: Any) -> None:
+    """Forgets compiled functions and what no longer has a name, so that the next model has the device for itself."""
+    with imports():
+        import torch
+
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 WORKERS = {
     "huggingface": _huggingface,
+    "huggingface_bfloat16": _mixed_precision,
+    "huggingface_liger": _liger,
     "huggingface_ddp": _data_parallel,
     "huggingface_fsdp2": _fully_sharded,
 }

@@ -44,6 +44,9 @@ def machine(monkeypatch, tmp_path):
     return make
 
 
+TRAIN = ["synthetic", "real", "huggingface", "huggingface_bfloat16", "huggingface_liger"]
+
+
 @pytest.fixture
 def torch(monkeypatch):
     def make(installed):
@@ -63,7 +66,7 @@ def torch(monkeypatch):
 def test_a_machine_gets_the_size_that_fits(platform, config, written, generation, machine, torch, tmp_path, capsys):
     measured = machine(platform)
     assert benchmark.main(["train"]) == 0
-    assert measured == [(name, config) for name in ("synthetic", "real", "huggingface")]
+    assert measured == [(name, config) for name in (TRAIN if platform == "gpu" else TRAIN[:-1])]
     report = json.loads((tmp_path / "benchmarks" / written).read_text())
     assert report["results"]["real"] == {"tokens_per_second": 5} and report["config"]["file"] == config
     assert ("no GPU" in capsys.readouterr().out) == (platform == "cpu")
@@ -106,7 +109,7 @@ def test_a_failure_replaces_no_figures(machine, torch, figures, capsys):
     assert figures.read_text() == "figures" and "train.json is as it was: a measurement failed" in printed.err
     assert "synthetic" in printed.out and "exit code 1" in printed.out
     fast = {"tokens_per_second": 5}
-    assert in_part(figures) == {"synthetic": fast, "real": {"error": "exit code 1"}, "huggingface": fast}
+    assert in_part(figures) == {**dict.fromkeys(TRAIN, fast), "real": {"error": "exit code 1"}}
 
 
 def test_what_was_measured_is_kept_as_it_comes(machine, torch, figures, monkeypatch):
@@ -126,7 +129,7 @@ def test_what_was_measured_is_kept_as_it_comes(machine, torch, figures, monkeypa
     monkeypatch.setattr(benchmark, "_run_worker", run)
     assert benchmark.main(["train"]) == 0
     report = json.loads(figures.read_text())
-    assert len(report["results"]) == 3 and "incomplete" not in report
+    assert list(report["results"]) == TRAIN and "incomplete" not in report
     assert [path.name for path in figures.parent.iterdir()] == ["train.json"]
 
 
@@ -253,15 +256,16 @@ def test_what_is_being_done_is_told_apart_from_the_results(machine, torch, tmp_p
         return run(name, options)
 
     benchmark._run_worker, shown = told, []  # undone with the machine's own
-    assert benchmark.main(["train"]) == 1 and len(measured) == 3
-    assert [name for name, _ in shown] == ["device", "synthetic", "real", "huggingface"]
+    assert benchmark.main(["train"]) == 1 and len(measured) == 4
+    assert [name for name, _ in shown] == ["device", *TRAIN[:-1]]
     assert [printed.err for _, printed in shown] == [
         "looking for a GPU\n",
-        "measuring synthetic (1 of 3)\n",
-        "measuring real (2 of 3)\n",
-        "measuring huggingface (3 of 3)\n",
+        "measuring synthetic (1 of 4)\n",
+        "measuring real (2 of 4)\n",
+        "measuring huggingface (3 of 4)\n",
+        "measuring huggingface_bfloat16 (4 of 4)\n",
     ], "before it begins"
-    assert [printed.out.split()[:1] for _, printed in shown[2:]] == [["synthetic"], ["real"]], "each as it is done"
+    assert [printed.out.split()[:1] for _, printed in shown[2:]] == [[name] for name in TRAIN[:3]], "each as it is done"
 
 
 def test_a_machine_on_which_jax_does_not_start_is_one_line(machine, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from helpers.tiny_documents import save_byte_tokenizer
 from helpers.training import MODEL, settings
 
 from stellarbyte_jax.cli import benchmark, lora_speed, measurements, peft_peers, torch_attention, torch_peers
-from stellarbyte_jax.cli.lora_speed import compared
+from stellarbyte_jax.cli.measurements import compared
 from stellarbyte_jax.cli.program import load_settings
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import DataConfig, LoRAConfig
@@ -57,8 +57,10 @@ def test_each_side_is_measured_and_the_fastest_peer_counts(platform, written, ma
 
 
 def test_what_was_not_measured_is_not_compared():
-    assert compared({"lora": {"tokens_per_second": 3}, "lora_peft": {"error": "out of memory"}}) == {}
-    assert compared({"lora": {"error": "exit code 1"}, "lora_peft": {"tokens_per_second": 3}}) == {}
+    measured = {"tokens_per_second": 3}
+    assert compared({"lora": measured, "lora_peft": {"error": "out of memory"}}, lora_speed.PEERS) == {}
+    assert compared({"lora": {"error": "exit code 1"}, "lora_peft": measured}, lora_speed.PEERS) == {}
+    assert compared({"lora": {**measured, "devices": 2}, "lora_peft": measured}, lora_speed.PEERS) == {}
 
 
 @pytest.mark.parametrize(
