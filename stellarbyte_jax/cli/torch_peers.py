@@ -163,7 +163,8 @@ def _group(*, alone: bool = False) -> Iterator[tuple[Any, int]]:
     device = torch.device(f"cuda:{0 if alone else os.environ['LOCAL_RANK']}" if on_gpu else "cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    members: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    members: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if alone else {}
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **members)
     torch.manual_seed(0)
     try:
