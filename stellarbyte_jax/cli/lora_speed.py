@@ -21,7 +21,7 @@ PEERS = {
     "sft_chats": ("sft_chats_trainer",),
 }
 NAMES = tuple(name for ours, peers in PEERS.items() for name in (ours, *peers))
-_DOCUMENTS = 64  # of a row of 2,048 tokens: conversations of the embedded set have 35 on average
+_DOCUMENTS = 64  # of a row at most: 2,048 tokens hold about fifty conversations of the embedded set
 
 
 def settings(small: bool) -> list[str]:

@@ -30,6 +30,7 @@ _MODULES = {
     **{name: (f"{name}_proj",) for name in ("q", "k", "v", "o", "down")},
     "gate_up": ("gate_proj", "up_proj"),
 }
+_OURS_ALONE = ("layers", "activation", "modules_to_save", "regularization")  # settings that the peer is not given
 _WARM = 11  # steps of the Trainer before it is timed, as many as others have
 
 
@@ -127,6 +128,9 @@ def _adapters(
 
 
 def _modules(lora: LoRAConfig) -> list[str]:
+    for name in _OURS_ALONE:
+        if getattr(lora, name) != getattr(LoRAConfig(), name):
+            raise MendableError(f"the peer does without model.lora.{name}: leave it out, or measure --no-peer")
     unknown = lora.targets - _MODULES.keys()
     if unknown:
         raise MendableError(f"the peer has no {', '.join(sorted(unknown))}: --set model.lora.target_modules=all-linear")

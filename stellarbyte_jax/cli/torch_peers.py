@@ -82,7 +82,7 @@ def measure_peer(
         random = np.random.default_rng(int(os.environ.get("RANK", "0")))
         shape = (config.global_batch_size // processes, length)
         made = [torch.from_numpy(random.integers(0, config.model.vocab_size, shape)).to(device) for _ in range(4)]
-        batches = [{"input_ids": tokens, "labels": tokens} for tokens in made]
+        batches = [{"input_ids": ids, "labels": ids} for ids in made]
     taken = itertools.cycle(batches)
     loss: Any = None
 
@@ -163,8 +163,9 @@ def _group(*, alone: bool = False) -> Iterator[tuple[Any, int]]:
     device = torch.device(f"cuda:{0 if alone else os.environ['LOCAL_RANK']}" if on_gpu else "cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    members: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1} if alone else {}
+    members: dict[str, Any] = {}
+    if alone:
+        members = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **members)
     torch.manual_seed(0)
     try:

@@ -161,6 +161,8 @@ def gpus_of(launcher: str | None, environment: Mapping[str, str]) -> list[int] |
     if launcher not in ("Slurm", "Open MPI") or "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
     visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "NoDevFiles"):  # as Slurm says that a step has none
+        return None
     seen = environment.get("SLURM_GPUS_ON_NODE", "") if visible is None else str(len(visible.split(",")))
     own = visible is not None and seen == "1"
     if launcher == "Slurm":

@@ -282,6 +282,15 @@ def test_a_peer_does_not_run_beside_a_gpu_that_torch_does_not_find(torch, monkey
         peft_peers._device()
 
 
+@pytest.mark.parametrize(
+    "setting", [{"layers": (0,)}, {"activation": "relu"}, {"modules_to_save": ("norms",)}, {"regularization": 0.1}]
+)
+def test_settings_that_would_change_our_side_alone_are_refused(setting):
+    (name,) = setting
+    with pytest.raises(MendableError, match=f"the peer does without model.lora.{name}: leave it out"):
+        peft_peers._modules(LoRAConfig(r=2, **setting))
+
+
 def test_targets_that_the_peer_has_not_are_refused():
     assert peft_peers._modules(LoRAConfig(r=2, target_modules=("gate_up", "o"))) == ["gate_proj", "up_proj", "o_proj"]
     with pytest.raises(MendableError, match="the peer has no embed"):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.grids import REPEATS
 from helpers.training import settings
 
 from stellarbyte_jax.cli import benchmark, mesh_speed, torch_peers, workers
@@ -265,7 +266,7 @@ TINY = "--steps 1 --set model.vocab_size=64 model.hidden_size=16 model.intermedi
     ("row", "peer"),
     [
         pytest.param("fsdp", True, marks=pytest.mark.slow),  # the peer starts torch in two processes
-        pytest.param("data", True, marks=(pytest.mark.slow, pytest.mark.repeats)),
+        pytest.param("data", True, marks=REPEATS),
         ("context", False),
     ],
 )

@@ -1,11 +1,11 @@
-"""Grids of tests of which a part runs every time."""
+"""Grids of tests of which a part runs every time; ``REPEATS`` marks a case of the rest."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-_REPEATS = (pytest.mark.slow, pytest.mark.repeats)
+REPEATS = (pytest.mark.slow, pytest.mark.repeats)
 
 
 def mostly_slow(cases: Iterable[Any], *always: Any) -> list[Any]:
@@ -13,4 +13,4 @@ def mostly_slow(cases: Iterable[Any], *always: Any) -> list[Any]:
     cases = list(cases)
     unknown = [case for case in always if case not in cases]
     assert not unknown, f"no such cases: {unknown}"
-    return [pytest.param(case, marks=() if case in always else _REPEATS) for case in cases]
+    return [pytest.param(case, marks=() if case in always else REPEATS) for case in cases]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.grids import mostly_slow
+from helpers.grids import REPEATS, mostly_slow
 from helpers.hf_models import NEEDS_TORCH, SMALL, assert_same_tree, random_model
 from helpers.torch_exports import PARTS, Exports, load, logits_of, modules_in
 from helpers.training import settings, start
@@ -148,7 +148,7 @@ def test_every_cache_continues_a_text(name: str, exports: Exports) -> None:
         ("the project's own config", 128),
         ("windows, interleaved", 20),
         ("the original", 20),
-        *(pytest.param(name, 20, marks=pytest.mark.slow) for name in CACHED if name not in {*OWN, *GREEDY}),
+        *(pytest.param(name, 20, marks=REPEATS) for name in CACHED if name not in {*OWN, *GREEDY}),
         *(pytest.param(name, 128, marks=pytest.mark.slow) for name in LONG),
     ],
 )

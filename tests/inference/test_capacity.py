@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.full_pass import full_pass
-from helpers.grids import mostly_slow
+from helpers.grids import REPEATS, mostly_slow
 from helpers.tiny_generation import LONG, PROMPTS, TRAINED, continue_to, make, some_rows
 
 from stellarbyte_jax.config import CacheConfig, MemoryConfig, RopeScaling
@@ -101,7 +101,7 @@ def test_long_texts_equal_the_pass_over(variant):
     "changes",
     [
         pytest.param({}, id="full"),
-        pytest.param({"sliding_window": 7, "sink_tokens": 2}, id="ring", marks=pytest.mark.slow),
+        pytest.param({"sliding_window": 7, "sink_tokens": 2}, id="ring", marks=REPEATS),
         pytest.param({"cache": CacheConfig(heavy_hitters=40, recent=24)}, id="pruned"),
     ],
 )

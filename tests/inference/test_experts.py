@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.grids import REPEATS
 from helpers.variants import BASE, make
 from jax.extend.core import jaxprs_in_params
 
@@ -67,7 +68,7 @@ def test_a_step_of_many_rows_copies_no_weights():
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param("a dense layer, experts by sigmoid in groups, one shared, windows", marks=pytest.mark.slow),
+        pytest.param("a dense layer, experts by sigmoid in groups, one shared, windows", marks=REPEATS),
         "experts in every second layer, by context, priority and temperature",
     ],
 )

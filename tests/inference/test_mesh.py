@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.collectives import of_program
+from helpers.grids import REPEATS
 from helpers.variants import BASE, make_model
 
 from stellarbyte_jax import generate, make_mesh, place_weights
@@ -39,7 +40,7 @@ def test_texts_are_those_of_one_device():
     "sampling",
     [
         pytest.param({}, id="greedy"),
-        pytest.param({"temperature": 1.0, "top_p": 0.9, "seed": 3}, id="sampled", marks=pytest.mark.slow),
+        pytest.param({"temperature": 1.0, "top_p": 0.9, "seed": 3}, id="sampled", marks=REPEATS),
     ],
 )
 def test_texts_whose_rows_tensor_splits_in_the_prefill_are_those_of_one_device(sampling):

@@ -89,6 +89,8 @@ def test_under_open_mpi_too_a_process_takes_the_one_gpu_that_it_sees():
     assert processes.gpus_of("Open MPI", {**batch, "CUDA_VISIBLE_DEVICES": "3"}) == [0]
     assert processes.gpus_of("Open MPI", {**batch, "CUDA_VISIBLE_DEVICES": "0,1"}) is None
     assert processes.gpus_of("Kubernetes", {"CUDA_VISIBLE_DEVICES": "3"}) is None
+    assert processes.gpus_of("Open MPI", {"CUDA_VISIBLE_DEVICES": ""}) is None
+    assert processes.gpus_of("Slurm", {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}) is None
 
 
 def test_kubernetes_needs_its_package(monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.grids import REPEATS
 from helpers.variants import BASE, call, init, slopes_of_nll, some_tokens
 
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -78,10 +79,10 @@ def spread_through_depth(layers=100, **settings):
     "settings",
     [
         {},
-        pytest.param({"residual_scaling": "branch", "initialization": "normal"}, marks=pytest.mark.slow),
+        pytest.param({"residual_scaling": "branch", "initialization": "normal"}, marks=REPEATS),
         {"residual_scaling": "deepnorm"},
-        pytest.param({"layer_scale_init": 0.1}, marks=pytest.mark.slow),
-        pytest.param({"parallel_residual": True}, marks=pytest.mark.slow),
+        pytest.param({"layer_scale_init": 0.1}, marks=REPEATS),
+        pytest.param({"parallel_residual": True}, marks=REPEATS),
     ],
     ids=["depth", "branch", "deepnorm", "layer scale", "parallel"],
 )

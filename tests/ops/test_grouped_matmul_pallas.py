@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.grids import mostly_slow
+from helpers.grids import REPEATS, mostly_slow
 from helpers.grouped import NAMES, assert_rounded, drawn, exact, poisoned, with_gradients
 
 from stellarbyte_jax.ops.grouped_matmul import Groups
@@ -31,10 +31,10 @@ def hopper(monkeypatch):
     ("rows", "inputs", "outputs", "groups"),
     [
         (16384, 2048, 1408, 64),
-        pytest.param(16384, 1408, 2048, 64, marks=pytest.mark.slow),
-        pytest.param(131072, 4096, 1536, 128, marks=pytest.mark.slow),
+        pytest.param(16384, 1408, 2048, 64, marks=REPEATS),
+        pytest.param(131072, 4096, 1536, 128, marks=REPEATS),
         (64, 64, 64, 1),
-        pytest.param(1000, 192, 320, 3, marks=pytest.mark.slow),
+        pytest.param(1000, 192, 320, 3, marks=REPEATS),
     ],
 )
 def test_the_kernels_can_be_lowered_for_a_gpu(hopper, rows, inputs, outputs, groups):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.grids import REPEATS
 from helpers.rows_on_a_mesh import AXES, B, H, T, arrays, mask_of, output_and_gradients
 
 from stellarbyte_jax.ops import attention as op
@@ -16,13 +17,13 @@ from stellarbyte_jax.sharding.ring import dealt_order
 @pytest.mark.parametrize(
     ("devices", "kind", "softcap"),
     [
-        pytest.param(2, "plain", None, marks=pytest.mark.slow),
+        pytest.param(2, "plain", None, marks=REPEATS),
         (8, "plain", 2.0),
         (2, "packed", 2.0),
-        pytest.param(8, "packed", None, marks=pytest.mark.slow),
-        pytest.param(2, "window", None, marks=pytest.mark.slow),
+        pytest.param(8, "packed", None, marks=REPEATS),
+        pytest.param(2, "window", None, marks=REPEATS),
         (8, "window", 2.0),
-        pytest.param(2, "packed, window, sinks", 2.0, marks=pytest.mark.slow),
+        pytest.param(2, "packed, window, sinks", 2.0, marks=REPEATS),
         (8, "packed, window, sinks", None),
     ],
 )

@@ -7,6 +7,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from helpers.grids import REPEATS
 from helpers.training import MODEL, RECORDER, flat, packed_batch, rate_at, settings
 
 from stellarbyte_jax.checkpoint.store import Checkpointer
@@ -86,7 +87,7 @@ MESHES = [
 # A step of each kind, for every run of the tests; others are slow.
 STEPS = [
     ("dense", {"fsdp": 2, "context": 2, "tensor": 2}, 1),
-    pytest.param("dense", {"data": 2, "fsdp": 4}, 2, marks=pytest.mark.slow),
+    pytest.param("dense", {"data": 2, "fsdp": 4}, 2, marks=REPEATS),
     ("memory", {"data": 2, "tensor": 2}, 2),
     ("experts with room", {"expert": 2, "context": 2, "tensor": 2}, 2),
     ("stellarbyte", {"expert": 2, "fsdp": 2, "tensor": 2}, 1),
