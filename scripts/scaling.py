@@ -28,7 +28,7 @@ with imports():
 
     from stellarbyte_jax.launch import quiet_libraries
     from stellarbyte_jax.training.plan import Plan, Planner
-    from stellarbyte_jax.training.plan_devices import ASSUMED, KINDS
+    from stellarbyte_jax.training.plan_devices import ASSUMED, KINDS, device_of
     from stellarbyte_jax.training.plan_network import Links, cost
 
 MEASURED = Path("benchmarks/scaling.json")
@@ -264,12 +264,18 @@ def _figures(model: Model) -> str:
         [
             f"Measured ({m['date']}, {m['device']}, {m['on']}):",
             "",
-            f"- Bus bandwidth of {bus['devices']} GPUs of a machine at {bus['mebibytes']} MiB, GB/s: {rates}.",
-            f"- `fsdp` on two GPUs: collectives run {_percent(o['collectives'])} of the time, {_percent(o['alone'])} "
-            f"alone, and slow what runs beside them by {_percent(o['slowed'])} of the step: a second of them costs "
-            f"{model.overlap:.2f} s.",
+            f"- Bus bandwidth of {bus['devices']} GPUs of a machine{_other(bus)} at {bus['mebibytes']} MiB, GB/s: "
+            f"{rates}.",
+            f"- `fsdp` on two GPUs{_other(o)}: collectives run {_percent(o['collectives'])} of the time, "
+            f"{_percent(o['alone'])} alone, and slow what runs beside them by {_percent(o['slowed'])} of the step: "
+            f"a second of them costs {model.overlap:.2f} s.",
         ]
     )
+
+
+def _other(part: Mapping[str, Any]) -> str:
+    """Says which kind of GPU a figure is of, where it is another one."""
+    return f" ({part['device']})" if "device" in part else ""
 
 
 def _checks(model: Model) -> str:
@@ -350,6 +356,10 @@ def renewed(measured: dict[str, Any], mesh: Path | None, doctor: Path | None) ->
     if mesh is not None:
         report = json.loads(mesh.read_text(encoding="utf-8"))
         measured["date"] = report["date"]
+        if (kind := device_of(report["gpus"][0]).name) != (old := measured["device"]):
+            measured["device"] = kind
+            for part in (measured["bus"], measured["overlap"], *measured["rates"].values()):
+                part.setdefault("device", old)
         for row, found in report["results"].items():
             if "error" in found or "tokens_per_second" not in found:
                 continue
@@ -358,6 +368,7 @@ def renewed(measured: dict[str, Any], mesh: Path | None, doctor: Path | None) ->
             measured["rates"][row] = kept | ({} if single is None else {"single": single})
             if row == "fsdp" and "collectives" in found:
                 measured["overlap"] |= {"collectives": found["collectives"], "alone": found["collectives_alone"]}
+                measured["overlap"].pop("device", None)
     if doctor is not None:
         names = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter"}
         names |= {"all_to_all": "all-to-all", "ppermute": "collective-permute"}
@@ -365,6 +376,7 @@ def renewed(measured: dict[str, Any], mesh: Path | None, doctor: Path | None) ->
             if (name := finding.get("facts", {}).get("collective")) in names:
                 largest = finding["facts"]["measured"][-1]
                 measured["bus"]["gigabytes_per_second"][names[name]] = round(largest["bus_bytes_per_second"] / 1e9, 1)
+                measured["bus"].pop("device", None)
                 measured["bus"]["devices"] = finding["facts"]["devices"]
                 measured["bus"]["mebibytes"] = round(largest["bytes"] / 2**20)
     return measured

@@ -157,11 +157,14 @@ def test_every_setting_in_bfloat16_is_close_to_float32(variant):
     assert error(logits, exact_logits) < 3e-2
     flat, exact_flat = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(s)]) for s in (slopes, exact_slopes))
     assert error(flat, exact_flat) < 8e-2
-    first, state = run_on(model, params, tokens[:, :16], cache=make_cache(model.config, 2, 32))
-    np.testing.assert_allclose(first, logits[:, :16], atol=0.1)
     decoded = []
-    for at in range(16, 20):
-        one, state = run_on(model, params, tokens[:, at : at + 1], cache=state.cache)
-        decoded.append(one)
-    # Of one token alone a near tie between two experts may be more.
-    assert error(jnp.concatenate(decoded, axis=1), exact_logits[:, 16:20]) < 5e-2
+    for network in (model, exact):
+        with jax.default_matmul_precision("highest"):
+            parts, state = run_on(network, params, tokens[:, :16], cache=make_cache(network.config, 2, 32))
+            for at in range(16, 20):
+                one, state = run_on(network, params, tokens[:, at : at + 1], cache=state.cache)
+                parts = jnp.concatenate([parts, one], axis=1)
+        decoded.append(parts)
+    # Not with the whole pass: a gate by context sees other tokens there.
+    assert error(*(d[:, :16] for d in decoded)) < 3e-2
+    assert error(*(d[:, 16:] for d in decoded)) < 3e-2

@@ -93,8 +93,12 @@ def at_step(number, act):
         yield
 
 
-# The same of a program.
+# The same of a program; and waiting until its run has a checkpoint, which short steps can outrun.
 AT_STEP = """from stellarbyte_jax.training.console import Reporter
+def saved(number):
+    import pathlib, sys, time
+    while not (pathlib.Path(sys.argv[2]).parent / "run" / "checkpoints" / str(number)).exists():
+        time.sleep(0.01)
 def at_step(number, act):
     shown = Reporter.step
     def step(self, step, *args, **kwargs):
@@ -111,12 +115,7 @@ def child(config_file, before="", *settings):
 import sys
 sys.argv = ["scripts/train.py", "--config", {str(config_file)!r}, *{["--set", *settings] if settings else []!r}]
 import os, signal
-{AT_STEP}def saved(number):
-    import pathlib, time
-    run = pathlib.Path({str(Path(config_file).parent / "run")!r})
-    while not (run / "checkpoints" / str(number)).exists():
-        time.sleep(0.01)
-{before}
+{AT_STEP}{before}
 import runpy
 runpy.run_path({str(ROOT / "scripts" / "train.py")!r}, run_name="__main__")
 """

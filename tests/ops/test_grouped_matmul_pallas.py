@@ -16,7 +16,8 @@ from stellarbyte_jax.ops.pallas.grouped_matmul import grouped_matmul, refusal
 from stellarbyte_jax.ops.pallas.grouped_rows import Tuning, grouped_rows
 
 SMALL = Tuning(columns=128, stages=2)
-ROWS, SIZES = 140, [90, 0, 30, 7]  # a window that is moved back, an empty group, small ones, and rows behind
+# A window that is moved back, an empty group, small ones, one with both ends in the same 64 rows, and rows behind.
+ROWS, SIZES = 144, [90, 0, 30, 7]
 reads_transposed = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 does not know transposed matrices"
 )
@@ -87,7 +88,7 @@ def test_kernels_whose_warpgroups_alternate_can_be_lowered_for_a_gpu(columns, tr
 def test_warpgroups_wait_for_each_other(monkeypatch):
     # Where a group of 64 rows or more ends within a window, two windows write the same: the detector minds that too.
     monkeypatch.setattr(module, "tuning", lambda kernel, columns: SMALL)
-    rows, sizes = 214, [64, 128, 0, 22]
+    rows, sizes = 216, [64, 128, 0, 22]
     x, w, dy = drawn(rows, 128, 192, 4)
     with compat.interpreted(detect_races=True):
         found = with_gradients(grouped_matmul)(x, w, dy, jnp.asarray(sizes, jnp.int32))
@@ -100,6 +101,7 @@ def test_warpgroups_wait_for_each_other(monkeypatch):
     [
         (128, 64, 64, jnp.float32, "both factors must be bfloat16 or both float16, not float32 and float32"),
         (63, 64, 64, jnp.bfloat16, "there must be at least 64 rows, not 63"),
+        (129, 64, 64, jnp.bfloat16, "rows must be a multiple of 8, not 129"),
         (128, 72, 64, jnp.bfloat16, "inputs and outputs must be multiples of 64, not 72 and 64"),
         (128, 64, 32, jnp.float16, "inputs and outputs must be multiples of 64, not 64 and 32"),
     ],

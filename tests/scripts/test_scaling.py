@@ -120,7 +120,8 @@ def test_new_measurements_take_the_place_of_old_ones(scaling, tmp_path):
         "tensor": {"error": "no room"},
         "large": {"devices": 4, "tokens_per_second": 40_000, "model": "3.01B"},
     }
-    mesh.write_text(json.dumps({"date": "2027-01-01", "results": results}))
+    gpus = ["NVIDIA H200"] * 4
+    mesh.write_text(json.dumps({"date": "2027-01-01", "gpus": gpus, "results": results}))
     rates = [
         {"bytes": 2**16, "seconds": 1e-4, "bus_bytes_per_second": 1e9},
         {"bytes": 2**28, "seconds": 1e-3, "bus_bytes_per_second": 3.214e11},
@@ -128,10 +129,12 @@ def test_new_measurements_take_the_place_of_old_ones(scaling, tmp_path):
     facts = {"collective": "ppermute", "axis": "fsdp", "devices": 8, "measured": rates}
     doctor.write_text(json.dumps({"findings": [{"check": "versions"}, {"check": "collectives", "facts": facts}]}))
     old = json.loads(MEASURED.read_text())
+    assert old["device"] == "H100"
     new = scaling.renewed(json.loads(MEASURED.read_text()), mesh, doctor)
     assert new["rates"]["fsdp"] == {"devices": 4, "tokens_per_second": 300_000, "single": 80_000}
     assert new["rates"]["large"] == results["large"]
-    assert new["rates"]["tensor"] == old["rates"]["tensor"], "a failed row leaves the old figure"
+    assert new["device"] == "H200"
+    assert new["rates"]["tensor"] == old["rates"]["tensor"] | {"device": "H100"}, "a failed row leaves the old figure"
     assert new["overlap"] == {"collectives": 0.2, "alone": 0.05, "slowed": old["overlap"]["slowed"]}
     assert new["bus"]["gigabytes_per_second"]["collective-permute"] == 321.4
     assert (new["bus"]["devices"], new["bus"]["mebibytes"]) == (8, 256)

@@ -52,6 +52,7 @@ class OnGpus(NamedTuple):
     Attributes:
       config: that was measured.
       settings: of the run.
+      device: kind of the GPUs.
       gib: peak memory of a device.
       tokens_per_second: of all devices; None: not compared.
       mfu: likewise.
@@ -59,27 +60,29 @@ class OnGpus(NamedTuple):
 
     config: str
     settings: list[str]
+    device: str
     gib: float
     tokens_per_second: int | None
     mfu: float | None
 
 
 def runs_on_gpus():
-    """All rows on all devices and on one: H200 SXM."""
-    for file in ("mesh.json", "mesh-4.json"):
+    """All rows on all devices and on one."""
+    for file in ("mesh.json", "mesh-4.json", "mesh-4-h100.json"):
         for name, row in json.loads((ROOT / "benchmarks" / file).read_text())["results"].items():
-            devices = row["devices"]
-            for each, label in ((row, f"{name}, {devices}"), (row.get("single"), f"{name}, one of {devices}")):
+            devices, kind = row["devices"], "H200" if "H200" in row["on"] else "H100"
+            named = f"{name}, {kind}, "
+            for each, label in ((row, f"{named}{devices}"), (row.get("single"), f"{named}one of {devices}")):
                 if each is not None:
                     figures = (each[figure] for figure in ("peak_memory_gib", "tokens_per_second", "mfu"))
-                    yield label, OnGpus(row["config"], each["settings"], *figures)
+                    yield label, OnGpus(row["config"], each["settings"], kind, *figures)
 
 
 MOE = json.loads((ROOT / "benchmarks" / "moe.json").read_text())["results"]["capacity"]  # on an H100
 RUNS = {
     **dict(runs_on_gpus()),
     "experts with a capacity": OnGpus(
-        "pretrain_moe", ["model.moe.dispatch=capacity"], MOE["peak_memory_gib"], None, None
+        "pretrain_moe", ["model.moe.dispatch=capacity"], "H100", MOE["peak_memory_gib"], None, None
     ),
 }
 
@@ -89,8 +92,11 @@ def test_memory_and_speed_of_a_mesh_are_what_gpus_reported(name):
     row = RUNS[name]
     config = load(str(ROOT / "configs" / f"{row.config}.py"), row.settings)
     devices = math.prod(max(size, 1) for size in dataclasses.asdict(config.mesh).values())
-    found = Planner(config, KINDS["H200"], packed=False).plan(config.mesh.sizes(devices))
-    assert found.bytes.total / 2**30 == pytest.approx(row.gib, rel=0.15)
+    found = Planner(config, KINDS[row.device], packed=False).plan(config.mesh.sizes(devices))
+    if found.bytes.total > 0.9 * KINDS[row.device].memory:  # XLA computed values again until it fitted
+        assert row.gib < found.bytes.total / 2**30
+    else:
+        assert found.bytes.total / 2**30 == pytest.approx(row.gib, rel=0.15)
     if row.tokens_per_second is not None:
         assert found.tokens_per_second == pytest.approx(row.tokens_per_second, rel=0.15)
         assert found.mfu == pytest.approx(row.mfu, rel=0.15)

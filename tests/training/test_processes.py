@@ -243,7 +243,7 @@ if rank == 0: at_step(2, full)
 @pytest.mark.slow
 def test_a_killed_process_ends_all_and_the_run_goes_on(tmp_path):
     config = write_config(tmp_path)
-    before = "if rank == 2: at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    before = "if rank == 2: at_step(3, lambda: (saved(2), os.kill(os.getpid(), signal.SIGKILL)))"
     ended = run(config, 4, *COMMON, before=before)
     assert [each.code for each in ended] == [1, 1, -9, 1]
     for rank in (0, 1, 3):

@@ -37,7 +37,7 @@ def test_a_run_of_a_process_for_each_gpu_goes_on_with_half_of_them_and_is_that_o
 
 def test_a_killed_process_ends_the_others_within_a_minute_and_the_run_goes_on_without_it(gpus, tmp_path):
     config, killed = write_config(tmp_path), len(gpus) - 1
-    before = f"if rank == {killed}: at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    before = f"if rank == {killed}: at_step(3, lambda: (saved(2), os.kill(os.getpid(), signal.SIGKILL)))"
     ended = run(config, len(gpus), *COMMON, f"mesh.fsdp={len(gpus)}", before=before, gpus=gpus)
     assert [each.code for each in ended] == [1] * killed + [-9], ended[0].err
     for each in ended[:killed]:

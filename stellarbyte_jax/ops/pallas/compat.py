@@ -61,6 +61,33 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
+def for_any_rows(shape: tuple[int, ...], dtype: Any, *others: Any) -> Any:
+    """Shared memory for blocks of 64 columns that are copied from or to rows that begin anywhere.
+
+    A copy between ``swizzled`` memory and an array cuts the array into tiles of 8 rows too, and must begin with one of
+    them. A block of one tile's width is laid out the same without the tiles.
+
+    Args:
+      shape: of the blocks.
+      dtype: of two bytes.
+      others: scratch that may have the same memory at other times.
+
+    Returns:
+      What becomes a sequence of references: the blocks for threads and tensor cores; the same memory for copies;
+      ``others``.
+    """
+    blocks = swizzled(shape, dtype)
+    assert shape[-1] == 64
+    if _interpreted:  # which knows no memory that is shared, and no transforms
+        return [blocks, *others]
+    return plgpu.RefUnion(blocks, plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(128),)), *others)
+
+
+def both_views(refs: Any) -> tuple[Any, ...]:
+    """The references of ``for_any_rows``."""
+    return (refs[0], refs[0], *refs[1:]) if _interpreted else tuple(refs)
+
+
 def store_plain(target: Any, value: jax.Array) -> None:
     """Stores to shared memory without transforms: slowly, for threads collide in its banks."""
     store = getattr(plgpu, "store", None)

@@ -49,6 +49,8 @@ def refusal(x_SD: Array, w_EDF: Array) -> str | None:
         return f"both factors must be bfloat16 or both float16, not {x_SD.dtype} and {w_EDF.dtype}"
     if S < HALF:
         return f"there must be at least {HALF} rows, not {S}"
+    if S % 8:
+        return f"rows must be a multiple of 8, not {S}"
     if D % 64 or F % 64 or not D or not F:
         return f"inputs and outputs must be multiples of 64, not {D} and {F}"
     if not compat.runs_here():

@@ -62,12 +62,11 @@ def grouped_rows(
     S, K = x_SK.shape
     E, N = w.shape[0], w.shape[1 if transpose else 2]
     TN, stages = tuning.columns, tuning.stages
-    whole, cut = compat.swizzled((2, 2, HALF, 64), x_SK.dtype), plgpu.SMEM((2, HALF, 64), x_SK.dtype)
     scratch = dict(
-        a_smem=compat.swizzled((stages, 2, HALF, STEP), x_SK.dtype),
+        a=compat.for_any_rows((stages, 2, HALF, STEP), x_SK.dtype),
         b_smem=compat.swizzled((stages, TN, STEP) if transpose else (stages, STEP, TN), x_SK.dtype),
-        # A tile is written from one or the other of them, never from both at once.
-        staging=[whole, cut] if compat.is_interpreted() else plgpu.RefUnion(whole, cut),
+        # A tile is written whole or cut, never both at once.
+        staging=compat.for_any_rows((2, 2, HALF, 64), x_SK.dtype, plgpu.SMEM((2, HALF, 64), x_SK.dtype)),
         **ring(stages, 1 if tuning.alternate else 2),
     )
 
@@ -78,12 +77,15 @@ def grouped_rows(
         count: Any,
         out_gmem: Any,
         *,
-        a_smem: Any,
+        a: Any,
         b_smem: Any,
         staging: Any,
         loaded: Any,
         consumed: Any,
     ) -> None:
+        a_smem, a_copied = compat.both_views(a)
+        whole, whole_copied, cut = compat.both_views(staging)
+
         def barrier(slot: Array, reader: Array) -> Any:
             return loaded.at[slot + reader * stages if tuning.alternate else slot]
 
@@ -94,7 +96,7 @@ def grouped_rows(
                     inner, outer = pl.ds(k * STEP, STEP), pl.ds(tile.column * TN, TN)
                     for half in range(2):
                         rows = pl.ds(tile.windows[half], HALF)
-                        plgpu.copy_gmem_to_smem(x_gmem.at[rows, inner], a_smem.at[slot, half], arrived)
+                        plgpu.copy_gmem_to_smem(x_gmem.at[rows, inner], a_copied.at[slot, half], arrived)
                     part = (outer, inner) if transpose else (inner, outer)
                     plgpu.copy_gmem_to_smem(w_gmem.at[tile.group, *part], b_smem.at[slot], arrived)
 
@@ -121,11 +123,11 @@ def grouped_rows(
 
                     @pl.when(written == HALF)
                     def _(part: tuple[Array, Any, Array] = part) -> None:
-                        store(*part, tile.column * TN, staging[0].at[mine])
+                        store(*part, tile.column * TN, whole.at[mine], whole_copied.at[mine])
 
                     @pl.when(written < HALF)
                     def _(part: tuple[Array, Any, Array] = part, written: Array = written) -> None:
-                        store_some(*part, written, tile.column * TN, staging[1].at[mine])
+                        store_some(*part, written, tile.column * TN, cut.at[mine])
 
             def shared(tile: _Tile, done: Array) -> None:
                 written = jnp.where(mine == 0, *tile.written)

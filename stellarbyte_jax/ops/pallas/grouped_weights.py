@@ -20,6 +20,7 @@ from stellarbyte_jax.ops.pallas.ring import HALF, by_width, drain, fill, product
 
 STEP = 64  # rows that a stage of the ring holds
 TD = 2 * HALF  # rows of a tile of the result
+_ALIGNED = 8  # rows at which copies to memory of several tiles can begin
 
 
 def grouped_weights(
@@ -76,15 +77,16 @@ def grouped_weights(
             half = lax.axis_index("wg")
 
             def tile(tile: _Tile, done: Array) -> None:
-                whole = lax.div(tile.size, jnp.int32(STEP))
+                first_clean = jnp.where(tile.skipped > 0, jnp.int32(1), jnp.int32(0))
+                clean = first_clean, jnp.maximum(first_clean, lax.div(tile.end, jnp.int32(STEP)))
 
-                def mask(slot: Array) -> None:
-                    # Rows of the next group, or whatever lies behind the last one. Zeros in one factor alone would
+                def mask(k: Array, slot: Array) -> None:
+                    # Rows of the groups around, or whatever lies behind the last one. Zeros in one factor alone would
                     # leave the other's infinities. Each warpgroup masks its half of both, and waits for the other.
-                    rows = tile.size - whole * STEP
-                    _keep_rows(a_smem.at[slot, half], rows)
+                    rows = tile.skipped - k * STEP, tile.end - k * STEP
+                    _keep_rows(a_smem.at[slot, half], *rows)
                     for part in range(TF // 128):
-                        _keep_rows(b_smem.at[slot, :, pl.ds((half * (TF // 128) + part) * 64, 64)], rows)
+                        _keep_rows(b_smem.at[slot, :, pl.ds((half * (TF // 128) + part) * 64, 64)], *rows)
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(masked)
                     plgpu.barrier_wait(masked)
@@ -96,10 +98,10 @@ def grouped_weights(
                         return [(compat.transposed(a_smem.at[slot, half]), b)]
 
                     (value,) = products(
-                        done, tile.steps, width, lambda slot: loaded.at[slot], consumed, factors, mask, whole
+                        done, tile.steps, width, lambda slot: loaded.at[slot], consumed, factors, mask, clean
                     )
                     row = tile.row * TD + half * HALF
-                    store(value.astype(dtype), out_gmem.at[tile.group], row, tile.column * TF, staging.at[half])
+                    store(value.astype(dtype), out_gmem.at[tile.group], row, tile.column * TF, *[staging.at[half]] * 2)
 
                 by_width(tile.column, F, TF, of_width)
 
@@ -117,8 +119,9 @@ class _Tile(NamedTuple):
     group: Array
     row: Array
     column: Array
-    first: Array
-    size: Array
+    first: Array  # of the rows that are read: copies begin at multiples of 8
+    skipped: Array  # rows of them before the group
+    end: Array  # rows of them before the end of the group
     steps: Array
 
 
@@ -152,13 +155,17 @@ def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, ahead: Any, E: 
         row, column = lax.div(within, jnp.int32(columns)), lax.rem(within, jnp.int32(columns))
         column = turned(rank * rows + row, column, columns)
         group, start, size = [table[k, rank] for k in range(3)]
-        steps = lax.div(size + (STEP - 1), jnp.int32(STEP))
-        each(_Tile(group, row, column, start, size, steps), done)
+        # An empty group has no step, and none to mask.
+        skipped = jnp.where(size > 0, lax.rem(start, jnp.int32(_ALIGNED)), jnp.int32(0))
+        end = skipped + size
+        steps = lax.div(end + (STEP - 1), jnp.int32(STEP))
+        each(_Tile(group, row, column, start - skipped, skipped, end, steps), done)
         return done + steps
 
     return lax.fori_loop(jnp.int32(0), largest + early + late, turn, jnp.int32(0))
 
 
-def _keep_rows(block: Any, count: Array) -> None:
-    """Zeros behind the first ``count`` rows of a matrix in shared memory."""
-    block[...] = jnp.where(compat.row_numbers(block.shape) < count, block[...], jnp.zeros((), block.dtype))
+def _keep_rows(block: Any, begin: Array, end: Array) -> None:
+    """Zeros in the rows of a matrix in shared memory that are not in [begin, end)."""
+    rows = compat.row_numbers(block.shape)
+    block[...] = jnp.where((rows >= begin) & (rows < end), block[...], jnp.zeros((), block.dtype))

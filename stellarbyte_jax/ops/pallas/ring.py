@@ -88,8 +88,8 @@ def products(
     loaded: Callable[[Array], Any],
     consumed: Any,
     factors: Callable[[Array], list[tuple[Any, Any]]],
-    repair: Callable[[Array], None] | None = None,
-    whole: Array | None = None,
+    repair: Callable[[Array, Array], None] | None = None,
+    clean: tuple[Array, Array] | None = None,
     count: int = 1,
 ) -> list[Array]:
     """The sums over a tile's steps of the products of 64 rows with ``columns`` columns, in float32.
@@ -101,8 +101,8 @@ def products(
       loaded: the barrier of a stage.
       consumed: barriers.
       factors: both factors of each product in a stage.
-      repair: changes a stage before it is used.
-      whole: steps that need no repair, the first ones.
+      repair: called with a step and its stage, changes the stage before it is used.
+      clean: the first step that needs no repair, and the first one behind it that does.
       count: of products.
     """
     stages = consumed.shape[0]
@@ -112,7 +112,7 @@ def products(
             slot = lax.rem(done + k, jnp.int32(stages))
             plgpu.barrier_wait(loaded(slot))
             if repaired and repair is not None:
-                repair(slot)
+                repair(k, slot)
             for total, (left, right) in zip(sums, factors(slot), strict=True):
                 plgpu.wgmma(total, left, right)
             plgpu.wgmma_wait(count)  # the products before these have read their stage
@@ -121,9 +121,13 @@ def products(
             def _() -> None:
                 plgpu.barrier_arrive(consumed.at[lax.rem(done + k - 1, jnp.int32(stages))])
 
-        lax.fori_loop(jnp.int32(0), steps if whole is None else whole, step, None)
-        if whole is not None:
-            lax.fori_loop(whole, steps, lambda k, _: step(k, _, repaired=True), None)
+        if clean is None:
+            lax.fori_loop(jnp.int32(0), steps, step, None)
+        else:
+            repaired = lambda k, _: step(k, _, repaired=True)  # noqa: E731
+            lax.fori_loop(jnp.int32(0), clean[0], repaired, None)
+            lax.fori_loop(*clean, step, None)
+            lax.fori_loop(clean[1], steps, repaired, None)
         plgpu.wgmma_wait(0)
         return [total[...] for total in sums]
 
@@ -180,7 +184,7 @@ def turned(row: Array, column: Array, columns: int) -> Array:
     return lax.rem(column + lax.div(row * columns, jnp.int32(compat.processors())), jnp.int32(columns))
 
 
-def store(value: Array, out_gmem: Any, row: Array, column: Array, slots: Any) -> None:
+def store(value: Array, out_gmem: Any, row: Array, column: Array, slots: Any, copied: Any) -> None:
     """Writes 64 rows to a matrix in global memory; what lies behind its end is dropped.
 
     Args:
@@ -189,15 +193,16 @@ def store(value: Array, out_gmem: Any, row: Array, column: Array, slots: Any) ->
       row: the first one.
       column: the first one.
       slots: [2, 64, 64] in shared memory, for two parts on their way.
+      copied: the same memory, for copies: see ``compat.for_any_rows``.
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for part in range(value.shape[1] // 64):
-        slot = slots.at[part % 2]
         if part > 1:
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        slot[...] = value[:, part * 64 : (part + 1) * 64]
+        slots[part % 2] = value[:, part * 64 : (part + 1) * 64]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(slot, out_gmem.at[pl.ds(row, HALF), pl.ds(column + part * 64, 64)])
+        target = out_gmem.at[pl.ds(row, HALF), pl.ds(column + part * 64, 64)]
+        plgpu.copy_smem_to_gmem(copied.at[part % 2], target)
 
 
 def store_some(value: Array, out_gmem: Any, row: Array, count: Array, column: Array, slot: Any) -> None:
