@@ -73,6 +73,8 @@ class MoEConfig(Section):
       cooling_steps: an expert that got no tokens has up to twice its score, which cools down over so many steps from
         the time it is used again; 0: it has not
       router_warmup_steps: first steps, in which tokens go to random experts, fewer and fewer of them
+      implementation: of dropless experts: auto takes the fastest that supports them and says which; pallas: kernels for
+        Hopper GPUs, which are refused by others and for adapters of experts
       dispatch: dropless: every token gets its experts; capacity: an expert takes no more than its capacity in training
       capacity_factor: room of an expert by its fair share of the tokens
       min_capacity: least room of an expert, in tokens
@@ -121,6 +123,7 @@ class MoEConfig(Section):
     cooling_steps: SizeOrZero = 0
     router_warmup_steps: SizeOrZero = 0
 
+    implementation: Literal["auto", "xla", "pallas"] = "auto"
     dispatch: Literal["dropless", "capacity"] = "dropless"
     capacity_factor: PositiveFloat = 1.25
     min_capacity: Size = 4
@@ -144,6 +147,10 @@ class MoEConfig(Section):
             )
             return
         E, K = self.num_experts, self.num_experts_per_tok
+        require(
+            self.implementation == "auto" or self.dispatch == "dropless",
+            f"moe.implementation={self.implementation} is of moe.dispatch=dropless: with a capacity leave it at auto",
+        )
         require(K <= E, f"moe.num_experts_per_tok {K} is above moe.num_experts {E}")
         require(
             E % self.n_group == 0,

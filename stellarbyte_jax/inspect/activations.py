@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.ring_bytes import Ring
-from stellarbyte_jax.ops.expert_layout import block_rows, blocks_of_share, lay_out
+from stellarbyte_jax.ops.expert_layout import block_rows, lay_out, lay_out_unaligned, rows_of_share
+from stellarbyte_jax.ops.grouped_matmul import Groups
 
 _FLOAT32 = 4
 _LOSS_CHUNK = 4096  # tokens whose logits exist at once, the default of ops.cross_entropy
@@ -177,7 +178,7 @@ def _layer_with_experts(config: ByteConfig, sizes: _Sizes) -> _LayerBytes:
     inside = 3 if config.hidden_act == "silu" else 4
     shared = m.n_shared_experts * F
     logits = E * (2 if m.noise == "noisy_topk" else 1)
-    none = c * sent.rows * (2 * D + inside * F) + sizes.tokens * c * inside * shared
+    none = c * sent.rows * (2 * F if sent.by_kernels else 2 * D + inside * F) + sizes.tokens * c * inside * shared
     none += sizes.stream * _FLOAT32 * (D + E + logits)
     dots = sizes.tokens * c * 2 * shared + sizes.stream * _FLOAT32 * logits
     if m.gate == "context":
@@ -191,6 +192,8 @@ def _layer_with_experts(config: ByteConfig, sizes: _Sizes) -> _LayerBytes:
     if config.scan_unroll is None and config.remat in ("none", "weights"):  # XLA makes one copy for both passes
         none += c * sent.gathered * 3 * D * F
         copies //= 2
+    if sent.by_kernels:  # its rows and their cotangents, of tokens and inside
+        copies = c * sent.rows * (3 * D + 4 * F)
     return _LayerBytes(around.none + none, around.dots + dots, around.full, around.working + copies)
 
 
@@ -227,10 +230,12 @@ class ExpertRows(NamedTuple):
     Attributes:
       rows: of all experts, with the empty ones that fill blocks or slots.
       gathered: blocks that get a copy of their expert's matrices; 0 where each expert has one.
+      by_kernels: kernels compute them, and the backward pass has less of the forward one.
     """
 
     rows: int
     gathered: int
+    by_kernels: bool = False
 
 
 def expert_rows(config: ByteConfig, tokens: int, devices: int = 1) -> ExpertRows:
@@ -243,10 +248,14 @@ def expert_rows(config: ByteConfig, tokens: int, devices: int = 1) -> ExpertRows
     if m.dispatch == "capacity":
         return ExpertRows(m.num_experts * m.slots(tokens), 0)
     experts_NK = jax.ShapeDtypeStruct((tokens * devices, m.num_experts_per_tok), jnp.int32)
+    here = m.num_experts // devices
+    if m.implementation == "pallas":
+        layout = jax.eval_shape(lambda experts_NK: lay_out_unaligned(experts_NK, here), experts_NK)
+        return ExpertRows(rows_of_share(layout, devices) or layout.pairs_S.shape[0], 0, by_kernels=True)
     each = block_rows(tokens * devices, m.num_experts_per_tok, m.num_experts)
-    layout = jax.eval_shape(lambda experts_NK: lay_out(experts_NK, m.num_experts // devices, each), experts_NK)
-    blocks = layout.groups.experts_G
-    if blocks is None:
+    layout = jax.eval_shape(lambda experts_NK: lay_out(experts_NK, here, each), experts_NK)
+    assert isinstance(layout.groups, Groups)
+    if layout.groups.experts_G is None:
         return ExpertRows(layout.pairs_S.shape[0], 0)
-    share = blocks_of_share(layout, devices) or blocks.shape[0]
-    return ExpertRows(share * each, share)
+    rows = rows_of_share(layout, devices) or layout.pairs_S.shape[0]
+    return ExpertRows(rows, rows // each)

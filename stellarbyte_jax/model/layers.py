@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from stellarbyte_jax.config import ByteConfig, LayerGroup, LayerSpec
 from stellarbyte_jax.model.block import Block
 from stellarbyte_jax.model.context import LayerContext
+from stellarbyte_jax.model.experts import Experts
 from stellarbyte_jax.model.io import Aux, LayerState, sum_of
-from stellarbyte_jax.model.moe import Experts
 from stellarbyte_jax.model.state.layer_cache import LayerCache
 from stellarbyte_jax.model.state.memory import LayerMemory
 from stellarbyte_jax.model.state.router import RouterState

@@ -13,44 +13,19 @@ from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.context import LayerContext
-from stellarbyte_jax.model.initializers import matrix_init
+from stellarbyte_jax.model.experts import Experts, ExpertWeights, by_experts, run_experts
 from stellarbyte_jax.model.io import Aux, LayerState
-from stellarbyte_jax.model.linear import factors
 from stellarbyte_jax.model.lora import Factors
 from stellarbyte_jax.model.mlp import ACTIVATIONS, gate_and_up, project_down
 from stellarbyte_jax.model.router import Decision, Router
 from stellarbyte_jax.model.state.router import RouterState, Tally
 from stellarbyte_jax.model.trees import Params
 from stellarbyte_jax.ops.balance import Routed, counts_by_expert, losses
-from stellarbyte_jax.ops.expert_layout import (
-    Layout,
-    block_rows,
-    blocks_of_share,
-    from_experts,
-    lay_out,
-    lay_out_slots,
-    part_of,
-    parts_of,
-    to_experts,
-)
-from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul, scale_by_group
-from stellarbyte_jax.ops.parts import sum_of_parts
+from stellarbyte_jax.ops.expert_layout import Layout, from_experts, lay_out_slots, to_experts
+from stellarbyte_jax.ops.grouped_matmul import Groups
 from stellarbyte_jax.ops.routing import Choices, place, place_overflow
 from stellarbyte_jax.sharding.experts import Exchange, Made, flat, in_rows, on_devices
 from stellarbyte_jax.sharding.rules import of_device
-
-
-class ExpertWeights(NamedTuple):
-    """The weights of gated MLPs.
-
-    Attributes:
-      factors: of the matrices into the MLPs and out of them.
-      axes: of each array of these.
-    """
-
-    factors: tuple[Factors, Factors]
-    axes: tuple[Factors, Factors]
-
 
 _OFFERS = 2  # candidates of each step for what had no room
 
@@ -69,68 +44,6 @@ class Dispatched(NamedTuple):
     weights_NK: Array
     layout: Layout
     room: Array
-
-
-class Experts(nn.Module):
-    """The weights of gated MLPs: :func:`run_experts` uses them."""
-
-    config: ByteConfig
-
-    @nn.compact
-    def __call__(self) -> ExpertWeights:
-        """Gate and up [E, D, 2, F] and down [E, F, D] in the compute dtype, as they are kept on a mesh."""
-        c = self.config
-        E, D, F = c.moe.num_experts, c.hidden_size, c.expert_size
-        dtype = jnp.dtype(c.compute_dtype)
-        gate_up, gate_up_axes = factors(
-            self,
-            "gate_up",
-            "ESD,EDGF->ESGF",
-            dtype,
-            matrix_init(c, "mlp_in", D, F),
-            batch=("experts", "gate"),
-            experts=E,
-            embed=D,
-            gate=2,
-            mlp=F,
-        )
-        down, down_axes = factors(
-            self,
-            "down",
-            "ESF,EFD->ESD",
-            dtype,
-            matrix_init(c, "mlp_out", F, D),
-            batch=("experts",),
-            experts=E,
-            mlp=F,
-            embed=D,
-        )
-        return ExpertWeights((gate_up, down), (gate_up_axes, down_axes))
-
-
-def run_experts(
-    config: ByteConfig, x_SD: Float[Array, "S D"], weights: tuple[Factors, Factors], groups: Groups
-) -> Float[Array, "S D"]:
-    """Maps rows in the order of experts, each by the MLP of its expert."""
-    gate_up, down = weights
-    F = gate_up.matrix.shape[-1]
-    both_SH = _each_by_its_expert(x_SD, gate_up, groups)
-    h_SF = ACTIVATIONS[config.hidden_act](both_SH[:, :F]) * both_SH[:, F:]
-    return _each_by_its_expert(h_SF, down._replace(matrix=down.matrix[:, :, None]), groups)
-
-
-def _each_by_its_expert(x_SD: Float[Array, "S D"], weight: Factors, groups: Groups) -> Float[Array, "S H"]:
-    """The product of rows with the matrices [D, G, F] of their experts, G matrices side by side, and adapters."""
-    E, D, G, F = weight.matrix.shape
-    y_SH = grouped_matmul(x_SD, weight.matrix.reshape(E, D, G * F), groups)
-    if weight.a is not None:
-        R = weight.a.shape[-1]
-        a_EDK = weight.a.reshape(E, G, D, R).swapaxes(1, 2).reshape(E, D, G * R)
-        b_EGRF = weight.b.reshape(E, G, R, F)
-        h_SK = grouped_matmul(x_SD, a_EDK, groups)
-        added = [grouped_matmul(h_SK[:, g * R : (g + 1) * R], b_EGRF[:, g], groups) for g in range(G)]
-        y_SH = y_SH + jnp.concatenate(added, axis=-1)
-    return y_SH if weight.share is None else scale_by_group(y_SH, weight.share.reshape(E, G * F), groups)
 
 
 class SharedExperts(nn.Module):
@@ -204,7 +117,7 @@ def _sent_to_experts(
     choices, E = decision.choices, config.moe.num_experts
     if config.moe.dispatch == "dropless" or not ctx.train:
         tokens = in_rows(choices, x_BTD.shape[:2])
-        made = on_devices(partial(dropless, config), x_BTD, tokens, None, *weights)
+        made = on_devices(partial(dropless, config, required=ctx.train), x_BTD, tokens, None, *weights)
         return made.y_BTD, Sent(choices.experts_NK, jnp.max(counts_by_expert(choices.experts_NK, E)))
     told = (choices, decision.routed.scores_NE, decision.routed.mask_N)
     tokens = (in_rows(told, x_BTD.shape[:2]), ctx.positions_BT, ctx.segment_ids_BT)
@@ -221,39 +134,20 @@ def dropless(
     weights: tuple[Factors, Factors],
     exchange: Exchange,
     differ: tuple[str, ...],
+    *,
+    required: bool = True,
 ) -> Made:
     """Each device computes its experts for the tokens of all devices that share them.
 
     All of these tokens may choose one device. It does not lay out rows for that, but computes its even share of them,
-    and as often again as there are more.
+    and as often again as there are more. What ``required`` says is said by :func:`by_experts`.
     """
     del differ
     E = config.moe.num_experts
     x_ND, choices = exchange.tokens(flat((x_BTD, tokens)))
-    rows = block_rows(x_ND.shape[0], config.moe.num_experts_per_tok, E)
-    layout = lay_out(exchange.own(choices.experts_NK, E), E // exchange.devices, rows)
-    inputs = (x_ND, weights, choices.weights_NK)
-    blocks = blocks_of_share(layout, exchange.devices)
-    if blocks is None:
-        y_ND = _by_experts(config, inputs, layout)
-    else:
-        y_ND = sum_of_parts(partial(_part_by_experts, config, blocks), parts_of(layout, blocks), inputs, layout)
+    own_NK = exchange.own(choices.experts_NK, E)
+    y_ND = by_experts(config, (x_ND, weights, choices.weights_NK), own_NK, exchange.devices, required=required)
     return Made(exchange.sums(y_ND.astype(x_BTD.dtype)).reshape(x_BTD.shape), None, None)
-
-
-def _by_experts(config: ByteConfig, inputs: tuple[Array, tuple[Factors, Factors], Array], layout: Layout) -> Array:
-    x_ND, weights, weights_NK = inputs
-    return from_experts(run_experts(config, to_experts(x_ND, layout), weights, layout.groups), layout, weights_NK)
-
-
-def _part_by_experts(
-    config: ByteConfig,
-    blocks: int,
-    number: Array | int,
-    inputs: tuple[Array, tuple[Factors, Factors], Array],
-    layout: Layout,
-) -> Array:
-    return _by_experts(config, inputs, part_of(layout, number, blocks))
 
 
 def _with_capacity(

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from stellarbyte_jax.ops.grouped_matmul import Groups
+from stellarbyte_jax.ops.grouped_matmul import Groups, Unaligned
 from stellarbyte_jax.ops.routing import Placed
 
 _FEW_TOKENS = 128  # that many in every expert are no more work than reading its weights
+_MULTIPLE, _LEAST = 8, 64  # of rows that begin anywhere: what the kernels take
 
 
 class Layout(NamedTuple):
@@ -27,7 +28,22 @@ class Layout(NamedTuple):
 
     pairs_S: Array
     rows_NK: Array
-    groups: Groups
+    groups: Groups | Unaligned
+
+
+def lay_out_unaligned(experts_NK: Int[Array, "N K"], experts: int) -> Layout:
+    """Rows for every pair, by expert, within one in the order of tokens, and no empty ones but the last few.
+
+    Args:
+      experts_NK: of the tokens; E for none.
+      experts: their number E.
+    """
+    N, K = experts_NK.shape
+    sizes_E, pairs_P = _by_expert(experts_NK, experts)
+    numbers_P = jnp.arange(N * K, dtype=jnp.int32)
+    rows = _whole_rows(N * K)
+    rows_P = jnp.where(numbers_P < jnp.sum(sizes_E), numbers_P, rows)
+    return _layout(pairs_P, rows_P, rows, N, Unaligned(sizes_E))
 
 
 def lay_out(experts_NK: Int[Array, "N K"], experts: int, block: int | None = None) -> Layout:
@@ -43,10 +59,8 @@ def lay_out(experts_NK: Int[Array, "N K"], experts: int, block: int | None = Non
     N, K = experts_NK.shape
     P, E = N * K, experts
     M = block or block_rows(N, K, E)
-    experts_P = experts_NK.reshape(-1)
-    sizes_E = jnp.zeros(E, jnp.int32).at[experts_P].add(1, mode="drop")
-    pairs_P = jnp.argsort(experts_P, stable=True).astype(jnp.int32)
-    sorted_P = jnp.minimum(experts_P[pairs_P], E - 1)
+    sizes_E, pairs_P = _by_expert(experts_NK, E)
+    sorted_P = jnp.minimum(experts_NK.reshape(-1)[pairs_P], E - 1)
     numbers_P = jnp.arange(P, dtype=jnp.int32)
     ranks_P = numbers_P - (jnp.cumsum(sizes_E) - sizes_E)[sorted_P]
     if M >= N and M > 1:
@@ -83,53 +97,75 @@ def lay_out_slots(placed: Placed, capacity: int) -> Layout:
     return _layout(jnp.arange(N * K, dtype=jnp.int32), rows_P, E * capacity, N, Groups(sizes_E, None))
 
 
-def part_of(layout: Layout, number: Int[Array, ""] | int, blocks: int) -> Layout:
-    """Some blocks of a layout, as a layout of their own: pairs whose rows lie elsewhere have no expert in it.
+def part_of(layout: Layout, number: Int[Array, ""] | int, rows: int) -> Layout:
+    """Some rows of a layout, as a layout of their own: pairs whose rows lie elsewhere have no expert in it.
 
     Args:
-      layout: with an expert for each block.
-      number: of the part; with 0 the first blocks, with 1 as many after them.
-      blocks: of each part; the last one may be longer than the layout.
+      layout: without equal groups.
+      number: of the part; with 0 the first rows, with 1 as many after them.
+      rows: of each part, whole blocks; the last part may be longer than the layout.
     """
-    experts_G, sizes_E = layout.groups.experts_G, layout.groups.sizes_E
-    assert experts_G is not None
-    P, G = layout.rows_NK.size, experts_G.size
-    M = layout.pairs_S.size // G
-    behind = -G % blocks
-    pairs_S = jnp.pad(layout.pairs_S, (0, behind * M), constant_values=P)
-    experts_G = jnp.pad(experts_G, (0, behind), mode="edge")
-    rows, first = blocks * M, number * blocks * M
+    groups = layout.groups
+    P, S = layout.rows_NK.size, layout.pairs_S.size
+    pairs_S = jnp.pad(layout.pairs_S, (0, -S % rows), constant_values=P)
+    first = number * rows
     rows_NK = layout.rows_NK - first
-    ends_E = jnp.clip(jnp.cumsum(sizes_E) - first, 0, rows)
-    starts_E = jnp.clip(jnp.cumsum(sizes_E) - sizes_E - first, 0, rows)
+    ends_E = jnp.clip(jnp.cumsum(groups.sizes_E) - first, 0, rows)
+    starts_E = jnp.clip(jnp.cumsum(groups.sizes_E) - groups.sizes_E - first, 0, rows)
+    part: Groups | Unaligned = Unaligned(ends_E - starts_E)
+    if isinstance(groups, Groups):
+        assert groups.experts_G is not None
+        M = _unit(layout)
+        experts_G = jnp.pad(groups.experts_G, (0, -S % rows // M), mode="edge")
+        blocks = rows // M
+        part = Groups(ends_E - starts_E, jax.lax.dynamic_slice_in_dim(experts_G, number * blocks, blocks))
     return Layout(
         jax.lax.dynamic_slice_in_dim(pairs_S, first, rows),
-        jnp.where((rows_NK >= 0) & (rows_NK < rows) & (layout.rows_NK < layout.pairs_S.size), rows_NK, rows),
-        Groups(ends_E - starts_E, jax.lax.dynamic_slice_in_dim(experts_G, number * blocks, blocks)),
+        jnp.where((rows_NK >= 0) & (rows_NK < rows) & (layout.rows_NK < S), rows_NK, rows),
+        part,
     )
 
 
-def parts_of(layout: Layout, blocks: int) -> Int[Array, ""]:
-    """How many parts of so many blocks hold all rows that have a pair; at least one."""
-    assert layout.groups.experts_G is not None
-    M = layout.pairs_S.size // layout.groups.experts_G.size
-    return jnp.maximum(-(-jnp.sum(layout.groups.sizes_E) // (blocks * M)), 1)
+def parts_of(layout: Layout, rows: int) -> Int[Array, ""]:
+    """How many parts of so many rows hold all that have a pair; at least one."""
+    return jnp.maximum(-(-jnp.sum(layout.groups.sizes_E) // rows), 1)
 
 
-def blocks_of_share(layout: Layout, devices: int) -> int | None:
-    """Blocks of the rows that one of ``devices`` has to compute where the loads are nearly even: an eighth more.
+def rows_of_share(layout: Layout, devices: int) -> int | None:
+    """Rows that one of ``devices`` has to compute where the loads are nearly even: an eighth more.
 
     None where these are not fewer than those of the layout, which has room for the pairs of all.
     """
-    experts_G = layout.groups.experts_G
-    if devices == 1 or experts_G is None:
+    groups, M = layout.groups, _unit(layout)
+    if devices == 1 or M is None:
         return None
-    M = layout.pairs_S.size // experts_G.size
-    blocks = -(-layout.rows_NK.size * 9 // (8 * devices * M)) + layout.groups.sizes_E.size
-    return blocks if blocks < experts_G.size else None
+    blocks = -(-layout.rows_NK.size * 9 // (8 * devices * M))
+    if isinstance(groups, Groups):
+        blocks += groups.sizes_E.size
+    rows = max(blocks * M, M if isinstance(groups, Groups) else _LEAST)
+    return rows if rows < layout.pairs_S.size else None
 
 
-def _layout(pairs_P: Array, rows_P: Array, rows: int, tokens: int, groups: Groups) -> Layout:
+def _unit(layout: Layout) -> int | None:
+    """Rows by which parts of a layout may be cut; None where groups are equal."""
+    groups = layout.groups
+    if isinstance(groups, Unaligned):
+        return _MULTIPLE
+    return None if groups.experts_G is None else layout.pairs_S.size // groups.experts_G.size
+
+
+def _whole_rows(pairs: int) -> int:
+    return max(_LEAST, -(-pairs // _MULTIPLE) * _MULTIPLE)
+
+
+def _by_expert(experts_NK: Array, experts: int) -> tuple[Array, Array]:
+    """Pairs of each expert, and all pairs in the order of experts and tokens, those without an expert last."""
+    experts_P = experts_NK.reshape(-1)
+    sizes_E = jnp.zeros(experts, jnp.int32).at[experts_P].add(1, mode="drop")
+    return sizes_E, jnp.argsort(experts_P, stable=True).astype(jnp.int32)
+
+
+def _layout(pairs_P: Array, rows_P: Array, rows: int, tokens: int, groups: Groups | Unaligned) -> Layout:
     """The layout in which these pairs have these rows."""
     pairs_S = jnp.full(rows, rows_P.size, jnp.int32).at[rows_P].set(pairs_P, mode="drop")
     rows_P = jnp.full_like(rows_P, rows).at[pairs_P].set(rows_P, unique_indices=True)
@@ -139,9 +175,7 @@ def _layout(pairs_P: Array, rows_P: Array, rows: int, tokens: int, groups: Group
 @jax.custom_vjp
 def to_experts(x_ND: Float[Array, "N D"], layout: Layout) -> Float[Array, "S D"]:
     """The token of each row; zeros in empty ones. Its gradient is summed in float32, always in the same order."""
-    N, K = layout.rows_NK.shape
-    tokens_S = jnp.where(layout.pairs_S < N * K, layout.pairs_S // K, N)
-    return x_ND.at[tokens_S].get(mode="fill", fill_value=0)
+    return x_ND.at[_tokens(layout)].get(mode="fill", fill_value=0)
 
 
 def _to_forward(x_ND: Array, layout: Layout) -> tuple[Array, Layout]:
@@ -149,7 +183,7 @@ def _to_forward(x_ND: Array, layout: Layout) -> tuple[Array, Layout]:
 
 
 def _to_backward(layout: Layout, dx_SD: Array) -> tuple[Array, None]:
-    return _sum_of_choices(dx_SD, layout.rows_NK, None).astype(dx_SD.dtype), None
+    return sum_of_choices(dx_SD, layout.rows_NK, None).astype(dx_SD.dtype), None
 
 
 to_experts.defvjp(_to_forward, _to_backward)
@@ -161,7 +195,7 @@ def from_experts(y_SD: Float[Array, "S D"], layout: Layout, weights_NK: Float[Ar
 
     A pair without an expert counts nothing, whatever its weight.
     """
-    return _sum_of_choices(y_SD, layout.rows_NK, weights_NK)
+    return sum_of_choices(y_SD, layout.rows_NK, weights_NK)
 
 
 def _from_forward(y_SD: Array, layout: Layout, weights_NK: Array) -> tuple[Array, tuple[Array, Layout, Array]]:
@@ -170,10 +204,8 @@ def _from_forward(y_SD: Array, layout: Layout, weights_NK: Array) -> tuple[Array
 
 def _from_backward(kept: tuple[Array, Layout, Array], d_ND: Array) -> tuple[Array, None, Array]:
     y_SD, layout, weights_NK = kept
-    N, K = weights_NK.shape
-    tokens_S = jnp.where(layout.pairs_S < N * K, layout.pairs_S // K, N)
-    weights_S = weights_NK.reshape(-1).at[layout.pairs_S].get(mode="fill", fill_value=0)
-    dy_SD = d_ND.at[tokens_S].get(mode="fill", fill_value=0) * weights_S[:, None]
+    K = weights_NK.shape[1]
+    dy_SD = d_ND.at[_tokens(layout)].get(mode="fill", fill_value=0) * weights_of_rows(layout, weights_NK)[:, None]
     dw_NK = jnp.stack([jnp.sum(_rows(y_SD, layout.rows_NK[:, k]) * d_ND, axis=1) for k in range(K)], axis=1)
     return dy_SD.astype(y_SD.dtype), None, dw_NK.astype(weights_NK.dtype)
 
@@ -181,12 +213,25 @@ def _from_backward(kept: tuple[Array, Layout, Array], d_ND: Array) -> tuple[Arra
 from_experts.defvjp(_from_forward, _from_backward)
 
 
-def _sum_of_choices(y_SD: Array, rows_NK: Array, weights_NK: Array | None) -> Array:
+def weights_of_rows(layout: Layout, weights_NK: Float[Array, "N K"]) -> Float[Array, " S"]:
+    """The weight of the pair in each row; 0 in empty ones."""
+    return weights_NK.reshape(-1).at[layout.pairs_S].get(mode="fill", fill_value=0)
+
+
+def sum_of_choices(
+    y_SD: Float[Array, "S D"], rows_NK: Int[Array, "N K"], weights_NK: Float[Array, "N K"] | None
+) -> Float[Array, "N D"]:
+    """The sums of each token's rows, or with weights of their multiples, in float32, always in the same order."""
     total_ND = jnp.zeros((rows_NK.shape[0], y_SD.shape[1]), jnp.float32)
     for k in range(rows_NK.shape[1]):  # one after another: an array [N, K, D] would be larger than the rest
         rows_ND = _rows(y_SD, rows_NK[:, k])
         total_ND += rows_ND if weights_NK is None else rows_ND * weights_NK[:, k, None].astype(jnp.float32)
     return total_ND
+
+
+def _tokens(layout: Layout) -> Array:
+    N, K = layout.rows_NK.shape
+    return jnp.where(layout.pairs_S < N * K, layout.pairs_S // K, N)
 
 
 def _rows(y_SD: Array, rows_N: Array) -> Array:

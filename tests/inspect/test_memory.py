@@ -153,10 +153,13 @@ def test_rematerialised_layers_with_experts_keep_what_jax_keeps(remat, more):
 def test_rows_of_experts():
     """Pairs of tokens and experts, with what fills the last block of each expert, or with all slots."""
     config = dataclasses.replace(BASE, moe=MOE)
-    assert expert_rows(config, 1024) == (2048 + 8 * 128, 16 + 8)
-    assert expert_rows(config, 64) == (8 * 64, 0)  # every expert has room for all of so few
+    assert expert_rows(config, 1024) == (2048 + 8 * 128, 16 + 8, False)
+    assert expert_rows(config, 64) == (8 * 64, 0, False)  # every expert has room for all of so few
+    kernels = dataclasses.replace(config, moe={**MOE, "implementation": "pallas"})
+    assert expert_rows(kernels, 1023) == (2048, 0, True), "a multiple of 8, and no block to fill"
+    assert expert_rows(kernels, 1024, devices=2) == (4096 // 2 * 9 // 8, 0, True)
     slots = dataclasses.replace(config, moe={**MOE, "dispatch": "capacity", "capacity_factor": 1.5})
-    assert expert_rows(slots, 1024) == (8 * 384, 0)
+    assert expert_rows(slots, 1024) == (8 * 384, 0, False)
 
 
 def test_layers_with_experts_by_hand():
@@ -164,7 +167,7 @@ def test_layers_with_experts_by_hand():
     D, F, E, N = 32, 48, 8, 1024
     dense = dataclasses.replace(BASE, vocab_size=8, remat="none")
     config = dataclasses.replace(dense, moe={**MOE, "n_shared_experts": 1, "decoder_sparse_step": 2})
-    rows, blocks = expert_rows(config, N)
+    rows, blocks, _ = expert_rows(config, N)
     of_layer = 4 * (rows * (2 * D + 3 * F) + N * (3 * F + D + 2 * E) - N * 3 * BASE.mlp_size)
     copies = 2 * 4 * blocks * 2 * D * F
     assert activation_bytes(config, 4, 256) - activation_bytes(dense, 4, 256) == 2 * of_layer + copies

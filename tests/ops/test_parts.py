@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from stellarbyte_jax.ops import expert_layout
-from stellarbyte_jax.ops.expert_layout import blocks_of_share, from_experts, part_of, parts_of, to_experts
+from stellarbyte_jax.ops.expert_layout import (
+    from_experts,
+    lay_out_unaligned,
+    part_of,
+    parts_of,
+    rows_of_share,
+    to_experts,
+)
 from stellarbyte_jax.ops.parts import sum_of_parts
 
 lay_out = jax.jit(expert_layout.lay_out, static_argnums=(1, 2))
@@ -57,16 +64,18 @@ def test_parts_of_a_layout_add_up_to_it(loads, blocks):
         "none": np.full((N, K), E),
     }[loads]
     layout = lay_out(jnp.asarray(experts), E, M)
-    count = parts_of(layout, blocks)
+    count = parts_of(layout, blocks * M)
     used = int(layout.groups.sizes_E.sum()) // M
     assert count == max(-(-used // blocks), 1)
-    parts = [part_of(layout, number, blocks) for number in range(int(count))]
+    parts = [part_of(layout, number, blocks * M) for number in range(int(count))]
     assert {part.pairs_S.size for part in parts} == {blocks * M}
     np.testing.assert_array_equal(sum(part.groups.sizes_E for part in parts), layout.groups.sizes_E)
     inputs = tuple(jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((N, D), (E, D), (N, K)))
 
     def in_parts(inputs):
-        return sum_of_parts(lambda n, x, all_of: times_factors(x, part_of(all_of, n, blocks)), count, inputs, layout)
+        return sum_of_parts(
+            lambda n, x, all_of: times_factors(x, part_of(all_of, n, blocks * M)), count, inputs, layout
+        )
 
     def whole(inputs):
         return times_factors(inputs, layout)
@@ -80,10 +89,10 @@ def test_a_share_is_an_eighth_more_than_even_and_a_block_for_each_expert():
     experts = jnp.zeros((2048, 4), jnp.int32)
     layout = lay_out(experts, 8, 64)
     assert layout.groups.experts_G.size == 2048 * 4 // 64 + 8
-    assert blocks_of_share(layout, 2) == 2048 * 4 // 64 // 2 * 9 // 8 + 8
-    assert blocks_of_share(layout, 1) is None
-    assert blocks_of_share(lay_out(experts[:4], 8, 8), 2) is None, "one block an expert"
-    assert blocks_of_share(lay_out(experts[:16], 8, 16), 2) is None, "few pairs"
+    assert rows_of_share(layout, 2) == (2048 * 4 // 64 // 2 * 9 // 8 + 8) * 64
+    assert rows_of_share(layout, 1) is None
+    assert rows_of_share(lay_out(experts[:4], 8, 8), 2) is None, "one block an expert"
+    assert rows_of_share(lay_out(experts[:16], 8, 16), 2) is None, "few pairs"
 
 
 def test_pairs_without_an_expert_have_no_row_in_a_part_that_is_longer_than_the_layout():
@@ -91,10 +100,46 @@ def test_pairs_without_an_expert_have_no_row_in_a_part_that_is_longer_than_the_l
     E, M, blocks = 4, 4, 13
     experts = jnp.asarray(np.repeat(np.arange(E + 1), (13, 13, 13, 5, 4)).reshape(24, 2), jnp.int32)
     layout = lay_out(experts, E, M)
-    assert layout.groups.experts_G.size == 16 and parts_of(layout, blocks) == 2
+    assert layout.groups.experts_G.size == 16 and parts_of(layout, blocks * M) == 2
     found = jnp.zeros((24, 1))
     for number in range(2):
-        part = part_of(layout, number, blocks)
+        part = part_of(layout, number, blocks * M)
         made = jnp.where(part.pairs_S[:, None] < experts.size, 1.0, jnp.nan)
         found += from_experts(made, part, jnp.ones(experts.shape))
     np.testing.assert_array_equal(found[:, 0], np.sum(np.asarray(experts) < E, axis=1))
+
+
+@pytest.mark.parametrize("rows", [64, 72, 104])
+@pytest.mark.parametrize("loads", ["even", "all of one expert", "none"])
+def test_parts_of_rows_that_begin_anywhere_add_up_to_the_layout(loads, rows):
+    N, K, E = 101, 3, 4
+    random = np.random.default_rng(0)
+    experts = {
+        "even": np.stack([random.permutation(E + 1)[:K] for _ in range(N)]),
+        "all of one expert": np.tile([2, E, E], (N, 1)),
+        "none": np.full((N, K), E),
+    }[loads]
+    layout = lay_out_unaligned(jnp.asarray(experts), E)
+    count = int(parts_of(layout, rows))
+    assert count == max(1, -(-int(np.sum(experts < E)) // rows))
+    x, weights = (jnp.asarray(random.standard_normal((N, size)), jnp.float32) for size in (5, K))
+    factors = jnp.asarray(random.standard_normal((E, 5)), jnp.float32)
+    found, sizes = jnp.zeros_like(x), jnp.zeros(E, jnp.int32)
+    for number in range(count):
+        part = part_of(layout, number, rows)
+        assert part.pairs_S.size == rows
+        owner = jnp.searchsorted(jnp.cumsum(part.groups.sizes_E), jnp.arange(rows), side="right")
+        made = to_experts(x, part) * jnp.append(factors, jnp.full((1, 5), jnp.nan), axis=0)[owner]
+        found += from_experts(made, part, weights)
+        sizes += part.groups.sizes_E
+    np.testing.assert_array_equal(sizes, layout.groups.sizes_E)
+    exact = np.einsum("nk,nkd->nd", weights, np.append(factors, np.zeros((1, 5)), axis=0)[experts]) * x
+    np.testing.assert_allclose(found, exact, atol=1e-6)
+
+
+def test_a_share_of_rows_that_begin_anywhere_is_an_eighth_more_than_even():
+    layout = lay_out_unaligned(jnp.zeros((2048, 4), jnp.int32), 8)
+    assert rows_of_share(layout, 2) == 2048 * 4 // 2 * 9 // 8
+    assert rows_of_share(layout, 7) == -(-2048 * 4 * 9 // (7 * 8 * 8)) * 8
+    assert rows_of_share(layout, 1) is None
+    assert rows_of_share(lay_out_unaligned(jnp.zeros((16, 4), jnp.int32), 8), 2) is None, "no fewer than a kernel takes"

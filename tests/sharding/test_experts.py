@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from stellarbyte_jax.config import ByteConfig, MeshConfig, MoEConfig
 from stellarbyte_jax.model.lora import Factors
 from stellarbyte_jax.model.moe import dropless
-from stellarbyte_jax.ops.expert_layout import block_rows, blocks_of_share, lay_out, parts_of
+from stellarbyte_jax.ops.expert_layout import block_rows, lay_out, parts_of, rows_of_share
 from stellarbyte_jax.ops.routing import Choices
 from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.sharding.experts import Made, on_devices
@@ -56,7 +56,7 @@ def test_however_uneven_the_loads_are_devices_give_what_one_gives(loads, devices
     }[loads].astype(np.int32)
     here = E // devices
     layout = lay_out(jnp.where(experts // here == 5 // here, experts % here, here), here, block_rows(N, K, E))
-    parts = parts_of(layout, blocks_of_share(layout, devices))
+    parts = parts_of(layout, rows_of_share(layout, devices))
     assert parts == {("one device", 2): 2, ("one expert", 8): 2, ("one device", 8): 2}.get((loads, devices), 1)
     shapes = ((E, D, 2, F), (E, F, D))
     weights = tuple(Factors(jnp.asarray(random.standard_normal(s), jnp.float32)) for s in shapes)

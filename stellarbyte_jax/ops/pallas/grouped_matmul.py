@@ -42,7 +42,29 @@ def grouped_matmul(
     return _product(x_SD, w_EDF, row_tiles(sizes_E, x_SD.shape[0]), sizes_E)
 
 
-def refusal(x_SD: Array, w_EDF: Array) -> str | None:
+def gradient_of_rows(
+    dy_SF: Float[Array, "S F"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, " E"]
+) -> Float[Array, "S D"]:
+    """Each row times the transposed matrix of its group; for the rest see :func:`grouped_matmul`."""
+    E, D, F = w_EDF.shape
+    if (reason := refusal(dy_SF, jax.ShapeDtypeStruct((E, F, D), w_EDF.dtype))) is not None:
+        raise NotImplementedError(reason)
+    tiles = row_tiles(sizes_E, dy_SF.shape[0])
+    return grouped_rows(dy_SF, w_EDF, tiles, transpose=True, tuning=tuning("dx", D))
+
+
+def gradient_of_matrices(
+    x_SD: Float[Array, "S D"], dy_SF: Float[Array, "S F"], sizes_E: Int[Array, " E"]
+) -> Float[Array, "E D F"]:
+    """``x^T dy`` over the rows of each group, in their dtype; for the rest see :func:`grouped_matmul`."""
+    F = dy_SF.shape[1]
+    w = jax.ShapeDtypeStruct((sizes_E.shape[0], x_SD.shape[1], F), dy_SF.dtype)
+    if (reason := refusal(x_SD, w)) is not None:
+        raise NotImplementedError(reason)
+    return grouped_weights(x_SD, dy_SF, sizes_E, x_SD.dtype, tuning=tuning("dw", F))
+
+
+def refusal(x_SD: Array | jax.ShapeDtypeStruct, w_EDF: Array | jax.ShapeDtypeStruct) -> str | None:
     """Why the kernels do not compute the product of these; None where they do."""
     (S, D), F = x_SD.shape, w_EDF.shape[2]
     if x_SD.dtype != w_EDF.dtype or x_SD.dtype not in (jnp.bfloat16, jnp.float16):

@@ -1,0 +1,72 @@
+"""Experts from tokens to sums, beside all experts for all tokens in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.grids import mostly_slow
+
+from stellarbyte_jax.ops.expert_layout import lay_out, lay_out_slots, lay_out_unaligned
+from stellarbyte_jax.ops.expert_mlp import expert_mlp
+from stellarbyte_jax.ops.routing import place
+
+N, K, E, D, F = 37, 3, 5, 6, 4
+LAYOUTS = {
+    "anywhere": lambda experts: lay_out_unaligned(experts, E),
+    "blocks": lambda experts: lay_out(experts, E, 8),
+    "a block each": lambda experts: lay_out(experts, E, 40),
+    "rows": lambda experts: lay_out(experts, E, 1),
+    "slots": lambda experts: lay_out_slots(place(experts, jnp.ones(experts.shape), jnp.zeros(E, jnp.int32), N), N),
+}
+
+
+def drawn(loads):
+    """Some tokens have fewer experts than others, some have none, and one expert has nobody."""
+    random = np.random.default_rng(0)
+    experts = np.stack([random.permutation(E)[:K] for _ in range(N)])
+    experts[random.random((N, K)) < 0.2] = E
+    experts[experts == 3] = E
+    if loads == "nobody":
+        experts[:] = E
+    shapes = (N, D), (E, D, 2 * F), (E, F, D), (N, K)
+    return jnp.asarray(experts, jnp.int32), [0.5 * random.standard_normal(shape) for shape in shapes]
+
+
+def of_all(activation, x, gate_up, down, weights, experts):
+    """What every expert makes of every token, and the choices among it."""
+    both_NEH = jnp.einsum("nd,edh->neh", x, gate_up)
+    y_NED = jnp.einsum("nef,efd->ned", activation(both_NEH[..., :F]) * both_NEH[..., F:], down)
+    chosen_NKE = jax.nn.one_hot(experts, E, dtype=x.dtype)  # nothing for no expert
+    return jnp.einsum("nk,nke,ned->nd", weights, chosen_NKE, y_NED)
+
+
+@pytest.mark.parametrize("loads", ["some", "nobody"])
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "anywhere", "blocks"))
+def test_values_and_all_gradients(layout, loads):
+    experts, inputs = drawn(loads)
+    factors = np.random.default_rng(1).standard_normal((N, D))
+    laid = LAYOUTS[layout](experts)
+
+    def ours(*inputs):
+        return jnp.sum(jnp.sin(expert_mlp(jax.nn.gelu, *inputs, laid)) * factors.astype(np.float32))
+
+    with jax.enable_x64():
+        exact = [jnp.asarray(x, jnp.float64) for x in inputs]
+        loss = jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(of_all(jax.nn.gelu, *x, experts)) * factors), (0, 1, 2, 3))
+        value, right = jax.device_get(jax.jit(loss)(*exact))
+    run = jax.jit(jax.value_and_grad(ours, (0, 1, 2, 3)))
+    found, slopes = jax.device_get(run(*(jnp.asarray(x, jnp.float32) for x in inputs)))
+    np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+    for name, a, b in zip(("x", "gate and up", "down", "weights"), slopes, right, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b), name
+
+
+def test_the_backward_pass_keeps_one_array_of_all_rows():
+    experts, inputs = drawn("some")
+    laid = lay_out_unaligned(experts, E)
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in inputs[:3]] + [jnp.asarray(inputs[3], jnp.float32)]
+    _, back = jax.vjp(lambda *x: expert_mlp(jax.nn.silu, *x, laid), *inputs)
+    rows = laid.pairs_S.size
+    kept = [x for x in jax.tree.leaves(back) if rows in x.shape and x.dtype == jnp.bfloat16]
+    assert [x.shape for x in kept] == [(rows, 2 * F)]
+    assert [slope.dtype for slope in back(jnp.ones((N, D)))] == [jnp.bfloat16] * 3 + [jnp.float32]
