@@ -114,8 +114,8 @@ def part_of(layout: Layout, number: Int[Array, ""] | int, rows: int) -> Layout:
     starts_E = jnp.clip(jnp.cumsum(groups.sizes_E) - groups.sizes_E - first, 0, rows)
     part: Groups | Unaligned = Unaligned(ends_E - starts_E)
     if isinstance(groups, Groups):
-        assert groups.experts_G is not None
         M = _unit(layout)
+        assert groups.experts_G is not None and M is not None
         experts_G = jnp.pad(groups.experts_G, (0, -S % rows // M), mode="edge")
         blocks = rows // M
         part = Groups(ends_E - starts_E, jax.lax.dynamic_slice_in_dim(experts_G, number * blocks, blocks))
@@ -175,7 +175,7 @@ def _layout(pairs_P: Array, rows_P: Array, rows: int, tokens: int, groups: Group
 @jax.custom_vjp
 def to_experts(x_ND: Float[Array, "N D"], layout: Layout) -> Float[Array, "S D"]:
     """The token of each row; zeros in empty ones. Its gradient is summed in float32, always in the same order."""
-    return x_ND.at[_tokens(layout)].get(mode="fill", fill_value=0)
+    return x_ND.at[tokens_of_rows(layout)].get(mode="fill", fill_value=0)
 
 
 def _to_forward(x_ND: Array, layout: Layout) -> tuple[Array, Layout]:
@@ -205,7 +205,9 @@ def _from_forward(y_SD: Array, layout: Layout, weights_NK: Array) -> tuple[Array
 def _from_backward(kept: tuple[Array, Layout, Array], d_ND: Array) -> tuple[Array, None, Array]:
     y_SD, layout, weights_NK = kept
     K = weights_NK.shape[1]
-    dy_SD = d_ND.at[_tokens(layout)].get(mode="fill", fill_value=0) * weights_of_rows(layout, weights_NK)[:, None]
+    dy_SD = (
+        d_ND.at[tokens_of_rows(layout)].get(mode="fill", fill_value=0) * weights_of_rows(layout, weights_NK)[:, None]
+    )
     dw_NK = jnp.stack([jnp.sum(_rows(y_SD, layout.rows_NK[:, k]) * d_ND, axis=1) for k in range(K)], axis=1)
     return dy_SD.astype(y_SD.dtype), None, dw_NK.astype(weights_NK.dtype)
 
@@ -229,7 +231,8 @@ def sum_of_choices(
     return total_ND
 
 
-def _tokens(layout: Layout) -> Array:
+def tokens_of_rows(layout: Layout) -> Int[Array, " S"]:
+    """The token of each row; N in empty ones."""
     N, K = layout.rows_NK.shape
     return jnp.where(layout.pairs_S < N * K, layout.pairs_S // K, N)
 

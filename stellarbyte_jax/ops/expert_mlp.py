@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from stellarbyte_jax.ops.expert_layout import Layout, from_experts, sum_of_choices, to_experts, weights_of_rows
+from stellarbyte_jax.ops.dispatch import dispatch
+from stellarbyte_jax.ops.expert_layout import Layout, sum_of_choices, to_experts, tokens_of_rows, weights_of_rows
 from stellarbyte_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_dw, grouped_matmul_dx
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -76,9 +77,10 @@ def _forward(
     layout: Layout,
 ) -> tuple[Array, Any]:
     product = partial(grouped_matmul, groups=layout.groups, implementation=implementation)
-    both_SH = product(to_experts(x_ND, layout), gate_up_EDH)
+    both_SH = product(_to_rows(implementation, x_ND, layout), gate_up_EDH)
     y_SD = product(_gated(activation, both_SH), down_EFD)
-    return from_experts(y_SD, layout, weights_NK), (x_ND, gate_up_EDH, down_EFD, weights_NK, layout, both_SH)
+    sums_ND = _from_rows(implementation, y_SD, layout, weights_NK, jnp.float32)
+    return sums_ND, (x_ND, gate_up_EDH, down_EFD, weights_NK, layout, both_SH)
 
 
 def _backward(
@@ -87,7 +89,8 @@ def _backward(
     x_ND, gate_up_EDH, down_EFD, weights_NK, layout, both_SH = kept
     of_rows = partial(grouped_matmul_dx, groups=layout.groups, implementation=implementation)
     of_matrices = partial(grouped_matmul_dw, groups=layout.groups, implementation=implementation)
-    d_SD = to_experts(d_ND.astype(x_ND.dtype), layout)
+    to_rows = partial(_to_rows, implementation, layout=layout)
+    d_SD = to_rows(d_ND.astype(x_ND.dtype))
     dh_SF = of_rows(d_SD, down_EFD).astype(jnp.float32)  # of a choice whose weight is 1
     made_SF, pull = jax.vjp(partial(_gated, activation), both_SH)
     h_SF = made_SF.astype(jnp.float32)
@@ -96,9 +99,37 @@ def _backward(
     weights_S1 = weights_of_rows(layout, weights_NK)[:, None]
     (dboth_SH,) = pull((dh_SF * weights_S1).astype(made_SF.dtype))
     ddown_EFD = of_matrices((h_SF * weights_S1).astype(made_SF.dtype), d_SD)
-    dgate_up_EDH = of_matrices(to_experts(x_ND, layout), dboth_SH)
-    dx_ND = sum_of_choices(of_rows(dboth_SH, gate_up_EDH), layout.rows_NK, None).astype(x_ND.dtype)
+    dgate_up_EDH = of_matrices(to_rows(x_ND), dboth_SH)
+    dx_ND = _from_rows(implementation, of_rows(dboth_SH, gate_up_EDH), layout, None, x_ND.dtype)
     return dx_ND, dgate_up_EDH.astype(gate_up_EDH.dtype), ddown_EFD.astype(down_EFD.dtype), dweights_NK, None
 
 
 _mlp.defvjp(_forward, _backward)
+
+
+def _to_rows(implementation: str, x_ND: Array, layout: Layout) -> Array:
+    ways = {"xla": to_experts, "pallas": _gathered}
+    return cast(jax.Array, dispatch("rows of experts", implementation, ways, x_ND, layout, required=False))
+
+
+def _from_rows(implementation: str, y_SD: Array, layout: Layout, weights_NK: Array | None, dtype: Any) -> Array:
+    ways = {"xla": _summed_by_xla, "pallas": _summed}
+    found = dispatch("sums of experts", implementation, ways, y_SD, layout.rows_NK, weights_NK, dtype, required=False)
+    return cast(jax.Array, found)
+
+
+def _summed_by_xla(y_SD: Array, rows_NK: Array, weights_NK: Array | None, dtype: Any) -> Array:
+    return sum_of_choices(y_SD, rows_NK, weights_NK).astype(dtype)
+
+
+def _gathered(x_ND: Array, layout: Layout) -> Array:
+    # Not at the top, as in ops/grouped_matmul.py.
+    from stellarbyte_jax.ops.pallas.row_moves import gather_rows
+
+    return gather_rows(x_ND, tokens_of_rows(layout))
+
+
+def _summed(y_SD: Array, rows_NK: Array, weights_NK: Array | None, dtype: Any) -> Array:
+    from stellarbyte_jax.ops.pallas.row_moves import sum_rows
+
+    return sum_rows(y_SD, rows_NK, weights_NK, dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul
+from stellarbyte_jax.ops.grouped_matmul import Groups, Unaligned, grouped_matmul, grouped_matmul_dw, grouped_matmul_dx
 
 CASES = {
     "one block each": ([4, 4, 4], 4, None),
@@ -15,17 +15,22 @@ CASES = {
     "empty rows behind": ([4, 4, 0], 4, [0, 1, 2, 2]),
     "rows": ([1, 3, 0], 1, [0, 1, 1, 1]),
     "one group has all": ([16, 0, 0], 4, [0, 0, 0, 0]),
+    "anywhere": ([3, 0, 7], None, None),
+    "anywhere, one group has all": ([0, 0, 9], None, None),
 }
+BEHIND = 2  # rows behind groups that begin anywhere
 
 
 def drawn(case, dtype=jnp.float32):
     sizes, block, blocks = CASES[case]
-    rows = block * (len(blocks) if blocks else len(sizes))
+    rows = block * (len(blocks) if blocks else len(sizes)) if block else sum(sizes) + BEHIND
     random = np.random.default_rng(0)
     x = random.standard_normal((rows, 6))
     x[sum(sizes) :] = 0
     w = random.standard_normal((len(sizes), 6, 5))
     groups = Groups(jnp.asarray(sizes, jnp.int32), None if blocks is None else jnp.asarray(blocks, jnp.int32))
+    if block is None:
+        groups = Unaligned(groups.sizes_E)
     owner = np.minimum(np.searchsorted(np.cumsum(sizes), np.arange(rows), side="right"), len(sizes) - 1)
     return jnp.asarray(x, dtype), jnp.asarray(w, dtype), groups, owner, np.arange(rows) < sum(sizes)
 
@@ -44,6 +49,16 @@ def test_every_row_meets_the_matrix_of_its_group(case):
     np.testing.assert_allclose(jax.jit(ours)(x, w), loop(x, w), atol=1e-5)
     slopes = [jax.jit(jax.grad(lambda x, w, f=f: jnp.sum(jnp.sin(f(x, w))), (0, 1)))(x, w) for f in (ours, loop)]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *slopes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_by_themselves_are_those_of_the_product(case):
+    x, w, groups, _, used = drawn(case)
+    dy = jnp.asarray(np.where(used[:, None], np.random.default_rng(1).standard_normal((used.size, 5)), 0), x.dtype)
+    _, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, groups), x, w)
+    found = grouped_matmul_dx(dy, w, groups), grouped_matmul_dw(x, dy, groups)
+    for a, b in zip(found, pull(dy), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

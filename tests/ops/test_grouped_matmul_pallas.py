@@ -7,6 +7,8 @@ import pytest
 from helpers.grids import REPEATS, mostly_slow
 from helpers.grouped import NAMES, assert_rounded, drawn, exact, poisoned, with_gradients
 
+from stellarbyte_jax.ops.expert_layout import lay_out_unaligned
+from stellarbyte_jax.ops.expert_mlp import expert_mlp
 from stellarbyte_jax.ops.grouped_matmul import Groups
 from stellarbyte_jax.ops.grouped_matmul import grouped_matmul as by_name
 from stellarbyte_jax.ops.pallas import compat
@@ -121,3 +123,34 @@ def test_another_device_is_refused_by_name_and_passed_by():
     np.testing.assert_allclose(
         np.asarray(by_name(x, w, groups), np.float64), exact(x, w, dy, [64, 64])[0], rtol=2**-7, atol=1e-3
     )
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # rows that nobody reads
+@reads_transposed
+def test_experts_from_tokens_to_sums_by_kernels_in_the_interpreter(monkeypatch):
+    """Beside XLA's products: values and all gradients."""
+    monkeypatch.setattr(module, "tuning", lambda kernel, columns: SMALL)
+    N, K, E, D, F = 31, 3, 4, 256, 64  # channels of which the kernels move rows too
+    random = np.random.default_rng(0)
+    experts = jnp.asarray(np.stack([random.permutation(E + 1)[:K] for _ in range(N)]), jnp.int32)
+    shapes = (N, D), (E, D, 2 * F), (E, F, D)
+    inputs = [jnp.asarray(0.3 * random.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    weights, d = (jnp.asarray(random.random((N, size)), jnp.float32) for size in (K, D))
+    layout = lay_out_unaligned(experts, E)
+
+    def run(implementation):
+        @jax.jit
+        def values(*inputs):
+            y, pull = jax.vjp(
+                lambda *x: expert_mlp(jax.nn.silu, *x, layout, implementation=implementation), *inputs, weights
+            )
+            return y, *pull(d)
+
+        return values(*inputs)
+
+    right = run("xla")
+    with compat.interpreted():
+        found = run("pallas")
+        for a, b in zip(found, right, strict=True):
+            a, b = (np.asarray(x, np.float64) for x in (a, b))
+            assert np.linalg.norm(a - b) < 4e-3 * np.linalg.norm(b)

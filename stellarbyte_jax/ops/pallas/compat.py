@@ -18,14 +18,15 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, scratch: Any, *, name: str) -> Any:
-    """A kernel of one persistent block a multiprocessor: two warpgroups that compute (0, 1) and one that loads (2).
+def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, scratch: Any, *, name: str, threads: int = 3) -> Any:
+    """A kernel of one persistent block a multiprocessor.
 
     Args:
       body: gets references to inputs, output and ``scratch``, by position.
       out: what the kernel returns.
       scratch: of shared memory and barriers.
       name: in profiles.
+      threads: warpgroups of a block, numbered along ``"wg"``.
     """
     return plgpu.kernel(
         body,
@@ -33,7 +34,7 @@ def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, scratch: Any, *
         scratch_types=scratch,
         grid=(processors(),),
         grid_names=("sm",),
-        num_threads=3,
+        num_threads=threads,
         thread_name="wg",
         kernel_name=name,
         # The default differs between versions. Here every layout is said, none is left to be inferred.

@@ -1,0 +1,71 @@
+"""Experts whose products kernels compute: the same network. Without a GPU; see test_expert_kernels_gpu.py."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.grids import mostly_slow
+from helpers.kernels import computed_by_xla  # noqa: F401 (a fixture)
+from helpers.variants import VARIANTS, call, make, some_tokens
+
+from stellarbyte_jax.config import ConfigError, LoRAConfig, MoEConfig
+from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.model.io import Inputs
+from stellarbyte_jax.ops import dispatch
+
+WITH_EXPERTS = [
+    name for name, each in VARIANTS.items() if "moe" in each and each["moe"].get("dispatch", "dropless") == "dropless"
+]
+
+
+def by_kernels(model, **changes):
+    config = model.config
+    moe = dataclasses.replace(config.moe, implementation="pallas")
+    return ByteTransformer(dataclasses.replace(config, moe=moe, **changes))
+
+
+def loss_of(model, tokens, train=False):
+    def loss(params):
+        logits = call(model, params, Inputs(tokens), dropout_key=jax.random.key(0) if train else None)[0]
+        return jnp.mean(jnp.sin(logits))
+
+    return loss
+
+
+@pytest.mark.usefixtures("computed_by_xla")
+@pytest.mark.parametrize("remat", mostly_slow(["none", "full"], "none"))
+@pytest.mark.parametrize("name", mostly_slow(WITH_EXPERTS, "experts"))
+def test_loss_and_gradients_are_those_of_blocks(name, remat):
+    model, params = make(name, remat=remat)
+    tokens = some_tokens(3, 29)  # so that choices are no multiple of eight
+    found, right = (jax.jit(jax.value_and_grad(loss_of(m, tokens)))(params) for m in (by_kernels(model), model))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, right)
+
+
+def test_without_such_a_gpu_training_is_refused_and_the_rest_goes_another_way(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    model, params = make("experts")
+    named, tokens = by_kernels(model), some_tokens(2, 16)
+    with pytest.raises(NotImplementedError, match=r"dropless experts: pallas refused: .* must be bfloat16"):
+        loss_of(named, tokens, train=True)(params)
+    with caplog.at_level(logging.INFO):
+        found = call(named, params, Inputs(tokens))[0]
+    np.testing.assert_array_equal(found, call(model, params, Inputs(tokens))[0])
+    assert "dropless experts: using xla (pallas refused:" in caplog.text
+
+
+@pytest.mark.usefixtures("computed_by_xla")
+def test_adapters_of_experts_are_refused():
+    model, _ = make("experts", lora=LoRAConfig(r=2, target_modules=("experts",)))
+    named = by_kernels(model)
+    _, params = make("experts", lora=model.config.lora)
+    with pytest.raises(NotImplementedError, match="pallas refused: adapters of experts"):
+        loss_of(named, some_tokens(2, 16), train=True)(params)
+
+
+def test_a_capacity_is_computed_one_way():
+    with pytest.raises(ConfigError, match=r"moe.implementation=pallas is of moe.dispatch=dropless"):
+        MoEConfig(num_experts=4, implementation="pallas", dispatch="capacity")

@@ -1,0 +1,48 @@
+"""Kernels that move and sum rows on a Hopper GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops.test_row_moves import array, rows_of
+
+from stellarbyte_jax.ops.pallas.row_moves import gather_rows, sum_rows
+
+pytestmark = pytest.mark.gpu
+SHAPES = [(4099, 1024, 8), (1000, 256, 3), (515, 1536, 6), (77, 4096, 8), (30, 16384, 1)]  # tokens, channels, choices
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hopper():
+    if getattr(jax.devices()[0], "compute_capability", None) != "9.0":
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.parametrize(("tokens", "channels", "choices"), SHAPES)
+def test_rows_in_another_order(tokens, channels, choices):
+    x, numbers = array(tokens, channels), rows_of(tokens, tokens * choices + 5)
+    run = jax.jit(gather_rows)
+    right = np.append(np.asarray(x), np.zeros((1, channels), x.dtype), axis=0)[np.asarray(numbers)]
+    for _ in range(3):
+        np.testing.assert_array_equal(run(x, numbers), right)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("tokens", "channels", "choices"), SHAPES)
+def test_sums_of_rows(tokens, channels, choices, dtype):
+    count = tokens * choices
+    y, numbers = array(count, channels), rows_of(count, (tokens, choices))
+    y, numbers = y.at[1].set(jnp.nan), jnp.where(numbers == 1, count, numbers)
+    weights = jnp.asarray(np.random.default_rng(2).standard_normal((tokens, choices)), jnp.float32)
+    run = jax.jit(sum_rows, static_argnums=3)
+    rows = np.append(np.asarray(y, np.float64), np.zeros((1, channels)), axis=0)[np.asarray(numbers)]
+    for given in (weights, None):
+        factors = np.ones(weights.shape) if given is None else np.asarray(given, np.float64)
+        first = np.asarray(run(y, numbers, given, dtype))
+        np.testing.assert_allclose(
+            first.astype(np.float64),
+            np.einsum("nk,nkd->nd", factors, rows),
+            rtol=2**-8 if dtype == jnp.bfloat16 else 1e-5,
+            atol=1e-5,
+        )
+        np.testing.assert_array_equal(np.asarray(run(y, numbers, given, dtype)), first)
