@@ -10,8 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
 from stellarbyte_jax.cli import grouped_speed
+from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
 from stellarbyte_jax.cli.grouped_peers import WORKERS as GROUPED_PEERS
 from stellarbyte_jax.cli.grouped_table import table
 from stellarbyte_jax.cli.lora_speed import NAMES as OF_LORA
@@ -240,8 +240,8 @@ def _measured_products(
     """Checks the device; the rows of each shape with its name, again when the peer was measured."""
     if not small and found.get("compute_capability") != "9.0":
         raise MendableError(
-            "benchmark grouped_matmul measures kernels for NVIDIA Hopper GPUs (compute capability 9.0), and JAX finds "
-            f"{found.get('kind', found['platform'])}: run it on an H100 or H200, or with JAX_PLATFORMS=cpu in JAX's interpreter"
+            "benchmark grouped_matmul needs an NVIDIA Hopper GPU (compute capability 9.0), and JAX finds "
+            f"{found.get('kind', found['platform'])}: run it on an H100 or H200; JAX_PLATFORMS=cpu tries it without one"
         )
     if small:
         print("no GPU: a tiny shape in JAX's interpreter, without a peer; the figures say nothing of speed")

@@ -7,7 +7,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stellarbyte_jax.cli.grouped_speed import SHAPES, TORCH, WEIGHT_SCALE, Result, Shape, calls, figures, loads, products
+from stellarbyte_jax.cli.grouped_speed import (
+    SHAPES,
+    TORCH,
+    WEIGHT_SCALE,
+    Result,
+    Shape,
+    calls,
+    figures,
+    loads,
+    products,
+)
 from stellarbyte_jax.cli.measurements import REPEATS, tell
 from stellarbyte_jax.command import imports
 from stellarbyte_jax.config import TrainConfig
@@ -101,7 +111,7 @@ def worst_error(name: str, x_SD: Any, w_EDF: Any, dy_SF: Any, owner_S: Any, out:
         import torch
 
     x_SD, w_EDF, dy_SF, out = (array.float() for array in (x_SD, w_EDF, dy_SF, out))
-    E, D, F = w_EDF.shape
+    _, D, F = w_EDF.shape
     a_D, b_F = (torch.randint(0, 2, (n,), device=out.device).float() * 2 - 1 for n in (D, F))
     if name == "forward":
         found, right = (out * b_F).sum(-1), (x_SD * (w_EDF * b_F).sum(-1)[owner_S]).sum(-1)
