@@ -1,6 +1,7 @@
 """The command benchmark grouped_matmul: what is measured, that its loops compute, and that a wrong product is seen."""
 
 import json
+import re
 import threading
 import time
 import types
@@ -161,7 +162,7 @@ def drawn(rows, load, way="xla"):
     return grouped_ours.drawn(jnp.asarray(owner), TINY, way, grouped_speed.choices(load, rows))
 
 
-@pytest.mark.parametrize(("rows", "load"), [(64, "half"), (64, "even"), (2048, "third")])
+@pytest.mark.parametrize(("rows", "load"), [(64, "half"), (2048, "third")])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_loops_compute_the_product_in_every_turn_and_errors_are_seen(rows, load, product):
     """Blocks of one for each expert, and several with matrices gathered."""
@@ -173,9 +174,17 @@ def test_loops_compute_the_product_in_every_turn_and_errors_are_seen(rows, load,
     wrong = out.at[(slice(0, 1),) * (out.ndim - 1)].multiply(-1)
     assert float(grouped_ours.worst_error(product, arrays, wrong)) > 0.02
     assert not np.isfinite(grouped_ours.worst_error(product, arrays, out.at[(0,) * out.ndim].set(jnp.nan)))
-    loop = program.as_text().partition("ENTRY")[0]
-    products = [line for line in loop.splitlines() if " dot(" in line or "__onednn$matmul" in line]
-    assert products, "in the loop's body, not before it"
+    alone = grouped_ours.product_of(product, "xla")
+    needed = alone.lower(arrays.x, arrays.w, arrays.dy, arrays.groups).compile().as_text()
+    text = program.as_text()
+    body = text[text.index("\n%" + re.search(r"body=%([\w.-]+)", text)[1] + " ") :]
+    within = dots(body[: body.index("\n}")])
+    assert within == dots(needed[needed.index("\nENTRY") :]) > 0, "each in the loop's body, none before it"
+
+
+def dots(text):
+    """Products in a computation; in some releases of jax they are calls of a library."""
+    return len(re.findall(r"^ +(?:ROOT )?%(?:ynn_fusion|dot|\S+ = .*__onednn\$matmul)", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
