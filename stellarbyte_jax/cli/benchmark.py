@@ -138,7 +138,7 @@ def _names(options: argparse.Namespace, small: bool) -> list[str]:
             if lacking := _lacking(_PEERS.get(name, ())):
                 raise MendableError(f"--only {name} needs {' and '.join(lacking)}: pip install {' '.join(lacking)}")
         return names
-    names = _SMALL_NAMES.get(options.what, _NAMES[options.what]) if small else _NAMES[options.what]
+    names = {**_NAMES, **(_SMALL_NAMES if small else {})}[options.what]
     if options.no_peer:
         return [name for name in names if name not in _PEERS]
     alone = [name for name in names if small and name in _ON_GPU]

@@ -136,9 +136,8 @@ def looped(name: str, way: str, count: int) -> Callable[[Arrays], Array]:
       A function that returns the last result.
     """
     product = product_of(name, way)
-
-    # XLA's product of equal blocks, one for each expert, knows no numbers of rows, and the one in dw none of any blocks:
-    # they must depend on the call before through the rows themselves, of which one element is written in place.
+    # XLA's product of blocks, one for each expert, knows no numbers of rows, and the one in dw none of any blocks: they
+    # must depend on the call before through the rows themselves, of which one element is written in place.
     through, other = ("dy", "x") if name == "dx" else ("x", "dy")
 
     def run(arrays: Arrays) -> Array:

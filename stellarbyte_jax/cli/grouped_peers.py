@@ -5,7 +5,7 @@ S rows in the order of experts, D inputs, F outputs, E experts.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from stellarbyte_jax.cli.grouped_speed import (
     SHAPES,
@@ -78,7 +78,8 @@ def grouped_products(x_SD: Any, w_EDF: Any, dy_SF: Any) -> Mapping[str, _Product
     with imports():
         import torch
 
-    grouped: Any = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    functional: Any = torch.nn.functional
+    grouped = functional.grouped_mm if hasattr(functional, "grouped_mm") else cast(Any, torch)._grouped_mm
     return {
         "forward": lambda ends_E: grouped(x_SD, w_EDF, offs=ends_E),
         "dx": lambda ends_E: grouped(dy_SF, w_EDF.transpose(-2, -1), offs=ends_E),
