@@ -10,7 +10,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli import grouped_speed
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
+from stellarbyte_jax.cli.grouped_peers import WORKERS as GROUPED_PEERS
+from stellarbyte_jax.cli.grouped_table import table
 from stellarbyte_jax.cli.lora_speed import NAMES as OF_LORA
 from stellarbyte_jax.cli.lora_speed import PEERS as BESIDE_LORA
 from stellarbyte_jax.cli.lora_speed import WORKERS as LORA
@@ -40,20 +43,23 @@ _NAMES = {
     "eval": ["eval", "eval_huggingface"],
     "moe": ["dropless", "capacity", "huggingface_moe", "huggingface_moe_bfloat16"],
     "lora": list(OF_LORA),
+    "grouped_matmul": list(grouped_speed.ON_GPU),
 }
-WORKERS = OTHERS | EVALUATION | EXPERTS | PEERS | LORA | LORA_PEERS
+WORKERS = OTHERS | EVALUATION | EXPERTS | PEERS | LORA | LORA_PEERS | grouped_speed.WORKERS | GROUPED_PEERS
 _ON_TORCH = ("huggingface", "huggingface_bfloat16", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16")
 _PEERS = {  # with the packages that they need, as pip calls them
     **dict.fromkeys(_ON_TORCH, ("torch",)),
     "huggingface_liger": ("torch", "liger-kernel"),
     **{name: ("torch", "accelerate" if name == "sft_chats_trainer" else "peft") for name in LORA_PEERS},
 }
-_ON_GPU = ("huggingface_liger",)  # whose kernels run nowhere else
+_ON_GPU = ("huggingface_liger", *grouped_speed.ON_GPU)  # whose kernels run nowhere else, or only slowly
 _COMPARED = {"train": BESIDE_TRAINING, "lora": BESIDE_LORA}
 _CONFIGS = {"moe": ("pretrain_moe", "quickstart_moe")}  # on a GPU, and without
 _SMALL = "quickstart"  # what is trained where there is no GPU
-_SMALL_GENERATE = ["small_batch_1", "small_batch_8"]
+_SMALL_NAMES = {"generate": ["small_batch_1", "small_batch_8"], "grouped_matmul": list(grouped_speed.SMALL)}
+_OF_THEIR_OWN = ("mesh", "grouped_matmul")  # models or shapes, and steps
 _TRAINED = ("train", "moe", "mesh", "lora")  # those that measure training steps
+_BY_SHAPE = ("grouped_ours", "grouped_torch")
 _STEPS = 20
 _FLOPS = "6 (active parameters - embedding) + 6 L T D a token, causal attention counted half"
 _FROZEN = "; of a weight that is frozen beside adapters 4 for 6: its gradient is not computed"
@@ -69,8 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _work(options)
     found: dict[str, Any] = {"platform": None} if options.what == "data" else _machine(options)
     small = found["platform"] == "cpu"
-    of_mesh = options.what == "mesh"
-    measured = _measured_on_mesh(options, found["devices"], small) if of_mesh else _measured(options, small)
+    if options.what == "mesh":
+        measured = _measured_on_mesh(options, found["devices"], small)
+    elif options.what == "grouped_matmul":
+        measured = _measured_products(options, found, small)
+    else:
+        measured = _measured(options, small)
     output = Path(options.output or f"benchmarks/{options.what}{'-cpu' if small else ''}.json")
     part = output.with_name(f"{output.name}.part")
     make_directory(output.parent, "--output")
@@ -83,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write(part, {**report, "incomplete": True})
         for name, result in report["compared"].items():
             _tell(name, result)
+    if options.what == "grouped_matmul":
+        print(table(report["results"]), flush=True)
     if any(has_failed(result) for result in report["results"].values()):
         return _kept(output, part, "a measurement failed", 1)
     if options.only and not options.output:
@@ -100,6 +112,7 @@ def _work(options: argparse.Namespace) -> int:
 
     config = begin.find_tokenizer(load_settings(options.config, options.set)).used
     more = {"profile": options.profile} if options.profile else {}
+    more |= {"names": options.only} if options.worker in _BY_SHAPE else {}
     try:
         result = WORKERS[options.worker](config, options.steps, **more)
     except RuntimeError as error:  # of JAX
@@ -125,7 +138,7 @@ def _names(options: argparse.Namespace, small: bool) -> list[str]:
             if lacking := _lacking(_PEERS.get(name, ())):
                 raise MendableError(f"--only {name} needs {' and '.join(lacking)}: pip install {' '.join(lacking)}")
         return names
-    names = _SMALL_GENERATE if small and options.what == "generate" else _NAMES[options.what]
+    names = {**_NAMES, **(_SMALL_NAMES if small else {})}[options.what]
     if options.no_peer:
         return [name for name in names if name not in _PEERS]
     alone = [name for name in names if small and name in _ON_GPU]
@@ -221,6 +234,30 @@ def _measured_on_mesh(options: argparse.Namespace, devices: int, small: bool) ->
     return each()
 
 
+def _measured_products(
+    options: argparse.Namespace, found: dict[str, Any], small: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Checks the device; the rows of each shape with its name, again when the peer was measured."""
+    if not small and found.get("compute_capability") != "9.0":
+        raise MendableError(
+            "benchmark grouped_matmul needs an NVIDIA Hopper GPU (compute capability 9.0), and JAX finds "
+            f"{found.get('kind', found['platform'])}: run it on an H100 or H200; JAX_PLATFORMS=cpu tries it without one"
+        )
+    if small:
+        print("no GPU: a tiny shape in JAX's interpreter, without a peer; the figures say nothing of speed")
+    names = _names(options, small)
+    peers = _peers(options, not small) and not small
+
+    def run(worker: str, names: Sequence[str]) -> dict[str, Any]:
+        print(f"measuring {worker}", file=sys.stderr, flush=True)
+        result = _run_worker(worker, _changed(options, only=list(names)))
+        told = {key: value for key, value in result.items() if key != "shapes"}
+        _tell(worker, told)
+        return result
+
+    return grouped_speed.measure(names, peers, run)
+
+
 def _changed(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(options), **changes})
 
@@ -236,6 +273,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
         **facts(_environment(options)),
         **({"flops": _FLOPS + (_FROZEN if options.what == "lora" else "")} if options.what in _TRAINED else {}),
+        **({"flops": "2 rows D F"} if options.what == "grouped_matmul" else {}),
         "config": {"file": options.config, "set": options.set},
         "results": {},
     }
@@ -268,7 +306,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "eval        requests of lm-eval (extra eval), and its backend for transformers (extra torch, accelerate)\n"
         "moe         the training step with experts by dispatch, and the Qwen3-MoE of transformers in that shape\n"
         "lora        adapters on a model of 1.10B parameters, on random tokens and on packed conversations, and all\n"
-        "            its weights, beside PEFT and the Trainer of transformers (extra torch; peft, accelerate)",
+        "            its weights, beside PEFT and the Trainer of transformers (extra torch; peft, accelerate)\n"
+        "grouped_matmul  products of experts as kernels for Hopper GPUs and as plain XLA, beside torch's (extra torch)",
         "train --no-peer",
         "mesh --only fsdp --only tensor --output two_rows.json",
         "data --set 'data.train=my_corpus/train/*.jsonl'",
@@ -283,7 +322,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--steps", type=positive, metavar="N", help="steps of one repeat (default: 20; mesh: 5 to 20 by row)"
     )
     parser.add_argument("--no-peer", action="store_true", help="leave the peer out")
-    known = sorted({name for names in _NAMES.values() for name in names}.union(_SMALL_GENERATE))
+    known = sorted({name for names in (*_NAMES.values(), *_SMALL_NAMES.values()) for name in names})
     parser.add_argument(
         "--only",
         choices=known,
@@ -307,16 +346,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (None if options.what == "mesh" else _STEPS)
     if not options.worker:
         _check(options)
+    options.steps = options.steps or (None if options.what in _OF_THEIR_OWN else _STEPS)
     return options
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises ConfigError where options do not go together."""
     of_mesh = options.what == "mesh"
-    known = [*_NAMES[options.what], *(_SMALL_GENERATE if options.what == "generate" else ())]
+    known = [*_NAMES[options.what], *_SMALL_NAMES.get(options.what, ())]
     for name in options.only:
         if name not in known:
             raise ConfigError(f"--only {name}: benchmark {options.what} measures {', '.join(known)}, name one of them")
@@ -324,6 +363,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--profile is of training: benchmark {options.what} has no training steps, leave it out")
     if of_mesh and options.config:
         raise ConfigError("benchmark mesh has a model for each row: leave --config out; --set changes the models")
+    if options.what == "grouped_matmul":
+        given = [name for name in ("config", "set", "steps") if getattr(options, name)]
+        if given:
+            raise ConfigError(f"--{given[0]}: benchmark grouped_matmul has shapes and calls of its own, leave it out")
     for setting in options.set if of_mesh else ():
         if setting.partition("=")[0].strip() == "global_batch_size" or setting.strip().startswith("mesh."):
             raise ConfigError(f"--set {setting}: each row of benchmark mesh says its own, leave it out")
@@ -349,4 +392,5 @@ def _run_worker(name: str, options: argparse.Namespace, processes: int = 1) -> d
     words += ["--steps", str(options.steps)] if options.steps else []
     words += ["--set", *options.set] if options.set else []
     words += ["--profile", str(options.profile)] if options.profile else []
+    words += [word for shape in options.only for word in ("--only", shape)] if name in _BY_SHAPE else []
     return run_worker(words, processes=processes, limit=options.limit, environment=_environment(options))

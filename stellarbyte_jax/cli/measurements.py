@@ -359,7 +359,11 @@ def _device(config: TrainConfig, steps: int) -> dict[str, Any]:
     with imports():
         import jax
 
-    return {"platform": jax.default_backend(), "devices": len(jax.devices())}
+    first = jax.devices()[0]
+    found = {"platform": jax.default_backend(), "devices": len(jax.devices())}
+    if first.platform == "gpu":
+        found |= {"kind": first.device_kind, "compute_capability": getattr(first, "compute_capability", None)}
+    return found
 
 
 WORKERS = {

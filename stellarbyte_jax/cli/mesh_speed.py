@@ -215,4 +215,4 @@ def _compared(parts: Result, target: float | None) -> Result:
 
 def has_failed(result: Result) -> bool:
     """Whether a measurement, or a part of it, has no figures."""
-    return "error" in result or any("error" in part for part in result.values() if isinstance(part, dict))
+    return "error" in result or any(has_failed(part) for part in result.values() if isinstance(part, dict))
