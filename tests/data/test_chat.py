@@ -280,7 +280,10 @@ def test_columns_hold_what_each_tool_is_called_with(kind, as_json, written, tmp_
     def calling(name, arguments):
         asked, answered = conversation("Hi", "Hello.")["messages"]
         calls = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
-        described = {"type": "function", "function": {"name": name, "parameters": dict.fromkeys(arguments, {"a": "b"})}}
+        described = {
+            "type": "function",
+            "function": {"name": name, "parameters": {key: {"a": "b"} for key in arguments}},
+        }
         return {"messages": [asked, calls, {"role": "tool", "content": "1"}, answered], "tools": [described]}
 
     records = [calling("f", {"city": "北京", "in": [{"x": 1}]}), calling("g", {"in": [{"y": 2}], "path": "/"})]
