@@ -206,7 +206,7 @@ def _as_given(value: Any, kind: Any) -> Any:
         return {each.name: _as_given(value[each.name], each.type) for each in kind if value[each.name] is not None}
     if pa.types.is_map(kind):
         return {name: _as_given(each, kind.item_type) for name, each in value}
-    if isinstance(value, list):
+    if isinstance(value, list) and hasattr(kind, "value_type"):
         return [_as_given(each, kind.value_type) for each in value]
     return value
 

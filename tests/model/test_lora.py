@@ -23,6 +23,7 @@ from stellarbyte_jax.model.decoder import (
     trained,
 )
 from stellarbyte_jax.model.io import Inputs
+from stellarbyte_jax.model.lora import is_learnt
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.trees import merge, partition, paths
 
@@ -79,6 +80,16 @@ def test_each_target_is_its_weight_alone(target):
     assert found == of_layers[target]
     learnt = {path for path in paths(partition(params, trained(model))[0])}
     assert learnt == {f"{path}_lora_{part}" for path in found for part in "ab"}
+
+
+def test_a_bias_that_chooses_experts_is_not_among_those_that_are_trained_whole():
+    lora = {"r": 2, "target_modules": ("q",), "modules_to_save": ("biases",)}
+    model = ByteTransformer(dataclasses.replace(EXPERTS, attention_bias=True, lora=lora))
+    learnt = {path for path in paths(param_shapes(model)) if is_learnt(model.config.lora, tuple(path.split("/")))}
+    whole = {path.rpartition("/")[2] for path in learnt if "_lora_" not in path}
+    assert whole == {"q_bias", "k_bias", "v_bias"} and any(
+        path.endswith("/bias") for path in paths(param_shapes(model))
+    )
 
 
 @pytest.mark.parametrize("kind", ["experts", "dora, some layers"])
