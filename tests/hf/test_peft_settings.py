@@ -135,13 +135,29 @@ def test_dropout_stays_where_adapters_have_it(tmp_path):
         assert read_adapter(adapter)[0].config.lora.dropout == kept, lora
 
 
-def test_a_rank_of_0_is_refused(tmp_path):
+def changed(adapter, change):
+    """Other tensors in the file of an adapter."""
     from safetensors.numpy import load_file, save_file
 
-    adapter = written(tmp_path, lora={"target_modules": ("q",)})
     file = adapter / "adapter_model.safetensors"
-    held = {name: x[:0] if "lora_A" in name else x[:, :0] for name, x in load_file(file).items()}
-    save_file({name: np.ascontiguousarray(x) for name, x in held.items()}, file)
+    save_file({name: np.ascontiguousarray(x) for name, x in change(load_file(file)).items()}, file)
+
+
+def test_a_table_beside_its_adapter_is_no_further_weight(tmp_path):
+    """PEFT writes the embedding itself too where it has an adapter."""
+    adapter = written(tmp_path, lora={"target_modules": ("q", "embed")})
+    table = {"base_model.model.model.embed_tokens.base_layer.weight": np.zeros((96, 32), np.float32)}
+    norm = {"base_model.model.model.norm.weight": np.zeros(32, np.float32)}
+    changed(adapter, lambda held: held | table)
+    lora = read_adapter(adapter)[0].config.lora
+    assert lora.targets == {"q", "embed"} and lora.modules_to_save == ()
+    changed(adapter, lambda held: held | norm)
+    assert read_adapter(adapter)[0].config.lora.modules_to_save == ("norms",)
+
+
+def test_a_rank_of_0_is_refused(tmp_path):
+    adapter = written(tmp_path, lora={"target_modules": ("q",)})
+    changed(adapter, lambda held: {name: x[:0] if "lora_A" in name else x[:, :0] for name, x in held.items()})
     with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight has shape \(0, 32\)"):
         read_adapter(adapter)
 
