@@ -293,8 +293,12 @@ def test_columns_hold_what_each_tool_is_called_with(kind, as_json, written, tmp_
         objects = [[json.dumps(m) for m in record["messages"]] for record in records]
         column = pa.ExtensionArray.from_storage(pa.json_(), pa.array([each for row in objects for each in row]))
         offsets = np.cumsum([0, *map(len, objects)]).astype(np.int32)
-        columns = {"messages": pa.ListArray.from_arrays(offsets, column), "tools": [r["tools"] for r in records]}
-        table = pa.table(columns)
+        parameters = pa.map_(pa.string(), pa.struct({"a": pa.string()}))
+        described = pa.struct(
+            {"type": pa.string(), "function": pa.struct({"name": pa.string(), "parameters": parameters})}
+        )
+        tools = pa.array([record["tools"] for record in records], pa.list_(described))
+        table = pa.table({"messages": pa.ListArray.from_arrays(offsets, column), "tools": tools})
     else:
         table = pa.Table.from_pylist(records)
     path = tmp_path / f"d.{kind}"

@@ -119,6 +119,26 @@ def test_an_adapter_of_zeros_of_a_fused_weight_keeps_its_rank(tmp_path):
     assert not np.any(params["layers"]["0"]["attn"]["q_lora_b"])
 
 
+def test_parts_of_a_fused_weight_have_their_own_inner_channels(tmp_path):
+    """Of an output without any part in the adapter too, and whatever a pattern of another module is called."""
+    adapter = written(tmp_path, "phi3", {"target_modules": ("attention", "gate_up")})
+    qkv = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_B.weight"
+    changed(adapter, lambda held: held | {qkv: held[qkv] * (np.arange(len(held[qkv])) > 0)[:, None]})
+    said(adapter, alpha_pattern={"up_proj": 1} | said(adapter)["alpha_pattern"])
+    model, params = read_adapter(adapter)
+    assert (model.config.lora.r, model.config.lora.layers) == (3, None)
+    stack = params["layers"]["0"]
+    expected = np.full_like(stack["attn"]["q_lora_b"], 0.5)
+    expected[1, :, 0, 0] = 0
+    np.testing.assert_allclose(stack["attn"]["q_lora_b"], expected)
+    np.testing.assert_allclose(stack["mlp"]["gate_up_lora_b"], np.full_like(stack["mlp"]["gate_up_lora_b"], 0.5))
+
+
+def test_layers_without_adapters(tmp_path):
+    adapter = written(tmp_path, lora={"layers": (1,), "target_modules": ("v", "head")})
+    assert read_adapter(adapter)[0].config.lora.layers == (1,)
+
+
 def test_dropout_stays_where_adapters_have_it(tmp_path):
     for number, (lora, kept) in enumerate(
         (
