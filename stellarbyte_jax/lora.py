@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params, param_uses, trained, weights_alone
-from stellarbyte_jax.model.lora import MAGNITUDE, RANK, SCALE, SHARE, A, B, is_adapter
+from stellarbyte_jax.model.lora import MAGNITUDE, RANK, SCALE, SHARE, A, B, is_adapter, share_of
 from stellarbyte_jax.model.params import WeightUse
 from stellarbyte_jax.model.placement import weight_places
 from stellarbyte_jax.model.trees import IsTrainable, Params, Uses, all_trainable, merge, partition
@@ -140,7 +140,7 @@ def _with_delta(name: str, value: Array, adapters: Params, uses: Uses) -> Array:
         return whole
     scale = adapters[name + SCALE]
     has_adapter = (scale > 0).reshape(scale.shape + (1,) * (magnitude.ndim - scale.ndim))
-    share = jnp.where(has_adapter, magnitude / _lengths(whole, uses[name]), 1.0)
+    share = jnp.where(has_adapter, share_of(magnitude, _lengths(whole, uses[name])), 1.0)
     return whole * jnp.expand_dims(share, uses[name].contracted)
 
 
@@ -152,7 +152,7 @@ def shares(base: Params, adapters: Params, uses: Uses) -> Params:
             made[name] = shares(value, adapters[name], uses[name])
         else:
             magnitude, length = adapters[name + MAGNITUDE], _lengths(_sum(name, value, adapters, uses), uses[name])
-            made[name + SHARE] = jnp.where(jnp.isnan(magnitude), 1.0, magnitude / length)
+            made[name + SHARE] = jnp.where(jnp.isnan(magnitude), 1.0, share_of(magnitude, length))
     return made
 
 

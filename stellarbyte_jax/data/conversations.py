@@ -1,6 +1,7 @@
 """How a record of the data becomes a conversation: which fields hold its messages, and what messages must be."""
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +182,11 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 def _tools(record: Mapping[str, Any]) -> list[Any] | None:
     tools = record.get("tools") or None
+    if isinstance(tools, str):  # columns hold them so, since functions have parameters of their own
+        try:
+            tools = json.loads(tools) or None
+        except (ValueError, RecursionError) as error:
+            raise BadRecordError(f"field 'tools' is text that is no JSON: {clipped(str(error))}") from error
     if tools is not None and not isinstance(tools, list):
         raise BadRecordError(f"field 'tools' must be a list of descriptions of functions, it is {type(tools).__name__}")
     return tools

@@ -175,14 +175,47 @@ def _check_columns(path: Path, schema: Any, columns: Sequence[str] | None) -> No
 def _records(batch: Any) -> Iterator[dict[str, Any] | None]:
     """The rows of a batch; None for one whose text is not UTF-8, which other writers do not check."""
     try:
-        yield from batch.to_pylist()
+        yield from _rows(batch)
     except UnicodeDecodeError:
         for row in range(batch.num_rows):
             try:
-                (record,) = batch.slice(row, 1).to_pylist()
+                (record,) = _rows(batch.slice(row, 1))
             except UnicodeDecodeError:
                 record = None
             yield record
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    kinds = {field.name: field.type for field in batch.schema}
+    return [{name: _as_given(value, kinds[name]) for name, value in row.items()} for row in batch.to_pylist()]
+
+
+def _as_given(value: Any, kind: Any) -> Any:
+    """What was put into a column: an object without the fields that only other rows have, JSON as what it says.
+
+    All objects of a column have the fields of all of them, so that one without a field cannot be told from one whose
+    field is null: what tools are called with would hold the arguments of every other tool.
+    """
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    if isinstance(kind, pa.BaseExtensionType):
+        return _said(value) if kind.extension_name == "arrow.json" else value
+    if pa.types.is_struct(kind):
+        return {each.name: _as_given(value[each.name], each.type) for each in kind if value[each.name] is not None}
+    if pa.types.is_map(kind):
+        return {name: _as_given(each, kind.item_type) for name, each in value}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_as_given(each, kind.value_type) for each in value]
+    return value
+
+
+def _said(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 CONVERTERS: dict[str, Callable[[Path, BinaryIO, Sequence[str] | None], None]] = {

@@ -297,7 +297,8 @@ def open_text(path: Path, cache: Path, documents: Literal["file", "paragraph"] =
 def _key(path: Path, columns: Sequence[str] | None = ()) -> str:
     """What names a file, as it is now, in the cache, and the columns that are taken from it."""
     status = path.stat()
-    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, *("*" if columns is None else sorted(columns))]
+    taken = ["objects"] if columns is None else sorted(columns)
+    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, *taken]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
 
 

@@ -201,7 +201,12 @@ class Adapter:
         whole = jax.lax.stop_gradient(materialise(self.stored, _FLOAT32) + self._delta())
         length = jnp.sqrt(jnp.sum(jnp.square(whole), axis=self.contracted))
         # Where a layer has no adapter, the magnitude has no part in it either.
-        return jnp.where(self.scale > 0, materialise(self.magnitude, _FLOAT32) / length, 1.0)
+        return jnp.where(self.scale > 0, share_of(materialise(self.magnitude, _FLOAT32), length), 1.0)
+
+
+def share_of(magnitude: Float[Array, "..."], length: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What DoRA multiplies an output by. Weights of length 0, such as the padding of a vocabulary, stay so."""
+    return magnitude / jnp.where(length > 0, length, 1.0)
 
 
 def adapter_of(

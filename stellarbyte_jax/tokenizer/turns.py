@@ -33,8 +33,8 @@ class TurnEncoder:
     """Makes tokens of conversations.
 
     What an assistant writes is a reply with the token that ends it: what ``{% generation %}`` marks where the template
-    has that, else all from the end of the prompt for a reply to the first special token after it. Contents are text:
-    special tokens that they spell are none.
+    has that, else all from the end of the prompt for a reply to the first special token after it, or the last of those
+    that together end a reply. Contents are text: special tokens that they spell are none.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -128,20 +128,45 @@ class TurnEncoder:
             begin, end = own[0][0], own[-1][1]
             before = max((e for _, e in everything if e <= begin), default=0)
             after = min((b for b, _ in everything if b >= end), default=len(plain))
-            prompt = self._prompt(messages[:number], tools)
+            prompt = self._after(messages[:number], tools, prompt=True)
             # The prompt may go on with what the reply spells too, such as <think>.
-            prompted = plain.startswith(prompt, before) and before + len(prompt) <= end
-            begin = before + len(prompt) if prompted else begin
-            found.append((begin, end + self._length_of_end(plain[end:after])))
+            if plain.startswith(prompt, before) and before + len(prompt) <= end:
+                begin = before + len(prompt)
+            else:
+                begin = min(begin, before + (self._common(prompt, plain[before:end]) or begin - before))
+            closing = self._length_of_end(plain[end:after], lambda n=number: self._after(messages[: n + 1], tools))
+            found.append((begin, end + closing))
         return tuple(found)
 
-    def _prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> str:
-        """What the template writes between the last thing that a message says and a reply to it."""
-        text = self._template.render(messages, add_generation_prompt=True, tools=tools)
+    def _after(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, *, prompt: bool = False
+    ) -> str:
+        """What the template writes behind the last thing that a message says; ``prompt``: with that for a reply."""
+        text = self._template.render(messages, add_generation_prompt=prompt, tools=tools)
         spans = said(text)
         return str.__str__(text)[spans[-1][1] if spans else 0 :]
 
-    def _length_of_end(self, text: str) -> int:
-        """How much of what follows a reply ends it: all to the first special token, or nothing where there is none."""
+    def _common(self, prompt: str, text: str) -> int:
+        """How much of a prompt a text begins with that goes on in another way, such as without the prompt's <think>.
+
+        0 where they part before the last special token of the prompt, which then is that of another reply.
+        """
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False))
+        common = "".join(letter for letter, _ in same)
+        length = len(common) - len(re.split(r"[\s>]", common)[-1])  # a piece that both only begin with is none
+        return 0 if self._special.search(prompt, length) or not self._special.search(prompt) else length
+
+    def _length_of_end(self, text: str, alone: Callable[[], str]) -> int:
+        """How much of what follows a reply ends it: all to the first special token, or nothing where there is none.
+
+        Special tokens right behind it are of the end too where the reply ends with them when nothing follows.
+        """
         found = self._special.search(text)
-        return 0 if found is None else found.end()
+        if found is None:
+            return 0
+        end = found.end()
+        if self._special.match(text, end):
+            last = alone()
+            while (found := self._special.match(text, end)) and last.startswith(text[: found.end()]):
+                end = found.end()
+        return end

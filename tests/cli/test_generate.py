@@ -97,3 +97,5 @@ def test_adapters_bring_their_chat_template_and_ends(
     assert prompts == [theirs, ours, ours] and WARNING in told
     prompts, told = asked(*hi, "--adapter", plain)
     assert prompts == [ours] and "plain text" not in told
+    prompts, _ = asked(*hi, "--adapter", own, "--system", "Be brief.")
+    assert prompts == ["<|user|>Be brief." + theirs]

@@ -18,6 +18,8 @@ MOE = {**DENSE, "moe": {"num_experts": 4}}
         (("mlp", "lm_head"), {"gate_up", "down", "head"}),
         (("q_proj", "v_proj"), {"q", "v"}),
         (("gate_proj", "up_proj", "down_proj"), {"gate_up", "down"}),
+        (("mlp", "gate_proj"), {"gate_up", "down"}),
+        (("all-linear", "up_proj"), {"q", "k", "v", "o", "gate_up", "down"}),
         (("gate", "embed_tokens", "experts"), {"router", "embed", "experts"}),
     ],
 )

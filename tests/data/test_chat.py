@@ -264,6 +264,54 @@ def test_columns_hold_conversations(kind, written, tmp_path):
     assert learnt(found) == learnt(batches(written(TALK, shuffle=False))[0])
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_columns_hold_what_each_tool_is_called_with(kind, as_json, written, tmp_path):
+    """And nothing of the others, whose arguments have fields in each row of the column."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls | tojson "
+        "if m.tool_calls }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+    def calling(name, arguments):
+        asked, answered = conversation("Hi", "Hello.")["messages"]
+        calls = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+        described = {
+            "type": "function",
+            "function": {"name": name, "parameters": {key: {"a": "b"} for key in arguments}},
+        }
+        return {"messages": [asked, calls, {"role": "tool", "content": "1"}, answered], "tools": [described]}
+
+    records = [calling("f", {"city": "北京", "in": [{"x": 1}]}), calling("g", {"in": [{"y": 2}], "path": "/"})]
+    settings = {"shuffle": False, "sequence_length": 400, "chat": {"template": str(template)}}
+    expected, _ = batches(written(records, **settings))
+    if as_json:  # as datasets.Json stores them
+        objects = [[json.dumps(m) for m in record["messages"]] for record in records]
+        column = pa.ExtensionArray.from_storage(pa.json_(), pa.array([each for row in objects for each in row]))
+        offsets = np.cumsum([0, *map(len, objects)]).astype(np.int32)
+        parameters = pa.map_(pa.string(), pa.struct({"a": pa.string()}))
+        described = pa.struct(
+            {"type": pa.string(), "function": pa.struct({"name": pa.string(), "parameters": parameters})}
+        )
+        tools = pa.array([record["tools"] for record in records], pa.list_(described))
+        table = pa.table({"messages": pa.ListArray.from_arrays(offsets, column), "tools": tools})
+    else:
+        table = pa.Table.from_pylist(records)
+    path = tmp_path / f"d.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    found, _ = batches(written([], train=(str(path),), **settings))
+    np.testing.assert_array_equal(found[0]["tokens"], expected[0]["tokens"])
+    np.testing.assert_array_equal(found[0]["replies"], expected[0]["replies"])
+
+
 @pytest.mark.parametrize("form", ["chat", "text"])
 def test_mixtures(form, written, tmp_path):
     """Shares hold in every stretch; each set is gone through again and again; any place can be gone back to."""

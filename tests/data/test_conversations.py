@@ -60,6 +60,8 @@ def test_calls_of_tools():
     found = ConversationFormat().dialogue(record)
     assert found.messages == [TURN[0], {**call, "content": ""}, result, result, TURN[1]]
     assert found.tools == [{"name": "f"}]
+    assert ConversationFormat().dialogue({**record, "tools": '[{"name": "f"}]'}) == found, "as columns hold them"
+    assert ConversationFormat().dialogue({**record, "tools": "[]"}).tools is None
 
 
 def test_messages_with_weight_0_are_not_learnt():
@@ -130,7 +132,8 @@ BAD = {
         {"instruction": "x", "output": "y", "history": ["z"]},
         r"field 'history' must be a list of pairs",
     ),
-    "tools as a text": ({"messages": TURN, "tools": "f"}, r"field 'tools' must be a list"),
+    "tools as a text": ({"messages": TURN, "tools": "f"}, r"field 'tools' is text that is no JSON: Expecting value"),
+    "one tool": ({"messages": TURN, "tools": '{"name": "f"}'}, r"field 'tools' must be a list .*, it is dict"),
     "calls as a text": (
         {"messages": [TURN[0], {**TURN[1], "tool_calls": "f"}]},
         r"message 2: tool_calls must be a list",

@@ -64,6 +64,8 @@ def test_rows_take_the_first_that_fits():
     assert rest["segment_ids"].sum() == 6
     rows = [[int(t) // 1000 for t in row if t != PAD] for row in batch["tokens"]]
     assert [list(dict.fromkeys(row)) for row in rows] == [[1, 2, 6], [3, 4]]
+    batch, rest = _batches([2] * 9, rows=2)
+    assert batch["segment_ids"].max(axis=1).tolist() == [4, 4] and rest["segment_ids"].max() == 1, "not more than 4"
 
 
 def test_rows_are_nearly_full(lengths):
@@ -92,6 +94,8 @@ def test_any_place_can_be_gone_back_to(lengths, rows):
         found = next(again)
         for name, array in found.items():
             np.testing.assert_array_equal(array, batches[at][name][:rows])
+        if rows == 3 and at < 11:
+            assert again.get_state() == states[at + 1]
 
 
 def test_what_was_left_out_is_counted(lengths):

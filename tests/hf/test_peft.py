@@ -374,6 +374,11 @@ def test_an_adapter_of_another_base_and_bad_files_are_refused(exported, bases, t
     edit_config(other, hidden_size=32, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="ensure_weight_tying is false, so PEFT changes embedding and head apart"):
         load_adapter(path)
+    parts = {"A": np.zeros((3, 96), np.float32), "B": np.zeros((32, 3), np.float32)}
+    table = {f"base_model.model.model.embed_tokens.lora_embedding_{part}": array for part, array in parts.items()}
+    settings = {"base_model_name_or_path": str(other), "ensure_weight_tying": True, "alpha_pattern": {"lm_head": 3}}
+    with pytest.raises(ValueError, match=r"of model\.embed_tokens by 5\.33333 and that of lm_head by 1, which are one"):
+        load_adapter(edited(exported, tmp_path / "tied", lambda held: held.update(table), **settings))
     (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"only as adapter_model\.bin, a pickle, .*Write safetensors beside it once:"):
         load_adapter(path)

@@ -12,9 +12,18 @@ from helpers.training import flat
 from helpers.variants import call, make_model, run, run_on, some_tokens, step
 
 from stellarbyte_jax.inference.programs import cast_for_inference
-from stellarbyte_jax.lora import as_base, mean_square_change, merge_adapters, split, with_adapters
-from stellarbyte_jax.model.decoder import ByteTransformer, head_factors, head_kernel, logits, param_shapes, trained
+from stellarbyte_jax.lora import as_base, mean_square_change, merge_adapters, shares, split, with_adapters
+from stellarbyte_jax.model.decoder import (
+    ByteTransformer,
+    head_factors,
+    head_kernel,
+    logits,
+    param_shapes,
+    param_uses,
+    trained,
+)
 from stellarbyte_jax.model.io import Inputs
+from stellarbyte_jax.model.lora import is_learnt
 from stellarbyte_jax.model.state.cache import make_cache
 from stellarbyte_jax.model.trees import merge, partition, paths
 
@@ -71,6 +80,16 @@ def test_each_target_is_its_weight_alone(target):
     assert found == of_layers[target]
     learnt = {path for path in paths(partition(params, trained(model))[0])}
     assert learnt == {f"{path}_lora_{part}" for path in found for part in "ab"}
+
+
+def test_a_bias_that_chooses_experts_is_not_among_those_that_are_trained_whole():
+    lora = {"r": 2, "target_modules": ("q",), "modules_to_save": ("biases",)}
+    model = ByteTransformer(dataclasses.replace(EXPERTS, attention_bias=True, lora=lora))
+    learnt = {path for path in paths(param_shapes(model)) if is_learnt(model.config.lora, tuple(path.split("/")))}
+    whole = {path.rpartition("/")[2] for path in learnt if "_lora_" not in path}
+    assert whole == {"q_bias", "k_bias", "v_bias"} and any(
+        path.endswith("/bias") for path in paths(param_shapes(model))
+    )
 
 
 @pytest.mark.parametrize("kind", ["experts", "dora, some layers"])
@@ -149,6 +168,29 @@ def test_an_activation_of_the_inner_channels(activation):
     np.testing.assert_allclose(logits(model, params, hidden), hidden @ head["kernel"] + added, atol=2e-5)
     with pytest.raises(ValueError, match=rf"lora.activation={activation} .* cannot be merged"):
         merge_adapters(model, params)
+
+
+def test_weights_of_length_0_stay_so_with_dora():
+    """A padded vocabulary has such columns, which have no direction to divide by."""
+    config = dataclasses.replace(DENSE, lora={"r": 3, "dora": True, "target_modules": ("head",)})
+    model, base = ByteTransformer(config), make_model(DENSE)[1]
+    padded = {**base, "lm_head": {"kernel": base["lm_head"]["kernel"].at[:, 5:].set(0)}}
+    params = with_adapters(model, padded, jax.random.key(0))
+    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32)), jnp.float32)
+
+    def loss(head):
+        found = logits(model, {**params, "lm_head": head}, hidden)
+        return jnp.mean(jax.nn.logsumexp(found, axis=-1) - found[..., 0])
+
+    slopes = jax.grad(loss)(params["lm_head"])
+    for part in ("kernel_lora_b", "kernel_lora_m"):
+        assert np.all(np.isfinite(slopes[part])) and np.all(slopes[part][..., :5]) and not np.any(slopes[part][..., 5:])
+    for made in (merge_adapters(model, params)[1]["lm_head"], {"kernel": head_kernel(model, params)}):
+        np.testing.assert_allclose(made["kernel"], padded["lm_head"]["kernel"], atol=1e-6)
+    uses = param_uses(model)["lm_head"]
+    adapters, weights = split(params["lm_head"])
+    share = shares(weights, adapters, uses)["kernel_lora_share"]
+    np.testing.assert_allclose(share, np.arange(len(share)) < 5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("config", "lora"), [(DENSE, {}), (DENSE, {"dora": True}), (TIED, {})])

@@ -193,6 +193,42 @@ def test_what_a_result_repeats_of_its_call_is_no_reply(words):
     assert learnt(words, turns) == ["weather: 北京<|im_end|>", "21 degrees.<|im_end|>"]
 
 
+@pytest.mark.parametrize("prompted", ["", "<think>\n", "<think>\n\n</think>\n\n", "<th", "2+"])
+def test_a_call_is_learnt_whole_where_the_prompt_goes_on_in_another_way(prompted, words):
+    """Templates that prompt for thoughts, or for none, and write replies without any in the history."""
+    source = plain("tools").replace("assistant\n{% endif %}", "assistant\n" + prompted + "{% endif %}")
+    call, answer = learnt(words, encoder(words, source).encode(CALLS))
+    whole = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call><|im_end|>'
+    assert call == whole and answer == "21 degrees.<|im_end|>"
+    text = (
+        plain("tools").replace("<tool_call>", "1) call").replace("assistant\n{% endif %}", "assistant\n1, {% endif %}")
+    )
+    assert learnt(words, encoder(words, text).encode(CALLS))[0].startswith("1) call")
+    closed = source.replace("{{ m.content or '' }}", "{{ '<think></think>' + m.content }}")
+    begun = "</think>" if "<think>" in prompted else "<think></think>"
+    assert learnt(words, encoder(words, closed).encode(CALLS)) == [begun + whole, begun + answer]
+    thought = [ONE[0], {"role": "assistant", "content": "<think>\nadd"}]  # said, so learnt, but for what is prompted
+    said = "add" if prompted == "<think>\n" else "<think>\nadd"
+    assert learnt(words, encoder(words, source).encode(thought)) == [f"{said}<|im_end|>"]
+
+
+def test_a_header_that_is_not_the_prompts_is_not_learnt(words):
+    other = plain("chatml").replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>\n<|user|>{% endif %}")
+    assert learnt(words, encoder(words, other).encode(ONE)) == ["A whale.<|im_end|>"]
+    none = EACH + "{{ m.role }}: {{ m.content }}\n" + DONE + "{% if add_generation_prompt %}\n\nassistant:{% endif %}"
+    assert learnt(words, encoder(words, none).encode(ONE)) == [" A whale."]  # a token
+
+
+def test_a_reply_may_end_with_several_special_tokens(words):
+    """But not with what begins the next message, nor with what only the end of all has."""
+    source = EACH + "<|start_header_id|>{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}<|end|><|eot_id|>"
+    source += "{% if loop.last %}{{ '\n' }}</s>{% endif %}{% endif %}" + DONE
+    source += "{% if add_generation_prompt %}<|start_header_id|>assistant:{% endif %}"
+    assert learnt(words, encoder(words, source).encode(ONE * 2)) == ["A whale.<|end|><|eot_id|>"] * 2
+    one = source.replace("<|end|><|eot_id|>", "<|end|>").replace("{{ '\n' }}</s>", "<|eot_id|>")
+    assert learnt(words, encoder(words, one).encode(ONE * 2)) == ["A whale.<|end|>", "A whale.<|end|><|eot_id|>"]
+
+
 def test_by_hand(words):
     """A reply, the token that ends it, and nothing else; the newline after it is the template's."""
     turns = encoder(words, plain("chatml")).encode(CONVERSATIONS["a system message, three turns, spaces at the ends"])

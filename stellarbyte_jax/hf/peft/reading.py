@@ -280,7 +280,7 @@ def _check_tied(parts: dict[str, dict[str, str]], whole: dict[str, str], setting
     """Leaves out what the head has of its own, where that is what the embedding has.
 
     Raises:
-      ValueError: one of them has an adapter that the other has not.
+      ValueError: one of them has an adapter that the other has not, or with another factor.
     """
     stems = (EMBEDDING, HEAD)
     if not settings.ties and any(stem in parts or f"{stem}.weight" in whole for stem in stems):
@@ -288,6 +288,13 @@ def _check_tied(parts: dict[str, dict[str, str]], whole: dict[str, str], setting
             f"{settings.where}: ensure_weight_tying is false, so PEFT changes embedding and head apart, which are one "
             "matrix in the base: train the adapter with ensure_weight_tying=True, or merge it with PEFT into a model "
             "whose head has a matrix of its own"
+        )
+    scales = [settings.scale_of(stem, settings.rank_of(stem)) for stem in stems]
+    if EMBEDDING in parts and scales[0] != scales[1]:
+        raise ValueError(
+            f"{settings.where}: rank_pattern and alpha_pattern multiply the adapter of {EMBEDDING} by {scales[0]:g} "
+            f"and that of {HEAD} by {scales[1]:g}, which are one matrix in the base: give both one rank and alpha, and "
+            "train the adapter again"
         )
     parts.pop(HEAD, None)
     whole.pop(f"{HEAD}.weight", None)
