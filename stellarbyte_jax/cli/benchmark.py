@@ -10,9 +10,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from stellarbyte_jax.cli import grouped_speed
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
 from stellarbyte_jax.cli.grouped_peers import WORKERS as GROUPED_PEERS
+from stellarbyte_jax.cli.grouped_speed import ON_GPU as GROUPED
+from stellarbyte_jax.cli.grouped_speed import SMALL as SMALL_GROUPED
+from stellarbyte_jax.cli.grouped_speed import WORKERS as OF_GROUPED
+from stellarbyte_jax.cli.grouped_speed import measure as measure_grouped
 from stellarbyte_jax.cli.grouped_table import table
 from stellarbyte_jax.cli.lora_speed import NAMES as OF_LORA
 from stellarbyte_jax.cli.lora_speed import PEERS as BESIDE_LORA
@@ -43,20 +46,20 @@ _NAMES = {
     "eval": ["eval", "eval_huggingface"],
     "moe": ["dropless", "capacity", "huggingface_moe", "huggingface_moe_bfloat16"],
     "lora": list(OF_LORA),
-    "grouped_matmul": list(grouped_speed.ON_GPU),
+    "grouped_matmul": list(GROUPED),
 }
-WORKERS = OTHERS | EVALUATION | EXPERTS | PEERS | LORA | LORA_PEERS | grouped_speed.WORKERS | GROUPED_PEERS
+WORKERS = OTHERS | EVALUATION | EXPERTS | PEERS | LORA | LORA_PEERS | OF_GROUPED | GROUPED_PEERS
 _ON_TORCH = ("huggingface", "huggingface_bfloat16", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16")
 _PEERS = {  # with the packages that they need, as pip calls them
     **dict.fromkeys(_ON_TORCH, ("torch",)),
     "huggingface_liger": ("torch", "liger-kernel"),
     **{name: ("torch", "accelerate" if name == "sft_chats_trainer" else "peft") for name in LORA_PEERS},
 }
-_ON_GPU = ("huggingface_liger", *grouped_speed.ON_GPU)  # whose kernels run nowhere else, or only slowly
+_ON_GPU = ("huggingface_liger", *GROUPED)  # whose kernels run nowhere else, or only slowly
 _COMPARED = {"train": BESIDE_TRAINING, "lora": BESIDE_LORA}
 _CONFIGS = {"moe": ("pretrain_moe", "quickstart_moe")}  # on a GPU, and without
 _SMALL = "quickstart"  # what is trained where there is no GPU
-_SMALL_NAMES = {"generate": ["small_batch_1", "small_batch_8"], "grouped_matmul": list(grouped_speed.SMALL)}
+_SMALL_NAMES = {"generate": ["small_batch_1", "small_batch_8"], "grouped_matmul": list(SMALL_GROUPED)}
 _OF_THEIR_OWN = ("mesh", "grouped_matmul")  # models or shapes, and steps
 _TRAINED = ("train", "moe", "mesh", "lora")  # those that measure training steps
 _BY_SHAPE = ("grouped_ours", "grouped_torch")
@@ -255,7 +258,7 @@ def _measured_products(
         _tell(worker, told)
         return result
 
-    return grouped_speed.measure(names, peers, run)
+    return measure_grouped(names, peers, run)
 
 
 def _changed(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:

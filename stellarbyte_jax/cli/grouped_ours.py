@@ -33,7 +33,7 @@ from stellarbyte_jax.cli.grouped_speed import (
 from stellarbyte_jax.cli.measurements import REPEATS, tell
 from stellarbyte_jax.launch import environment
 from stellarbyte_jax.ops.expert_layout import lay_out
-from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul
+from stellarbyte_jax.ops.grouped_matmul import Groups, Unaligned, grouped_matmul
 from stellarbyte_jax.ops.pallas import compat
 
 _WAYS = ("pallas", "xla")
@@ -56,7 +56,7 @@ class Arrays(NamedTuple):
     x: Array
     w: Array
     dy: Array
-    groups: Groups
+    groups: Groups | Unaligned
     owner: Array
 
 
@@ -113,10 +113,10 @@ def measure_ours(names: Sequence[str]) -> Result:
         return {"shapes": shapes, "compile_seconds": round(seconds, 1), **more, "on": environment()}
 
 
-def product_of(name: str, way: str) -> Callable[[Array, Array, Array, Groups], Array]:
+def product_of(name: str, way: str) -> Callable[[Array, Array, Array, Groups | Unaligned], Array]:
     """The product, or one gradient alone, as a function of rows, matrices, cotangent and groups."""
 
-    def run(x: Array, w: Array, dy: Array, groups: Groups) -> Array:
+    def run(x: Array, w: Array, dy: Array, groups: Groups | Unaligned) -> Array:
         def forward(x: Array, w: Array) -> Array:
             return grouped_matmul(x, w, groups, implementation=way)
 
@@ -141,7 +141,7 @@ def looped(name: str, way: str, count: int) -> Callable[[Arrays], Array]:
     through, other = ("dy", "x") if name == "dx" else ("x", "dy")
 
     def run(arrays: Arrays) -> Array:
-        through_rows = way == "xla" and (name == "dw" or arrays.groups.experts_G is None)
+        through_rows = way == "xla" and (name == "dw" or _one_block_each(arrays.groups))
 
         def call(zero: Array, rows: Array) -> Array:
             operands = {through: rows, other: getattr(arrays, other)}
@@ -160,6 +160,10 @@ def looped(name: str, way: str, count: int) -> Callable[[Arrays], Array]:
     return run
 
 
+def _one_block_each(groups: Groups | Unaligned) -> bool:
+    return isinstance(groups, Groups) and groups.experts_G is None
+
+
 def drawn(owner_S: Array, shape: Shape, way: str, per_token: int) -> Arrays:
     """Normal numbers, in rows as this way wants them.
 
@@ -175,7 +179,7 @@ def drawn(owner_S: Array, shape: Shape, way: str, per_token: int) -> Arrays:
     x, dy = jax.random.normal(of_x, (S, D), jnp.bfloat16), jax.random.normal(of_dy, (S, F), jnp.bfloat16)
     w = jax.random.normal(of_w, (E, D, F), jnp.bfloat16) * jnp.asarray(WEIGHT_SCALE, jnp.bfloat16)
     if way == "pallas":
-        return Arrays(x, w, dy, Groups(jnp.zeros(E, jnp.int32).at[owner_S].add(1), None), owner_S)
+        return Arrays(x, w, dy, Unaligned(jnp.zeros(E, jnp.int32).at[owner_S].add(1)), owner_S)
     layout = lay_out(owner_S.reshape(-1, per_token), E)
     x, dy, owner = (rows.at[layout.pairs_S].get(mode="fill", fill_value=0) for rows in (x, dy, owner_S))
     return Arrays(x, w, dy, layout.groups, owner)
