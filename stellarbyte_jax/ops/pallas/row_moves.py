@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.ops.pallas import compat
 
+C = 256  # channels of the parts that a row is cut into: a copy has no more along an axis
 _AHEAD = 2  # turns that loads are ahead
 _BUFFER_BYTES = 32 * 1024
 _MOST_BYTES = 200 * 1024  # of shared memory
@@ -34,7 +35,7 @@ def gather_rows(x_ND: Float[Array, "N D"], rows_S: Int[Array, " S"]) -> Float[Ar
     S = rows_S.shape[0]
     if (reason := refusal(x_ND, S)) is not None:
         raise NotImplementedError(reason)
-    C, R, slots = _columns(D), _rows(D, S), 2 * _AHEAD  # as many are on their way out
+    R, slots = _rows(D, S), 2 * _AHEAD  # as many are on their way out
 
     def body(x: Any, rows: Any, out: Any, *, buffers: Any, loaded: Any) -> None:
         def start(tile: Array, slot: Array) -> None:
@@ -77,7 +78,7 @@ def sum_rows(
     N, K = rows_NK.shape
     if (reason := refusal(y_SD, N)) is not None:
         raise NotImplementedError(reason)
-    C, T = _columns(D), max(1, _rows(D, N * K) // K)
+    T = max(1, _rows(D, N * K) // K)
     way_out, buffer = 2 * T * D * jnp.dtype(dtype).itemsize, T * K * D * 2
     ahead = min(_AHEAD, (_MOST_BYTES - way_out) // buffer - 1)
     if ahead < 1 or K > _MOST_ROWS:
@@ -118,18 +119,13 @@ def refusal(x_ND: Array | jax.ShapeDtypeStruct, rows: int) -> str | None:
     D, itemsize = x_ND.shape[1], jnp.dtype(x_ND.dtype).itemsize
     if itemsize != 2:
         return f"rows must be bfloat16 or float16, not {x_ND.dtype}"
-    if not D or D % 256 or D * itemsize > _BUFFER_BYTES:
-        return f"rows must have a multiple of 256 channels, and at most {_BUFFER_BYTES // itemsize}, not {D}"
+    if not D or D % C or D * itemsize > _BUFFER_BYTES:
+        return f"rows must have a multiple of {C} channels, and at most {_BUFFER_BYTES // itemsize}, not {D}"
     if not rows:
         return "there are no rows"
     if not compat.runs_here():
         return "the kernels need an NVIDIA Hopper GPU (compute capability 9.0)"
     return None
-
-
-def _columns(D: int) -> int:
-    """Channels of the parts that a row is cut into: a copy has no more than 256 along an axis."""
-    return next(C for C in (256, 192, 128) if D % C == 0)
 
 
 def _rows(D: int, rows: int) -> int:
