@@ -40,8 +40,9 @@ _POSITION_FIELDS = (
     "layer_types",
     "sink_tokens",
 )
-# What experts and routers do in training alone, and what follows from it: as dropout, a run may change it.
+# What experts and routers do in training alone, what follows from it, and how they are computed: a run may change it.
 _TRAINED_MOE_FIELDS = (
+    "implementation",
     "noise_scale",
     "router_warmup_steps",
     "dispatch",

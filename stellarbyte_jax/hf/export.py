@@ -17,10 +17,10 @@ _WITHOUT_MEANING = (
     *("initialization", "initializer_range", "compute_dtype", "attention_implementation", "remat", "scan_unroll"),
     *("cache", "lora"),
 )
-# The same of moe. Capacity is of training alone too.
+# The same of moe. Capacity is of training alone too, and how experts are computed is of no network.
 _OF_TRAINING = (
     *("noise", "noise_scale", "router_warmup_steps", "bias_update_rate", "state_decay", "dispatch", "capacity_factor"),
-    *("min_capacity", "max_capacity", "dynamic_capacity", "overflow"),
+    *("min_capacity", "max_capacity", "dynamic_capacity", "overflow", "implementation"),
 )
 _BIAS = "layers/moe/router/tracked/bias"
 

@@ -88,6 +88,7 @@ def with_experts(**moe: Any) -> TrainConfig:
         {"dispatch": "capacity", "capacity_factor": 2.0, "min_capacity": 2, "max_capacity": 9, "overflow": ["cold"]},
         {"dispatch": "capacity", "dynamic_capacity": True},
         {"noise": "gumbel", "noise_scale": 2.0, "router_warmup_steps": 9},
+        {"implementation": "pallas"},
         {"bias_update_rate": 0.1, "state_decay": 0.5},
     ],
     ids=str,

@@ -13,7 +13,7 @@ from helpers.variants import run
 from safetensors.numpy import load_file
 
 from stellarbyte_jax import generate
-from stellarbyte_jax.config import ByteConfig
+from stellarbyte_jax.config import ByteConfig, MoEConfig
 from stellarbyte_jax.hf.directory import from_pretrained, save_pretrained
 from stellarbyte_jax.hf.export import _meaning, export_family
 from stellarbyte_jax.hf.families import FAMILIES
@@ -349,3 +349,9 @@ def test_both_names_are_written() -> None:
     assert (written["num_experts"], written["num_local_experts"], written["max_window_layers"]) == (4, 4, 0)
     written = settings_json(FAMILIES["mixtral"], config)
     assert written["num_local_experts"] == 4 and "num_experts" not in written
+
+
+def test_how_experts_are_computed_is_no_part_of_an_export() -> None:
+    moe = MoEConfig(num_experts=4, intermediate_size=16, implementation="pallas")
+    config = ByteConfig(vocab_size=64, hidden_size=32, num_attention_heads=4, qk_norm=True, moe=moe)
+    assert export_family(config).model_type == "qwen3_moe"

@@ -153,7 +153,7 @@ def test_defaults_here_and_there_are_equal() -> None:
     )
     of_training = {"noise_scale", "router_warmup_steps", "bias_update_rate", "state_decay", "dispatch", "overflow"}
     of_training |= {"capacity_factor", "min_capacity", "max_capacity", "dynamic_capacity"}
-    of_training |= {"split_above", "merge_below", "twin_steps"}
+    of_training |= {"split_above", "merge_below", "twin_steps", "implementation"}
     assert set(ours) - set(modelling._EXPERT_DEFAULTS) == of_training
 
 
