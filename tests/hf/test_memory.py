@@ -101,10 +101,10 @@ def test_the_commands_hold_one_array(tmp_path: Path) -> None:
 
 @HAS_PROC
 def test_a_conversion_holds_the_weights_once(tmp_path: Path) -> None:
-    write_random(tmp_path / "hf", 200)
+    write_random(tmp_path / "hf", 500)  # beside which some 50 MB of everything else are little
     shard = (tmp_path / "hf" / "model.safetensors").stat().st_size
     read, written = measured(LIBRARY, tmp_path / "hf", tmp_path / "again", shard // 4)
-    assert 0.9 * shard < read < 1.3 * shard
-    assert written < 1.3 * shard
+    assert 0.9 * shard < read < 1.2 * shard
+    assert written < 1.2 * shard
     files = sorted((tmp_path / "again").glob("*.safetensors"))
     assert len(files) >= 4 and sum(file.stat().st_size for file in files) >= shard
