@@ -73,8 +73,8 @@ class MoEConfig(Section):
       cooling_steps: an expert that got no tokens has up to twice its score, which cools down over so many steps from
         the time it is used again; 0: it has not
       router_warmup_steps: first steps, in which tokens go to random experts, fewer and fewer of them
-      implementation: of dropless experts: auto takes the fastest that supports them and says which; pallas: kernels for
-        Hopper GPUs, which are refused by others and for adapters of experts
+      implementation: of dropless experts; xla: products of blocks; pallas: kernels for Hopper GPUs, refused on others
+        and for adapters of experts; auto: xla, and says so
       dispatch: dropless: every token gets its experts; capacity: an expert takes no more than its capacity in training
       capacity_factor: room of an expert by its fair share of the tokens
       min_capacity: least room of an expert, in tokens

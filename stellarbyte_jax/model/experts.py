@@ -30,7 +30,7 @@ from stellarbyte_jax.ops.expert_layout import (
     to_experts,
 )
 from stellarbyte_jax.ops.expert_mlp import expert_mlp
-from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul, scale_by_group
+from stellarbyte_jax.ops.grouped_matmul import Groups, grouped_matmul, kernels_refusal, scale_by_group
 from stellarbyte_jax.ops.parts import sum_of_parts
 
 _KERNELS = "pallas"
@@ -134,7 +134,10 @@ def by_experts(
     """
     ways = {"xla": _in_blocks, _KERNELS: _by_kernels}
     named = config.moe.implementation
-    made = dispatch("dropless experts", named, ways, config, inputs, experts_NK, devices, required=required)
+    try:
+        made = dispatch("dropless experts", named, ways, config, inputs, experts_NK, devices, required=required)
+    except NotImplementedError as refusal:
+        raise NotImplementedError(f"{refusal}: set model.moe.implementation=auto") from None
     return cast(jax.Array, made)
 
 
@@ -154,15 +157,24 @@ def _by_kernels(config: ByteConfig, inputs: _Inputs, experts_NK: Array, devices:
     if any(each.a is not None or each.share is not None for each in inputs[1]):
         raise NotImplementedError("adapters of experts are products that the kernels do not compute")
     layout = lay_out_unaligned(experts_NK, config.moe.num_experts // devices)
+    for matrix in _matrices(inputs[1]):
+        rows = jax.ShapeDtypeStruct((layout.pairs_S.size, matrix.shape[1]), inputs[0].dtype)
+        if (reason := kernels_refusal(rows, matrix)) is not None:
+            raise NotImplementedError(reason)
     return _in_shares(config, _through_kernels, inputs, layout, devices)
 
 
 def _through_kernels(config: ByteConfig, inputs: _Inputs, layout: Layout) -> Array:
-    x_ND, (gate_up, down), weights_NK = inputs
-    E, D, G, F = gate_up.matrix.shape
-    matrices = gate_up.matrix.reshape(E, D, G * F), down.matrix
+    x_ND, weights, weights_NK = inputs
     activation = ACTIVATIONS[config.hidden_act]
-    return expert_mlp(activation, x_ND, *matrices, weights_NK, layout, implementation=_KERNELS)
+    return expert_mlp(activation, x_ND, *_matrices(weights), weights_NK, layout, implementation=_KERNELS)
+
+
+def _matrices(weights: tuple[Factors, Factors]) -> tuple[Array, Array]:
+    """Into the MLPs [E, D, 2 F] and out of them [E, F, D]."""
+    gate_up, down = weights
+    E, D, G, F = gate_up.matrix.shape
+    return gate_up.matrix.reshape(E, D, G * F), down.matrix
 
 
 def _in_shares(config: ByteConfig, compute: _ByExperts, inputs: _Inputs, layout: Layout, devices: int) -> Array:

@@ -83,6 +83,13 @@ def grouped_matmul_dw(
     return dispatch("grouped_matmul_dw", implementation, _GRADIENTS_OF_MATRICES, x_SD, dy_SF, groups)
 
 
+def kernels_refusal(x_SD: Array | jax.ShapeDtypeStruct, w_EDF: Array | jax.ShapeDtypeStruct) -> str | None:
+    """Why the implementation ``"pallas"`` does not compute the product of such arrays; None where it does."""
+    from stellarbyte_jax.ops.pallas.grouped_matmul import refusal
+
+    return refusal(x_SD, w_EDF)
+
+
 def scale_by_group(x_SF: Float[Array, "S F"], factors_EF: Float[Array, "E F"], groups: Groups) -> Float[Array, "S F"]:
     """Each row times the float32 factors of its group, in the dtype of ``x``; groups as in :func:`grouped_matmul`."""
     factors_GF = factors_EF

@@ -173,6 +173,10 @@ def test_layers_with_experts_by_hand():
     assert activation_bytes(config, 4, 256) - activation_bytes(dense, 4, 256) == 2 * of_layer + copies
     again, plain = (activation_bytes(dataclasses.replace(c, remat="full"), 4, 256) for c in (config, dense))
     assert again - plain == of_layer + copies
+    kernels = dataclasses.replace(config, moe={**dataclasses.asdict(config.moe), "implementation": "pallas"})
+    pairs = N * config.moe.num_experts_per_tok  # none of their rows is empty
+    kept, working = 4 * (pairs * 2 * F - rows * (2 * D + 3 * F)), 4 * pairs * (3 * D + 4 * F)
+    assert activation_bytes(kernels, 4, 256) - activation_bytes(config, 4, 256) == 2 * kept + working - copies
     by_context = dataclasses.replace(config, moe={**dataclasses.asdict(config.moe), **CONTEXT})
     features = D + 6 + 3 + D
     assert activation_bytes(by_context, 4, 256) - activation_bytes(config, 4, 256) == 2 * N * 4 * (

@@ -49,12 +49,15 @@ def test_without_such_a_gpu_training_is_refused_and_the_rest_goes_another_way(ca
     monkeypatch.setattr(dispatch, "_logged", set())
     model, params = make("experts")
     named, tokens = by_kernels(model), some_tokens(2, 16)
-    with pytest.raises(NotImplementedError, match=r"dropless experts: pallas refused: .* must be bfloat16"):
+    both = "both factors must be bfloat16 or both float16, not float32 and float32"
+    refused = f"^dropless experts: pallas refused: {both}: set model.moe.implementation=auto"
+    with pytest.raises(NotImplementedError, match=refused):
         loss_of(named, tokens, train=True)(params)
     with caplog.at_level(logging.INFO):
         found = call(named, params, Inputs(tokens))[0]
     np.testing.assert_array_equal(found, call(model, params, Inputs(tokens))[0])
-    assert "dropless experts: using xla (pallas refused:" in caplog.text
+    assert "dropless experts: using xla (pallas refused: both factors" in caplog.text
+    assert "rows of experts" not in caplog.text, "what is refused is told once"
 
 
 @pytest.mark.usefixtures("computed_by_xla")

@@ -154,3 +154,18 @@ def test_experts_from_tokens_to_sums_by_kernels_in_the_interpreter(monkeypatch):
         for a, b in zip(found, right, strict=True):
             a, b = (np.asarray(x, np.float64) for x in (a, b))
             assert np.linalg.norm(a - b) < 4e-3 * np.linalg.norm(b)
+
+
+def test_experts_take_kernels_for_products_moves_and_sums(hopper):
+    E, D, F = 4, 256, 128
+    shapes = ((40, D), jnp.bfloat16), ((E, D, 2 * F), jnp.bfloat16), ((E, F, D), jnp.bfloat16), ((40, 3), jnp.float32)
+    arrays = [jax.ShapeDtypeStruct(*each) for each in shapes]
+
+    def loss(*inputs):
+        layout = lay_out_unaligned(jnp.zeros((40, 3), jnp.int32), E)
+        return jnp.sum(jnp.sin(expert_mlp(jax.nn.silu, *inputs, layout, implementation="pallas")))
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 6 + 5  # tokens, cotangents and tokens again; outputs and slopes
+    for kernel in ("grouped_matmul", "grouped_matmul_dx", "grouped_matmul_dw", "gather_rows", "sum_rows"):
+        assert f"{kernel}_mosaic_gpu" in text

@@ -56,6 +56,17 @@ def test_sums_of_rows(case):
     np.testing.assert_allclose(found, right, rtol=2**-8 if dtype == jnp.bfloat16 else 1e-6, atol=1e-6)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 does not look for races")
+def test_buffers_are_not_used_before_they_are_free():
+    """Some turns of each block, so that every buffer is used again."""
+    count = 3 * 32 * 7  # tiles of 32 rows, by three blocks
+    x, numbers = array(19, 256), rows_of(19, count)
+    y, of_tokens = array(40, 256), rows_of(40, (count // 4, 4))
+    with compat.interpreted(detect_races=True):
+        jax.block_until_ready(gather_rows(x, numbers))
+        jax.block_until_ready(sum_rows(y, of_tokens, None, jnp.float32))
+
+
 @pytest.mark.parametrize(("tokens", "channels", "choices"), [(16384, 1024, 8), (1003, 256, 3), (4096, 4096, 8)])
 def test_the_kernels_can_be_lowered_for_a_gpu(hopper, tokens, channels, choices):
     rows = tokens * choices

@@ -68,7 +68,7 @@ class OnGpus(NamedTuple):
 
 def runs_on_gpus():
     """All rows on all devices and on one."""
-    for file in ("mesh.json", "mesh-4.json", "mesh-4-h100.json"):
+    for file in ("mesh.json", "mesh-h200.json", "mesh-4.json", "mesh-4-h100.json"):
         for name, row in json.loads((ROOT / "benchmarks" / file).read_text())["results"].items():
             devices, kind = row["devices"], "H200" if "H200" in row["on"] else "H100"
             named = f"{name}, {kind}, "
