@@ -96,6 +96,7 @@ class Case:
 
 _WITHIN, _ALL, _EXPERTS = {"data": -1, "fsdp": 8}, {"data": 1, "fsdp": -1}, {"data": -1, "expert": 8}
 _CAPACITY = ("model.moe.dispatch=capacity",)
+_BLOCKS = ("model.moe.implementation=xla",)  # as they were measured
 # Llama 2 70B: Touvron et al. 2023, https://arxiv.org/abs/2307.09288.
 _LARGEST = (
     "model.hidden_size=8192",
@@ -128,7 +129,7 @@ CASES = (
         ({"data": 1, "fsdp": -1, "tensor": 8}, {"data": -1, "fsdp": 8, "tensor": 8}, {"data": -1, "fsdp": 64}, _ALL),
         "large",
     ),
-    Case("1.31B with experts", _EXPERT.config, (), 8, (_EXPERTS, _WITHIN), "expert"),
+    Case("1.31B with experts", _EXPERT.config, _BLOCKS, 8, (_EXPERTS, _WITHIN), "expert"),
     Case("1.31B with experts of a capacity", _EXPERT.config, _CAPACITY, 8, (_EXPERTS,), "expert, capacity"),
 )
 

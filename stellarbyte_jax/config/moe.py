@@ -74,7 +74,7 @@ class MoEConfig(Section):
         the time it is used again; 0: it has not
       router_warmup_steps: first steps, in which tokens go to random experts, fewer and fewer of them
       implementation: of dropless experts; xla: products of blocks; pallas: kernels for Hopper GPUs, refused on others
-        and for adapters of experts; auto: xla, and says so
+        and for adapters of experts; auto: these kernels where they can be used, else xla, and says which
       dispatch: dropless: every token gets its experts; capacity: an expert takes no more than its capacity in training
       capacity_factor: room of an expert by its fair share of the tokens
       min_capacity: least room of an expert, in tokens

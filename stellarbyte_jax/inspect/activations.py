@@ -180,7 +180,9 @@ def _layer_with_experts(config: ByteConfig, sizes: _Sizes) -> _LayerBytes:
     logits = E * (2 if m.noise == "noisy_topk" else 1)
     none = c * sent.rows * (2 * F if sent.by_kernels else 2 * D + inside * F) + sizes.tokens * c * inside * shared
     none += sizes.stream * _FLOAT32 * (D + E + logits)
-    dots = sizes.tokens * c * 2 * shared + sizes.stream * _FLOAT32 * logits
+    # Products of rows in bfloat16 are made again: ops.float32_product is no single product that jax could keep.
+    by_parts = (m.gate == "linear") + (m.noise == "noisy_topk") if config.compute_dtype == "bfloat16" else 0
+    dots = sizes.tokens * c * 2 * shared + sizes.stream * _FLOAT32 * (logits - E * by_parts)
     if m.gate == "context":
         C, inner = m.context_size, m.gate_intermediate_size or m.context_size
         features = D + C + max(1, C // 2) + (D if m.history_decay else 0)
@@ -238,6 +240,15 @@ class ExpertRows(NamedTuple):
     by_kernels: bool = False
 
 
+def _by_kernels(config: ByteConfig) -> bool:
+    """Whether a Hopper GPU computes experts by kernels."""
+    if config.moe.implementation != "auto":
+        return config.moe.implementation == "pallas"
+    sizes = config.hidden_size, config.expert_size
+    supported = jnp.dtype(config.compute_dtype).itemsize == 2 and not any(size % 64 for size in sizes)
+    return supported and "experts" not in config.lora.targets
+
+
 def expert_rows(config: ByteConfig, tokens: int, devices: int = 1) -> ExpertRows:
     """Rows of the experts in a training step, as they are laid out for so many tokens of each device.
 
@@ -249,7 +260,7 @@ def expert_rows(config: ByteConfig, tokens: int, devices: int = 1) -> ExpertRows
         return ExpertRows(m.num_experts * m.slots(tokens), 0)
     experts_NK = jax.ShapeDtypeStruct((tokens * devices, m.num_experts_per_tok), jnp.int32)
     here = m.num_experts // devices
-    if m.implementation == "pallas":
+    if _by_kernels(config):
         layout = jax.eval_shape(lambda experts_NK: lay_out_unaligned(experts_NK, here), experts_NK)
         return ExpertRows(rows_of_share(layout, devices) or layout.pairs_S.shape[0], 0, by_kernels=True)
     each = block_rows(tokens * devices, m.num_experts_per_tok, m.num_experts)

@@ -16,7 +16,7 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.initializers import matrix_init
 from stellarbyte_jax.model.linear import factors
 from stellarbyte_jax.model.lora import Factors
-from stellarbyte_jax.model.mlp import ACTIVATIONS
+from stellarbyte_jax.ops.activations import ACTIVATIONS
 from stellarbyte_jax.ops.dispatch import dispatch
 from stellarbyte_jax.ops.expert_layout import (
     Layout,
@@ -35,7 +35,7 @@ from stellarbyte_jax.ops.parts import sum_of_parts
 
 _KERNELS = "pallas"
 _Inputs = tuple[Array, tuple[Factors, Factors], Array]  # tokens, weights of experts, weights of choices
-_ByExperts = Callable[[ByteConfig, _Inputs, Layout], Array]
+_ByExperts = Callable[[ByteConfig, _Inputs, Layout, jnp.dtype], Array]  # the dtype is what the sums are needed in
 
 
 class ExpertWeights(NamedTuple):
@@ -120,7 +120,7 @@ def by_experts(
     *,
     required: bool,
 ) -> Float[Array, "N D"]:
-    """The weighted sums, float32, of what experts make of the tokens that chose them.
+    """The weighted sums of what experts make of the tokens that chose them, in the dtype of the tokens.
 
     Args:
       config: of the network.
@@ -132,13 +132,13 @@ def by_experts(
     Raises:
       NotImplementedError: it refuses.
     """
-    ways = {"xla": _in_blocks, _KERNELS: _by_kernels}
+    ways = {_KERNELS: _by_kernels, "xla": _in_blocks}  # faster with any number of rows: benchmarks/grouped_matmul.json
     named = config.moe.implementation
     try:
         made = dispatch("dropless experts", named, ways, config, inputs, experts_NK, devices, required=required)
     except NotImplementedError as refusal:
         raise NotImplementedError(f"{refusal}: set model.moe.implementation=auto") from None
-    return cast(jax.Array, made)
+    return cast(jax.Array, made).astype(inputs[0].dtype)
 
 
 def _in_blocks(config: ByteConfig, inputs: _Inputs, experts_NK: Array, devices: int) -> Array:
@@ -147,7 +147,8 @@ def _in_blocks(config: ByteConfig, inputs: _Inputs, experts_NK: Array, devices: 
     return _in_shares(config, _through_blocks, inputs, lay_out(experts_NK, E // devices, rows), devices)
 
 
-def _through_blocks(config: ByteConfig, inputs: _Inputs, layout: Layout) -> Array:
+def _through_blocks(config: ByteConfig, inputs: _Inputs, layout: Layout, dtype: jnp.dtype) -> Array:
+    del dtype  # XLA casts in passing
     x_ND, weights, weights_NK = inputs
     assert isinstance(layout.groups, Groups)
     return from_experts(run_experts(config, to_experts(x_ND, layout), weights, layout.groups), layout, weights_NK)
@@ -164,10 +165,10 @@ def _by_kernels(config: ByteConfig, inputs: _Inputs, experts_NK: Array, devices:
     return _in_shares(config, _through_kernels, inputs, layout, devices)
 
 
-def _through_kernels(config: ByteConfig, inputs: _Inputs, layout: Layout) -> Array:
+def _through_kernels(config: ByteConfig, inputs: _Inputs, layout: Layout, dtype: jnp.dtype) -> Array:
     x_ND, weights, weights_NK = inputs
-    activation = ACTIVATIONS[config.hidden_act]
-    return expert_mlp(activation, x_ND, *_matrices(weights), weights_NK, layout, implementation=_KERNELS)
+    given = config.hidden_act, x_ND, *_matrices(weights), weights_NK, layout
+    return expert_mlp(*given, dtype=dtype, implementation=_KERNELS)
 
 
 def _matrices(weights: tuple[Factors, Factors]) -> tuple[Array, Array]:
@@ -180,11 +181,11 @@ def _matrices(weights: tuple[Factors, Factors]) -> tuple[Array, Array]:
 def _in_shares(config: ByteConfig, compute: _ByExperts, inputs: _Inputs, layout: Layout, devices: int) -> Array:
     rows = rows_of_share(layout, devices)
     if rows is None:
-        return compute(config, inputs, layout)
+        return compute(config, inputs, layout, inputs[0].dtype)
     return sum_of_parts(partial(_share, config, compute, rows), parts_of(layout, rows), inputs, layout)
 
 
 def _share(
     config: ByteConfig, compute: _ByExperts, rows: int, number: Array | int, inputs: _Inputs, layout: Layout
 ) -> Array:
-    return compute(config, inputs, part_of(layout, number, rows))
+    return compute(config, inputs, part_of(layout, number, rows), jnp.dtype(jnp.float32))  # they are added

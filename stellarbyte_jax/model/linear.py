@@ -112,13 +112,13 @@ def linear(
       ValueError: the spec does not fit the axes, or an axis is none of ``sharding.WEIGHT_AXES``.
     """
     letters, output, _ = letters_of(name, spec, axes)
-    x = x.astype(jnp.float32) if float32 else x
+    dtype = jnp.dtype(jnp.float32) if float32 else x.dtype
     stored, adapter = _fetched(module, name, spec, init, batch, float32, axes)
-    matrix = gather(materialise(stored, x.dtype), tuple(axes))
+    matrix = gather(materialise(stored, dtype), tuple(axes))
     names = dict(zip(letters, axes, strict=True))
     result = product(spec, x, matrix, names, out_dtype, jax.lax.Precision.HIGHEST if float32 else None)
     if adapter is not None:
-        result = adapter.added(result, x)
+        result = adapter.added(result, x.astype(dtype))
     if bias:
         sizes = {names[letter]: axes[names[letter]] for letter in letters if letter in output}
         offset = materialise(param(module, f"{name}_bias", nn.initializers.zeros, sizes), result.dtype)

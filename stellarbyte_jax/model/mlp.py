@@ -13,12 +13,7 @@ from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.initializers import matrix_init
 from stellarbyte_jax.model.linear import linear
 from stellarbyte_jax.model.norm import RMSNorm
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
+from stellarbyte_jax.ops.activations import ACTIVATIONS
 
 _STELLARBYTE_EPS = 1e-6
 

@@ -16,10 +16,11 @@ from stellarbyte_jax.model.context import LayerContext
 from stellarbyte_jax.model.experts import Experts, ExpertWeights, by_experts, run_experts
 from stellarbyte_jax.model.io import Aux, LayerState
 from stellarbyte_jax.model.lora import Factors
-from stellarbyte_jax.model.mlp import ACTIVATIONS, gate_and_up, project_down
+from stellarbyte_jax.model.mlp import gate_and_up, project_down
 from stellarbyte_jax.model.router import Decision, Router
 from stellarbyte_jax.model.state.router import RouterState, Tally
 from stellarbyte_jax.model.trees import Params
+from stellarbyte_jax.ops.activations import ACTIVATIONS
 from stellarbyte_jax.ops.balance import Routed, counts_by_expert, losses
 from stellarbyte_jax.ops.expert_layout import Layout, from_experts, lay_out_slots, to_experts
 from stellarbyte_jax.ops.grouped_matmul import Groups
@@ -147,7 +148,7 @@ def dropless(
     x_ND, choices = exchange.tokens(flat((x_BTD, tokens)))
     own_NK = exchange.own(choices.experts_NK, E)
     y_ND = by_experts(config, (x_ND, weights, choices.weights_NK), own_NK, exchange.devices, required=required)
-    return Made(exchange.sums(y_ND.astype(x_BTD.dtype)).reshape(x_BTD.shape), None, None)
+    return Made(exchange.sums(y_ND).reshape(x_BTD.shape), None, None)
 
 
 def _with_capacity(

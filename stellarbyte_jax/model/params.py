@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.trees import Params, Uses
+from stellarbyte_jax.ops.float32_product import float32_product
 from stellarbyte_jax.sharding import WEIGHT_AXES, constrain, enter, kept_spec_of, spec_of, stream_axes
 
 
@@ -173,7 +174,7 @@ def product(
       spec: of the einsum. ``B`` is the axis of rows, also of a weight that has one, ``T`` and ``S`` are axes of
         positions.
       x: activations.
-      matrix: weight in their dtype.
+      matrix: weight in their dtype; or in float32, with the highest precision.
       names: axis of each letter of the weight.
       out_dtype: of the result, where it is not that of ``x``.
       precision: of a float32 product; None: what jax is set to.
@@ -186,7 +187,12 @@ def product(
     named = stream if "routed" in names.values() else {"B": "batch", "T": "sequence", "S": "sequence"}
     named |= {letter: "act_embed" if name == "embed" else name for letter, name in names.items()}
     x = enter(x, _axes(x, inputs, named), _axes(x, inputs, _between(inputs, named, stream)))
-    result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype, precision=precision)
+    if x.dtype == jnp.bfloat16 and matrix.dtype == jnp.float32 and precision == jax.lax.Precision.HIGHEST:
+        assert matrix.ndim == 2 and spec == f"{inputs},{inputs[-1]}{output[-1]}->{inputs[:-1]}{output[-1]}"
+        result = float32_product(x, matrix)
+    else:
+        x = x.astype(matrix.dtype)
+        result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype, precision=precision)
     return constrain(result, _axes(result, output, _between(output, named, stream)))
 
 

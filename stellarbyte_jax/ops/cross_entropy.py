@@ -235,12 +235,11 @@ def _in_chunks(
         target_CV = columns_V[None, :] == targets_C[:, None]
         if padded:
             logits_CV = jnp.where(real_V[None, :], logits_CV, _IMPOSSIBLE)
-        if vocab_axis is None:
-            log_z_C = jax.nn.logsumexp(logits_CV, axis=-1)
-        else:
-            largest_C = most(jnp.max(logits_CV, axis=-1))
-            log_z_C = largest_C + jnp.log(total(jnp.sum(jnp.exp(logits_CV - largest_C[:, None]), axis=-1)))
         of_target_C = total(jnp.sum(jnp.where(target_CV, logits_CV, 0.0), axis=-1))
+        others_C = most(jnp.max(jnp.where(target_CV, _IMPOSSIBLE, logits_CV), axis=-1))
+        # The largest of all, without another reading of the logits.
+        largest_C = jnp.where(targets_C >= 0, jnp.maximum(of_target_C, others_C), others_C)
+        log_z_C = largest_C + jnp.log(total(jnp.sum(jnp.exp(logits_CV - largest_C[:, None]), axis=-1)))
         nll_C = log_z_C - of_target_C
         loss_C = nll_C
         if terms.label_smoothing:
@@ -248,7 +247,6 @@ def _in_chunks(
             loss_C = (1 - terms.label_smoothing) * nll_C + terms.label_smoothing * (log_z_C - mean_C)
         if terms.z_loss:
             loss_C = loss_C + terms.z_loss * jnp.square(log_z_C)
-        others_C = most(jnp.max(jnp.where(target_CV, _IMPOSSIBLE, logits_CV), axis=-1))
         correct_C = (of_target_C > others_C).astype(jnp.float32)  # a tie is no hit
         new = jnp.stack(
             [jnp.sum(loss_C * counts_C), jnp.sum(nll_C * counts_C), jnp.sum(correct_C * counts_C), jnp.sum(counts_C)]

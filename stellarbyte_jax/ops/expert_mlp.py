@@ -7,7 +7,6 @@ weight needs no output of an expert: with ``y = h W`` it is ``d . y = (d W^T) . 
 (Guo et al. 2025, https://arxiv.org/abs/2512.14080).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -15,90 +14,121 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from stellarbyte_jax.ops.activations import ACTIVATIONS
 from stellarbyte_jax.ops.dispatch import dispatch
-from stellarbyte_jax.ops.expert_layout import Layout, sum_of_choices, to_experts, tokens_of_rows, weights_of_rows
-from stellarbyte_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_dw, grouped_matmul_dx
+from stellarbyte_jax.ops.expert_layout import Layout, sum_of_choices, to_experts, weights_of_rows
+from stellarbyte_jax.ops.grouped_matmul import Groups, Unaligned, grouped_matmul, grouped_matmul_dw, grouped_matmul_dx
 
-Activation = Callable[[jax.Array], jax.Array]
+_How = tuple[str, str, Any]  # activation, implementation, dtype of the sums
 
 
 def expert_mlp(
-    activation: Activation,
+    activation: str,
     x_ND: Float[Array, "N D"],
     gate_up_EDH: Float[Array, "E D H"],
     down_EFD: Float[Array, "E F D"],
     weights_NK: Float[Array, "N K"],
     layout: Layout,
     *,
+    dtype: Any = jnp.float32,
     implementation: str = "auto",
 ) -> Float[Array, "N D"]:
-    """``sum_k weight_k (activation(x G) * (x U)) W`` with the matrices of each choice's expert; float32.
+    """``sum_k weight_k (activation(x G) * (x U)) W`` with the matrices of each choice's expert.
 
     Args:
-      activation: of the gates, by element.
+      activation: of the gates, by its name in :mod:`stellarbyte_jax.ops.activations`.
       x_ND: tokens.
       gate_up_EDH: the matrices G and U side by side, H = 2 F.
       down_EFD: the matrices W.
       weights_NK: float32, of the choices.
       layout: where the choices have their rows.
+      dtype: of the sums, which are taken in float32.
       implementation: of the products, see :func:`stellarbyte_jax.ops.grouped_matmul.grouped_matmul`.
 
     Raises:
       NotImplementedError: the implementation does not support the arrays or the device.
     """
-    return cast(jax.Array, _mlp(activation, implementation, x_ND, gate_up_EDH, down_EFD, weights_NK, layout))
+    return cast(jax.Array, _mlp((activation, implementation, dtype), x_ND, gate_up_EDH, down_EFD, weights_NK, layout))
 
 
-def _gated(activation: Activation, both_SH: Array) -> Array:
+def _gated(activation: str, both_SH: Array) -> Array:
     F = both_SH.shape[1] // 2
-    return activation(both_SH[:, :F]) * both_SH[:, F:]
+    return ACTIVATIONS[activation](both_SH[:, :F]) * both_SH[:, F:]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mlp(
-    activation: Activation,
-    implementation: str,
+    how: _How,
     x_ND: Array,
     gate_up_EDH: Array,
     down_EFD: Array,
     weights_NK: Array,
     layout: Layout,
 ) -> Array:
-    return _forward(activation, implementation, x_ND, gate_up_EDH, down_EFD, weights_NK, layout)[0]
+    return _sums(how, x_ND, gate_up_EDH, down_EFD, weights_NK, layout, keep=False)[0]
 
 
 def _forward(
-    activation: Activation,
-    implementation: str,
+    how: _How,
     x_ND: Array,
     gate_up_EDH: Array,
     down_EFD: Array,
     weights_NK: Array,
     layout: Layout,
 ) -> tuple[Array, Any]:
-    product = partial(grouped_matmul, groups=layout.groups, implementation=implementation)
-    both_SH = product(_to_rows(implementation, x_ND, layout), gate_up_EDH)
-    y_SD = product(_gated(activation, both_SH), down_EFD)
-    sums_ND = _from_rows(implementation, y_SD, layout, weights_NK, jnp.float32)
-    return sums_ND, (x_ND, gate_up_EDH, down_EFD, weights_NK, layout, both_SH)
+    given = x_ND, gate_up_EDH, down_EFD, weights_NK, layout
+    sums_ND, both_SH = _sums(how, *given, keep=True)
+    return sums_ND, (*given, both_SH)
 
 
-def _backward(
-    activation: Activation, implementation: str, kept: Any, d_ND: Array
-) -> tuple[Array, Array, Array, Array, None]:
+def _sums(
+    how: _How,
+    x_ND: Array,
+    gate_up_EDH: Array,
+    down_EFD: Array,
+    weights_NK: Array,
+    layout: Layout,
+    *,
+    keep: bool,
+) -> tuple[Array, Array | None]:
+    """The sums, and with ``keep`` what the first product gives."""
+    activation, implementation, dtype = how
+    x_SD = _to_rows(implementation, x_ND, layout)
+    ways = {"xla": partial(_gated_product, implementation), "pallas": _gated_product_by_kernel}
+    told = activation, x_SD, gate_up_EDH, layout.groups, keep
+    h_SF, both_SH = cast(Any, dispatch("gated products", implementation, ways, *told, required=False))
+    y_SD = grouped_matmul(h_SF, down_EFD, layout.groups, implementation=implementation)
+    return _from_rows(implementation, y_SD, layout, weights_NK, dtype), both_SH
+
+
+def _gated_product(
+    implementation: str, activation: str, x_SD: Array, gate_up_EDH: Array, groups: Groups | Unaligned, keep: bool
+) -> tuple[Array, Array | None]:
+    both_SH = grouped_matmul(x_SD, gate_up_EDH, groups, implementation=implementation)
+    return _gated(activation, both_SH), both_SH if keep else None
+
+
+def _gated_product_by_kernel(
+    activation: str, x_SD: Array, gate_up_EDH: Array, groups: Groups | Unaligned, keep: bool
+) -> tuple[Array, Array | None]:
+    # Not at the top, as in ops/grouped_matmul.py.
+    from stellarbyte_jax.ops.pallas.gated_rows import gated_rows
+
+    return gated_rows(activation, x_SD, gate_up_EDH, groups.sizes_E, keep=keep)
+
+
+def _backward(how: _How, kept: Any, d_ND: Array) -> tuple[Array, Array, Array, Array, None]:
+    activation, implementation, _ = how
     x_ND, gate_up_EDH, down_EFD, weights_NK, layout, both_SH = kept
     of_rows = partial(grouped_matmul_dx, groups=layout.groups, implementation=implementation)
     of_matrices = partial(grouped_matmul_dw, groups=layout.groups, implementation=implementation)
     to_rows = partial(_to_rows, implementation, layout=layout)
     d_SD = to_rows(d_ND.astype(x_ND.dtype))
-    dh_SF = of_rows(d_SD, down_EFD).astype(jnp.float32)  # of a choice whose weight is 1
-    made_SF, pull = jax.vjp(partial(_gated, activation), both_SH)
-    h_SF = made_SF.astype(jnp.float32)
-    slopes_S = jnp.sum(dh_SF * h_SF, axis=1)
+    dh_SF = of_rows(d_SD, down_EFD)  # of a choice whose weight is 1
+    weights_S = weights_of_rows(layout, weights_NK)
+    dboth_SH, weighted_SF, slopes_S = _gated_backward(implementation, activation, both_SH, dh_SF, weights_S)
     dweights_NK = slopes_S.at[layout.rows_NK].get(mode="fill", fill_value=0).astype(weights_NK.dtype)
-    weights_S1 = weights_of_rows(layout, weights_NK)[:, None]
-    (dboth_SH,) = pull((dh_SF * weights_S1).astype(made_SF.dtype))
-    ddown_EFD = of_matrices((h_SF * weights_S1).astype(made_SF.dtype), d_SD)
+    ddown_EFD = of_matrices(weighted_SF, d_SD)
     dgate_up_EDH = of_matrices(to_rows(x_ND), dboth_SH)
     dx_ND = _from_rows(implementation, of_rows(dboth_SH, gate_up_EDH), layout, None, x_ND.dtype)
     return dx_ND, dgate_up_EDH.astype(gate_up_EDH.dtype), ddown_EFD.astype(down_EFD.dtype), dweights_NK, None
@@ -108,7 +138,7 @@ _mlp.defvjp(_forward, _backward)
 
 
 def _to_rows(implementation: str, x_ND: Array, layout: Layout) -> Array:
-    ways = {"xla": to_experts, "pallas": _gathered}
+    ways = {"xla": to_experts, "pallas": _spread}
     return cast(jax.Array, dispatch("rows of experts", implementation, ways, x_ND, layout, required=False))
 
 
@@ -118,15 +148,41 @@ def _from_rows(implementation: str, y_SD: Array, layout: Layout, weights_NK: Arr
     return cast(jax.Array, found)
 
 
+def _gated_backward(
+    implementation: str, activation: str, both_SH: Array, dh_SF: Array, weights_S: Array
+) -> tuple[Array, Array, Array]:
+    """The cotangents of what is gated, the gated rows times their weights, and the slopes of these weights."""
+    ways = {"xla": _gated_backward_by_xla, "pallas": _gated_backward_by_kernel}
+    found = dispatch("gates of experts", implementation, ways, activation, both_SH, dh_SF, weights_S, required=False)
+    return cast(tuple[jax.Array, jax.Array, jax.Array], found)
+
+
+def _gated_backward_by_xla(
+    activation: str, both_SH: Array, dh_SF: Array, weights_S: Array
+) -> tuple[Array, Array, Array]:
+    weights_S1 = weights_S[:, None]
+    made_SF, pull = jax.vjp(partial(_gated, activation), both_SH)
+    h_SF, dh_SF = made_SF.astype(jnp.float32), dh_SF.astype(jnp.float32)
+    (dboth_SH,) = pull((dh_SF * weights_S1).astype(made_SF.dtype))
+    return dboth_SH, (h_SF * weights_S1).astype(made_SF.dtype), jnp.sum(dh_SF * h_SF, axis=1)
+
+
+def _gated_backward_by_kernel(
+    activation: str, both_SH: Array, dh_SF: Array, weights_S: Array
+) -> tuple[Array, Array, Array]:
+    from stellarbyte_jax.ops.pallas.gates import gated_backward
+
+    return gated_backward(activation, both_SH, dh_SF, weights_S)
+
+
 def _summed_by_xla(y_SD: Array, rows_NK: Array, weights_NK: Array | None, dtype: Any) -> Array:
     return sum_of_choices(y_SD, rows_NK, weights_NK).astype(dtype)
 
 
-def _gathered(x_ND: Array, layout: Layout) -> Array:
-    # Not at the top, as in ops/grouped_matmul.py.
-    from stellarbyte_jax.ops.pallas.row_moves import gather_rows
+def _spread(x_ND: Array, layout: Layout) -> Array:
+    from stellarbyte_jax.ops.pallas.row_moves import spread_rows
 
-    return gather_rows(x_ND, tokens_of_rows(layout))
+    return spread_rows(x_ND, layout.rows_NK, layout.pairs_S.size)
 
 
 def _summed(y_SD: Array, rows_NK: Array, weights_NK: Array | None, dtype: Any) -> Array:

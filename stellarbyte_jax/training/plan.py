@@ -169,6 +169,9 @@ class Planner:
           packed: whether rows may hold several documents, as those of ``data`` do in every arrangement; False: each is
             one, as in a batch of nothing but tokens.
         """
+        if config.model.moe_layers and config.model.moe.implementation == "auto" and not device.hopper:
+            blocks = dataclasses.replace(config.model.moe, implementation="xla")
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=blocks))
         self.config, self.device, self.packed = config, device, packed
         self.model = ByteTransformer(config.model)
         self.parameters: ParameterCounts = parameter_counts(self.model)

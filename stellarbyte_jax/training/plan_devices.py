@@ -27,6 +27,7 @@ class Device:
       memory: bytes of it that programs can have.
       nvlink: bytes a second to the other GPUs of the machine, one way.
       network: bytes a second to other machines, one way.
+      hopper: whether it runs kernels for Hopper GPUs.
     """
 
     name: str
@@ -35,18 +36,19 @@ class Device:
     memory: int
     nvlink: float
     network: float
+    hopper: bool
 
 
-def _device(name: str, bandwidth: float, mebibytes: int, network: float) -> Device:
+def _device(name: str, bandwidth: float, mebibytes: int, network: float, *, hopper: bool = True) -> Device:
     peaks = hardware_of(name)
     assert peaks is not None
-    return Device(name, peaks.bfloat16_flops, bandwidth, mebibytes * 2**20, peaks.link_bytes, network)
+    return Device(name, peaks.bfloat16_flops, bandwidth, mebibytes * 2**20, peaks.link_bytes, network, hopper)
 
 
 _KINDS = (
     _device("H100", 3.35e12, 81_559, 50e9),
     _device("H200", 4.8e12, 143_771, 50e9),
-    _device("A100", 2.039e12, 81_920, 25e9),
+    _device("A100", 2.039e12, 81_920, 25e9, hopper=False),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
 

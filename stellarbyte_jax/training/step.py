@@ -110,7 +110,8 @@ def make_train_step(
             "target_tokens": sums["tokens"],
             "padding": 1 - text_tokens(batch) / batch["tokens"].size,
             "gradient_norm": gradient_norm,
-            "finite": sound & all_finite(params),
+            # Apart from the update: one program of both moves data at two thirds of the speed.
+            "finite": sound & all_finite(jax.lax.optimization_barrier(params)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         if router is not None and router.tally is not None:

@@ -14,7 +14,7 @@ from stellarbyte_jax.hf.families import FAMILIES, LLAMA, MISTRAL
 from stellarbyte_jax.hf.rope import ROPE_NAMES
 from stellarbyte_jax.hf.settings import config_json, generation_json, parse_config, read_config
 from stellarbyte_jax.hf.table import Family
-from stellarbyte_jax.model.mlp import ACTIVATIONS
+from stellarbyte_jax.ops.activations import ACTIVATIONS
 
 THEIRS = [family for family in FAMILIES.values() if family.modelling_file is None]
 LLAMA_FILE = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96}

@@ -7,7 +7,7 @@ import pytest
 from helpers.grids import mostly_slow
 
 from stellarbyte_jax.ops.pallas import compat
-from stellarbyte_jax.ops.pallas.row_moves import gather_rows, refusal, sum_rows
+from stellarbyte_jax.ops.pallas.row_moves import refusal, spread_rows, sum_rows
 
 # In the interpreter of jax 0.10 a copy that reaches behind an array writes nothing.
 TAIL, TOKENS = (203, 53) if jax.__version_info__ >= (0, 11) else (192, 50)
@@ -30,13 +30,28 @@ def array(*shape, seed=1):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("rows", mostly_slow([1, 64, TAIL], TAIL))
-def test_rows_in_another_order(rows):
-    x, numbers = array(19, 256), rows_of(19, rows)
+def spread(tokens, choices, seed=0):
+    """Rows for tokens, each another one, one in six of none; and how many there are."""
+    random = np.random.default_rng(seed)
+    rows = tokens * choices
+    numbers = random.permutation(rows).reshape(tokens, choices)
+    numbers[random.random(numbers.shape) < 1 / 6] = rows
+    return jnp.asarray(numbers, jnp.int32), rows
+
+
+def assert_spread(found, x, numbers):
+    for choice in range(numbers.shape[1]):
+        taken = np.flatnonzero(np.asarray(numbers[:, choice]) < len(found))
+        np.testing.assert_array_equal(found[np.asarray(numbers[taken, choice])], np.asarray(x, np.float32)[taken])
+
+
+@pytest.mark.parametrize("case", mostly_slow([(1, 3), (TOKENS, 3), (64, 8)], (TOKENS, 3)))
+def test_rows_in_their_places(case):
+    tokens, choices = case
+    x, (numbers, rows) = array(tokens, 256), spread(tokens, choices)
     with compat.interpreted():
-        found = np.asarray(jax.jit(gather_rows)(x, numbers), np.float32)
-    right = np.append(np.asarray(x, np.float32), np.zeros((1, 256), np.float32), axis=0)[np.asarray(numbers)]
-    np.testing.assert_array_equal(found, right)
+        found = np.asarray(jax.jit(spread_rows, static_argnums=2)(x, numbers, rows), np.float32)
+    assert_spread(found, x, numbers)
 
 
 SUMS = [((TOKENS, 3), jnp.bfloat16, True), ((TOKENS, 3), jnp.float32, False), ((1, 8), jnp.float32, True)]
@@ -60,10 +75,10 @@ def test_sums_of_rows(case):
 def test_buffers_are_not_used_before_they_are_free():
     """Some turns of each block, so that every buffer is used again."""
     count = 3 * 32 * 7  # tiles of 32 rows, by three blocks
-    x, numbers = array(19, 256), rows_of(19, count)
+    x, (numbers, rows) = array(count, 256), spread(count, 2)
     y, of_tokens = array(40, 256), rows_of(40, (count // 4, 4))
     with compat.interpreted(detect_races=True):
-        jax.block_until_ready(gather_rows(x, numbers))
+        jax.block_until_ready(spread_rows(x, numbers, rows))
         jax.block_until_ready(sum_rows(y, of_tokens, None, jnp.float32))
 
 
@@ -71,13 +86,13 @@ def test_buffers_are_not_used_before_they_are_free():
 def test_the_kernels_can_be_lowered_for_a_gpu(hopper, tokens, channels, choices):
     rows = tokens * choices
     x, y = (jax.ShapeDtypeStruct((count, channels), jnp.bfloat16) for count in (tokens, rows))
-    of_rows, of_tokens = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows,), (tokens, choices)))
+    of_tokens = jax.ShapeDtypeStruct((tokens, choices), jnp.int32)
     weights = jax.ShapeDtypeStruct((tokens, choices), jnp.float32)
 
-    def run(x, y, of_rows, of_tokens, weights):
-        return gather_rows(x, of_rows), sum_rows(y, of_tokens, weights, jnp.bfloat16)
+    def run(x, y, of_tokens, weights):
+        return spread_rows(x, of_tokens, rows), sum_rows(y, of_tokens, weights, jnp.bfloat16)
 
-    program = jax.jit(run).trace(x, y, of_rows, of_tokens, weights).lower(lowering_platforms=("cuda",))
+    program = jax.jit(run).trace(x, y, of_tokens, weights).lower(lowering_platforms=("cuda",))
     assert program.as_text().count("custom_call @mosaic_gpu") == 2
 
 
@@ -101,4 +116,4 @@ def test_sums_that_do_not_fit_a_multiprocessor_are_refused(hopper):
 
 def test_another_device_is_refused():
     with pytest.raises(NotImplementedError, match=r"Hopper GPU \(compute capability 9.0\)"):
-        gather_rows(array(4, 256), rows_of(4, 8))
+        spread_rows(array(4, 256), rows_of(4, (4, 2)), 8)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops.test_row_moves import array, rows_of
+from ops.test_row_moves import array, assert_spread, rows_of, spread
 
-from stellarbyte_jax.ops.pallas.row_moves import gather_rows, sum_rows
+from stellarbyte_jax.ops.pallas.row_moves import spread_rows, sum_rows
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(4099, 1024, 8), (1000, 256, 3), (515, 1536, 6), (77, 4096, 8), (30, 16384, 1)]  # tokens, channels, choices
@@ -19,12 +19,11 @@ def hopper():
 
 
 @pytest.mark.parametrize(("tokens", "channels", "choices"), SHAPES)
-def test_rows_in_another_order(tokens, channels, choices):
-    x, numbers = array(tokens, channels), rows_of(tokens, tokens * choices + 5)
-    run = jax.jit(gather_rows)
-    right = np.append(np.asarray(x), np.zeros((1, channels), x.dtype), axis=0)[np.asarray(numbers)]
+def test_rows_in_their_places(tokens, channels, choices):
+    x, (numbers, rows) = array(tokens, channels), spread(tokens, choices)
+    run = jax.jit(spread_rows, static_argnums=2)
     for _ in range(3):
-        np.testing.assert_array_equal(run(x, numbers), right)
+        assert_spread(np.asarray(run(x, numbers, rows), np.float32), x, numbers)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -74,16 +74,40 @@ def runs_on_gpus():
             named = f"{name}, {kind}, "
             for each, label in ((row, f"{named}{devices}"), (row.get("single"), f"{named}one of {devices}")):
                 if each is not None:
+                    # Experts were not computed by kernels then.
+                    settings = [*each["settings"], *(_BLOCKS if row["config"] == "pretrain_moe" else [])]
                     figures = (each[figure] for figure in ("peak_memory_gib", "tokens_per_second", "mfu"))
-                    yield label, OnGpus(row["config"], each["settings"], kind, *figures)
+                    yield label, OnGpus(row["config"], settings, kind, *figures)
 
 
-MOE = json.loads((ROOT / "benchmarks" / "moe.json").read_text())["results"]["capacity"]  # on an H100
+_BLOCKS = ["model.moe.implementation=xla"]
+
+
+def benchmark(name):
+    return json.loads((ROOT / "benchmarks" / name).read_text())
+
+
+CAPACITY = benchmark("moe.json")["results"]["capacity"]  # on an H100, as the next ones
+KERNELS = {
+    f"experts by kernels, {step['change']}": OnGpus(
+        "pretrain_moe",
+        ["global_batch_size=8", *step["set"]],
+        "H100",
+        *(step[figure] for figure in ("peak_memory_gib", "tokens_per_second", "mfu")),
+    )
+    for step in benchmark("moe-steps.json")["steps"][3:]
+}
 RUNS = {
     **dict(runs_on_gpus()),
     "experts with a capacity": OnGpus(
-        "pretrain_moe", ["model.moe.dispatch=capacity"], "H100", MOE["peak_memory_gib"], None, None
+        "pretrain_moe",
+        ["model.moe.dispatch=capacity", "global_batch_size=8"],
+        "H100",
+        CAPACITY["peak_memory_gib"],
+        None,
+        None,
     ),
+    **KERNELS,
 }
 
 

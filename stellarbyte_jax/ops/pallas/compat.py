@@ -18,12 +18,12 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def kernel(body: Callable[..., None], out: jax.ShapeDtypeStruct, scratch: Any, *, name: str, threads: int = 3) -> Any:
+def kernel(body: Callable[..., None], out: Any, scratch: Any, *, name: str, threads: int = 3) -> Any:
     """A kernel of one persistent block a multiprocessor.
 
     Args:
       body: gets references to inputs, output and ``scratch``, by position.
-      out: what the kernel returns.
+      out: shape and dtype of what the kernel returns, or a sequence of these.
       scratch: of shared memory and barriers.
       name: in profiles.
       threads: warpgroups of a block, numbered along ``"wg"``.
@@ -127,6 +127,22 @@ def interpreted(detect_races: bool = False) -> Iterator[None]:
 def is_interpreted() -> bool:
     """Whether kernels are traced for the interpreter, which lacks some of what a GPU does."""
     return _interpreted
+
+
+def load_by_row(vector: Any, rows: Any) -> jax.Array:
+    """Elements of a vector in global memory, one for each row of a matrix in the tensor cores' layout."""
+    if _interpreted:
+        return vector[rows]
+    how: dict[str, Any] = dict(layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    if jax.__version_info__ < (0, 11):
+        return plgpu.load(vector, rows, **how)
+    return plgpu.load(vector.at[rows], **how)
+
+
+def zeros_by_row(rows: int) -> jax.Array:
+    """float32 zeros, one for each row of a matrix in the tensor cores' layout."""
+    zeros = jnp.zeros(rows, jnp.float32)
+    return zeros if _interpreted else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1))
 
 
 def row_numbers(shape: tuple[int, ...]) -> jax.Array:

@@ -20,12 +20,11 @@ from stellarbyte_jax.ops.pallas.ring import (
     by_width,
     drain,
     fill,
+    finish,
     products,
     ring,
     roles,
     skip,
-    store,
-    store_some,
     turned,
 )
 
@@ -90,7 +89,7 @@ def grouped_rows(
             return loaded.at[slot + reader * stages if tuning.alternate else slot]
 
         def load() -> None:
-            def tile(tile: _Tile, done: Array) -> None:
+            def tile(tile: Tile, done: Array) -> None:
                 def copy(k: Array, slot: Array) -> None:
                     arrived = barrier(slot, lax.rem(tile.turn, jnp.int32(2)))
                     inner, outer = pl.ds(k * STEP, STEP), pl.ds(tile.column * TN, TN)
@@ -102,12 +101,12 @@ def grouped_rows(
 
                 fill(done, tile.steps, consumed, copy)
 
-            drain(_for_tiles(tile, table, count, E, K, N, TN), consumed)
+            drain(for_tiles(tile, table, count, E, K, N, TN), consumed)
 
         def compute() -> None:
             mine = lax.axis_index("wg")
 
-            def sums(tile: _Tile, done: Array, width: int, halves: list[Any]) -> None:
+            def sums(tile: Tile, done: Array, width: int, halves: list[Any]) -> None:
                 def factors(slot: Array) -> list[tuple[Any, Any]]:
                     b = b_smem.at[slot]
                     if width < TN:
@@ -119,30 +118,23 @@ def grouped_rows(
                 )
                 for half, value in zip(halves, values, strict=True):
                     window, written = [jnp.where(half == 0, *of) for of in (tile.windows, tile.written)]
-                    part = value.astype(out_gmem.dtype), out_gmem, window
+                    part = value.astype(out_gmem.dtype), out_gmem, tile.column * TN
+                    finish([part], window, written, whole.at[mine], whole_copied.at[mine], cut.at[mine])
 
-                    @pl.when(written == HALF)
-                    def _(part: tuple[Array, Any, Array] = part) -> None:
-                        store(*part, tile.column * TN, whole.at[mine], whole_copied.at[mine])
-
-                    @pl.when(written < HALF)
-                    def _(part: tuple[Array, Any, Array] = part, written: Array = written) -> None:
-                        store_some(*part, written, tile.column * TN, cut.at[mine])
-
-            def shared(tile: _Tile, done: Array) -> None:
+            def shared(tile: Tile, done: Array) -> None:
                 written = jnp.where(mine == 0, *tile.written)
                 mine_only = lambda width: sums(tile, done, width, [mine])  # noqa: E731
                 pl.when(written > 0)(lambda: by_width(tile.column, N, TN, mine_only))
                 pl.when(written == 0)(lambda: skip(done, tile.steps, loaded, consumed))
 
-            def alternating(tile: _Tile, done: Array) -> None:
+            def alternating(tile: Tile, done: Array) -> None:
                 for halves in ([0], [0, 1]):
                     is_it = (lax.rem(tile.turn, jnp.int32(2)) == mine) & ((tile.written[1] > 0) == (len(halves) == 2))
                     these = lambda width, halves=halves: sums(tile, done, width, halves)  # noqa: E731
                     pl.when(is_it)(lambda these=these: by_width(tile.column, N, TN, these))
 
             tile = alternating if tuning.alternate else shared
-            _for_tiles(tile, table, count, E, K, N, TN)
+            for_tiles(tile, table, count, E, K, N, TN)
             plgpu.wait_smem_to_gmem(0)
 
         roles(load, compute)
@@ -152,7 +144,18 @@ def grouped_rows(
     return compat.kernel(body, out, scratch, name=name)(x_SK, w, tiles.table_5T, tiles.count_1)
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
+    """A tile of the result.
+
+    Attributes:
+      group: whose matrix its rows have; the number of groups for none.
+      column: number of the tile within its rows.
+      windows: the first row of each half.
+      written: rows of each half that are to be written.
+      steps: of the sum; 0 behind the groups.
+      turn: number of the tile within its block.
+    """
+
     group: Array
     column: Array
     windows: tuple[Array, Array]
@@ -161,7 +164,7 @@ class _Tile(NamedTuple):
     turn: Array
 
 
-def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, count: Any, E: int, K: int, N: int, TN: int) -> Array:
+def for_tiles(each: Callable[[Tile, Array], None], table: Any, count: Any, E: int, K: int, N: int, TN: int) -> Array:
     """Calls ``each(tile, steps done before)`` for the tiles of this block; returns the steps of all of them.
 
     Tiles of the same rows follow each other, and so do those of the same group: what is computed at the same time reads
@@ -177,7 +180,7 @@ def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, count: Any, E: 
         group, first0, first1, written0, written1 = [table[k, row] for k in range(5)]
         steps = jnp.where(group < E, jnp.int32(-(-K // STEP)), jnp.int32(0))
         # Behind the groups there is no matrix to read, and no step that would read it.
-        each(_Tile(group, column, (first0, first1), (written0, written1), steps, i), done)
+        each(Tile(group, column, (first0, first1), (written0, written1), steps, i), done)
         return done + steps
 
     return lax.fori_loop(jnp.int32(0), turns, turn, jnp.int32(0))

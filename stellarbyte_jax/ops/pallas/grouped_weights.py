@@ -101,7 +101,8 @@ def grouped_weights(
                         done, tile.steps, width, lambda slot: loaded.at[slot], consumed, factors, mask, clean
                     )
                     row = tile.row * TD + half * HALF
-                    store(value.astype(dtype), out_gmem.at[tile.group], row, tile.column * TF, *[staging.at[half]] * 2)
+                    part = value.astype(dtype), out_gmem.at[tile.group], tile.column * TF
+                    store([part], row, staging.at[half], staging.at[half])
 
                 by_width(tile.column, F, TF, of_width)
 

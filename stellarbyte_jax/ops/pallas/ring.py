@@ -16,19 +16,19 @@ from stellarbyte_jax.ops.pallas import compat
 
 LOADER = 2  # the warpgroup
 HALF = 64  # rows of a result that one of the others computes
-_STAGE_COPIES = 3  # two halves of the left factor, and the right one
 
 
-def ring(stages: int, readers: int = 2) -> dict[str, Any]:
+def ring(stages: int, readers: int = 2, copies: int = 3) -> dict[str, Any]:
     """The barriers of a ring.
 
     Args:
       stages: of it.
       readers: warpgroups that read each stage. With 1 each of two has its own barriers for what is loaded for it: it
         must have waited for every time that one of them completes.
+      copies: to a stage: two halves of the left factor, and the right one, or more of these.
     """
     return dict(
-        loaded=plgpu.Barrier(num_arrivals=_STAGE_COPIES, num_barriers=stages * (3 - readers)),
+        loaded=plgpu.Barrier(num_arrivals=copies, num_barriers=stages * (3 - readers)),
         consumed=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
     )
 
@@ -184,25 +184,23 @@ def turned(row: Array, column: Array, columns: int) -> Array:
     return lax.rem(column + lax.div(row * columns, jnp.int32(compat.processors())), jnp.int32(columns))
 
 
-def store(value: Array, out_gmem: Any, row: Array, column: Array, slots: Any, copied: Any) -> None:
-    """Writes 64 rows to a matrix in global memory; what lies behind its end is dropped.
+def store(values: list[tuple[Array, Any, Array]], row: Array, slots: Any, copied: Any) -> None:
+    """Writes 64 rows to matrices in global memory; what lies behind their end is dropped.
 
     Args:
-      value: [64, 64 n].
-      out_gmem: the matrix.
+      values: [64, 64 n], each with its matrix and its first column there.
       row: the first one.
-      column: the first one.
       slots: [2, 64, 64] in shared memory, for two parts on their way.
       copied: the same memory, for copies: see ``compat.for_any_rows``.
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for part in range(value.shape[1] // 64):
-        if part > 1:
+    parts = [(*each, part * 64) for each in values for part in range(each[0].shape[1] // 64)]
+    for number, (value, out_gmem, column, first) in enumerate(parts):
+        if number > 1:
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        slots[part % 2] = value[:, part * 64 : (part + 1) * 64]
+        slots[number % 2] = value[:, first : first + 64]
         plgpu.commit_smem()
-        target = out_gmem.at[pl.ds(row, HALF), pl.ds(column + part * 64, 64)]
-        plgpu.copy_smem_to_gmem(copied.at[part % 2], target)
+        plgpu.copy_smem_to_gmem(copied.at[number % 2], out_gmem.at[pl.ds(row, HALF), pl.ds(column + first, 64)])
 
 
 def store_some(value: Array, out_gmem: Any, row: Array, count: Array, column: Array, slot: Any) -> None:
@@ -230,3 +228,18 @@ def store_some(value: Array, out_gmem: Any, row: Array, count: Array, column: Ar
                 plgpu.copy_smem_to_gmem(slot.at[pl.ds(start, run)], target)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def finish(
+    values: list[tuple[Array, Any, Array]], row: Array, written: Array, slots: Any, copied: Any, cut: Any
+) -> None:
+    """Writes the first ``written`` of 64 rows to matrices: see :func:`store` and :func:`store_some`."""
+
+    @pl.when(written == HALF)
+    def _() -> None:
+        store(values, row, slots, copied)
+
+    @pl.when(written < HALF)
+    def _() -> None:
+        for value, out_gmem, column in values:
+            store_some(value, out_gmem, row, written, column, cut)

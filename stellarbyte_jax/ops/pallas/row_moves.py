@@ -25,39 +25,55 @@ _MOST_BYTES = 200 * 1024  # of shared memory
 _MOST_ROWS = 32  # of a buffer
 
 
-def gather_rows(x_ND: Float[Array, "N D"], rows_S: Int[Array, " S"]) -> Float[Array, "S D"]:
-    """The rows of ``x`` with these numbers; zeros for N.
+def spread_rows(x_ND: Float[Array, "N D"], rows_NK: Int[Array, "N K"], rows: int) -> Float[Array, "S D"]:
+    """The array of so many rows S whose rows ``rows_NK[n]`` are row n of ``x``; no two may be the same.
+
+    What lies in a row that nobody names is anything. Each row of ``x`` is read once, and what is written is not read
+    again: to gather the same rows took half as long again, for they do not stay in the cache until their next use.
+
+    Args:
+      x_ND: rows.
+      rows_NK: numbers of rows of the result; S for none.
+      rows: of the result.
 
     Raises:
       NotImplementedError: the device or the arrays are not what the kernel is made for; says why.
     """
     N, D = x_ND.shape
-    S = rows_S.shape[0]
-    if (reason := refusal(x_ND, S)) is not None:
+    K = rows_NK.shape[1]
+    if (reason := refusal(x_ND, N * K)) is not None:
         raise NotImplementedError(reason)
-    R, slots = _rows(D, S), 2 * _AHEAD  # as many are on their way out
+    T, slots = _rows(D, N), 2 * _AHEAD  # as many are on their way out
 
-    def body(x: Any, rows: Any, out: Any, *, buffers: Any, loaded: Any) -> None:
+    def body(x: Any, numbers: Any, out: Any, *, buffers: Any, loaded: Any) -> None:
         def start(tile: Array, slot: Array) -> None:
-            _load(x, rows, tile * R, S, buffers.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(tile * T, T)], buffers.at[slot], loaded.at[slot])
 
         def end(tile: Array, slot: Array, turn: Array) -> None:
             del turn
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(buffers.at[slot], out.at[pl.ds(tile * R, R)])
+            first = tile * (T * K)
+            # All are read before any is needed. Behind the last token there is none.
+            found = [numbers[_within(first + at, N * K)] for at in range(T * K)]
+            for at, number in enumerate(found):
+
+                @pl.when((number < rows) & (first + at < N * K))
+                def _(at: int = at, number: Array = number) -> None:
+                    plgpu.copy_smem_to_gmem(buffers.at[slot, at // K], out.at[number], commit_group=False)
+
+            plgpu.commit_smem_to_gmem_group()
 
         def written() -> None:
             plgpu.wait_smem_to_gmem(_AHEAD - 1, wait_read_only=True)
 
-        _for_tiles(-(-S // R), start, end, loaded, _AHEAD, written)
+        _for_tiles(-(-N // T), start, end, loaded, _AHEAD, written)
 
     scratch = dict(
-        buffers=plgpu.SMEM((slots, R, D // C, C), x_ND.dtype),
-        loaded=plgpu.Barrier(num_arrivals=R, num_barriers=slots),
+        buffers=plgpu.SMEM((slots, T, D // C, C), x_ND.dtype),
+        loaded=plgpu.Barrier(num_arrivals=1, num_barriers=slots),
     )
-    shape = jax.ShapeDtypeStruct((S, D // C, C), x_ND.dtype)
-    run = compat.kernel(body, shape, scratch, name="gather_rows", threads=1)
-    return run(x_ND.reshape(N, D // C, C), rows_S.astype(jnp.int32)).reshape(S, D)
+    shape = jax.ShapeDtypeStruct((rows, D // C, C), x_ND.dtype)
+    run = compat.kernel(body, shape, scratch, name="spread_rows", threads=1)
+    return run(x_ND.reshape(N, D // C, C), rows_NK.astype(jnp.int32).reshape(-1)).reshape(rows, D)
 
 
 def sum_rows(
