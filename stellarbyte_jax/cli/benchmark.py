@@ -10,14 +10,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.benchmark_parser import NAMES, SMALL, SMALL_NAMES, TRAINED
+from stellarbyte_jax.cli.benchmark_parser import parse as _parse
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
+from stellarbyte_jax.cli.generation_speed import WORKERS as GENERATION
 from stellarbyte_jax.cli.grouped_peers import WORKERS as GROUPED_PEERS
-from stellarbyte_jax.cli.grouped_speed import ON_GPU as GROUPED
-from stellarbyte_jax.cli.grouped_speed import SMALL as SMALL_GROUPED
 from stellarbyte_jax.cli.grouped_speed import WORKERS as OF_GROUPED
 from stellarbyte_jax.cli.grouped_speed import measure as measure_grouped
 from stellarbyte_jax.cli.grouped_table import table
-from stellarbyte_jax.cli.lora_speed import NAMES as OF_LORA
+from stellarbyte_jax.cli.layer_peers import WORKERS as LAYER_PEERS
+from stellarbyte_jax.cli.layer_speed import WORKERS as LAYERS
 from stellarbyte_jax.cli.lora_speed import PEERS as BESIDE_LORA
 from stellarbyte_jax.cli.lora_speed import WORKERS as LORA
 from stellarbyte_jax.cli.lora_speed import settings as lora_settings
@@ -25,46 +27,40 @@ from stellarbyte_jax.cli.machine import facts
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
 from stellarbyte_jax.cli.measurements import compared
 from stellarbyte_jax.cli.mesh_speed import COMPARED, Row, has_failed, least_devices, measure, rows
-from stellarbyte_jax.cli.mesh_speed import NAMES as ON_MESH
 from stellarbyte_jax.cli.moe_speed import WORKERS as EXPERTS
 from stellarbyte_jax.cli.peft_peers import WORKERS as LORA_PEERS
-from stellarbyte_jax.cli.program import load_settings, local_path, new_parser, positive
+from stellarbyte_jax.cli.program import load_settings
 from stellarbyte_jax.cli.torch_peers import PEERS as BESIDE_TRAINING
 from stellarbyte_jax.cli.torch_peers import WORKERS as PEERS
 from stellarbyte_jax.cli.workers import OUT_OF_MEMORY, run_worker
 from stellarbyte_jax.command import MendableError, command, imports, make_directory, print_error
-from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.config.section import ConfigError
 
-_NAMES = {
-    "train": ["synthetic", "real", "huggingface", "huggingface_bfloat16", "huggingface_liger"],
-    "mesh": list(ON_MESH),
-    "data": ["jsonl", "shards"],
-    "generate": ["batch_1", "batch_8", "batch_32", "batch_128"],
-    "cache": ["float32", "bfloat16", "int8", "float8_e4m3fn"],
-    "checkpoint": ["verified", "unverified"],
-    "eval": ["eval", "eval_huggingface"],
-    "moe": ["dropless", "capacity", "huggingface_moe", "huggingface_moe_bfloat16"],
-    "lora": list(OF_LORA),
-    "grouped_matmul": list(GROUPED),
-}
-WORKERS = OTHERS | EVALUATION | EXPERTS | PEERS | LORA | LORA_PEERS | OF_GROUPED | GROUPED_PEERS
+WORKERS = (
+    OTHERS
+    | GENERATION
+    | EVALUATION
+    | EXPERTS
+    | PEERS
+    | LORA
+    | LORA_PEERS
+    | OF_GROUPED
+    | GROUPED_PEERS
+    | LAYERS
+    | LAYER_PEERS
+)
 _ON_TORCH = ("huggingface", "huggingface_bfloat16", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16")
 _PEERS = {  # with the packages that they need, as pip calls them
     **dict.fromkeys(_ON_TORCH, ("torch",)),
+    **dict.fromkeys(LAYER_PEERS, ("torch",)),
     "huggingface_liger": ("torch", "liger-kernel"),
     **{name: ("torch", "accelerate" if name == "sft_chats_trainer" else "peft") for name in LORA_PEERS},
 }
-_ON_GPU = ("huggingface_liger", *GROUPED)  # whose kernels run nowhere else, or only slowly
+_ON_GPU = ("huggingface_liger", *NAMES["grouped_matmul"])  # whose kernels run nowhere else, or only slowly
 _COMPARED = {"train": BESIDE_TRAINING, "lora": BESIDE_LORA}
-_CONFIGS = {"moe": ("pretrain_moe", "quickstart_moe")}  # on a GPU, and without
-_SMALL = "quickstart"  # what is trained where there is no GPU
-_SMALL_NAMES = {"generate": ["small_batch_1", "small_batch_8"], "grouped_matmul": list(SMALL_GROUPED)}
-_OF_THEIR_OWN = ("mesh", "grouped_matmul")  # models or shapes, and steps
-_TRAINED = ("train", "moe", "mesh", "lora")  # those that measure training steps
+_CONFIGS = dict.fromkeys(("moe", "moe_layer"), ("pretrain_moe", "quickstart_moe"))  # on a GPU, and without
 _BY_SHAPE = ("grouped_ours", "grouped_torch")
-_STEPS = 20
 _FLOPS = "6 (active parameters - embedding) + 6 L T D a token, causal attention counted half"
+_FLOPS_OF = {"grouped_matmul": "2 rows D F", "moe_layer": "6 tokens choices D n forward, 12 backward"}
 _FROZEN = "; of a weight that is frozen beside adapters 4 for 6: its gradient is not computed"
 # More than JAX's three quarters, and room for NCCL; devices of a CPU, which a GPU's machine leaves alone.
 _VARIABLES = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "JAX_NUM_CPU_DEVICES": "2"}
@@ -141,7 +137,7 @@ def _names(options: argparse.Namespace, small: bool) -> list[str]:
             if lacking := _lacking(_PEERS.get(name, ())):
                 raise MendableError(f"--only {name} needs {' and '.join(lacking)}: pip install {' '.join(lacking)}")
         return names
-    names = {**_NAMES, **(_SMALL_NAMES if small else {})}[options.what]
+    names = {**NAMES, **(SMALL_NAMES if small else {})}[options.what]
     if options.no_peer:
         return [name for name in names if name not in _PEERS]
     alone = [name for name in names if small and name in _ON_GPU]
@@ -173,7 +169,7 @@ def _peers(options: argparse.Namespace, asked: bool) -> bool:
 def _measured(options: argparse.Namespace, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Checks the settings; each measurement with its name, as they are made."""
     if options.config is None:
-        options.config = _CONFIGS.get(options.what, ("pretrain", _SMALL))[small]
+        options.config = _CONFIGS.get(options.what, ("pretrain", SMALL))[small]
         if small:
             print(
                 f"no GPU: measures the model of {options.config}, for generation one of 25M parameters; "
@@ -275,8 +271,8 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
         "what": options.what,
         "date": date.today().isoformat(),
         **facts(_environment(options)),
-        **({"flops": _FLOPS + (_FROZEN if options.what == "lora" else "")} if options.what in _TRAINED else {}),
-        **({"flops": "2 rows D F"} if options.what == "grouped_matmul" else {}),
+        **({"flops": _FLOPS + (_FROZEN if options.what == "lora" else "")} if options.what in TRAINED else {}),
+        **({"flops": _FLOPS_OF[options.what]} if options.what in _FLOPS_OF else {}),
         "config": {"file": options.config, "set": options.set},
         "results": {},
     }
@@ -292,87 +288,6 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 def _kept(output: Path, part: Path, why: str, code: int) -> int:
     print(f"{output} is as it was: {why}; what was measured is in {part}", file=sys.stderr)
     return code
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser(
-        "benchmark",
-        "Measure throughput in medians over repeats, each measurement in a process of its own. Until all is measured,\n"
-        "FILE.part has what is; it stays where something fails or the command is killed.\n\n"
-        "train       this project's training step on random and real batches, and the Llama of transformers in three\n"
-        "            ways (extra torch; liger-kernel), of which the fastest counts\n"
-        "mesh        training over all GPUs by each axis of a mesh, beside one GPU, and torch's FSDP2 and DDP\n"
-        "data        batches from the files and from prepared shards; needs no device\n"
-        "generate    128 prompt tokens and 256 new ones, a model of 1.10B parameters, by batch size\n"
-        "cache       decoding over caches of each dtype, 25M parameters in float32\n"
-        "checkpoint  seconds to save and restore a run, and for checksums alone\n"
-        "eval        requests of lm-eval (extra eval), and its backend for transformers (extra torch, accelerate)\n"
-        "moe         the training step with experts by dispatch, and the Qwen3-MoE of transformers in that shape\n"
-        "lora        adapters on a model of 1.10B parameters, on random tokens and on packed conversations, and all\n"
-        "            its weights, beside PEFT and the Trainer of transformers (extra torch; peft, accelerate)\n"
-        "grouped_matmul  products of experts as kernels for Hopper GPUs and as plain XLA, beside torch's (extra torch)",
-        "train --no-peer",
-        "mesh --only fsdp --only tensor --output two_rows.json",
-        "data --set 'data.train=my_corpus/train/*.jsonl'",
-        settings=TrainConfig,
-    )
-    parser.add_argument("what", choices=list(_NAMES), nargs="?", default="train", help="default: %(default)s")
-    parser.add_argument(
-        "--config", metavar="FILE", help=f"default: pretrain, without a GPU {_SMALL}; mesh has a model for each row"
-    )
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.name=value")
-    parser.add_argument(
-        "--steps", type=positive, metavar="N", help="steps of one repeat (default: 20; mesh: 5 to 20 by row)"
-    )
-    parser.add_argument("--no-peer", action="store_true", help="leave the peer out")
-    known = sorted({name for names in (*_NAMES.values(), *_SMALL_NAMES.values()) for name in names})
-    parser.add_argument(
-        "--only",
-        choices=known,
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="this measurement; may be repeated: %(choices)s",
-    )
-    parser.add_argument(
-        "--limit", type=positive, metavar="SECONDS", help="kill a measurement that takes longer (default: none)"
-    )
-    parser.add_argument(
-        "--profile",
-        type=local_path,
-        metavar="DIR",
-        help="write a profile of three steps of each measurement of training below DIR, and tell the share of "
-        "collectives; not of peers",
-    )
-    parser.add_argument(
-        "--output", type=local_path, metavar="FILE", help="default: benchmarks/WHAT.json, without a GPU WHAT-cpu.json"
-    )
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if not options.worker:
-        _check(options)
-    options.steps = options.steps or (None if options.what in _OF_THEIR_OWN else _STEPS)
-    return options
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Raises ConfigError where options do not go together."""
-    of_mesh = options.what == "mesh"
-    known = [*_NAMES[options.what], *_SMALL_NAMES.get(options.what, ())]
-    for name in options.only:
-        if name not in known:
-            raise ConfigError(f"--only {name}: benchmark {options.what} measures {', '.join(known)}, name one of them")
-    if options.profile and options.what not in _TRAINED:
-        raise ConfigError(f"--profile is of training: benchmark {options.what} has no training steps, leave it out")
-    if of_mesh and options.config:
-        raise ConfigError("benchmark mesh has a model for each row: leave --config out; --set changes the models")
-    if options.what == "grouped_matmul":
-        given = [name for name in ("config", "set", "steps") if getattr(options, name)]
-        if given:
-            raise ConfigError(f"--{given[0]}: benchmark grouped_matmul has shapes and calls of its own, leave it out")
-    for setting in options.set if of_mesh else ():
-        if setting.partition("=")[0].strip() == "global_batch_size" or setting.strip().startswith("mesh."):
-            raise ConfigError(f"--set {setting}: each row of benchmark mesh says its own, leave it out")
 
 
 def _machine(options: argparse.Namespace) -> dict[str, Any]:
@@ -391,7 +306,7 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _run_worker(name: str, options: argparse.Namespace, processes: int = 1) -> dict[str, Any]:
-    words = [options.what, "--worker", name, "--config", options.config or _SMALL]
+    words = [options.what, "--worker", name, "--config", options.config or SMALL]
     words += ["--steps", str(options.steps)] if options.steps else []
     words += ["--set", *options.set] if options.set else []
     words += ["--profile", str(options.profile)] if options.profile else []

@@ -17,7 +17,7 @@ from typing import Any
 from stellarbyte_jax.cli.traces import STEPS as TRACED
 from stellarbyte_jax.cli.traces import collective_shares
 from stellarbyte_jax.command import imports
-from stellarbyte_jax.config import ByteConfig, CacheConfig, TrainConfig
+from stellarbyte_jax.config import TrainConfig
 
 REPEATS = 5
 _READING = 15  # seconds
@@ -245,67 +245,6 @@ def _shards(config: TrainConfig, steps: int) -> dict[str, Any]:
         return _rounded(measure_loader(data, batch_size=config.global_batch_size, seconds=_READING))
 
 
-# 1.10B parameters; weights and cache in bfloat16.
-GENERATE = ByteConfig(
-    hidden_size=2048,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    intermediate_size=8192,
-    max_position_embeddings=2048,
-)
-CACHE = ByteConfig(
-    hidden_size=256,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    intermediate_size=1024,
-    max_position_embeddings=2048,
-    compute_dtype="float32",
-)
-
-
-def _decode(model_config: ByteConfig, batch_size: int, prompt: int, new: int) -> dict[str, Any]:
-    """Median tokens a second of whole calls of ``generate`` with random weights, prompts and compilation left out."""
-    with imports():
-        import jax
-        import numpy as np
-
-        from stellarbyte_jax import ByteTransformer, generate
-        from stellarbyte_jax.launch import environment
-        from stellarbyte_jax.model.decoder import init_params
-
-    model = ByteTransformer(model_config)
-    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
-    params = jax.tree.map(lambda x: x.astype(model_config.compute_dtype), params)
-    tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, (batch_size, prompt), dtype=np.int32)
-    tell(f"compiling for {batch_size} x {prompt} tokens, to which {new} are added")
-    generate(model, params, tokens, max_new_tokens=new)
-    results, rates = [], []
-    for number in range(1, REPEATS + 1):
-        results.append(generate(model, params, tokens, max_new_tokens=new))
-        rates.append(batch_size * new / results[-1].decode_seconds)
-        tell(f"repeat {number} of {REPEATS}: {rates[-1]:,.0f} tokens/s")
-    whole = [batch_size * new / (result.decode_seconds + result.prefill_seconds) for result in results]
-    return {
-        "tokens_per_second": round(statistics.median(rates), 1),
-        "with_prefill": round(statistics.median(whole), 1),
-        "lowest": round(min(rates), 1),
-        "highest": round(max(rates), 1),
-        "repeats": REPEATS,
-        "prompt": prompt,
-        "new": new,
-        "on": environment(),
-    }
-
-
-def _generate(model: ByteConfig, batch_size: int) -> Callable[[TrainConfig, int], dict[str, Any]]:
-    return lambda config, steps: _decode(model, batch_size, 128, 256 if model is GENERATE else 64)
-
-
-def _cache(dtype: Any) -> Callable[[TrainConfig, int], dict[str, Any]]:
-    return lambda config, steps: _decode(replace(CACHE, cache=CacheConfig(dtype=dtype)), 4, 512, 64)
-
-
 def _checkpoint(verify: bool) -> Callable[[TrainConfig, int], dict[str, Any]]:
     def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
         """Median seconds; saving blocks training until the state is copied, the rest goes on beside it."""
@@ -370,9 +309,6 @@ WORKERS = {
     "device": _device,
     "verified": _checkpoint(True),
     "unverified": _checkpoint(False),
-    **{f"batch_{size}": _generate(GENERATE, size) for size in (1, 8, 32, 128)},
-    **{f"small_batch_{size}": _generate(CACHE, size) for size in (1, 8)},
-    **{dtype: _cache(dtype) for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn")},
     "synthetic": synthetic,
     "real": _real,
     "jsonl": _jsonl,

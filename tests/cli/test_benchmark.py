@@ -14,11 +14,11 @@ from helpers.training import MODEL, settings
 
 import stellarbyte_jax
 from stellarbyte_jax.checkpoint import store
-from stellarbyte_jax.cli import benchmark, measurements, moe_speed, program
+from stellarbyte_jax.cli import benchmark, generation_speed, measurements, moe_speed, program
 from stellarbyte_jax.cli import machine as facts
 from stellarbyte_jax.cli.benchmark import WORKERS
 from stellarbyte_jax.command import MendableError
-from stellarbyte_jax.config import DataConfig
+from stellarbyte_jax.config import DataConfig, MoEConfig, load
 from stellarbyte_jax.data import loader
 from stellarbyte_jax.inspect.costs import flops_per_token, parameter_counts
 from stellarbyte_jax.model.decoder import ByteTransformer
@@ -59,8 +59,13 @@ def torch(monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "config", "written", "generation"),
     [
-        ("gpu", "pretrain", "train.json", ["batch_1", "batch_8", "batch_32", "batch_128"]),
-        ("cpu", "quickstart", "train-cpu.json", ["small_batch_1", "small_batch_8"]),
+        (
+            "gpu",
+            "pretrain",
+            "train.json",
+            ["batch_1", "batch_8", "batch_32", "batch_128", "experts_batch_1", "experts_batch_32"],
+        ),
+        ("cpu", "quickstart", "train-cpu.json", ["small_batch_1", "small_batch_8", "small_experts"]),
     ],
 )
 def test_a_machine_gets_the_size_that_fits(platform, config, written, generation, machine, torch, tmp_path, capsys):
@@ -354,10 +359,12 @@ def test_a_rate_is_tokens_of_all_steps_over_their_time(monkeypatch):
 
 
 def test_generation_is_measured_by_batch_size_and_by_the_dtype_of_the_cache(monkeypatch):
-    monkeypatch.setattr(measurements, "_decode", lambda *sizes: sizes)
-    large, small = measurements.GENERATE, measurements.CACHE
+    monkeypatch.setattr(generation_speed, "_decode", lambda *sizes: sizes)
+    large, small = generation_speed.GENERATE, generation_speed.CACHE
     assert WORKERS["batch_32"](settings(), 1) == (large, 32, 128, 256)
     assert WORKERS["small_batch_8"](settings(), 1) == (small, 8, 128, 64)
+    assert WORKERS["experts_batch_32"](settings(), 1) == (generation_speed.EXPERTS, 32, 128, 256)
+    assert generation_speed.EXPERTS == dataclasses.replace(load("pretrain_moe", []).model, scan_unroll=1)
     for dtype in ("float32", "int8"):
         model, *sizes = WORKERS[dtype](settings(), 1)
         assert sizes == [4, 512, 64] and model.cache.dtype == dtype
@@ -429,7 +436,7 @@ def test_the_tokenizer_is_found_as_in_training(tmp_path, monkeypatch):
 
 
 TINY = dataclasses.replace(
-    measurements.CACHE,
+    generation_speed.CACHE,
     vocab_size=32,
     hidden_size=8,
     num_hidden_layers=1,
@@ -445,12 +452,29 @@ def test_compilation_is_no_part_of_what_generation_takes(monkeypatch):
         return types.SimpleNamespace(decode_seconds=next(seconds), prefill_seconds=1.0)
 
     monkeypatch.setattr(stellarbyte_jax, "generate", played)
-    result = measurements._decode(TINY, 2, 4, 3)
+    result = generation_speed._decode(TINY, 2, 4, 3)
     assert (result["lowest"], result["highest"], result["with_prefill"]) == (3.0, 3.0, 2.0)
 
 
+def test_the_floor_of_decoding_by_hand():
+    """What a step reads of a tiny network in bfloat16: weights, but of experts those chosen, keys and values."""
+    D, V, F, E, K, rows, keys = 64, 100, 64, 4, 1, 2, 10
+    dense = dataclasses.replace(TINY, hidden_size=D, vocab_size=V, intermediate_size=F, compute_dtype="bfloat16")
+    config = dataclasses.replace(dense, moe=MoEConfig(num_experts=E, num_experts_per_tok=K, intermediate_size=F))
+    weights = V * D + 3 * D + 4 * D * D + D * E + (1 - (3 / 4) ** 2) * E * 3 * D * F
+    read = 2 * (weights + rows * keys * 2 * D)
+    found = generation_speed.decode_floor(config, rows, keys, "NVIDIA H100 80GB HBM3")
+    assert found == pytest.approx(rows * 3.35e12 / read, rel=1e-6)
+    dense_read = 2 * (V * D + 3 * D + 4 * D * D + 3 * D * F + rows * keys * 2 * D)
+    found = generation_speed.decode_floor(dense, rows, keys, "NVIDIA H200")
+    assert found == pytest.approx(rows * 4.8e12 / dense_read, rel=1e-6)
+    untied = dataclasses.replace(dense, tie_word_embeddings=False)  # rows of the table are looked up
+    assert generation_speed.decode_floor(untied, rows, keys, "NVIDIA H200") == pytest.approx(found, rel=1e-6)
+    assert generation_speed.decode_floor(dense, rows, keys, "cpu") is None
+
+
 def test_generation_tells_each_repeat(capsys):
-    result = measurements._decode(TINY, 2, 4, 3)
+    result = generation_speed._decode(TINY, 2, 4, 3)
     printed = capsys.readouterr()
     compiling, *repeats = printed.err.splitlines()
     assert printed.out == "" and compiling == "  compiling for 2 x 4 tokens, to which 3 are added"

@@ -1,0 +1,127 @@
+"""What ``benchmark generate`` and ``benchmark cache`` measure: decoding with random weights."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from stellarbyte_jax.cli.measurements import REPEATS, tell
+from stellarbyte_jax.command import imports
+from stellarbyte_jax.config import ByteConfig, CacheConfig, MoEConfig, TrainConfig
+
+# 1.10B parameters; weights and cache in bfloat16.
+GENERATE = ByteConfig(
+    hidden_size=2048,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=8192,
+    max_position_embeddings=2048,
+)
+EXPERTS = ByteConfig(  # of configs/pretrain_moe.py
+    vocab_size=32000,
+    hidden_size=1024,
+    num_hidden_layers=12,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=64,
+    intermediate_size=4096,
+    max_position_embeddings=2048,
+    qk_norm=True,
+    moe=MoEConfig(num_experts=64, num_experts_per_tok=8, intermediate_size=512),
+)
+SMALL_EXPERTS = replace(EXPERTS, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, compute_dtype="float32")
+CACHE = ByteConfig(
+    hidden_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    intermediate_size=1024,
+    max_position_embeddings=2048,
+    compute_dtype="float32",
+)
+
+
+def _decode(model_config: ByteConfig, batch_size: int, prompt: int, new: int) -> dict[str, Any]:
+    """Median tokens a second of whole calls of ``generate`` with random weights, prompts and compilation left out."""
+    with imports():
+        import jax
+        import numpy as np
+
+        from stellarbyte_jax import ByteTransformer, generate
+        from stellarbyte_jax.launch import environment
+        from stellarbyte_jax.model.decoder import init_params
+
+    model = ByteTransformer(model_config)
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
+    params = jax.tree.map(lambda x: x.astype(model_config.compute_dtype), params)
+    tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, (batch_size, prompt), dtype=np.int32)
+    tell(f"compiling for {batch_size} x {prompt} tokens, to which {new} are added")
+    generate(model, params, tokens, max_new_tokens=new)
+    results, rates = [], []
+    for number in range(1, REPEATS + 1):
+        results.append(generate(model, params, tokens, max_new_tokens=new))
+        rates.append(batch_size * new / results[-1].decode_seconds)
+        tell(f"repeat {number} of {REPEATS}: {rates[-1]:,.0f} tokens/s")
+    whole = [batch_size * new / (result.decode_seconds + result.prefill_seconds) for result in results]
+    floor = decode_floor(model_config, batch_size, prompt + new // 2, jax.devices()[0].device_kind)
+    return {
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "with_prefill": round(statistics.median(whole), 1),
+        "lowest": round(min(rates), 1),
+        "highest": round(max(rates), 1),
+        "repeats": REPEATS,
+        "prompt": prompt,
+        "new": new,
+        **({} if floor is None else {"floor": round(floor)}),
+        "on": environment(),
+    }
+
+
+def decode_floor(config: ByteConfig, batch_size: int, keys: int, device: str) -> float | None:
+    """Tokens a second if a step took no longer than reading what it needs: weights once, and the keys and values.
+
+    Of experts the weights count that are chosen if all are as likely. None where the memory's bandwidth is not known.
+
+    Args:
+      config: of the network, whose weights are in its compute dtype.
+      batch_size: rows.
+      keys: positions that each row sees.
+      device: its name.
+    """
+    with imports():
+        import jax.numpy as jnp
+
+        from stellarbyte_jax.inspect.costs import parameter_counts
+        from stellarbyte_jax.model.decoder import ByteTransformer
+        from stellarbyte_jax.training.plan_devices import KINDS
+
+    kind = next((kind for name, kind in KINDS.items() if name in device), None)
+    if kind is None:
+        return None
+    itemsize, m = jnp.dtype(config.compute_dtype).itemsize, config.moe
+    counts = parameter_counts(ByteTransformer(config))
+    experts = (
+        len(config.moe_layers) * m.num_experts * 3 * config.hidden_size * config.expert_size if m.num_experts else 0
+    )
+    chosen = 1 - (1 - m.num_experts_per_tok / m.num_experts) ** batch_size if m.num_experts else 0.0
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    weights = counts.total - looked_up - experts * (1 - chosen)
+    cache = 2 * config.num_hidden_layers * config.kv_heads * config.head_size * keys * batch_size
+    return batch_size * kind.bandwidth / (itemsize * (weights + cache))
+
+
+def _generate(model: ByteConfig, batch_size: int) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    return lambda config, steps: _decode(model, batch_size, 128, 256 if model in (GENERATE, EXPERTS) else 64)
+
+
+def _cache(dtype: Any) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    return lambda config, steps: _decode(replace(CACHE, cache=CacheConfig(dtype=dtype)), 4, 512, 64)
+
+
+WORKERS = {
+    **{f"batch_{size}": _generate(GENERATE, size) for size in (1, 8, 32, 128)},
+    **{f"experts_batch_{size}": _generate(EXPERTS, size) for size in (1, 32)},
+    **{f"small_batch_{size}": _generate(CACHE, size) for size in (1, 8)},
+    "small_experts": _generate(SMALL_EXPERTS, 2),
+    **{dtype: _cache(dtype) for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn")},
+}
