@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.inspect.ring_bytes import Ring
+from stellarbyte_jax.model.params import FEW_ROWS
 from stellarbyte_jax.ops.expert_layout import block_rows, lay_out, lay_out_unaligned, rows_of_share
 from stellarbyte_jax.ops.grouped_matmul import Groups
 
@@ -181,7 +182,8 @@ def _layer_with_experts(config: ByteConfig, sizes: _Sizes) -> _LayerBytes:
     none = c * sent.rows * (2 * F if sent.by_kernels else 2 * D + inside * F) + sizes.tokens * c * inside * shared
     none += sizes.stream * _FLOAT32 * (D + E + logits)
     # Products of rows in bfloat16 are made again: ops.float32_product is no single product that jax could keep.
-    by_parts = (m.gate == "linear") + (m.noise == "noisy_topk") if config.compute_dtype == "bfloat16" else 0
+    are_parts = config.compute_dtype == "bfloat16" and sizes.tokens > FEW_ROWS
+    by_parts = (m.gate == "linear") + (m.noise == "noisy_topk") if are_parts else 0
     dots = sizes.tokens * c * 2 * shared + sizes.stream * _FLOAT32 * (logits - E * by_parts)
     if m.gate == "context":
         C, inner = m.context_size, m.gate_intermediate_size or m.context_size

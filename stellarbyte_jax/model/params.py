@@ -3,6 +3,7 @@
 What a weight is used for is stated where it is made and travels with it: see :class:`WeightUse`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
@@ -17,6 +18,8 @@ from jaxtyping import Array, Float
 from stellarbyte_jax.model.trees import Params, Uses
 from stellarbyte_jax.ops.float32_product import float32_product
 from stellarbyte_jax.sharding import WEIGHT_AXES, constrain, enter, kept_spec_of, spec_of, stream_axes
+
+FEW_ROWS = 128  # of which a product in float32 takes no longer than its parts
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,8 @@ def product(
     named = stream if "routed" in names.values() else {"B": "batch", "T": "sequence", "S": "sequence"}
     named |= {letter: "act_embed" if name == "embed" else name for letter, name in names.items()}
     x = enter(x, _axes(x, inputs, named), _axes(x, inputs, _between(inputs, named, stream)))
-    if x.dtype == jnp.bfloat16 and matrix.dtype == jnp.float32 and precision == jax.lax.Precision.HIGHEST:
+    by_parts = x.dtype == jnp.bfloat16 and matrix.dtype == jnp.float32 and precision == jax.lax.Precision.HIGHEST
+    if by_parts and math.prod(x.shape[:-1]) > FEW_ROWS:
         assert matrix.ndim == 2 and spec == f"{inputs},{inputs[-1]}{output[-1]}->{inputs[:-1]}{output[-1]}"
         result = float32_product(x, matrix)
     else:

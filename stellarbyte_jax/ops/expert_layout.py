@@ -14,6 +14,7 @@ from stellarbyte_jax.ops.grouped_matmul import Groups, Unaligned
 from stellarbyte_jax.ops.routing import Placed
 
 _FEW_TOKENS = 128  # that many in every expert are no more work than reading its weights
+_FEW_PAIRS = 1024
 _MULTIPLE, _LEAST = 8, 64  # of rows that begin anywhere: what the kernels take
 
 
@@ -39,11 +40,19 @@ def lay_out_unaligned(experts_NK: Int[Array, "N K"], experts: int) -> Layout:
       experts: their number E.
     """
     N, K = experts_NK.shape
-    sizes_E, pairs_P = _by_expert(experts_NK, experts)
     numbers_P = jnp.arange(N * K, dtype=jnp.int32)
     rows = _whole_rows(N * K)
-    rows_P = jnp.where(numbers_P < jnp.sum(sizes_E), numbers_P, rows)
-    return _layout(pairs_P, rows_P, rows, N, Unaligned(sizes_E))
+    if N * K > _FEW_PAIRS:
+        sizes_E, pairs_P = _by_expert(experts_NK, experts)
+        rows_P = jnp.where(numbers_P < jnp.sum(sizes_E), numbers_P, rows)
+        return _layout(pairs_P, rows_P, rows, N, Unaligned(sizes_E))
+    # A GPU has one program of comparisons instead of the several of a sort and of what follows it.
+    experts_P = experts_NK.reshape(-1).astype(jnp.int32)
+    keys_P = experts_P * (N * K) + numbers_P
+    ranks_P = jnp.sum(keys_P[None, :] < keys_P[:, None], axis=1, dtype=jnp.int32)
+    rows_P = jnp.where(experts_P < experts, ranks_P, rows)
+    pairs_S = jnp.full(rows, N * K, jnp.int32).at[rows_P].set(numbers_P, mode="drop")
+    return Layout(pairs_S, rows_P.reshape(N, K), Unaligned(_sizes(experts_P, experts)))
 
 
 def lay_out(experts_NK: Int[Array, "N K"], experts: int, block: int | None = None) -> Layout:
@@ -161,10 +170,13 @@ def _whole_rows(pairs: int) -> int:
 def _by_expert(experts_NK: Array, experts: int) -> tuple[Array, Array]:
     """Pairs of each expert, and all pairs in the order of experts and tokens, those without an expert last."""
     experts_P = experts_NK.reshape(-1)
-    # Comparisons: a GPU adds to so few numbers one after another.
+    return _sizes(experts_P, experts), jnp.argsort(experts_P, stable=True).astype(jnp.int32)
+
+
+def _sizes(experts_P: Array, experts: int) -> Array:
+    """Pairs of each expert, by comparisons: a GPU adds to so few numbers one after another."""
     of_expert_EP = experts_P[None, :] == jnp.arange(experts, dtype=experts_P.dtype)[:, None]
-    sizes_E = jnp.sum(of_expert_EP, axis=1, dtype=jnp.int32)
-    return sizes_E, jnp.argsort(experts_P, stable=True).astype(jnp.int32)
+    return jnp.sum(of_expert_EP, axis=1, dtype=jnp.int32)
 
 
 def _layout(pairs_P: Array, rows_P: Array, rows: int, tokens: int, groups: Groups | Unaligned) -> Layout:

@@ -14,7 +14,7 @@ from helpers.variants import BASE, VARIANTS, make
 from stellarbyte_jax.config import ByteConfig
 from stellarbyte_jax.model.decoder import ByteTransformer, logical_axes, param_shapes, param_uses
 from stellarbyte_jax.model.linear import kernel, linear
-from stellarbyte_jax.model.params import WeightUse, letters_of, param
+from stellarbyte_jax.model.params import FEW_ROWS, WeightUse, letters_of, param, product
 
 NORMAL = nn.initializers.normal(1.0)
 
@@ -233,3 +233,16 @@ def test_axes_and_shapes_are_trees_like_the_weights():
         assert (axes[path][0] == "layers") == path.startswith("layers/")
     assert axes["layers/0/attn/q"] == ("layers", "embed", "heads", "head_dim")
     assert shapes["layers/0/attn/q"].shape == (BASE.num_hidden_layers, 32, 4, 8)
+
+
+@pytest.mark.parametrize("rows", [FEW_ROWS, FEW_ROWS + 1])
+def test_a_product_in_float32_of_few_rows_and_of_parts(rows):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((1, rows, 32)), jnp.bfloat16)
+    w = jnp.asarray(random.standard_normal((32, 8)), jnp.float32)
+
+    def run(x, w):
+        return product("BTD,DE->BTE", x, w, {"D": "embed", "E": "routed"}, precision=jax.lax.Precision.HIGHEST)
+
+    np.testing.assert_allclose(run(x, w), np.asarray(x, np.float64) @ np.asarray(w, np.float64), rtol=1e-5, atol=1e-5)
+    assert ("HIGHEST" in str(jax.make_jaxpr(run)(x, w))) == (rows == FEW_ROWS)

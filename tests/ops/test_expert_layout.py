@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stellarbyte_jax.ops.expert_layout import block_rows, from_experts, lay_out, lay_out_slots, to_experts
+from stellarbyte_jax.ops import expert_layout
+from stellarbyte_jax.ops.expert_layout import (
+    block_rows,
+    from_experts,
+    lay_out,
+    lay_out_slots,
+    lay_out_unaligned,
+    to_experts,
+)
+from stellarbyte_jax.ops.grouped_matmul import Unaligned
 from stellarbyte_jax.ops.routing import place
 
 # tokens, choices, experts, rows of a block: one row each, several blocks of an expert, one block for all tokens
@@ -44,7 +53,9 @@ def check(layout, experts, E):
                 assert pairs[row] == n * K + k
                 assert np.searchsorted(ends, row, side="right") == experts[n, k]
     assert (pairs < N * K).sum() == (experts < E).sum(), "no pair twice"
-    if layout.groups.experts_G is not None:
+    if isinstance(layout.groups, Unaligned):
+        assert sizes.tolist() == np.bincount(experts[experts < E], minlength=E).tolist()
+    elif layout.groups.experts_G is not None:
         blocks = np.asarray(layout.groups.experts_G)
         size = S // blocks.size
         used = np.repeat(np.arange(E), sizes // size)
@@ -149,3 +160,19 @@ def test_no_array_of_all_choices_of_all_tokens_is_made():
     jaxpr = jax.make_jaxpr(jax.grad(f, (0, 1)))(jnp.ones((N, D)), jnp.ones((N, K)))
     assert f"{N},{K},{D}" not in str(jaxpr) and f"{N * K},{D}" not in str(jaxpr)
     assert f"{layout.pairs_S.size},{D}" in str(jaxpr)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([(1, 1, 1), (7, 2, 5), (40, 3, 4), (130, 8, 64)]), st.integers(0, 10**6), st.booleans())
+def test_rows_without_empty_ones_are_in_the_order_of_experts_and_tokens(shape, seed, sorted_by_xla):
+    N, K, E = shape
+    _, experts = drawn(N, K, E, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_layout, "_FEW_PAIRS", 0 if sorted_by_xla else 2000)
+        layout = lay_out_unaligned(jnp.asarray(experts), E)
+    check(layout, experts, E)
+    flat = experts.reshape(-1)
+    order = np.lexsort((np.arange(flat.size), flat))[: (flat < E).sum()]
+    np.testing.assert_array_equal(layout.pairs_S[: order.size], order)
+    assert (np.asarray(layout.pairs_S[order.size :]) == N * K).all()
+    assert layout.pairs_S.size % 8 == 0 and layout.pairs_S.size >= max(64, N * K)
