@@ -180,6 +180,8 @@ def _summed_by_xla(y_SD: Array, rows_NK: Array, weights_NK: Array | None, dtype:
 
 
 def _spread(x_ND: Array, layout: Layout) -> Array:
+    if isinstance(layout.groups, Groups):
+        raise NotImplementedError("empty rows of blocks must be zeros, and the kernel writes only rows of tokens")
     from stellarbyte_jax.ops.pallas.row_moves import spread_rows
 
     return spread_rows(x_ND, layout.rows_NK, layout.pairs_S.size)

@@ -337,3 +337,27 @@ def test_the_tally_counts_tokens_and_no_padding(settings):
     assert float(aux.values()["router_global"]) == pytest.approx(expected, rel=1e-5)
     assert float(aux.values()["router_load"]) == pytest.approx(E * wanted / wanted.sum() @ shares, rel=1e-5)
     assert layer(config, weights, x, context(valid))[1] is None
+
+
+@pytest.mark.parametrize("settings", [{}, {**CAPACITY, "capacity_factor": 0.7, "overflow": ("next_best", "cold")}])
+def test_padding_that_is_not_finite_reaches_no_token(settings):
+    """Nor counts, losses or experts. The router's own gradient is a product with all rows, as every weight's is."""
+    config = config_of(num_experts_per_tok=2, **settings)
+    weights, (x, valid) = weights_of(config), tokens(3, 7)
+    real = jnp.asarray(valid)[..., None]
+    tally = jax.tree.map(lambda x: x[0], Tally.zero(config))
+
+    @jax.jit
+    def found(padding):
+        def loss(experts, x):
+            out, *told = layer(config, {**weights, "experts": experts}, x, context(valid), tally)
+            out = jnp.where(real, out, 0)
+            return jnp.sum(jnp.sin(out)), (out, told)
+
+        (_, told), (of_experts, of_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            weights["experts"], jnp.where(real, x, padding)
+        )
+        return told, of_experts, jnp.where(real, of_x, 0)
+
+    zeros, nans = jax.device_get((found(0.0), found(jnp.nan)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), nans, zeros)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.grids import mostly_slow
+from helpers.kernels import computed_by_xla  # noqa: F401 (a fixture)
 
 from stellarbyte_jax.ops.expert_layout import lay_out, lay_out_slots, lay_out_unaligned
 from stellarbyte_jax.ops.expert_mlp import expert_mlp
+from stellarbyte_jax.ops.pallas import row_moves
 from stellarbyte_jax.ops.routing import place
 
 N, K, E, D, F = 37, 3, 5, 6, 4
@@ -21,7 +23,7 @@ LAYOUTS = {
 
 
 def drawn(loads):
-    """Some tokens have fewer experts than others, some have none, and one expert has nobody."""
+    """Some tokens have fewer experts than others, some have none, and one expert has nobody; some weights are 0."""
     random = np.random.default_rng(0)
     experts = np.stack([random.permutation(E)[:K] for _ in range(N)])
     experts[random.random((N, K)) < 0.2] = E
@@ -29,7 +31,9 @@ def drawn(loads):
     if loads == "nobody":
         experts[:] = E
     shapes = (N, D), (E, D, 2 * F), (E, F, D), (N, K)
-    return jnp.asarray(experts, jnp.int32), [0.5 * random.standard_normal(shape) for shape in shapes]
+    inputs = [0.5 * random.standard_normal(shape) for shape in shapes]
+    inputs[3][random.random((N, K)) < 0.1] = 0
+    return jnp.asarray(experts, jnp.int32), inputs
 
 
 def of_all(activation, x, gate_up, down, weights, experts):
@@ -40,15 +44,14 @@ def of_all(activation, x, gate_up, down, weights, experts):
     return jnp.einsum("nk,nke,ned->nd", weights, chosen_NKE, y_NED)
 
 
-@pytest.mark.parametrize("loads", ["some", "nobody"])
-@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "anywhere", "blocks"))
-def test_values_and_all_gradients(layout, loads):
+def assert_values_and_gradients(loads, layout, implementation):
     experts, inputs = drawn(loads)
     factors = np.random.default_rng(1).standard_normal((N, D))
     laid = LAYOUTS[layout](experts)
 
     def ours(*inputs):
-        return jnp.sum(jnp.sin(expert_mlp("gelu_pytorch_tanh", *inputs, laid)) * factors.astype(np.float32))
+        made = expert_mlp("gelu_pytorch_tanh", *inputs, laid, implementation=implementation)
+        return jnp.sum(jnp.sin(made) * factors.astype(np.float32))
 
     with jax.enable_x64():
         exact = [jnp.asarray(x, jnp.float64) for x in inputs]
@@ -59,6 +62,23 @@ def test_values_and_all_gradients(layout, loads):
     np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
     for name, a, b in zip(("x", "gate and up", "down", "weights"), slopes, right, strict=True):
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize("loads", ["some", "nobody"])
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, "anywhere", "blocks"))
+def test_values_and_all_gradients(layout, loads):
+    assert_values_and_gradients(loads, layout, "auto")
+
+
+@pytest.mark.usefixtures("computed_by_xla")
+@pytest.mark.parametrize("layout", mostly_slow(["blocks", "a block each", "slots"], "blocks"))
+def test_what_kernels_leave_in_empty_rows_of_blocks_is_in_no_gradient(layout, monkeypatch):
+    def spread_rows(x_ND, rows_NK, rows):
+        unnamed = jnp.full((rows, D), jnp.nan, x_ND.dtype)
+        return unnamed.at[rows_NK].set(jnp.broadcast_to(x_ND[:, None], (N, K, D)), mode="drop")
+
+    monkeypatch.setattr(row_moves, "spread_rows", spread_rows)
+    assert_values_and_gradients("some", layout, "pallas")
 
 
 def test_the_backward_pass_keeps_one_array_of_all_rows():

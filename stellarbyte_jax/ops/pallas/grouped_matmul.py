@@ -56,7 +56,10 @@ def gradient_of_rows(
 def gradient_of_matrices(
     x_SD: Float[Array, "S D"], dy_SF: Float[Array, "S F"], sizes_E: Int[Array, " E"]
 ) -> Float[Array, "E D F"]:
-    """``x^T dy`` over the rows of each group, in their dtype; for the rest see :func:`grouped_matmul`."""
+    """``x^T dy`` over the rows of each group, in their dtype; for the rest see :func:`grouped_matmul`.
+
+    Rows are added 64 at a time from a multiple of 8 on, so that the last bits depend on where a group begins too.
+    """
     F = dy_SF.shape[1]
     w = jax.ShapeDtypeStruct((sizes_E.shape[0], x_SD.shape[1], F), dy_SF.dtype)
     if (reason := refusal(x_SD, w)) is not None:
