@@ -7,7 +7,7 @@ from typing import Any
 
 from stellarbyte_jax.cli.measurements import REPEATS, tell
 from stellarbyte_jax.command import imports
-from stellarbyte_jax.config import ByteConfig, CacheConfig, MoEConfig, TrainConfig
+from stellarbyte_jax.config import ByteConfig, CacheConfig, ConfigError, MoEConfig, TrainConfig
 
 # 1.10B parameters; weights and cache in bfloat16.
 GENERATE = ByteConfig(
@@ -93,10 +93,11 @@ def decode_floor(config: ByteConfig, batch_size: int, keys: int, device: str) ->
 
         from stellarbyte_jax.inspect.costs import parameter_counts
         from stellarbyte_jax.model.decoder import ByteTransformer
-        from stellarbyte_jax.training.plan_devices import KINDS
+        from stellarbyte_jax.training.plan_devices import device_of
 
-    kind = next((kind for name, kind in KINDS.items() if name in device), None)
-    if kind is None:
+    try:
+        bandwidth = device_of(device).bandwidth
+    except ConfigError:  # not known, or a card of the same name with other memory
         return None
     itemsize, m = jnp.dtype(config.compute_dtype).itemsize, config.moe
     counts = parameter_counts(ByteTransformer(config))
@@ -107,7 +108,7 @@ def decode_floor(config: ByteConfig, batch_size: int, keys: int, device: str) ->
     looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     weights = counts.total - looked_up - experts * (1 - chosen)
     cache = 2 * config.num_hidden_layers * config.kv_heads * config.head_size * keys * batch_size
-    return batch_size * kind.bandwidth / (itemsize * (weights + cache))
+    return batch_size * bandwidth / (itemsize * (weights + cache))
 
 
 def _generate(model: ByteConfig, batch_size: int) -> Callable[[TrainConfig, int], dict[str, Any]]:

@@ -470,7 +470,8 @@ def test_the_floor_of_decoding_by_hand():
     assert found == pytest.approx(rows * 4.8e12 / dense_read, rel=1e-6)
     untied = dataclasses.replace(dense, tie_word_embeddings=False)  # rows of the table are looked up
     assert generation_speed.decode_floor(untied, rows, keys, "NVIDIA H200") == pytest.approx(found, rel=1e-6)
-    assert generation_speed.decode_floor(dense, rows, keys, "cpu") is None
+    for unknown in ("cpu", "NVIDIA H100 PCIe", "NVIDIA H100 NVL"):  # the last two have other memory than an H100 (SXM)
+        assert generation_speed.decode_floor(dense, rows, keys, unknown) is None
 
 
 def test_generation_tells_each_repeat(capsys):

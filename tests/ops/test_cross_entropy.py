@@ -99,6 +99,18 @@ def test_a_tie_is_no_hit():
     assert float(linear_cross_entropy(x, better, targets)[1]["correct"]) == 1
 
 
+def test_logits_beyond_what_an_exponential_can_be():
+    """Targets far above all others and far below them, that of token 0 too; and no target among low logits."""
+    x, targets = jnp.eye(4), jnp.asarray([0, 1, 2, -1], jnp.int32)
+    kernel = jnp.asarray([[300.0, 0, 1], [300, 0, 1], [0, 1, 300], [-300, -301, -302]])
+    total, slopes = jax.value_and_grad(lambda x, kernel: linear_cross_entropy(x, kernel, targets)[0], (0, 1))(x, kernel)
+    np.testing.assert_allclose(total, 300, rtol=1e-6)
+    right = jnp.zeros((4, 3)).at[1].set(jnp.asarray([1.0, -1, 0]))
+    np.testing.assert_allclose(slopes[1], right, atol=1e-6)
+    np.testing.assert_allclose(slopes[0], right @ kernel.T, atol=1e-3)
+    np.testing.assert_allclose(token_losses(x, kernel, targets)[0], [0, 300, 0, 0], atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk_size", [4, 1000])
 def test_tokens_count_by_their_weights(chunk_size):
     keys = jax.random.split(jax.random.key(3), 2)

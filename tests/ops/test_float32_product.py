@@ -58,3 +58,5 @@ def test_other_dtypes_are_refused():
     x, w, _ = drawn()
     with pytest.raises(ValueError, match="the factors must be bfloat16 and float32, not float32 and float32"):
         float32_product(x.astype(jnp.float32), w)
+    with pytest.raises(ValueError, match="not bfloat16 and bfloat16"):
+        float32_product(x, w.astype(jnp.bfloat16))

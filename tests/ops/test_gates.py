@@ -83,7 +83,10 @@ def test_the_kernel_can_be_lowered_for_a_gpu(hopper, activation):
     [
         ((64, 64), jnp.float32, "rows must be bfloat16 or float16, not float32"),
         ((64, 96), jnp.bfloat16, "rows must have a multiple of 64 channels, not 96"),
+        ((64, 0), jnp.float16, "rows must have a multiple of 64 channels, not 0"),
         ((12, 64), jnp.bfloat16, "rows must be a multiple of 8, not 12"),
+        ((0, 64), jnp.bfloat16, "rows must be a multiple of 8, not 0"),
+        ((64, 64), jnp.float16, None),
     ],
 )
 def test_what_the_kernel_refuses(hopper, shape, dtype, reason):
