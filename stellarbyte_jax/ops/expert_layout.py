@@ -207,7 +207,7 @@ to_experts.defvjp(_to_forward, _to_backward)
 def from_experts(y_SD: Float[Array, "S D"], layout: Layout, weights_NK: Float[Array, "N K"]) -> Float[Array, "N D"]:
     """Weighted sums of what experts made of a token, float32, always in the same order.
 
-    A pair without an expert counts nothing, whatever its weight.
+    A pair without an expert counts nothing, whatever its weight, which must be finite.
     """
     return sum_of_choices(y_SD, layout.rows_NK, weights_NK)
 

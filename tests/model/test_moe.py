@@ -351,8 +351,7 @@ def test_padding_that_is_not_finite_reaches_no_token(settings):
     def found(padding):
         def loss(experts, x):
             out, *told = layer(config, {**weights, "experts": experts}, x, context(valid), tally)
-            out = jnp.where(real, out, 0)
-            return jnp.sum(jnp.sin(out)), (out, told)
+            return jnp.sum(jnp.sin(jnp.where(real, out, 0))), (out, told)
 
         (_, told), (of_experts, of_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
             weights["experts"], jnp.where(real, x, padding)
