@@ -2,8 +2,8 @@
 
     python scripts/train.py --config configs/pretrain_moe.py --set 'data.train=corpus/*.jsonl' data.validation=v.jsonl
 
-Hardware: one GPU with 80 GB. Speed: 242,600 tokens/s and 56.8 GiB on an H100, with global_batch_size=8 189,800 and
-27.2 GiB (random tokens, jax 0.11.2, 2026-11-28: docs/performance.md). Balance: a loss of the load of each
+Hardware: one GPU with 80 GB. Speed: 242,600 tokens/s and 56.8 GiB on an H100 (random tokens, jax 0.11.2,
+2026-11-28: docs/performance.md); global_batch_size=8 needs half the memory. Balance: a loss of the load of each
 part of the batch; loss.router_load=0 model.moe.bias_update_rate=0.001 loss.router_sequence=0.0001 is DeepSeek-V3's way
 without one.
 

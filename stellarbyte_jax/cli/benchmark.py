@@ -170,7 +170,9 @@ def _measured(options: argparse.Namespace, small: bool) -> Iterator[tuple[str, d
     """Checks the settings; each measurement with its name, as they are made."""
     if options.config is None:
         options.config = _CONFIGS.get(options.what, ("pretrain", SMALL))[small]
-        if small:
+        if small and options.what == "moe_layer":
+            print("no GPU: a tiny shape, without a peer; the figures say nothing of speed")
+        elif small:
             print(
                 f"no GPU: measures the model of {options.config}, for generation one of 25M parameters; "
                 "--config names another"

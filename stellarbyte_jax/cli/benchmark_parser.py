@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from stellarbyte_jax.cli.grouped_speed import ON_GPU as GROUPED
 from stellarbyte_jax.cli.grouped_speed import SMALL as SMALL_GROUPED
 from stellarbyte_jax.cli.layer_speed import NAMES as OF_LAYERS
+from stellarbyte_jax.cli.layer_speed import OF_SHAPES
 from stellarbyte_jax.cli.layer_speed import PEERS as BESIDE_LAYERS
 from stellarbyte_jax.cli.layer_speed import SMALL as SMALL_LAYERS
 from stellarbyte_jax.cli.lora_speed import NAMES as OF_LORA
@@ -123,6 +124,9 @@ def _check(options: argparse.Namespace) -> None:
         given = [name for name in ("config", "set", "steps") if getattr(options, name)]
         if given:
             raise ConfigError(f"--{given[0]}: benchmark grouped_matmul has shapes and calls of its own, leave it out")
+    for setting in options.set if options.what == "moe_layer" else ():
+        if setting.partition("=")[0].strip() in OF_SHAPES:
+            raise ConfigError(f"--set {setting}: benchmark moe_layer has shapes of its own, leave it out")
     for setting in options.set if of_mesh else ():
         if setting.partition("=")[0].strip() == "global_batch_size" or setting.strip().startswith("mesh."):
             raise ConfigError(f"--set {setting}: each row of benchmark mesh says its own, leave it out")

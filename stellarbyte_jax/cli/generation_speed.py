@@ -7,7 +7,7 @@ from typing import Any
 
 from stellarbyte_jax.cli.measurements import REPEATS, tell
 from stellarbyte_jax.command import imports
-from stellarbyte_jax.config import ByteConfig, CacheConfig, ConfigError, MoEConfig, TrainConfig
+from stellarbyte_jax.config import ByteConfig, CacheConfig, ConfigError, TrainConfig, load
 
 # 1.10B parameters; weights and cache in bfloat16.
 GENERATE = ByteConfig(
@@ -18,19 +18,6 @@ GENERATE = ByteConfig(
     intermediate_size=8192,
     max_position_embeddings=2048,
 )
-EXPERTS = ByteConfig(  # of configs/pretrain_moe.py
-    vocab_size=32000,
-    hidden_size=1024,
-    num_hidden_layers=12,
-    num_attention_heads=16,
-    num_key_value_heads=4,
-    head_dim=64,
-    intermediate_size=4096,
-    max_position_embeddings=2048,
-    qk_norm=True,
-    moe=MoEConfig(num_experts=64, num_experts_per_tok=8, intermediate_size=512),
-)
-SMALL_EXPERTS = replace(EXPERTS, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, compute_dtype="float32")
 CACHE = ByteConfig(
     hidden_size=256,
     num_hidden_layers=8,
@@ -112,7 +99,11 @@ def decode_floor(config: ByteConfig, batch_size: int, keys: int, device: str) ->
 
 
 def _generate(model: ByteConfig, batch_size: int) -> Callable[[TrainConfig, int], dict[str, Any]]:
-    return lambda config, steps: _decode(model, batch_size, 128, 256 if model in (GENERATE, EXPERTS) else 64)
+    return lambda config, steps: _decode(model, batch_size, 128, 256 if model is GENERATE else 64)
+
+
+def _with_experts(name: str, batch_size: int, new: int) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    return lambda config, steps: _decode(replace(load(name, []).model, scan_unroll=1), batch_size, 128, new)
 
 
 def _cache(dtype: Any) -> Callable[[TrainConfig, int], dict[str, Any]]:
@@ -121,8 +112,8 @@ def _cache(dtype: Any) -> Callable[[TrainConfig, int], dict[str, Any]]:
 
 WORKERS = {
     **{f"batch_{size}": _generate(GENERATE, size) for size in (1, 8, 32, 128)},
-    **{f"experts_batch_{size}": _generate(EXPERTS, size) for size in (1, 32)},
+    **{f"experts_batch_{size}": _with_experts("pretrain_moe", size, 256) for size in (1, 32)},
     **{f"small_batch_{size}": _generate(CACHE, size) for size in (1, 8)},
-    "small_experts": _generate(SMALL_EXPERTS, 2),
+    "small_experts": _with_experts("quickstart_moe", 2, 64),
     **{dtype: _cache(dtype) for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn")},
 }

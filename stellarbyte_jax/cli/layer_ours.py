@@ -4,7 +4,7 @@ B = 1 row, T tokens, D model.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -26,32 +26,62 @@ def measure_layer(config: ByteConfig, shape: Layer, calls: int) -> Result:
       shape: of the layer.
       calls: of a repeat.
     """
-    layer, positions_BT = MoE(config), jnp.arange(shape.tokens, dtype=jnp.int32)[None]
-    no_rope: Any = None  # attention's alone
-    ctx = LayerContext(positions_BT, positions_BT, None, no_rope, train=True)
+    layer, no_rope = MoE(config), cast(Any, None)  # attention's alone
+
+    def given(x_BTD: jax.Array) -> tuple[Any, ...]:
+        positions_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
+        return x_BTD, LayerContext(positions_BT, positions_BT, None, no_rope, train=True), LayerState()
+
     x_BTD, d_BTD = (
         jax.random.normal(jax.random.key(seed), (1, shape.tokens, shape.hidden), config.compute_dtype)
         for seed in (1, 2)
     )
-    params = nn.meta.unbox(jax.jit(lambda x: layer.init(jax.random.key(0), x, ctx, LayerState())["params"])(x_BTD))
+    params = nn.meta.unbox(jax.jit(lambda x: layer.init(jax.random.key(0), *given(x))["params"])(x_BTD))
     experts = jax.tree.map(lambda w: w.astype(config.compute_dtype), params["experts"])
     params = {**params, "experts": experts}  # as a mixed optimizer has them; the router's stay float32
 
     def forward(params: Any, x_BTD: jax.Array) -> Any:
-        return jax.vjp(lambda params, x: layer.apply({"params": params}, x, ctx, LayerState())[0], params, x_BTD)
+        return jax.vjp(lambda params, x: layer.apply({"params": params}, *given(x))[0], params, x_BTD)
 
     def both(params: Any, x_BTD: jax.Array, d_BTD: jax.Array) -> Any:
         y_BTD, back = forward(params, x_BTD)
         return y_BTD, back(d_BTD)
 
-    kept = jax.tree.leaves(jax.eval_shape(forward, params, x_BTD)[1])
-    weights = {w.shape for w in jax.tree.leaves(params)}
-    bytes_kept = sum(x.size * x.dtype.itemsize for x in kept if x.shape not in weights)
-    ahead, whole = _repeated(jax.jit(forward), params, x_BTD), _repeated(jax.jit(both), params, x_BTD, d_BTD)
+    own = kept_of_tokens(forward, params, x_BTD)
+
+    def ahead_alone(params: Any, x_BTD: jax.Array) -> Any:
+        y_BTD, back = forward(params, x_BTD)
+        return y_BTD, [kept for number, kept in enumerate(jax.tree.leaves(back)) if number in own]
+
+    ahead, whole = _repeated(jax.jit(ahead_alone), params, x_BTD), _repeated(jax.jit(both), params, x_BTD, d_BTD)
     return {
         **figures(shape, timed(ahead, calls), timed(whole, calls), jax.devices()[0].device_kind),
-        "kept_bytes_of_a_token": round(bytes_kept / shape.tokens),
+        "kept_bytes_of_a_token": round((x_BTD.nbytes + sum(own.values())) / shape.tokens),
         "on": environment(),
+    }
+
+
+def kept_of_tokens(forward: Callable[..., Any], params: Any, x_BTD: jax.Array) -> dict[int, int]:
+    """What a forward pass keeps of tokens but these themselves: numbers among the leaves of all, and bytes.
+
+    Weights and tokens are kept in other shapes too. Of these a whole step makes no copy, but a program that returned
+    them would.
+
+    Args:
+      forward: from weights and tokens to the result and what the backward pass needs.
+      params: weights.
+      x_BTD: tokens.
+    """
+
+    def kept(tokens: int) -> list[Any]:
+        x = jax.ShapeDtypeStruct((1, tokens, x_BTD.shape[2]), x_BTD.dtype)
+        return jax.tree.leaves(jax.eval_shape(forward, params, x)[1])
+
+    few, many = (kept(tokens) for tokens in (x_BTD.shape[1], 2 * x_BTD.shape[1]))
+    return {
+        number: a.size * a.dtype.itemsize
+        for number, (a, b) in enumerate(zip(few, many, strict=True))
+        if a.shape != b.shape and (a.size, a.dtype) != (x_BTD.size, x_BTD.dtype)
     }
 
 

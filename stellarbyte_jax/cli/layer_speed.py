@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from stellarbyte_jax.cli.measurements import REPEATS, tell
 from stellarbyte_jax.command import imports
-from stellarbyte_jax.config import MoEConfig, TrainConfig
+from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.launch.hardware import hardware_of
 
 Result = dict[str, Any]
@@ -49,6 +49,8 @@ _ON_GPU = {
 NAMES = tuple(_ON_GPU)
 SMALL = {"small": Layer(256, 64, 64, 4, 2)}  # without a GPU: whether everything runs
 SHAPES = _ON_GPU | SMALL
+_OF_EXPERTS = ("num_experts", "num_experts_per_tok", "intermediate_size")
+OF_SHAPES = ("model.hidden_size", "model.num_hidden_layers", *(f"model.moe.{name}" for name in _OF_EXPERTS))  # settings
 PEERS = tuple(f"huggingface_{name}" for name in NAMES)
 
 
@@ -96,8 +98,8 @@ def _ours(name: str) -> Callable[[TrainConfig, int], Result]:
         with imports():
             from stellarbyte_jax.cli.layer_ours import measure_layer
         shape = SHAPES[name]
-        moe = MoEConfig(num_experts=shape.experts, num_experts_per_tok=shape.choices, intermediate_size=shape.inside)
-        moe = replace(moe, implementation=config.model.moe.implementation)
+        numbers = (shape.experts, shape.choices, shape.inside)
+        moe = replace(config.model.moe, **dict(zip(_OF_EXPERTS, numbers, strict=True)))
         model = replace(config.model, hidden_size=shape.hidden, num_hidden_layers=1, moe=moe)
         tell(f"{name}: {shape}")
         return measure_layer(model, shape, steps)

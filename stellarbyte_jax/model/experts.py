@@ -132,7 +132,7 @@ def by_experts(
     Raises:
       NotImplementedError: it refuses.
     """
-    ways = {_KERNELS: _by_kernels, "xla": _in_blocks}  # faster with any number of rows: benchmarks/grouped_matmul.json
+    ways = {_KERNELS: _by_kernels, "xla": _in_blocks}  # the faster one first: docs/performance.md
     named = config.moe.implementation
     try:
         made = dispatch("dropless experts", named, ways, config, inputs, experts_NK, devices, required=required)

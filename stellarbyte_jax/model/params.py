@@ -19,7 +19,7 @@ from stellarbyte_jax.model.trees import Params, Uses
 from stellarbyte_jax.ops.float32_product import float32_product
 from stellarbyte_jax.sharding import WEIGHT_AXES, constrain, enter, kept_spec_of, spec_of, stream_axes
 
-FEW_ROWS = 128  # of which a product in float32 takes no longer than its parts
+FEW_ROWS = 128  # multiplied as they are: parts need several programs
 
 
 @dataclass(frozen=True)

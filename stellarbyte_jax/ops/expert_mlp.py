@@ -170,7 +170,7 @@ def _gated_backward_by_xla(
 def _gated_backward_by_kernel(
     activation: str, both_SH: Array, dh_SF: Array, weights_S: Array
 ) -> tuple[Array, Array, Array]:
-    from stellarbyte_jax.ops.pallas.gates import gated_backward
+    from stellarbyte_jax.ops.pallas.gated_backward import gated_backward
 
     return gated_backward(activation, both_SH, dh_SF, weights_S)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from stellarbyte_jax.config import ByteConfig, TrainConfig
+from stellarbyte_jax.config import ByteConfig, ConfigError, TrainConfig
 from stellarbyte_jax.config.mesh import check_mesh
 from stellarbyte_jax.inspect.activations import Activations, Cut, activations_of
 from stellarbyte_jax.inspect.costs import FlopsPerToken, ParameterCounts, flops_per_token, parameter_counts
@@ -168,8 +168,15 @@ class Planner:
           device: its kind.
           packed: whether rows may hold several documents, as those of ``data`` do in every arrangement; False: each is
             one, as in a batch of nothing but tokens.
+
+        Raises:
+          ConfigError: the device does not run the kernels that the config names.
         """
-        if config.model.moe_layers and config.model.moe.implementation == "auto" and not device.hopper:
+        if config.model.moe_layers and not device.hopper:
+            if config.model.moe.implementation == "pallas":
+                raise ConfigError(
+                    f"model.moe.implementation=pallas is of Hopper GPUs, which {device.name} is not: set it to auto"
+                )
             blocks = dataclasses.replace(config.model.moe, implementation="xla")
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=blocks))
         self.config, self.device, self.packed = config, device, packed

@@ -17,6 +17,7 @@ from stellarbyte_jax.checkpoint import store
 from stellarbyte_jax.cli import benchmark, generation_speed, measurements, moe_speed, program
 from stellarbyte_jax.cli import machine as facts
 from stellarbyte_jax.cli.benchmark import WORKERS
+from stellarbyte_jax.cli.benchmark_parser import parse
 from stellarbyte_jax.command import MendableError
 from stellarbyte_jax.config import DataConfig, MoEConfig, load
 from stellarbyte_jax.data import loader
@@ -164,6 +165,14 @@ def test_options_that_do_not_go_together_are_refused(typed, message, machine, ca
     assert benchmark.main(typed.split()) == 2
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 1 and message in printed[0] and not measured
+
+
+def test_what_measures_steps_of_training_and_how_many():
+    for what in ("train", "moe", "mesh", "lora"):
+        options = parse([what, "--profile", "x"])
+        steps = None if what == "mesh" else 20  # rows of mesh have their own
+        assert (str(options.profile), options.steps) == ("x", steps)
+    assert parse(["grouped_matmul"]).steps is None and parse(["moe_layer", "--steps", "3"]).steps == 3
 
 
 def test_a_report_names_the_machine(machine, torch, monkeypatch, tmp_path):
@@ -363,8 +372,11 @@ def test_generation_is_measured_by_batch_size_and_by_the_dtype_of_the_cache(monk
     large, small = generation_speed.GENERATE, generation_speed.CACHE
     assert WORKERS["batch_32"](settings(), 1) == (large, 32, 128, 256)
     assert WORKERS["small_batch_8"](settings(), 1) == (small, 8, 128, 64)
-    assert WORKERS["experts_batch_32"](settings(), 1) == (generation_speed.EXPERTS, 32, 128, 256)
-    assert generation_speed.EXPERTS == dataclasses.replace(load("pretrain_moe", []).model, scan_unroll=1)
+    for name, of, sizes in (
+        ("experts_batch_32", "pretrain_moe", (32, 128, 256)),
+        ("small_experts", "quickstart_moe", (2, 128, 64)),
+    ):
+        assert WORKERS[name](settings(), 1) == (dataclasses.replace(load(of, []).model, scan_unroll=1), *sizes)
     for dtype in ("float32", "int8"):
         model, *sizes = WORKERS[dtype](settings(), 1)
         assert sizes == [4, 512, 64] and model.cache.dtype == dtype
@@ -451,9 +463,12 @@ def test_compilation_is_no_part_of_what_generation_takes(monkeypatch):
     def played(*_, **__):
         return types.SimpleNamespace(decode_seconds=next(seconds), prefill_seconds=1.0)
 
+    asked = []
     monkeypatch.setattr(stellarbyte_jax, "generate", played)
+    monkeypatch.setattr(generation_speed, "decode_floor", lambda *told: asked.append(told) or 7.4)
     result = generation_speed._decode(TINY, 2, 4, 3)
     assert (result["lowest"], result["highest"], result["with_prefill"]) == (3.0, 3.0, 2.0)
+    assert result["floor"] == 7 and asked == [(TINY, 2, 4 + 1, "cpu")], "of the mean of what rows see"
 
 
 def test_the_floor_of_decoding_by_hand():
@@ -470,6 +485,19 @@ def test_the_floor_of_decoding_by_hand():
     assert found == pytest.approx(rows * 4.8e12 / dense_read, rel=1e-6)
     untied = dataclasses.replace(dense, tie_word_embeddings=False)  # rows of the table are looked up
     assert generation_speed.decode_floor(untied, rows, keys, "NVIDIA H200") == pytest.approx(found, rel=1e-6)
+    # A dense layer and two with experts, and fewer heads of keys.
+    several = dataclasses.replace(
+        config,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        moe=dataclasses.replace(config.moe, first_k_dense_replace=1),
+    )
+    each = 2 * D + 2 * D * D + 2 * D * D // 4
+    chosen = D * E + (1 - (3 / 4) ** 2) * E * 3 * D * F
+    read = 2 * (V * D + D + 3 * each + 3 * D * F + 2 * chosen + 3 * rows * keys * 2 * D // 4)
+    found = generation_speed.decode_floor(several, rows, keys, "NVIDIA H200")
+    assert found == pytest.approx(rows * 4.8e12 / read, rel=1e-6)
     for unknown in ("cpu", "NVIDIA H100 PCIe", "NVIDIA H100 NVL"):  # the last two have other memory than an H100 (SXM)
         assert generation_speed.decode_floor(dense, rows, keys, unknown) is None
 

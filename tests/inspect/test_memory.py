@@ -11,7 +11,7 @@ import pytest
 from helpers.training import settings
 from helpers.variants import BASE, VARIANTS, weights_alone
 
-from stellarbyte_jax.config import ByteConfig, LossConfig, OptimizerConfig, load
+from stellarbyte_jax.config import ByteConfig, LoRAConfig, LossConfig, OptimizerConfig, load
 from stellarbyte_jax.inspect.activations import Cut, activation_bytes, activations_of, expert_rows
 from stellarbyte_jax.inspect.memory import (
     CACHE_DTYPES,
@@ -119,6 +119,7 @@ CONTEXT = {"gate": "context", "context_size": 6, "gate_intermediate_size": 10, "
     ("remat", "more"),
     [
         ("dots", {}),
+        ("dots", {"compute_dtype": "float32"}),
         ("dots", {"n_shared_experts": 2, "dispatch": "capacity", "first_k_dense_replace": 3}),
         ("full", {"n_shared_experts": 2, "dispatch": "capacity", "first_k_dense_replace": 3}),
         ("dots", {"noise": "noisy_topk", **CONTEXT}),
@@ -126,6 +127,9 @@ CONTEXT = {"gate": "context", "context_size": 6, "gate_intermediate_size": 10, "
     ids=str,
 )
 def test_rematerialised_layers_with_experts_keep_what_jax_keeps(remat, more):
+    dtype = more.get("compute_dtype", "bfloat16")
+    moe = {name: value for name, value in more.items() if name != "compute_dtype"}
+
     def kept(layers, length):
         config = ByteConfig(
             vocab_size=64,
@@ -134,7 +138,8 @@ def test_rematerialised_layers_with_experts_keep_what_jax_keeps(remat, more):
             num_attention_heads=4,
             attention_implementation="reference",
             remat=remat,
-            moe={**MOE, **more},
+            compute_dtype=dtype,
+            moe={**MOE, **moe},
         )
         model = ByteTransformer(config)
         batch = {"tokens": jax.ShapeDtypeStruct((4, length), jnp.int32)}
@@ -161,6 +166,26 @@ def test_rows_of_experts():
     assert expert_rows(kernels, 1024, devices=2) == (4096 // 2 * 9 // 8, 0, True)
     slots = dataclasses.replace(config, moe={**MOE, "dispatch": "capacity", "capacity_factor": 1.5})
     assert expert_rows(slots, 1024) == (8 * 384, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("by_kernels", "changes", "moe"),
+    [
+        (True, {}, {}),
+        (True, {"lora": LoRAConfig(r=2, target_modules=("q",))}, {}),
+        (True, {"compute_dtype": "float32"}, {"implementation": "pallas"}),
+        (False, {"compute_dtype": "float32"}, {}),
+        (False, {"hidden_size": 96}, {}),
+        (False, {}, {"intermediate_size": 96}),
+        (False, {"lora": LoRAConfig(r=2, target_modules=("experts",))}, {}),
+        (False, {}, {"implementation": "xla"}),
+    ],
+    ids=str,
+)
+def test_which_experts_kernels_compute(by_kernels, changes, moe):
+    moe = {"num_experts": 4, "intermediate_size": 128, **moe}
+    settings = {"hidden_size": 64, "num_attention_heads": 4, "compute_dtype": "bfloat16", **changes}
+    assert expert_rows(ByteConfig(moe=moe, **settings), 64).by_kernels == by_kernels
 
 
 def test_layers_with_experts_by_hand():

@@ -15,6 +15,7 @@ from stellarbyte_jax.config import ConfigError, LoRAConfig, MoEConfig
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import Inputs
 from stellarbyte_jax.ops import dispatch
+from stellarbyte_jax.ops.pallas import compat
 
 WITH_EXPERTS = [
     name for name, each in VARIANTS.items() if "moe" in each and each["moe"].get("dispatch", "dropless") == "dropless"
@@ -44,6 +45,25 @@ def test_loss_and_gradients_are_those_of_blocks(name, remat):
     # As in training, where what is refused does not go another way.
     found, right = (jax.jit(jax.value_and_grad(loss_of(m, tokens, True)))(params) for m in (by_kernels(model), model))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, right)
+
+
+@pytest.mark.usefixtures("computed_by_xla")
+def test_kernels_are_taken_where_no_implementation_is_named(caplog, monkeypatch):
+    model, params = make("experts")
+    monkeypatch.setattr(dispatch, "_logged", set())
+    assert model.config.moe.implementation == "auto"
+    with caplog.at_level(logging.INFO):
+        jax.eval_shape(loss_of(model, some_tokens(2, 16)), params)
+    assert "dropless experts: using pallas" in caplog.text
+
+
+def test_both_matrices_of_experts_must_be_what_kernels_take(monkeypatch):
+    monkeypatch.setattr(compat, "runs_here", lambda: True)
+    moe = {"num_experts": 4, "intermediate_size": 32, "implementation": "pallas"}  # 64 columns in, 32 rows out
+    model, params = make("experts", hidden_size=64, compute_dtype="bfloat16", moe=moe)
+    refused = "^dropless experts: pallas refused: inputs and outputs must be multiples of 64, not 32 and 64: set"
+    with pytest.raises(NotImplementedError, match=refused):
+        jax.eval_shape(loss_of(model, some_tokens(2, 16), train=True), params)
 
 
 def test_without_such_a_gpu_training_is_refused_and_the_rest_goes_another_way(caplog, monkeypatch):

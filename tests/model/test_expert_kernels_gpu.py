@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.hopper import hopper_gpu  # noqa: F401 (a fixture)
 from jax.sharding import NamedSharding, PartitionSpec
 
 from stellarbyte_jax.config import ByteConfig, MoEConfig
@@ -32,12 +33,6 @@ CONFIG = ByteConfig(
     compute_dtype="bfloat16",
     moe=MoEConfig(num_experts=E, num_experts_per_tok=K, intermediate_size=F),
 )
-
-
-@pytest.fixture(autouse=True)
-def hopper():
-    if getattr(jax.devices()[0], "compute_capability", None) != "9.0":
-        pytest.skip("needs a Hopper GPU")
 
 
 def by(implementation, **changes):

@@ -5,18 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.grouped import drawn, poisoned
+from helpers.hopper import hopper_gpu  # noqa: F401 (a fixture)
 from ops.test_gated_rows import assert_gated, exact
 
 from stellarbyte_jax.ops.activations import ACTIVATIONS
 from stellarbyte_jax.ops.pallas.gated_rows import gated_rows
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hopper():
-    if getattr(jax.devices()[0], "compute_capability", None) != "9.0":
-        pytest.skip("needs a Hopper GPU")
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.grouped import NAMES, assert_rounded, drawn, exact, loads, poisoned, with_gradients
+from helpers.hopper import hopper_gpu  # noqa: F401 (a fixture)
 
 from stellarbyte_jax.ops.grouped_matmul import Groups
 from stellarbyte_jax.ops.grouped_matmul import grouped_matmul as by_name
 from stellarbyte_jax.ops.pallas.grouped_matmul import grouped_matmul
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hopper():
-    if getattr(jax.devices()[0], "compute_capability", None) != "9.0":
-        pytest.skip("needs a Hopper GPU")
 
 
 @pytest.mark.parametrize(

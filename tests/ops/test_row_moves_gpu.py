@@ -4,18 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.hopper import hopper_gpu  # noqa: F401 (a fixture)
 from ops.test_row_moves import array, assert_spread, rows_of, spread
 
 from stellarbyte_jax.ops.pallas.row_moves import spread_rows, sum_rows
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(4099, 1024, 8), (1000, 256, 3), (515, 1536, 6), (77, 4096, 8), (30, 16384, 1)]  # tokens, channels, choices
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hopper():
-    if getattr(jax.devices()[0], "compute_capability", None) != "9.0":
-        pytest.skip("needs a Hopper GPU")
 
 
 @pytest.mark.parametrize(("tokens", "channels", "choices"), SHAPES)

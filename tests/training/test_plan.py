@@ -163,6 +163,22 @@ def test_axes_of_one_machine_have_the_fast_links():
     assert sent.seconds(sizes, H100) == pytest.approx(9 * sent.seconds({**sizes, "context": 1}, H100))
 
 
+@pytest.mark.parametrize(
+    ("device", "named", "planned"), [("H200", "auto", "auto"), ("H100", "pallas", "pallas"), ("A100", "auto", "xla")]
+)
+def test_experts_by_kernels_are_planned_for_hopper_gpus(device, named, planned):
+    run = run_of({}, moe=dataclasses.replace(EXPERTS, implementation=named))
+    assert Planner(run, device_of(device)).config.model.moe.implementation == planned
+
+
+def test_kernels_for_hopper_gpus_are_not_planned_for_others():
+    run = run_of({}, moe=dataclasses.replace(EXPERTS, implementation="pallas"))
+    with pytest.raises(
+        ConfigError, match=r"implementation=pallas is of Hopper GPUs, which A100 is not: set it to auto"
+    ):
+        Planner(run, device_of("A100"))
+
+
 @pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "h200", "A100"])
 def test_devices_by_name(name):
     assert device_of(name).name in name.upper()

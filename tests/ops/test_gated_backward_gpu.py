@@ -4,18 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops.test_gates import assert_right, drawn, exact
+from helpers.hopper import hopper_gpu  # noqa: F401 (a fixture)
+from ops.test_gated_backward import assert_right, drawn, exact
 
 from stellarbyte_jax.ops.activations import ACTIVATIONS
-from stellarbyte_jax.ops.pallas.gates import gated_backward
+from stellarbyte_jax.ops.pallas.gated_backward import gated_backward
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hopper():
-    if getattr(jax.devices()[0], "compute_capability", None) != "9.0":
-        pytest.skip("needs a Hopper GPU")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from helpers.grids import mostly_slow
 
 from stellarbyte_jax.ops.activations import ACTIVATIONS, value_and_slope
 from stellarbyte_jax.ops.pallas import compat
-from stellarbyte_jax.ops.pallas.gates import gated_backward, refusal
+from stellarbyte_jax.ops.pallas.gated_backward import gated_backward, refusal
 
 # In the interpreter of jax 0.10 a copy that reaches behind an array writes nothing.
 TAIL = 1000 if jax.__version_info__ >= (0, 11) else 960  # several tiles for each of nine warpgroups
