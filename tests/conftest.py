@@ -44,6 +44,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 install_import_hook(["stellarbyte_jax.ops", "stellarbyte_jax.model"], "helpers.array_types.check")
 
+from stellarbyte_jax.launch.compile_cache import forget_parts  # noqa: E402
+
+forget_parts()  # some tests kill programs, which share the cache
+
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs() -> Iterator[None]:

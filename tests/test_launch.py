@@ -88,7 +88,7 @@ import jax
 from pathlib import Path
 from stellarbyte_jax.data.files import DataError
 from stellarbyte_jax.data.sources import cache_path
-from stellarbyte_jax.launch import CompileCache
+from stellarbyte_jax.launch.compile_cache import CompileCache
 from stellarbyte_jax.launch.doctor.places import existing
 from stellarbyte_jax.training.begin import _check_place
 CompileCache()

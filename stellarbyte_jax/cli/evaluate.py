@@ -20,7 +20,8 @@ with imports():
     from stellarbyte_jax.evaluation.adapter import as_lm, require_lm_eval
     from stellarbyte_jax.evaluation.tasks import Result, check_tasks, evaluate_tasks, to_json
     from stellarbyte_jax.inference.reconfigure import reconfigure
-    from stellarbyte_jax.launch import CompileCache, environment, quiet_libraries
+    from stellarbyte_jax.launch import environment, quiet_libraries
+    from stellarbyte_jax.launch.compile_cache import CompileCache
 
 _BATCH_SIZE = 32
 _LARGE = 1e6  # a number that is told with an exponent

@@ -20,7 +20,8 @@ with imports():
     from stellarbyte_jax.inference.capacity import TooLongError, limits_of
     from stellarbyte_jax.inference.reconfigure import reconfigure
     from stellarbyte_jax.inference.text import continue_text, encode_prompt
-    from stellarbyte_jax.launch import CompileCache, quiet_libraries
+    from stellarbyte_jax.launch import quiet_libraries
+    from stellarbyte_jax.launch.compile_cache import CompileCache
     from stellarbyte_jax.model.decoder import ByteTransformer
     from stellarbyte_jax.tokenizer.chat import Conversation
     from stellarbyte_jax.tokenizer.codec import Tokenizer

@@ -26,7 +26,8 @@ with imports():
     from stellarbyte_jax.inspect.report import Measured, Report, ReportWriter, Section, Setup
     from stellarbyte_jax.inspect.sparsity import Statistics, weight_statistics
     from stellarbyte_jax.inspect.speed import measure_speed
-    from stellarbyte_jax.launch import CompileCache, quiet_libraries
+    from stellarbyte_jax.launch import quiet_libraries
+    from stellarbyte_jax.launch.compile_cache import CompileCache
     from stellarbyte_jax.model.decoder import ByteTransformer, init_params
     from stellarbyte_jax.model.trees import Params
 

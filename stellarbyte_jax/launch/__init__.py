@@ -1,4 +1,4 @@
-"""Starting up: the compile cache, a line about the environment, and signals.
+"""Starting up: a line about the environment, and signals.
 
 jax is imported where it is used: the doctor is to say why it cannot be, and comes through this file.
 """
@@ -18,37 +18,8 @@ from types import CoroutineType, FrameType
 from typing import Self
 
 from stellarbyte_jax.command import remedy
-from stellarbyte_jax.config.paths import home
 from stellarbyte_jax.interrupts import KeepingInterrupts
 from stellarbyte_jax.launch.signals import NUMBERS, LeaveAt
-
-
-class CompileCache:
-    """XLA's persistent cache of compiled programs, switched on for every program however small.
-
-    ``JAX_COMPILATION_CACHE_DIR`` chooses the directory; ``~/.cache/stellarbyte_jax/xla`` otherwise. Without a home
-    directory there is no cache: in a folder of temporary files, others could leave programs for this user to run.
-    """
-
-    def __init__(self) -> None:
-        """Switches the cache on and starts counting what it lacks."""
-        import jax
-
-        self.misses = 0
-        self.compile_seconds = 0.0
-        if not jax.config.values.get("jax_compilation_cache_dir") and (place := home()) is not None:
-            jax.config.update("jax_compilation_cache_dir", str(place / ".cache" / "stellarbyte_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.monitoring.register_event_listener(self._count)
-        jax.monitoring.register_event_duration_secs_listener(self._add)
-
-    def _add(self, event: str, duration_secs: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.compile_seconds += duration_secs
-
-    def _count(self, event: str, **_: object) -> None:
-        if event == "/jax/compilation_cache/cache_misses":
-            self.misses += 1
 
 
 def quiet_libraries() -> None:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.inspect.costs import ParameterCounts
-from stellarbyte_jax.launch import CompileCache
+from stellarbyte_jax.launch.compile_cache import CompileCache
 from stellarbyte_jax.training.meter import Meter
 from stellarbyte_jax.training.optimizer import make_schedule
 

@@ -16,7 +16,8 @@ from stellarbyte_jax.checkpoint.store import Checkpointer
 from stellarbyte_jax.config import TrainConfig
 from stellarbyte_jax.data.loader import Loader
 from stellarbyte_jax.inspect.costs import ParameterCounts, parameter_counts
-from stellarbyte_jax.launch import CompileCache, Interrupt, processes, quiet_libraries
+from stellarbyte_jax.launch import Interrupt, processes, quiet_libraries
+from stellarbyte_jax.launch.compile_cache import CompileCache
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.training import begin, finish, messages, resume, script

@@ -11,7 +11,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from stellarbyte_jax.backend import import_problem
 from stellarbyte_jax.config import TrainConfig
-from stellarbyte_jax.launch import CompileCache
+from stellarbyte_jax.launch.compile_cache import CompileCache
 from stellarbyte_jax.launch.doctor import gpus, limits, places, versions
 from stellarbyte_jax.launch.doctor.finding import Finding, guarded
 from stellarbyte_jax.launch.doctor.peers import Peers, check_peers
