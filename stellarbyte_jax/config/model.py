@@ -159,7 +159,7 @@ class ByteConfig(Section):
     hidden_dropout: Fraction = 0.0
     residual_dropout: Fraction = 0.0
 
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attention_implementation: AttentionImplementation = "auto"
     remat: Literal["none", "weights", "dots", "full"] = "none"
     scan_unroll: PositiveInt | None = 1

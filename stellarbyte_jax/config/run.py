@@ -134,6 +134,24 @@ class LossConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossScaleConfig(Section):
+    """The factor of the loss with which gradients in float16 are computed.
+
+    A step whose gradients overflow is left out, and the factor halved.
+
+    Attributes:
+      initial: factor of the first step
+      growth_interval: steps without overflow after which it is doubled
+    """
+
+    initial: PositiveFloat = 65536.0
+    growth_interval: PositiveInt = 2000
+
+    def _check(self) -> None:
+        require(self.initial >= 1, f"loss_scale.initial={self.initial:g} would lose small gradients: set 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
     """Validation during training, and tasks of lm-eval.
 
@@ -225,6 +243,7 @@ class TrainConfig(Section):
       optimizer: the update rule
       schedule: the learning rate over the run
       loss: what is minimised
+      loss_scale: of gradients in float16
       evaluation: validation during training, and tasks
       checkpoint: what is kept on disk
       logging: where metrics go
@@ -247,6 +266,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -318,6 +338,12 @@ class TrainConfig(Section):
         require(
             self.loss.xpos_regularization == 0 or self.model.xpos_learnable,
             "loss.xpos_regularization pulls learned rates: it needs model.xpos_learnable",
+        )
+        scaled = self.loss_scale.given()
+        require(
+            self.model.compute_dtype == "float16" or not scaled,
+            f"loss_scale.{', '.join(scaled)} would change nothing with model.compute_dtype="
+            f"{self.model.compute_dtype}: set float16, or leave it out",
         )
         for section, name in ((self.loss, "loss"), (self.optimizer, "optimizer")):
             stray = [setting for setting in section.given() if setting.startswith("router_")]

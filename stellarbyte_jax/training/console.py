@@ -196,6 +196,7 @@ _FORMATS = {
     "accuracy": ("acc", "{:.3f}"),
     "gradient_norm": ("grad", "{:.2f}"),
     "learning_rate": ("lr", "{:.2e}"),
+    "skipped_steps": ("skipped steps", "{:.0f}"),
     "tokens_per_second": ("tok/s", "{:,.0f}"),
     "mfu": ("mfu", "{:.1%}"),
     "router/load_entropy": ("load entropy", "{:.3f}"),
@@ -205,7 +206,7 @@ _FORMATS = {
     "shortened_conversations": ("shortened", "{:.0f}"),
     "left_out_conversations": ("left out", "{:.0f}"),
 }
-_IF_ANY = ("router/drop_rate",)  # not told where it is 0
+_IF_ANY = ("router/drop_rate", "skipped_steps")  # not told where it is 0
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:

@@ -103,6 +103,7 @@ def placed(
         ema=None if shapes.ema is None else params,
         frozen=weights(frozen_uses, shapes.frozen),
         carried=shapes.carried.by_axes(carried),
+        loss_scale=jax.tree.map(lambda shape: _at(shape, PartitionSpec(), mesh), shapes.loss_scale),
     )
 
 

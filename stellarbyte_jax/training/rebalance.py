@@ -104,7 +104,7 @@ def make_rebalance(model: ByteTransformer) -> Callable[[TrainState], tuple[Train
             _moved(config, experts, tree, moves) for tree in (state.params, state.frozen, state.ema, state.opt_state)
         )
         frozen = with_tracked(config, frozen, moves, lambda tracked, moves: _tracked(config, tracked, moves))
-        after = TrainState(state.step, params, opt_state, ema, frozen, state.carried)
+        after = TrainState(state.step, params, opt_state, ema, frozen, state.carried, state.loss_scale)
         return after, moves
 
     return rebalance

@@ -20,6 +20,7 @@ from stellarbyte_jax.lora import as_base, kept_elsewhere
 from stellarbyte_jax.model.decoder import ByteTransformer
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import Params, merge, partition, paths
+from stellarbyte_jax.training.loss_scale import LossScale
 from stellarbyte_jax.training.meter import diverged
 from stellarbyte_jax.training.placement import put, shardings
 from stellarbyte_jax.training.state import TrainState
@@ -180,6 +181,7 @@ def begin_with(
         ema=average,
         frozen=frozen,
         carried=first_carried(config, shapes),
+        loss_scale=_first_scale(config, shapes),
     )
     return Resumed(state, Progress(), None, config)
 
@@ -190,6 +192,10 @@ def first_carried(config: TrainConfig, shapes: TrainState) -> State:
     return jax.jit(initial, out_shardings=shardings(shapes.carried))()
 
 
+def _first_scale(config: TrainConfig, shapes: TrainState) -> LossScale | None:
+    return jax.jit(lambda: LossScale.initial(config), out_shardings=shardings(shapes.loss_scale))()
+
+
 def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig, init_from: str | None = None) -> Resumed:
     differ = sorted(set(stored.frozen_paths) ^ set(paths(shapes.frozen)))
     if differ:
@@ -198,7 +204,10 @@ def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig, init_f
             "settings, or another output_dir"
         )
     optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
-    found = _finite(stored.arrays({"params": shapes.params, "optimizer": optimizer, **_optional(settings, shapes)}))
+    wanted = {"params": shapes.params, "optimizer": optimizer, **_optional(settings, shapes)}
+    if not stored.has("loss_scale"):  # of a run that began with another compute dtype
+        wanted.pop("loss_scale", None)
+    found = _finite(stored.arrays(wanted))
     frozen, base = found.get("frozen", {}), None
     if settings.model.lora.r:
         weights, base = read_base(stored.json(BASE), str(stored.path), init_from)
@@ -211,6 +220,7 @@ def _whole(stored: StoredStep, shapes: TrainState, settings: TrainConfig, init_f
         ema=found.get("ema"),
         frozen=frozen,
         carried=State(**carried),
+        loss_scale=found.get("loss_scale") or _first_scale(settings, shapes),
     )
     data = stored.json("data")
     validated = stored.step if stored.has("metrics") else None  # as far as older ones tell
@@ -253,7 +263,7 @@ def _poisoned(items: dict[str, Any]) -> list[str]:
 def _optional(config: TrainConfig, state: TrainState) -> dict[str, Any]:
     """The items that not every run has."""
     _, kept = partition(state.frozen, kept_elsewhere(ByteTransformer(config.model)))
-    items = {"frozen": kept, "ema": state.ema}
+    items = {"frozen": kept, "ema": state.ema, "loss_scale": state.loss_scale}
     items |= {name: _without_empty_leaves(part) for name, part in state.carried.parts().items()}
     return {name: tree for name, tree in items.items() if tree}
 

@@ -13,6 +13,7 @@ from stellarbyte_jax.lora import as_base
 from stellarbyte_jax.model.decoder import ByteTransformer, init_params, param_shapes, trained
 from stellarbyte_jax.model.io import State
 from stellarbyte_jax.model.trees import IsTrainable, Params, all_trainable, merge, partition
+from stellarbyte_jax.training.loss_scale import LossScale
 
 
 @struct.dataclass
@@ -26,6 +27,7 @@ class TrainState:
       ema: exponential moving average of these weights, or None.
       frozen: weights that are only read, in the dtype that they were loaded in; and what routers keep.
       carried: what the model carries from batch to batch: segment memory where it has any.
+      loss_scale: what loss scaling carries; None where the compute dtype needs none.
     """
 
     step: Array
@@ -34,6 +36,7 @@ class TrainState:
     ema: Params | None
     frozen: Params
     carried: State
+    loss_scale: LossScale | None = None
 
     @property
     def weights(self) -> Params:
@@ -84,4 +87,5 @@ def _with_weights(
         ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, params),
         frozen=frozen,
         carried=State.initial(config.model, config.global_batch_size),
+        loss_scale=LossScale.initial(config),
     )

@@ -31,7 +31,9 @@ def make_train_step(
 
     Where the loss or the gradient is not finite, weights, optimizer and average stay as they are. ``metrics["finite"]``
     says whether these and the new weights are finite. The optimizer's state is looked at when it is saved, since its
-    squares are finite where the gradient's norm is.
+    squares are finite where the gradient's norm is. With a loss scale, gradients that are not finite alone leave the
+    step out as long as the factor can be halved; ``gradient_norm`` is 0 then, and the learning rate that of the steps
+    that were done.
     """
     parts = config.gradient_accumulation_steps
     max_segments = config.data.max_documents_per_sequence + 1  # padding counts as one more
@@ -42,6 +44,7 @@ def make_train_step(
         counted = count_targets(batch, prompt_weight)
         tokens = jnp.where(counted > 0, counted, 1.0)
         step_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        scale = state.loss_scale
 
         def gradients(part: Batch, carried: State, index: jax.Array, share: jax.Array, router: RouterState | None):
             key = jax.random.fold_in(step_key, index) if m.is_random else None
@@ -62,9 +65,10 @@ def make_train_step(
                 loss = total / tokens + share * auxiliary_loss(config.loss, out.aux)
                 if m.lora.regularization:
                     loss += share * m.lora.regularization * mean_square_change(model, weights)
-                return loss, (sums, jax.tree.map(lambda x: share * x, out.aux), out.state)
+                scaled = loss if scale is None else loss * scale.factor
+                return scaled, (loss, sums, jax.tree.map(lambda x: share * x, out.aux), out.state)
 
-            (loss, (sums, aux, after)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+            (_, (loss, sums, aux, after)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
             return (loss, sums, aux, grads), after.replace(router=None), after.router
 
         router = RouterState(tally=Tally.zero(m)) if m.moe_layers else None
@@ -87,14 +91,24 @@ def make_train_step(
             ((loss, sums, aux, grads), router), carried = jax.lax.scan(add, (zero, router), given)
             carried = carried.joined()
 
+        if scale is not None:
+            factor = scale.factor
+            grads = jax.tree.map(lambda gradient: gradient / factor, grads)
         gradient_norm = optax.tree.norm(grads)
+        sound = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        done, tolerated, scaling = state.step, jnp.zeros((), bool), {}
+        if scale is not None:
+            overflow = jnp.isfinite(loss) & ~jnp.isfinite(gradient_norm)
+            tolerated, done = overflow & ~scale.is_least, state.step - scale.skipped
+            gradient_norm = jnp.where(tolerated, 0.0, gradient_norm)
+            scaling = {"loss_scale": scale.factor, "skipped_steps": scale.skipped + tolerated.astype(jnp.int32)}
+            scale = scale.after(overflow, config.loss_scale.growth_interval)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
             ema: Any = state.ema
             if ema is not None and config.ema_decay is not None:
                 ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
-            sound = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
             frozen = state.frozen
             if router is not None and router.tally is not None:
                 frozen = advance(m, frozen, router.tally)
@@ -111,8 +125,9 @@ def make_train_step(
             "padding": 1 - text_tokens(batch) / batch["tokens"].size,
             "gradient_norm": gradient_norm,
             # Apart from the update: one program of both moves data at two thirds of the speed.
-            "finite": sound & all_finite(jax.lax.optimization_barrier(params)),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "finite": (sound | tolerated) & all_finite(jax.lax.optimization_barrier(params)),
+            "learning_rate": jnp.asarray(schedule(done), jnp.float32),
+            **scaling,
         }
         if router is not None and router.tally is not None:
             with jax.named_scope("telemetry"):
@@ -121,7 +136,7 @@ def make_train_step(
         taken = metrics.keys() & told.keys()
         if taken:
             raise ValueError(f"{', '.join(sorted(taken))}: the name of a metric and of something that layers tell")
-        return TrainState(state.step + 1, params, opt_state, ema, frozen, carried), {**metrics, **told}
+        return TrainState(state.step + 1, params, opt_state, ema, frozen, carried, scale), {**metrics, **told}
 
     return train_step
 

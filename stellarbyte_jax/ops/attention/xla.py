@@ -35,12 +35,14 @@ def xla_attention(
     """As :func:`attention`.
 
     Raises:
-      NotImplementedError: a soft cap, pruning, dropout or weights are asked for, keys differ in place by head, or the
-        log-sum-exp of narrow inputs, which jax rounds to their dtype.
+      NotImplementedError: a soft cap, pruning, dropout or weights are asked for, keys differ in place by head, the
+        log-sum-exp of narrow inputs, which jax rounds to their dtype, or float16 on a CPU.
     """
     refuse_unfusable(options)
     if options.return_lse and q_BTNH.dtype != jnp.float32:
         raise NotImplementedError(f"the log-sum-exp of {q_BTNH.dtype} inputs")
+    if q_BTNH.dtype == jnp.float16 and jax.default_backend() == "cpu":
+        raise NotImplementedError("float16 on a CPU, which jax cannot sum in float32 there")
     if mask.k_positions_BSK.shape[2] != 1:
         raise NotImplementedError("keys whose indices differ from head to head")
     allowed: Array | None = None
