@@ -173,6 +173,8 @@ def test_no_program_shows_where_its_imports_were(path):
         "config.reference",
         "config.section",
         "cli.adapters",
+        "cli.attention_peers",
+        "cli.attention_speed",
         "cli.parser",
         "cli.program",
         "cli.tensors",

@@ -10,6 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from stellarbyte_jax.cli.attention_peers import WORKERS as ATTENTION_PEERS
+from stellarbyte_jax.cli.attention_speed import WORKERS as ATTENTION
 from stellarbyte_jax.cli.benchmark_parser import NAMES, SMALL, SMALL_NAMES, TRAINED
 from stellarbyte_jax.cli.benchmark_parser import parse as _parse
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
@@ -47,11 +49,13 @@ WORKERS = (
     | GROUPED_PEERS
     | LAYERS
     | LAYER_PEERS
+    | ATTENTION
+    | ATTENTION_PEERS
 )
 _ON_TORCH = ("huggingface", "huggingface_bfloat16", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16")
 _PEERS = {  # with the packages that they need, as pip calls them
     **dict.fromkeys(_ON_TORCH, ("torch",)),
-    **dict.fromkeys(LAYER_PEERS, ("torch",)),
+    **dict.fromkeys((*LAYER_PEERS, *ATTENTION_PEERS), ("torch",)),
     "huggingface_liger": ("torch", "liger-kernel"),
     **{name: ("torch", "accelerate" if name == "sft_chats_trainer" else "peft") for name in LORA_PEERS},
 }
@@ -60,7 +64,11 @@ _COMPARED = {"train": BESIDE_TRAINING, "lora": BESIDE_LORA}
 _CONFIGS = dict.fromkeys(("moe", "moe_layer"), ("pretrain_moe", "quickstart_moe"))  # on a GPU, and without
 _BY_SHAPE = ("grouped_ours", "grouped_torch")
 _FLOPS = "6 (active parameters - embedding) + 6 L T D a token, causal attention counted half"
-_FLOPS_OF = {"grouped_matmul": "2 rows D F", "moe_layer": "6 tokens choices D n forward, 12 backward"}
+_FLOPS_OF = {
+    "grouped_matmul": "2 rows D F",
+    "moe_layer": "6 tokens choices D n forward, 12 backward",
+    "attention": "4 H a head and pair that is seen, backward 2.5 times",
+}
 _FROZEN = "; of a weight that is frozen beside adapters 4 for 6: its gradient is not computed"
 # More than JAX's three quarters, and room for NCCL; devices of a CPU, which a GPU's machine leaves alone.
 _VARIABLES = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "JAX_NUM_CPU_DEVICES": "2"}
@@ -168,7 +176,10 @@ def _peers(options: argparse.Namespace, asked: bool) -> bool:
 
 def _measured(options: argparse.Namespace, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Checks the settings; each measurement with its name, as they are made."""
-    if options.config is None:
+    if options.what == "attention":
+        if small:
+            print("no GPU: a tiny shape, without a peer; the figures say nothing of speed")
+    elif options.config is None:
         options.config = _CONFIGS.get(options.what, ("pretrain", SMALL))[small]
         if small and options.what == "moe_layer":
             print("no GPU: a tiny shape, without a peer; the figures say nothing of speed")
@@ -179,7 +190,7 @@ def _measured(options: argparse.Namespace, small: bool) -> Iterator[tuple[str, d
             )
     if options.what == "lora":
         options.set = [*lora_settings(small), *options.set]
-    config = load_settings(options.config, options.set)
+    config = load_settings(options.config or SMALL, options.set)
     if options.what == "train" and config.model.moe.num_experts and not (options.no_peer or options.only):
         print("no peer: the Llama of transformers has no experts; benchmark moe measures a peer that has")
         options.no_peer = True

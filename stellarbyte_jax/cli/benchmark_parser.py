@@ -3,6 +3,9 @@
 import argparse
 from collections.abc import Sequence
 
+from stellarbyte_jax.cli.attention_speed import NAMES as OF_ATTENTION
+from stellarbyte_jax.cli.attention_speed import PEERS as BESIDE_ATTENTION
+from stellarbyte_jax.cli.attention_speed import SMALL as SMALL_ATTENTION
 from stellarbyte_jax.cli.grouped_speed import ON_GPU as GROUPED
 from stellarbyte_jax.cli.grouped_speed import SMALL as SMALL_GROUPED
 from stellarbyte_jax.cli.layer_speed import NAMES as OF_LAYERS
@@ -27,11 +30,13 @@ NAMES = {
     "moe_layer": [*OF_LAYERS, *BESIDE_LAYERS],
     "lora": list(OF_LORA),
     "grouped_matmul": list(GROUPED),
+    "attention": [*OF_ATTENTION, *BESIDE_ATTENTION],
 }
 SMALL_NAMES = {  # where there is no GPU
     "generate": ["small_batch_1", "small_batch_8", "small_experts"],
     "grouped_matmul": list(SMALL_GROUPED),
     "moe_layer": list(SMALL_LAYERS),
+    "attention": list(SMALL_ATTENTION),
 }
 SMALL = "quickstart"  # what is trained where there is no GPU
 TRAINED = ("train", "moe", "mesh", "lora")  # those that measure training steps
@@ -64,7 +69,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "lora        adapters on a model of 1.10B parameters, on random tokens and on packed conversations, and all\n"
         "            its weights, beside PEFT and the Trainer of transformers (extra torch; peft, accelerate)\n"
         "moe_layer   a layer with experts, its router included, forward and backward, and that of transformers\n"
-        "grouped_matmul  products of experts as kernels for Hopper GPUs and as plain XLA, beside torch's (extra torch)",
+        "grouped_matmul  products of experts as kernels for Hopper GPUs and as plain XLA, beside torch's (extra torch)"
+        "\nattention   attention and its gradients by mask and implementation, beside torch's (extra torch)",
         "train --no-peer",
         "mesh --only fsdp --only tensor --output two_rows.json",
         "data --set 'data.train=my_corpus/train/*.jsonl'",
@@ -120,10 +126,9 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--profile is of training: benchmark {options.what} has no training steps, leave it out")
     if of_mesh and options.config:
         raise ConfigError("benchmark mesh has a model for each row: leave --config out; --set changes the models")
-    if options.what == "grouped_matmul":
-        given = [name for name in ("config", "set", "steps") if getattr(options, name)]
-        if given:
-            raise ConfigError(f"--{given[0]}: benchmark grouped_matmul has shapes and calls of its own, leave it out")
+    own = {"grouped_matmul": ("config", "set", "steps"), "attention": ("config", "set")}
+    if given := [name for name in own.get(options.what, ()) if getattr(options, name)]:
+        raise ConfigError(f"--{given[0]}: benchmark {options.what} has shapes and calls of its own, leave it out")
     for setting in options.set if options.what == "moe_layer" else ():
         if setting.partition("=")[0].strip() in OF_SHAPES:
             raise ConfigError(f"--set {setting}: benchmark moe_layer has shapes of its own, leave it out")

@@ -22,7 +22,7 @@ from stellarbyte_jax.config.section import (
 
 # Everything that is said of layers is said of each, so their number is time and memory before any weight is made.
 LayerCount = Annotated[int, Rule("positive, at most 4096", lambda v: 0 < v <= 4096)]
-AttentionImplementation = Literal["auto", "reference", "xla", "cudnn"]
+AttentionImplementation = Literal["auto", "reference", "xla", "cudnn", "pallas"]
 
 # The original StellarByte's names for the same settings, accepted by ByteConfig.from_dict.
 _ALIASES: Mapping[str, str] = {
@@ -101,7 +101,8 @@ class ByteConfig(Section):
       hidden_dropout: share of the outputs of embedding and MLP set to 0 in training
       residual_dropout: share of the attention's output set to 0 in training
       compute_dtype: type of activations and matrix products; weights, norms, softmax and loss stay float32
-      attention_implementation: auto takes the fastest that supports the settings and says which; a named one is
+      attention_implementation: auto takes the fastest that supports the settings and says which; pallas, kernels for
+        Hopper GPUs, is taken by name alone; a named one is
         taken or refused
       remat: what the backward pass makes again; weights: those that devices gather; dots: also what is no product of
         rows with weights; full: all, least memory, about a third more time

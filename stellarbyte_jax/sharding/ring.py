@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from stellarbyte_jax.ops.attention import Mask
 from stellarbyte_jax.ops.attention.blocks import Blocks, Keys, Partial, Queries, halves, joined
 from stellarbyte_jax.ops.attention.blocks_cudnn import CudnnBlocks, refuse_blocks
+from stellarbyte_jax.ops.attention.blocks_pallas import PallasBlocks, refuse_pallas_blocks
 from stellarbyte_jax.ops.attention.blocks_xla import XlaBlocks
 
 AXIS = "context"
@@ -51,6 +52,23 @@ def cudnn_ring(
     return ring_attention(q_BTNH, k_BTKH, v_BTKH, mask, CudnnBlocks())
 
 
+def pallas_ring(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    mask: Mask,
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """As :func:`xla_ring`, with the kernels for Hopper GPUs.
+
+    Raises:
+      NotImplementedError: the kernels do not support the arguments or the device.
+    """
+    refuse_pallas_blocks(q_BTNH, mask.always_visible_BSK)
+    return ring_attention(q_BTNH, k_BTKH, v_BTKH, mask, PallasBlocks(mask.window, softcap))
+
+
 def xla_ring(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
@@ -71,8 +89,8 @@ def xla_ring(
     return ring_attention(q_BTNH, k_BTKH, v_BTKH, mask, XlaBlocks(mask.window, softcap))
 
 
-# In the order in which "auto" tries them.
-RINGS = {"cudnn": cudnn_ring, "xla": xla_ring}
+# In the order in which "auto" tries them; XLA refuses nothing.
+RINGS = {"cudnn": cudnn_ring, "xla": xla_ring, "pallas": pallas_ring}
 
 
 def ring_attention(

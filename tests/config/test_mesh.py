@@ -76,7 +76,7 @@ def test_what_every_axis_divides_is_taken():
     checked(data=2, fsdp=2, expert=2, context=4, tensor=2, changes={"moe": EXPERTS})
     checked(tensor=8)  # two devices for each key/value head
     checked(rows=16, parts=4, data=4)
-    for implementation in ("auto", "cudnn", "xla"):
+    for implementation in ("auto", "cudnn", "pallas", "xla"):
         checked(context=2, changes={"attention_implementation": implementation})
 
 

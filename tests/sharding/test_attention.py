@@ -126,6 +126,6 @@ def test_what_a_ring_cannot_do_is_refused():
         with pytest.raises(NotImplementedError, match="split by position: cudnn refused: the cpu backend"):
             attention(q, k, v, mask_of("plain"), implementation="cudnn", dealt=True)
         with pytest.raises(
-            ValueError, match=r"split by position: no implementation 'reference'; there are auto, cudnn, xla"
+            ValueError, match=r"split by position: no implementation 'reference'; there are auto, cudnn, xla, pallas"
         ):
             attention(q, k, v, mask_of("plain"), implementation="reference", dealt=True)

@@ -1,4 +1,4 @@
-"""Blocks of the ring with the real kernels of cuDNN, on one GPU; the ring itself where there are two."""
+"""Blocks of the ring with the real kernels, on one GPU; the ring itself where there are two."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from helpers.rows_on_a_mesh import AXES
 from stellarbyte_jax.ops.attention import Mask, attention
 from stellarbyte_jax.ops.attention.blocks import Keys, Queries, joined
 from stellarbyte_jax.ops.attention.blocks_cudnn import CudnnBlocks
+from stellarbyte_jax.ops.attention.blocks_pallas import PallasBlocks
 from stellarbyte_jax.sharding import make_mesh
 from stellarbyte_jax.sharding.attention import attention as on_mesh
 from stellarbyte_jax.sharding.ring import dealt_order
@@ -35,10 +36,10 @@ def documents():
     return jnp.asarray(ids)
 
 
-def exact(q, k, v, slope, segments):
+def exact(q, k, v, slope, segments, window=None):
     """Output, log-sum-exp and gradients of whole rows by the reference in float32."""
     rows_1T = jnp.arange(T, dtype=jnp.int32)[None]
-    mask = Mask(rows_1T, rows_1T[..., None], segments, segments, aligned=True)
+    mask = Mask(rows_1T, rows_1T[..., None], segments, segments, window=window, aligned=True)
     wide = [x.astype(jnp.float32) for x in (q, k, v, slope)]
 
     def loss(q, k, v):
@@ -60,12 +61,18 @@ def close(found, expected):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("H", "N", "K"), [(64, 8, 2), (128, 4, 4)])
-def test_blocks_of_a_row_together_equal_the_row(H, N, K, packed):
+@pytest.mark.parametrize(
+    ("blocks", "kernel"),
+    [(CudnnBlocks(), "cudnn"), (PallasBlocks(), "attention_dkv"), (PallasBlocks(700), "attention_dkv")],
+    ids=["cudnn", "pallas", "pallas, window"],
+)
+def test_blocks_of_a_row_together_equal_the_row(H, N, K, packed, blocks, kernel):
     """Two blocks of queries; the second merges an earlier block of keys with its own."""
     q, k, v, slope = arrays(H, N, K)
     segments = documents() if packed else None
     rows_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    blocks = CudnnBlocks()
+    if isinstance(blocks, PallasBlocks) and jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("needs a Hopper GPU")
 
     def chunk(first, of):
         return jax.tree.map(lambda x: x[:, : T // 2] if first else x[:, T // 2 :], of)
@@ -83,13 +90,14 @@ def test_blocks_of_a_row_together_equal_the_row(H, N, K, packed):
         dk, dv = joined(jax.tree.map(jnp.add, dearly, dearly_more), dlate)
         return {"output": out, "lse": lse, "queries": joined(dlow, dhigh + dhigh_more), "keys": dk, "values": dv}
 
-    assert "cudnn" in both.lower(q, k, v, slope).as_text()
-    close(both(q, k, v, slope), exact(q, k, v, slope, segments))
+    assert kernel in both.lower(q, k, v, slope).as_text()
+    window = getattr(blocks, "window", None)
+    close(both(q, k, v, slope), exact(q, k, v, slope, segments, window))
 
 
 @pytest.mark.skipif("jax.device_count() < 2", reason="needs two GPUs")
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_ring_equals_the_whole_row(packed):
+@pytest.mark.parametrize(("packed", "window"), [(False, None), (True, None), (True, 700)])
+def test_a_ring_equals_the_whole_row(packed, window):
     q, k, v, slope = arrays()
     segments = documents() if packed else None
     devices = 4 if jax.device_count() >= 4 else 2
@@ -98,11 +106,11 @@ def test_a_ring_equals_the_whole_row(packed):
     own = None if segments is None else segments[:, order]
 
     def loss(q, k, v):
-        mask = Mask(rows_1T, rows_1T[..., None], own, own)
-        out = on_mesh(q, k, v, mask, implementation="cudnn", dealt=True).out_BTNH
+        mask, kernel = Mask(rows_1T, rows_1T[..., None], own, own, window=window), "pallas" if window else "cudnn"
+        out = on_mesh(q, k, v, mask, implementation=kernel, dealt=True).out_BTNH
         return jnp.sum((out * slope[:, order]).astype(jnp.float32)), out
 
-    expected = exact(q, k, v, slope, segments)
+    expected = exact(q, k, v, slope, segments, window)
     with jax.set_mesh(make_mesh({**AXES, "context": devices})):
         gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*(x[:, order] for x in (q, k, v)))
         found = {"output": out, **dict(zip(("queries", "keys", "values"), gradients, strict=True))}

@@ -11,17 +11,20 @@ from jaxtyping import Array, Float
 from stellarbyte_jax.ops.attention.cudnn import cudnn_attention
 from stellarbyte_jax.ops.attention.mask import Mask
 from stellarbyte_jax.ops.attention.options import AttentionOutput, Dropout, Options
+from stellarbyte_jax.ops.attention.pallas import pallas_attention
 from stellarbyte_jax.ops.attention.reference import reference_attention
 from stellarbyte_jax.ops.attention.xla import xla_attention
 from stellarbyte_jax.ops.dispatch import dispatch
 
 Implementation = Callable[[Array, Array, Array, Mask, Options], AttentionOutput]
 
-# In the order in which "auto" tries them. Another kernel is another entry.
+# In the order in which "auto" tries them; the reference refuses nothing, so that what stands behind it is taken by name
+# alone. Another kernel is another entry.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "cudnn": cudnn_attention,
     "xla": xla_attention,
     "reference": reference_attention,
+    "pallas": pallas_attention,
 }
 
 

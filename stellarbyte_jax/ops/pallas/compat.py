@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
@@ -18,8 +19,17 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def kernel(body: Callable[..., None], out: Any, scratch: Any, *, name: str, threads: int = 3) -> Any:
-    """A kernel of one persistent block a multiprocessor.
+def kernel(
+    body: Callable[..., None],
+    out: Any,
+    scratch: Any,
+    *,
+    name: str,
+    threads: int = 3,
+    grid: dict[str, int] | None = None,
+    approximate: bool = False,
+) -> Any:
+    """A kernel.
 
     Args:
       body: gets references to inputs, output and ``scratch``, by position.
@@ -27,18 +37,21 @@ def kernel(body: Callable[..., None], out: Any, scratch: Any, *, name: str, thre
       scratch: of shared memory and barriers.
       name: in profiles.
       threads: warpgroups of a block, numbered along ``"wg"``.
+      grid: blocks along named axes; None for one persistent block a multiprocessor, numbered along ``"sm"``.
+      approximate: whether exponentials are the device's, which are right to 22 bits.
     """
+    grid = {"sm": processors()} if grid is None else grid
     return plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
-        grid=(processors(),),
-        grid_names=("sm",),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         num_threads=threads,
         thread_name="wg",
         kernel_name=name,
         # The default differs between versions. Here every layout is said, none is left to be inferred.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=approximate),
     )
 
 
@@ -139,6 +152,16 @@ def load_by_row(vector: Any, rows: Any) -> jax.Array:
     return plgpu.load(vector.at[rows], **how)
 
 
+def load_by_column(vector: Any, columns: Any) -> jax.Array:
+    """Elements of a vector in global or shared memory, one for each column of a matrix in the tensor cores' layout."""
+    if _interpreted:
+        return vector[columns]
+    how: dict[str, Any] = dict(layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    if jax.__version_info__ < (0, 11):
+        return plgpu.load(vector, columns, **how)
+    return plgpu.load(vector.at[columns], **how)
+
+
 def zeros_by_row(rows: int) -> jax.Array:
     """float32 zeros, one for each row of a matrix in the tensor cores' layout."""
     zeros = jnp.zeros(rows, jnp.float32)
@@ -150,3 +173,52 @@ def row_numbers(shape: tuple[int, ...]) -> jax.Array:
     if _interpreted:  # in jax 0.10 the interpreter knows no layouts; in later ones they change nothing
         return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+
+
+def column_numbers(shape: tuple[int, ...]) -> jax.Array:
+    """As :func:`row_numbers`, of its column."""
+    if _interpreted:
+        return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+
+
+def zeros(shape: tuple[int, int]) -> jax.Array:
+    """A float32 matrix of zeros in the tensor cores' layout."""
+    found = jnp.zeros(shape, jnp.float32)
+    return found if _interpreted else plgpu.layout_cast(found, plgpu.Layout.WGMMA)
+
+
+def products(*factors: tuple[Any, Any]) -> list[jax.Array]:
+    """The product of each two matrices in shared memory, in float32; all are begun before the first one is done."""
+
+    def compute(*totals: Any) -> list[jax.Array]:
+        for total, (left, right) in zip(totals, factors, strict=True):
+            plgpu.wgmma(total, left, right)
+        return [total[...] for total in totals]
+
+    shapes = [(left.shape[0], right.shape[1]) for left, right in factors]
+    return pl.run_scoped(compute, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes])
+
+
+def add_products(totals: list[jax.Array], factors: list[tuple[jax.Array, Any]], staging: Any) -> list[jax.Array]:
+    """``total + left right`` of each.
+
+    Args:
+      totals: float32, in the tensor cores' layout.
+      factors: the left one in registers, the right one in shared memory.
+      staging: shared memory for a left one, which the interpreter needs; None for a GPU.
+    """
+    if _interpreted:
+        for number, (left, right) in enumerate(factors):
+            staging[...] = left
+            plgpu.commit_smem()
+            (more,) = products((staging, right))
+            totals = [*totals[:number], totals[number] + more, *totals[number + 1 :]]
+        return totals
+
+    def compute(refs: Any) -> None:
+        for ref, (left, right) in zip(refs, factors, strict=True):
+            plgpu.wgmma(ref, left, right)
+
+    sums: Any = pl.run_state(compute)([plgpu.WGMMAAccumulatorRef.init(total) for total in totals])
+    return list(sums)

@@ -81,7 +81,7 @@ def test_cudnn_refuses_another_backend():
 
 
 def test_an_unknown_name_lists_what_exists():
-    with pytest.raises(ValueError, match="no implementation 'flash'; there are auto, cudnn, xla, reference"):
+    with pytest.raises(ValueError, match="no implementation 'flash'; there are auto, cudnn, xla, reference, pallas"):
         attention(*arrays(), MASK, implementation="flash")
     with pytest.raises(ValueError, match="no implementation 'flash'"):
         attention(*arrays(), MASK, implementation="flash", required=False)
