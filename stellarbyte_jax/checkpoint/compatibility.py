@@ -20,6 +20,7 @@ from stellarbyte_jax.tokenizer.codec import load_tokenizer
 
 _RUNTIME_FIELDS = (
     "compute_dtype",
+    "matmul_dtype",
     "attention_implementation",
     "remat",
     "scan_unroll",

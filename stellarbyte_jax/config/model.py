@@ -101,6 +101,8 @@ class ByteConfig(Section):
       hidden_dropout: share of the outputs of embedding and MLP set to 0 in training
       residual_dropout: share of the attention's output set to 0 in training
       compute_dtype: type of activations and matrix products; weights, norms, softmax and loss stay float32
+      matmul_dtype: type of what is multiplied with weights of attention and MLPs in training; float8: 8 bits, with a
+        factor for each array; routers, experts, embedding and head keep compute, the compute_dtype
       attention_implementation: auto takes the fastest that supports the settings and says which; pallas, kernels for
         Hopper GPUs, is taken by name alone; a named one is
         taken or refused
@@ -161,6 +163,7 @@ class ByteConfig(Section):
     residual_dropout: Fraction = 0.0
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    matmul_dtype: Literal["compute", "float8"] = "compute"
     attention_implementation: AttentionImplementation = "auto"
     remat: Literal["none", "weights", "dots", "full"] = "none"
     scan_unroll: PositiveInt | None = 1

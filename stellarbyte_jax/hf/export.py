@@ -14,7 +14,15 @@ _log = logging.getLogger(__name__)
 # Of training, of computing or of the first weights: the same model whatever they are. Every other setting must survive.
 _WITHOUT_MEANING = (
     *("vocab_size_multiple", "rope_pairing", "drop_path", "attention_dropout", "hidden_dropout", "residual_dropout"),
-    *("initialization", "initializer_range", "compute_dtype", "attention_implementation", "remat", "scan_unroll"),
+    *(
+        "initialization",
+        "initializer_range",
+        "compute_dtype",
+        "matmul_dtype",
+        "attention_implementation",
+        "remat",
+        "scan_unroll",
+    ),
     *("cache", "lora"),
 )
 # The same of moe. Capacity is of training alone too, and how experts are computed is of no network.

@@ -3,6 +3,8 @@
 B batch, T new positions, M memory slots, S = M + T, D model, N query heads, K key/value heads, H head size, P = H/2.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -42,11 +44,12 @@ class Attention(nn.Module):
         past_BSD = x_BTD if memory is None else jnp.concatenate([memory.states, x_BTD], axis=1)
         M = past_BSD.shape[1] - x_BTD.shape[1]
 
+        project = partial(linear, self, float8=ctx.train and c.matmul_dtype == "float8")
         bias = c.attention_bias
-        q_BTNH = linear(self, "q", "BTD,DNH->BTNH", x_BTD, query, bias=bias, embed=D, heads=N, head_dim=H)
+        q_BTNH = project("q", "BTD,DNH->BTNH", x_BTD, query, bias=bias, embed=D, heads=N, head_dim=H)
         key = matrix_init(c, "query", D, K * H)
-        k_BSKH = linear(self, "k", "BSD,DKH->BSKH", past_BSD, key, bias=bias, embed=D, kv_heads=K, head_dim=H)
-        v_BSKH = linear(self, "v", "BSD,DKH->BSKH", past_BSD, value, bias=bias, embed=D, kv_heads=K, head_dim=H)
+        k_BSKH = project("k", "BSD,DKH->BSKH", past_BSD, key, bias=bias, embed=D, kv_heads=K, head_dim=H)
+        v_BSKH = project("v", "BSD,DKH->BSKH", past_BSD, value, bias=bias, embed=D, kv_heads=K, head_dim=H)
         if c.qk_norm:
             q_BTNH = RMSNorm(c, axis="head_dim", name="q_norm")(q_BTNH)
             k_BSKH = RMSNorm(c, axis="head_dim", name="k_norm")(k_BSKH)
@@ -85,8 +88,7 @@ class Attention(nn.Module):
             if cache is not None:
                 cache = cache.accumulate(found.weights_BKGTS)
         output = matrix_init(c, "output", N * H, D)
-        out_BTD = linear(
-            self,
+        out_BTD = project(
             "o",
             "BTNH,NHD->BTD",
             found.out_BTNH,

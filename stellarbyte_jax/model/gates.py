@@ -81,4 +81,6 @@ GATES: dict[str, Gate] = {"linear": linear_gate, "context": context_gate}
 
 def _linear(module: nn.Module, config: ByteConfig, name: str, x: jax.Array, **axes: int) -> jax.Array:
     init = nn.initializers.normal(config.initializer_range)
-    return linear(module, name, "BTQ,QI->BTI", x, init, bias=False, batch=(), out_dtype=None, float32=True, **axes)
+    return linear(
+        module, name, "BTQ,QI->BTI", x, init, bias=False, batch=(), out_dtype=None, float32=True, float8=False, **axes
+    )

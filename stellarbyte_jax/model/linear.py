@@ -90,6 +90,7 @@ def linear(
     batch: tuple[str, ...] = (),
     out_dtype: jnp.dtype | None = None,
     float32: bool = False,
+    float8: bool = False,
     **axes: int,
 ) -> Float[Array, "..."]:
     """The product of activations with a weight, and a bias where asked for.
@@ -106,6 +107,7 @@ def linear(
       batch: axes of the weight that index independent matrices.
       out_dtype: of the result, where it is not that of ``x``.
       float32: whether the product is one of float32, whatever the dtype of ``x``, without reduced precision.
+      float8: whether what is multiplied, here and for the gradients, has 8 bits. An adapter's product has those of x.
       **axes: name and size of each axis of the weight, in order.
 
     Raises:
@@ -116,7 +118,7 @@ def linear(
     stored, adapter = _fetched(module, name, spec, init, batch, float32, axes)
     matrix = gather(materialise(stored, dtype), tuple(axes))
     names = dict(zip(letters, axes, strict=True))
-    result = product(spec, x, matrix, names, out_dtype, jax.lax.Precision.HIGHEST if float32 else None)
+    result = product(spec, x, matrix, names, out_dtype, jax.lax.Precision.HIGHEST if float32 else None, float8)
     if adapter is not None:
         result = adapter.added(result, x.astype(dtype))
     if bias:

@@ -53,12 +53,12 @@ class SharedExperts(nn.Module):
     config: ByteConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Maps [B, T, D] to [B, T, D]."""
-        c = self.config
+    def __call__(self, x_BTD: Float[Array, "B T D"], train: bool) -> Float[Array, "B T D"]:
+        """Maps [B, T, D] to [B, T, D]; ``train``: as :class:`MLP` does."""
+        c, float8 = self.config, train and self.config.matmul_dtype == "float8"
         size = c.moe.n_shared_experts * c.expert_size
-        gate_BTF, up_BTF = gate_and_up(self, c, x_BTD, size)
-        return project_down(self, c, ACTIVATIONS[c.hidden_act](gate_BTF) * up_BTF)
+        gate_BTF, up_BTF = gate_and_up(self, c, x_BTD, size, float8)
+        return project_down(self, c, ACTIVATIONS[c.hidden_act](gate_BTF) * up_BTF, float8)
 
 
 class MoE(nn.Module):
@@ -81,7 +81,7 @@ class MoE(nn.Module):
         weights = Experts(c, name="experts")() if ctx.pool is None else _pooled(c, ctx.pool)
         out_BTD, sent = _sent_to_experts(c, x_BTD, decision, ctx, key, weights)
         if c.moe.n_shared_experts:
-            out_BTD += SharedExperts(c, name="shared")(x_BTD)
+            out_BTD += SharedExperts(c, name="shared")(x_BTD, ctx.train)
         out_BTD = nn.Dropout(c.hidden_dropout, deterministic=not ctx.train)(out_BTD)
         tally = None if router is None else router.tally
         wanted_E = counts_by_expert(decision.choices.experts_NK, c.moe.num_experts)

@@ -6,7 +6,7 @@ What a weight is used for is stated where it is made and travels with it: see :c
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from stellarbyte_jax.model.trees import Params, Uses
+from stellarbyte_jax.ops.float8_product import float8_product
 from stellarbyte_jax.ops.float32_product import float32_product
 from stellarbyte_jax.sharding import WEIGHT_AXES, constrain, enter, kept_spec_of, spec_of, stream_axes
 
@@ -170,6 +171,7 @@ def product(
     names: Mapping[str, str],
     out_dtype: jnp.dtype | None = None,
     precision: jax.lax.Precision | None = None,
+    float8: bool = False,
 ) -> Float[Array, "..."]:
     """An einsum of activations and a weight, split over the mesh by the weight's axes.
 
@@ -181,6 +183,7 @@ def product(
       names: axis of each letter of the weight.
       out_dtype: of the result, where it is not that of ``x``.
       precision: of a float32 product; None: what jax is set to.
+      float8: whether what is multiplied has 8 bits.
     """
     output, inputs = spec.partition("->")[2], spec.partition(",")[0]
     lengths = [x.shape[inputs.index(letter)] for letter in "TS" if letter in inputs]
@@ -194,6 +197,8 @@ def product(
     if by_parts and math.prod(x.shape[:-1]) > FEW_ROWS:
         assert matrix.ndim == 2 and spec == f"{inputs},{inputs[-1]}{output[-1]}->{inputs[:-1]}{output[-1]}"
         result = float32_product(x, matrix)
+    elif float8:
+        result = cast(Array, float8_product(spec, x, matrix))
     else:
         x = x.astype(matrix.dtype)
         result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype, precision=precision)

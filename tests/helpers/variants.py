@@ -145,7 +145,13 @@ def make(variant, **more):
 
 # What no weight depends on: variants that differ in these alone have the same ones.
 OF_NO_WEIGHT = dict.fromkeys(("hidden_dropout", "residual_dropout", "attention_dropout", "drop_path"), 0.0)
-OF_NO_WEIGHT |= {"compute_dtype": "float32", "remat": "none", "scan_unroll": 1, "attention_implementation": "auto"}
+OF_NO_WEIGHT |= {
+    "compute_dtype": "float32",
+    "matmul_dtype": "compute",
+    "remat": "none",
+    "scan_unroll": 1,
+    "attention_implementation": "auto",
+}
 
 
 def make_model(config):
