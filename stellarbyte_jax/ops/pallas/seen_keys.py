@@ -87,7 +87,6 @@ def key_ranges(seen: Seen, tile: int) -> Int[Array, "6 B Q"]:
     least_BQ = jnp.min(first_BQt, axis=2) // tile
     last_Q = jnp.minimum((jnp.arange(Q, dtype=jnp.int32) + 1) * queries, T) - 1 + seen.offset
     behind_BQ = jnp.broadcast_to(jnp.minimum(last_Q, keys - 1)[None] // tile + 1, (B, Q))
-    least_BQ = jnp.minimum(least_BQ, behind_BQ)  # queries that see no key read none
     most_BQ2 = jnp.max(_tiled(seen.first_BT, HALF), axis=2)
     most_BQ2 = jnp.pad(most_BQ2, ((0, 0), (0, 2 * Q - most_BQ2.shape[1])), mode="edge").reshape(B, Q, 2)
     pinned_BQ = behind_pinned_BQ = jnp.zeros((B, Q), jnp.int32)
