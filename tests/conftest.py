@@ -28,9 +28,8 @@ else:
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import helpers.array_types  # noqa: E402, F401 (the hook finds it by name)
 import jax  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+from helpers.array_types import check_imports_of  # noqa: E402
 
 if not ON_GPU:
     jax.config.update("jax_num_cpu_devices", 8)  # of this process: those that tests start have one
@@ -42,7 +41,7 @@ gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-install_import_hook(["stellarbyte_jax.ops", "stellarbyte_jax.model"], "helpers.array_types.check")
+check_imports_of("stellarbyte_jax.ops", "stellarbyte_jax.model")
 
 from stellarbyte_jax.launch.compile_cache import forget_parts  # noqa: E402
 

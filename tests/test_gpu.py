@@ -94,7 +94,7 @@ def test_generation_equals_the_full_pass():
     with jax.default_matmul_precision("highest"):
         made = generate(model, params, prompts, max_new_tokens=12).sequences
         for prompt, new in zip(prompts, made, strict=True):
-            logits = run(model, params, jnp.asarray([prompt + new], jnp.int32))[0]
+            logits = run(model, params, jax.device_put(np.asarray([prompt + new], np.int32)))[0]
             np.testing.assert_array_equal(np.argmax(logits[len(prompt) - 1 : -1], axis=-1), new)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -49,9 +48,9 @@ def _params(config, dtype=np.float32):
 def _outputs(config, params, highest):
     """Logits of a text, the hidden states that they are made of, and the head."""
     tokens = np.random.default_rng(1).integers(0, highest, (3, 24)).astype(np.int32)
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.device_put(params)
     model = ByteTransformer(config)
-    logits, out = call(model, params, Inputs(jnp.asarray(tokens)))
+    logits, out = call(model, params, Inputs(jax.device_put(tokens)))
     return [np.asarray(x) for x in (logits, out.hidden_BTD, head_kernel(model, params))]
 
 
@@ -123,7 +122,7 @@ def test_the_arrays_keep_their_kind_and_the_given_ones_are_not_changed():
         assert {leaf.dtype for leaf in jax.tree.leaves(grown)} == {np.dtype(dtype)}
         jax.tree.map(np.testing.assert_array_equal, params, copy)
         assert grown["layers"] is params["layers"]
-        _, on_device = resize_vocabulary(SMALL, jax.tree.map(jnp.asarray, params), 45)
+        _, on_device = resize_vocabulary(SMALL, jax.device_put(params), 45)
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(on_device))
         jax.tree.map(np.testing.assert_array_equal, on_device, grown)
 

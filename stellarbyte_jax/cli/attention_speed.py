@@ -54,7 +54,8 @@ _ON_GPU = {
     "sinks_128": Case(4, 8192, 16, 4, 128, window=1024, sinks=4),
     "softcap_128": Case(2, 4096, 16, 4, 128, softcap=50.0),
 }
-SMALL = {"small": Case(1, 256, 2, 1, 64, document=64, window=48, sinks=2)}  # without a GPU: whether everything runs
+# Without a GPU: whether everything runs.
+SMALL = {"small_attention": Case(1, 256, 2, 1, 64, document=64, window=48, sinks=2)}
 CASES = _ON_GPU | SMALL
 NAMES = tuple(_ON_GPU)
 PEERS = tuple(f"torch_{name}" for name in NAMES)

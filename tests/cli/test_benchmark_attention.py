@@ -63,6 +63,12 @@ def test_figures_of_a_case():
     assert "of_peak" not in figures(case, [1e-3], [2e-3], "cpu")
 
 
+def test_no_other_measurement_has_the_name_of_one():
+    known = [*benchmark.ATTENTION, *benchmark.ATTENTION_PEERS, *benchmark.LAYERS, *benchmark.LAYER_PEERS]
+    known += [*benchmark.GENERATION, *benchmark.EVALUATION, *benchmark.EXPERTS, *benchmark.LORA, *benchmark.OTHERS]
+    assert len(known) == len(set(known))
+
+
 def test_each_kind_of_mask_is_measured():
     cases = [CASES[name] for name in NAMES]
     assert {case.size for case in cases} == {64, 128}
@@ -79,7 +85,7 @@ def test_ways_are_measured_without_a_gpu_and_refusals_are_told(tmp_path, capsys)
     assert "Hopper" in result["pallas"]["refused"] and "a window does not hide" in result["cudnn"]["refused"]
     assert result["xla"]["both_tflops"] > 0 and result["reference"]["both_tflops"] > 0
     assert result["apart"] < 0.02
-    assert "small" in capsys.readouterr().out
+    assert "small_attention" in capsys.readouterr().out
 
 
 def test_a_wrong_way_is_an_error(monkeypatch):

@@ -159,7 +159,7 @@ def test_figures_are_operations_over_seconds():
 
 def drawn(rows, load, way="xla"):
     owner = np.repeat(np.arange(TINY.experts, dtype=np.int32), loads(TINY.experts, rows)[load])
-    return grouped_ours.drawn(jnp.asarray(owner), TINY, way, grouped_speed.choices(load, rows))
+    return grouped_ours.drawn(jax.device_put(owner), TINY, way, grouped_speed.choices(load, rows))
 
 
 @pytest.mark.parametrize(("rows", "load"), [(64, "half"), (2048, "third")])

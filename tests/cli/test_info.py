@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.training import settings
+from helpers.variants import init
 
 from stellarbyte_jax.checkpoint.weights import save_initial
 from stellarbyte_jax.cli import info
@@ -18,7 +19,7 @@ from stellarbyte_jax.hf.directory import save_pretrained
 from stellarbyte_jax.inspect.memory import cache_bytes
 from stellarbyte_jax.inspect.numbers import of_bytes
 from stellarbyte_jax.inspect.speed import Speed
-from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.model.decoder import ByteTransformer
 
 SMALL = ByteConfig(
     vocab_size=67,
@@ -34,7 +35,7 @@ QUICKSTART = str(shipped("configs") / "quickstart.py")
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.device_get(init_params(ByteTransformer(SMALL), jax.random.key(0)))
+    return jax.device_get(init(ByteTransformer(SMALL)))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from helpers.variants import BASE, make_model
@@ -58,7 +57,7 @@ def learnt(adapters, seed=0):
         if name.endswith("_scale"):
             return x
         drawn = np.float32(0.2) * numbers.standard_normal(x.shape, np.float32)
-        return jnp.asarray(np.asarray(x) * (1 + drawn) if name.endswith("_m") else drawn)
+        return jax.device_put(np.asarray(x) * (1 + drawn) if name.endswith("_m") else drawn)
 
     return jax.tree_util.tree_map_with_path(moved, adapters)
 

@@ -60,8 +60,10 @@ def inputs(
     if invalid is not None:
         valid = np.ones((B, S), bool)
         valid[:, invalid] = False
-    fields = [None if x is None else jnp.asarray(x) for x in (q_positions, k_positions, q_ids, ids_BS, valid, always)]
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    fields = [
+        None if x is None else jax.device_put(x) for x in (q_positions, k_positions, q_ids, ids_BS, valid, always)
+    ]
+    q, k, v = (jax.device_put(x) for x in (q, k, v))
     return q, k, v, g, Mask(*fields, window=window, max_segments=6 if packed else None, aligned=aligned)
 
 

@@ -34,7 +34,7 @@ def drawn(rows, inputs, outputs, groups, seed=0):
     """Rows, matrices and a cotangent, bfloat16."""
     random = np.random.default_rng(seed)
     shapes = (rows, inputs), (groups, inputs, outputs), (rows, outputs)
-    return [jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    return [jax.device_put(np.asarray(random.standard_normal(shape), jnp.bfloat16)) for shape in shapes]
 
 
 def poisoned(sizes, *arrays):

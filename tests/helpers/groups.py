@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from stellarbyte_jax.config import ByteConfig, LayerGroup
 from stellarbyte_jax.model import decoder
@@ -50,14 +50,16 @@ def one_group_each() -> Iterator[None]:
 def stacked(params):
     """Weights of several groups as those of one."""
     groups = [params["layers"][str(number)] for number in range(len(params["layers"]))]
-    return {**params, "layers": {"0": jax.tree.map(lambda *parts: jnp.concatenate(parts), *groups)}}
+    return {**params, "layers": {"0": jax.tree.map(lambda *parts: jax.device_put(np.concatenate(parts)), *groups)}}
 
 
 def apart(params, *sizes):
     """Weights of one group as those of groups of so many layers."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     groups = {
-        str(number): jax.tree.map(lambda x, a=end - size, b=end: x[a:b], params["layers"]["0"])
+        str(number): jax.tree.map(
+            lambda x, a=end - size, b=end: jax.device_put(np.asarray(x)[a:b]), params["layers"]["0"]
+        )
         for number, (size, end) in enumerate(zip(sizes, ends, strict=True))
     }
     return {**params, "layers": groups}

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from helpers.training import MODEL
-from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from helpers.variants import init
+from stellarbyte_jax.model.decoder import ByteTransformer
 
 
 def llama_pair():
@@ -16,7 +17,7 @@ def llama_pair():
     torch.set_num_threads(1)  # threads cost more than such a model
 
     model = ByteTransformer(MODEL)
-    params = init_params(model, jax.random.key(0))
+    params = jax.device_get(init(model))
     c = MODEL
     peer = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(

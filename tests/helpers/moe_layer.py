@@ -34,7 +34,9 @@ def context(valid, starts=None, train=True):
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
     if starts is not None:
         positions = np.where(starts, 0, positions + 1).astype(np.int32)
-    return LayerContext(jnp.asarray(positions), jnp.asarray(positions[:1]), None, None, None, train, jnp.asarray(valid))
+    return LayerContext(
+        jax.device_put(positions), jax.device_put(positions[:1]), None, None, None, train, jax.device_put(valid)
+    )
 
 
 def weights_of(config, seed=0):
@@ -61,4 +63,4 @@ def tokens(B, T, seed=0):
     random = np.random.default_rng(seed)
     valid = random.random((B, T)) < 0.8
     valid[0] = True
-    return jnp.asarray(random.standard_normal((B, T, D)), "float32"), valid
+    return jax.device_put(np.asarray(random.standard_normal((B, T, D)), np.float32)), valid

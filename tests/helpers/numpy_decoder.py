@@ -5,6 +5,7 @@ One document, no cache, no dropout. ``params`` is the tree of weights, ``tokens`
 
 import math
 
+import jax
 import numpy as np
 
 
@@ -199,7 +200,7 @@ def decoder(c, params, tokens):
     def norm(x, w):
         return rms_norm(x, np.float64(w["scale"]), c.rms_norm_eps, c.rms_norm_eps_rule)
 
-    L = c.num_hidden_layers
+    L, params = c.num_hidden_layers, jax.device_get(params)
     pool = {name: np.float64(leaf) for name, leaf in params["layers"].get("pool", {}).items()}
     table = np.float64(params["embed"]["embedding"])
     x = table[np.asarray(tokens)]

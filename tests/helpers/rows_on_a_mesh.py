@@ -18,7 +18,7 @@ def arrays(N: int = 8, K: int = 4, seed: int = 0) -> list[Array]:
     """Queries, keys, values and a gradient of the output."""
     random = np.random.default_rng(seed)
     shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
-    return [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
+    return [jax.device_put(np.asarray(random.standard_normal(shape), np.float32)) for shape in shapes]
 
 
 def packed() -> Array:
@@ -28,7 +28,7 @@ def packed() -> Array:
         ends = [*cuts, T if row else T - 3]
         for number, (start, end) in enumerate(itertools.pairwise([0, *ends])):
             segments[row, start:end] = number + 1
-    return jnp.asarray(segments)
+    return jax.device_put(segments)
 
 
 def mask_of(kind: str, order: np.ndarray | None = None) -> Mask:

@@ -124,14 +124,14 @@ def call(model, params, inputs, state=None, dropout_key=None):
 
 def run(model, params, tokens_BT, *, dropout_key=None, **inputs):
     """Logits of tokens without earlier ones."""
-    return call(model, params, Inputs(jnp.asarray(tokens_BT), **inputs), None, dropout_key)[0]
+    return call(model, params, Inputs(jax.device_put(tokens_BT), **inputs), None, dropout_key)[0]
 
 
 def run_on(model, params, tokens_BT, *, cache=None, memory=None, router=None, **inputs):
     """Logits of tokens after those in a cache or a memory, and the state after them."""
     if router is None and cache is not None:
         router = RouterState.initial(model.config, cache.batch_size)
-    found, out = call(model, params, Inputs(jnp.asarray(tokens_BT), **inputs), State(cache, memory, router))
+    found, out = call(model, params, Inputs(jax.device_put(tokens_BT), **inputs), State(cache, memory, router))
     return found, out.state
 
 
@@ -177,7 +177,7 @@ def _some_weights(config):
 
     def drawn(mean, end):
         spread = np.hypot(end - mean, np.float32(0.1))
-        return jnp.asarray(mean + spread * random.standard_normal(mean.shape, np.float32))
+        return jax.device_put(mean + spread * random.standard_normal(mean.shape, np.float32))
 
     return jax.tree.map(drawn, means, ends)
 
@@ -192,7 +192,7 @@ def with_twins(params, pairs, steps=3.0):
         x = np.array(x)
         for one, other in pairs:
             x[::2, [one, other]] = (other, one) if name == "twin" else steps
-        return jnp.asarray(x)
+        return jax.device_put(x)
 
     return jax.tree_util.tree_map_with_path(changed, params)
 
@@ -208,7 +208,7 @@ def init(model):
 
 
 def some_tokens(*shape, seed=2):
-    return jnp.asarray(np.random.default_rng(seed).integers(0, BASE.vocab_size, shape, dtype=np.int32))
+    return jax.device_put(np.random.default_rng(seed).integers(0, BASE.vocab_size, shape, dtype=np.int32))
 
 
 def mean_nll(params, model, tokens_BT):

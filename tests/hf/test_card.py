@@ -10,11 +10,12 @@ import pytest
 import yaml
 from helpers.hf_models import save_words
 from helpers.training import MODEL
+from helpers.variants import init
 from huggingface_hub import ModelCard
 
 from stellarbyte_jax.hf.card import TrainingFacts, model_card
 from stellarbyte_jax.hf.directory import save_pretrained
-from stellarbyte_jax.model.decoder import ByteTransformer, init_params
+from stellarbyte_jax.model.decoder import ByteTransformer
 
 CONFIG = dataclasses.replace(MODEL, num_key_value_heads=2, max_position_embeddings=2048)
 FACTS = TrainingFacts(steps=1500, tokens=12_288_000, optimizer="muon", validation_loss=3.14159)
@@ -88,7 +89,7 @@ def saved(request, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     model = ByteTransformer(dataclasses.replace(MODEL, parallel_residual=request.param))
-    params = jax.device_get(init_params(model, jax.random.key(0)))
+    params = jax.device_get(init(model))
     save_pretrained(tmp_path / "hf", model, params, training=FACTS)
     return model, params, tmp_path / "hf"
 
@@ -123,7 +124,7 @@ def test_its_commands_ask_nothing_on_the_terminal(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     model = ByteTransformer(dataclasses.replace(MODEL, parallel_residual=True))
     words = save_words(tmp_path / "words", ["a", "b"])
-    save_pretrained(tmp_path / "hf", model, jax.device_get(init_params(model, jax.random.key(0))), tokenizer=words)
+    save_pretrained(tmp_path / "hf", model, jax.device_get(init(model)), tokenizer=words)
     text = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", text, re.S)[0].replace("path/to/this/directory", str(tmp_path / "hf"))
     asked, names = [], {}

@@ -252,6 +252,7 @@ SILENT: dict[str, Any] = {
     "initialization": "depth",
     "initializer_range": 0.1,
     "compute_dtype": "float32",
+    "matmul_dtype": "float8",
     "attention_implementation": "reference",
     "remat": "full",
     "scan_unroll": 2,

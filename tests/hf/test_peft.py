@@ -5,7 +5,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.adapters import adapted, merged_by_hand
@@ -133,7 +132,7 @@ def ours(model, params):
 
 @jax.jit(static_argnums=0)
 def _logits(model, params):
-    return call(model, params, Inputs(jnp.asarray(TOKENS)))[0]
+    return call(model, params, Inputs(jax.device_put(TOKENS)))[0]
 
 
 def theirs(base, adapter=None):

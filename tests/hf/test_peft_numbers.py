@@ -113,7 +113,7 @@ def test_logits_and_gradients_are_those_of_peft(kind, directory):
 
     @jax.jit
     def ours(trainable):
-        logits = call(model, merge(trainable, frozen), Inputs(jnp.asarray(tokens)))[0]
+        logits = call(model, merge(trainable, frozen), Inputs(jax.device_put(tokens)))[0]
         return jnp.sum(logits * weights), logits
 
     (_, logits), slopes = jax.value_and_grad(ours, has_aux=True)(trainable)

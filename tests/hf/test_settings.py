@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from helpers.hf_models import NEEDS_TORCH, SMALL, small_config
@@ -245,7 +245,7 @@ def test_activations_are_those_of_transformers(name: str) -> None:
     from transformers.activations import ACT2FN
 
     x = np.linspace(-6, 6, 101, dtype="f4")
-    ours = ACTIVATIONS[config(hidden_act=name).hidden_act](jnp.asarray(x))
+    ours = ACTIVATIONS[config(hidden_act=name).hidden_act](jax.device_put(x))
     np.testing.assert_allclose(np.asarray(ours), ACT2FN[name](torch.from_numpy(x)).numpy(), atol=2e-6)
 
 

@@ -172,7 +172,7 @@ def test_loss_and_gradients_are_ours_with_and_without_checkpointing(
 ) -> None:
     """Of every weight, those of routers among them, by way of our own export."""
     model, params = made(name)
-    batch = {"tokens": jnp.asarray(TOKENS_BT)}
+    batch = {"tokens": jax.device_put(TOKENS_BT)}
 
     @jax.jit
     @jax.value_and_grad

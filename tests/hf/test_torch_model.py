@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.grids import REPEATS, mostly_slow
@@ -226,7 +225,7 @@ def test_compiled_generation_has_masks_of_one_length(exports: Exports) -> None:
 def test_gradients_are_ours_with_and_without_checkpointing(name: str, exports: Exports, tmp_path: Path) -> None:
     """Of every weight, by way of our own export."""
     model, params = make(name)
-    batch = {"tokens": jnp.asarray(TOKENS_BT)}
+    batch = {"tokens": jax.device_put(TOKENS_BT)}
     grads = jax.jit(jax.grad(lambda p: batch_loss(model, p, batch, LossConfig())[0] / (2 * 23)))(params)
     save_pretrained(tmp_path / "grads", model, grads)
     expected = load(tmp_path / "grads").state_dict()
@@ -282,7 +281,7 @@ def test_twenty_steps_of_the_trainer_are_ours(tmp_path: Path) -> None:
     state = state.replace(params=params)
     ours = []
     for i in range(20):
-        state, metrics = step(state, {"tokens": jnp.asarray(data[4 * i : 4 * i + 4].astype(np.int32))})
+        state, metrics = step(state, {"tokens": jax.device_put(data[4 * i : 4 * i + 4].astype(np.int32))})
         ours.append(float(metrics["loss"]))
     assert len(theirs) == 20 and ours[-1] < ours[0] - 1
     np.testing.assert_allclose(theirs, ours, atol=1e-3)

@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.hf_models import NEEDS_TORCH, random_model, small_config
@@ -98,7 +97,7 @@ def test_rows_are_those_of_a_mixed_batch_of_peft(base, tmp_path):
     bank = AdapterBank.holding(model, params, {name: tmp_path / name for name in THEIRS})
     assert bank.max_rank == 4
     with_adapters, adapters = bank.chosen(model, CHOICES, 4)
-    found = jax.jit(lambda weights: call(with_adapters, weights, Inputs(jnp.asarray(TOKENS)))[0])
+    found = jax.jit(lambda weights: call(with_adapters, weights, Inputs(jax.device_put(TOKENS)))[0])
     np.testing.assert_allclose(found(merge(adapters, params)), mixed, rtol=0, atol=1e-5 * np.abs(mixed).max())
     ours = generate(model, bank, TOKENS, adapter=CHOICES, max_new_tokens=6)
     np.testing.assert_array_equal(ours.tokens, texts[:, TOKENS.shape[1] :].numpy())

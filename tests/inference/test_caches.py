@@ -154,5 +154,5 @@ def teacher_forced_on(model, params, cache):
         logits_BV, state = forward_step(model, params, jnp.full(cache.batch_size, token), state)
         return state, logits_BV
 
-    tokens = jnp.asarray([3, 1, 4, 1, 5, 9], jnp.int32)
+    tokens = jax.device_put(np.asarray([3, 1, 4, 1, 5, 9], np.int32))
     return jnp.swapaxes(jax.lax.scan(step, State(cache), tokens)[1], 0, 1)

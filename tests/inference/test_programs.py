@@ -193,7 +193,7 @@ def test_casting_weights_changes_no_logit():
     cast = programs.cast_for_inference(model, params)
     assert cast["layers"]["0"]["attn"]["q"].dtype == jnp.bfloat16
     assert cast["final_norm"]["scale"].dtype == cast["layers"]["0"]["attn"]["q_norm"]["scale"].dtype == jnp.float32
-    tokens = jnp.asarray([[1, 2, 3, 4]], jnp.int32)
+    tokens = jax.device_put(np.asarray([[1, 2, 3, 4]], np.int32))
     np.testing.assert_array_equal(*(full_pass(model, p, tokens) for p in (params, cast)))
 
 

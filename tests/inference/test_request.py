@@ -43,7 +43,7 @@ def test_prompts_of_every_form_become_vectors(tokens, rows):
     found = checked_prompts(tokens, 61)
     assert [prompt.tolist() for prompt in found] == rows
     assert all(prompt.dtype == np.int32 for prompt in found)
-    as_arrays = jnp.asarray(tokens) if isinstance(tokens, np.ndarray) else [jnp.asarray(row) for row in rows]
+    as_arrays = jax.device_put(tokens) if isinstance(tokens, np.ndarray) else [jax.device_put(row) for row in rows]
     found = checked_prompts(as_arrays, 61)
     assert [prompt.tolist() for prompt in found] == rows
     assert all(type(prompt) is np.ndarray and prompt.dtype == np.int32 for prompt in found)

@@ -24,7 +24,7 @@ def history():
 def seen(history):
     mask = np.zeros((B, V), bool)
     np.put_along_axis(mask, history, True, axis=1)
-    return jnp.asarray(mask)
+    return jax.device_put(mask)
 
 
 def peer(processors, history, logits):
@@ -63,7 +63,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_processors_equal_transformers(case, logits, history):
     settings, processors = CASES[case]
-    ours = Sampler.of(SamplingConfig(**settings)).process(jnp.asarray(logits), seen(history))
+    ours = Sampler.of(SamplingConfig(**settings)).process(jax.device_put(logits), seen(history))
     theirs = peer(processors, history, logits)
     if settings.get("temperature"):  # ours are counted from the largest
         theirs = theirs - theirs.max(axis=1, keepdims=True)
@@ -73,8 +73,8 @@ def test_processors_equal_transformers(case, logits, history):
 def test_order_matters_in_the_case_above(logits, history):
     settings, _ = CASES["all"]
     sampler = Sampler.of(SamplingConfig(**settings))
-    swapped = sampling.keep_top_k(sampling.keep_top_p(jnp.asarray(logits) / 1.7, 0.7), 40)
-    assert (np.isfinite(swapped) != np.isfinite(sampler.process(jnp.asarray(logits), seen(history)))).any()
+    swapped = sampling.keep_top_k(sampling.keep_top_p(jax.device_put(logits) / 1.7, 0.7), 40)
+    assert (np.isfinite(swapped) != np.isfinite(sampler.process(jax.device_put(logits), seen(history)))).any()
 
 
 def test_ties_with_the_last_kept_token_stay_and_negative_zero_is_zero():
@@ -85,7 +85,7 @@ def test_ties_with_the_last_kept_token_stay_and_negative_zero_is_zero():
 
 def test_temperature_zero_is_argmax(logits):
     keys_B = sampling.row_keys(0, B)
-    tokens_B = sampling.sample(jnp.asarray(logits), keys_B, Sampler.of(SamplingConfig()))
+    tokens_B = sampling.sample(jax.device_put(logits), keys_B, Sampler.of(SamplingConfig()))
     np.testing.assert_array_equal(tokens_B, logits.argmax(axis=1))
     assert tokens_B.dtype == jnp.int32
 
@@ -93,13 +93,13 @@ def test_temperature_zero_is_argmax(logits):
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-37, 1.2e-38])
 @pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}, {"top_p": 1.2e-38}], ids=str)
 def test_a_tiny_temperature_takes_the_most_likely_token(temperature, more):
-    logits = jnp.asarray([[2.0, 5.0, 10.0, -3.0], [40.0, 41.0, -1.0, 41.5]], jnp.float32)
+    logits = jax.device_put(np.asarray([[2.0, 5.0, 10.0, -3.0], [40.0, 41.0, -1.0, 41.5]], np.float32))
     sampler = Sampler.of(SamplingConfig(temperature=temperature, **more))
     assert sampling.sample(logits, sampling.row_keys(0, 2), sampler).tolist() == [2, 3]
 
 
 def test_a_penalty_at_the_end_of_its_range_gives_numbers():
-    logits = jnp.asarray([[40.0, 50.0, -3.0]], jnp.float32)
+    logits = jax.device_put(np.asarray([[40.0, 50.0, -3.0]], np.float32))
     seen_BV = jnp.asarray([[True, True, True]])
     for penalty in (1.2e-38, 3e38):
         sampler = Sampler.of(SamplingConfig(temperature=1.0, repetition_penalty=penalty))
@@ -111,7 +111,7 @@ def test_samples_follow_the_distribution(logits):
     few = logits[:1, :6] / 3
     keys = jax.random.split(jax.random.key(3), n)
     sampler = Sampler.of(SamplingConfig(temperature=0.5, top_k=4))
-    drawn = np.asarray(sampling.sample(jnp.asarray(np.repeat(few, n, axis=0)), keys, sampler))
+    drawn = np.asarray(sampling.sample(jax.device_put(np.repeat(few, n, axis=0)), keys, sampler))
     expected = np.exp(few[0] / 0.5) * (few[0] >= np.sort(few[0])[-4])
     expected /= expected.sum()
     share = np.bincount(drawn, minlength=6) / n

@@ -6,10 +6,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from helpers.tiny_documents import save_byte_tokenizer
+from helpers.variants import init
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -18,7 +18,6 @@ from stellarbyte_jax.checkpoint.weights import save_initial
 from stellarbyte_jax.cli.generate import main
 from stellarbyte_jax.inference.reconfigure import reconfigure
 from stellarbyte_jax.inference.text import TextStream, continue_text, encode_prompt, generate_text
-from stellarbyte_jax.model.decoder import init_params
 from stellarbyte_jax.tokenizer.chat import Conversation
 from stellarbyte_jax.tokenizer.codec import load_tokenizer
 from stellarbyte_jax.tokenizer.special import adds_bos
@@ -52,7 +51,7 @@ def tiny(letters):
             initializer_range=0.3,
         )
     )
-    return model, init_params(model, jax.random.key(0))
+    return model, init(model)
 
 
 @pytest.mark.parametrize("name", ["words", "letters"])

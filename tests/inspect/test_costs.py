@@ -39,7 +39,7 @@ def test_every_weight_is_counted_once(variant):
 def test_active_weights_are_those_that_one_token_feels(variant):
     """By the gradient of one token's logits: which experts of which layers have any."""
     model, params = make(variant)
-    tokens_BT = jnp.asarray([[5]], jnp.int32)
+    tokens_BT = jax.device_put(np.asarray([[5]], np.int32))
     felt = jax.jit(jax.grad(lambda params: jnp.sum(call(model, params, Inputs(tokens_BT))[0] ** 2)))(params)
     active = 0
     for path, x in flat(felt).items():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.grids import REPEATS
 from helpers.training import settings
 from helpers.variants import BASE, VARIANTS, weights_alone
 
@@ -118,7 +119,7 @@ CONTEXT = {"gate": "context", "context_size": 6, "gate_intermediate_size": 10, "
 @pytest.mark.parametrize(
     ("remat", "more"),
     [
-        ("dots", {}),
+        pytest.param("dots", {}, marks=REPEATS),
         ("dots", {"compute_dtype": "float32"}),
         ("dots", {"n_shared_experts": 2, "dispatch": "capacity", "first_k_dense_replace": 3}),
         ("full", {"n_shared_experts": 2, "dispatch": "capacity", "first_k_dense_replace": 3}),

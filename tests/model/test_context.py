@@ -1,5 +1,6 @@
 """What the tokens of a call see of each other, and of a memory before them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,14 +18,16 @@ def context(positions, segments=None, max_segments=None):
 
 def test_a_document_starts_at_position_0_or_where_another_one_ends():
     """The first one of a row may go on from before; the second's beginning may be cut off."""
-    positions = jnp.asarray([[3, 4, 7, 8, 0, 1]], jnp.int32)
-    assert context(positions, jnp.asarray([[1, 1, 2, 2, 3, 3]], jnp.int32)).starts.tolist() == [[0, 0, 1, 0, 1, 0]]
+    positions = jax.device_put(np.asarray([[3, 4, 7, 8, 0, 1]], np.int32))
+    assert context(positions, jax.device_put(np.asarray([[1, 1, 2, 2, 3, 3]], np.int32))).starts.tolist() == [
+        [0, 0, 1, 0, 1, 0]
+    ]
     assert context(positions).starts.tolist() == [[0, 0, 0, 0, 1, 0]]
 
 
 def test_the_mask_of_a_row_counts_places_and_shows_the_first_tokens_of_each_document():
-    positions = jnp.asarray([[0, 1, 2, 0, 1, 2]], jnp.int32)
-    ids = jnp.asarray([[1, 1, 1, 2, 2, 2]], jnp.int32)
+    positions = jax.device_put(np.asarray([[0, 1, 2, 0, 1, 2]], np.int32))
+    ids = jax.device_put(np.asarray([[1, 1, 1, 2, 2, 2]], np.int32))
     mask = context(positions, ids, 3).mask(LayerSpec(2), None, sink_tokens=1)
     expected = [
         [1, 0, 0, 0, 0, 0],
@@ -42,8 +45,8 @@ def test_the_mask_of_a_row_counts_places_and_shows_the_first_tokens_of_each_docu
 def test_the_mask_behind_a_memory_shows_valid_slots_to_the_first_document_alone():
     """Two compressed slots, which every token sees, and two recent ones within the window; one of each is empty."""
     memory = LayerMemory(jnp.zeros((1, 4, 32)), jnp.asarray([[False, True, False, True]]))
-    positions = jnp.asarray([[7, 8, 9, 0]], jnp.int32)
-    ids = jnp.asarray([[1, 1, 1, 2]], jnp.int32)
+    positions = jax.device_put(np.asarray([[7, 8, 9, 0]], np.int32))
+    ids = jax.device_put(np.asarray([[1, 1, 1, 2]], np.int32))
     mask = context(positions, ids, 2).mask(LayerSpec(3, 2, 2), memory, sink_tokens=0)
     expected = [[0, 1, 0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 1]]
     np.testing.assert_array_equal(mask.allowed()[0, 0], np.asarray(expected, bool))

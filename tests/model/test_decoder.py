@@ -19,7 +19,11 @@ from stellarbyte_jax.model.state.cache import make_cache
 TOKENS = np.asarray(some_tokens(2, 20))
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+# Each of the others has all of these, and more; of experts without twins another variant has some.
+REPEATED = ("llama", "window", "experts")
+
+
+@pytest.fixture(scope="module", params=mostly_slow(VARIANTS, *(name for name in VARIANTS if name not in REPEATED)))
 def network(request):
     """The model and weights of a variant; tests of one follow each other."""
     return make(request.param)
@@ -32,7 +36,7 @@ def of_documents(model, params, rows, *lengths):
         ends = np.cumsum(documents)
         for number, (end, length) in enumerate(zip(ends, documents, strict=True), 1):
             ids[row, end - length : end], positions[row, end - length : end] = number, np.arange(length)
-    packing = {"positions_BT": jnp.asarray(positions), "segment_ids_BT": jnp.asarray(ids)}
+    packing = {"positions_BT": jax.device_put(positions), "segment_ids_BT": jax.device_put(ids)}
     return np.asarray(run(model, params, rows, **packing))
 
 
@@ -41,7 +45,7 @@ def slopes(model, params, factors_BT):
     """Of the sum of losses of tokens, each times its factor."""
 
     def total(params):
-        log_probs_BTV = jax.nn.log_softmax(call(model, params, Inputs(jnp.asarray(TOKENS)))[0][:, :-1])
+        log_probs_BTV = jax.nn.log_softmax(call(model, params, Inputs(jax.device_put(TOKENS)))[0][:, :-1])
         return -jnp.sum(jnp.take_along_axis(log_probs_BTV, TOKENS[:, 1:, None], axis=-1)[..., 0] * factors_BT)
 
     return jax.grad(total)(params)
@@ -106,7 +110,7 @@ def test_bfloat16_is_close_to_float32(variant):
     model, params = make(variant)
     exact = np.asarray(run(model, params, TOKENS))
     np.testing.assert_allclose(exact, of_documents(model, params, TOKENS), atol=2e-5)  # one document, without saying so
-    rounded, out = call(make(variant, compute_dtype="bfloat16")[0], params, Inputs(jnp.asarray(TOKENS)))
+    rounded, out = call(make(variant, compute_dtype="bfloat16")[0], params, Inputs(jax.device_put(TOKENS)))
     assert rounded.dtype == jnp.float32 and np.any(rounded != rounded.astype(jnp.bfloat16).astype(jnp.float32))
     assert out.hidden_BTD.dtype == jnp.bfloat16
     error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
@@ -123,7 +127,7 @@ def test_cached_decoding_equals_the_full_pass(network):
     """Ragged prompts, then single tokens, then a chunk of several, past the window's edge and round the ring."""
     model, params = network
     full = of_documents(model, params, TOKENS)
-    prompt = jnp.asarray([6, 3], jnp.int32)
+    prompt = jax.device_put(np.asarray([6, 3], np.int32))
     found, state = run_on(model, params, TOKENS[:, :6], cache=make_cache(model.config, 2, 24), lengths_B=prompt)
     found = np.asarray(found)
     np.testing.assert_allclose(found[0], full[0, :6], atol=2e-5)
@@ -156,7 +160,7 @@ def test_arguments_that_exclude_each_other_are_refused():
     with pytest.raises(ValueError, match="not both"):
         run_on(model, params, tokens, cache=cache, segment_ids_BT=jnp.ones_like(tokens))
     with pytest.raises(ValueError, match="lengths_B belongs to a cache"):
-        run(model, params, tokens, lengths_B=jnp.asarray([3], jnp.int32))
+        run(model, params, tokens, lengths_B=jax.device_put(np.asarray([3], np.int32)))
     with pytest.raises(ValueError, match="no dropout"):
         call(model, params, Inputs(one), State(cache), jax.random.key(0))
     with pytest.raises(ValueError, match="leave positions_BT out"):

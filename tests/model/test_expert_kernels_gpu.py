@@ -48,7 +48,7 @@ def choices(loads):
         experts[:, 1:][experts[:, 1:] == 2] = E
     if loads == "few":
         experts[random.random((N, K)) < 0.99] = E
-    return jnp.asarray(experts, jnp.int32)
+    return jax.device_put(np.asarray(experts, np.int32))
 
 
 def error(found, exact):
@@ -62,9 +62,11 @@ def test_values_and_gradients_are_close_to_float32(loads):
     experts = choices(loads)
     random = np.random.default_rng(1)
     shapes = (N, D), (E, D, 2 * F), (E, F, D)
-    inputs = [jnp.asarray(random.standard_normal(shape) * shape[-2] ** -0.5, jnp.bfloat16) for shape in shapes]
+    inputs = [
+        jax.device_put(np.asarray(random.standard_normal(shape) * shape[-2] ** -0.5, jnp.bfloat16)) for shape in shapes
+    ]
     inputs[0] = inputs[0] * jnp.asarray(N**0.5, jnp.bfloat16)
-    weights, d = (jnp.asarray(random.standard_normal((N, size)), jnp.float32) for size in (K, D))
+    weights, d = (jax.device_put(np.asarray(random.standard_normal((N, size)), np.float32)) for size in (K, D))
 
     def values(way, *inputs):
         y, pull = jax.vjp(way, *inputs, weights)
@@ -87,7 +89,7 @@ def test_values_and_gradients_are_close_to_float32(loads):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_networks_gradients_are_close_to_those_of_blocks(remat):
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 512, (4, 256)), jnp.int32)
+    tokens = jax.device_put(np.asarray(np.random.default_rng(0).integers(0, 512, (4, 256)), np.int32))
     params = init_params(ByteTransformer(CONFIG), jax.random.key(0))
 
     def gradients(config):
@@ -115,8 +117,8 @@ def test_two_gpus_that_share_experts_give_what_one_gives(loads):
     experts = jnp.tile(choices(loads)[:T], (B, 1)).reshape(B, T, K)
     random = np.random.default_rng(1)
     shapes = (B, T, D), (E, D, 2, F), (E, F, D)
-    x, *matrices = [jnp.asarray(random.standard_normal(s) * 0.06, jnp.bfloat16) for s in shapes]
-    of_choices = jnp.asarray(random.random((B, T, K)), jnp.float32)
+    x, *matrices = [jax.device_put(np.asarray(random.standard_normal(s) * 0.06, jnp.bfloat16)) for s in shapes]
+    of_choices = jax.device_put(np.asarray(random.random((B, T, K)), np.float32))
     axes = (Factors(("experts", "embed", "gate", "mlp")), Factors(("experts", "mlp", "embed")))
 
     def loss(x, of_choices, weights):

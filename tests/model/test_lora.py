@@ -161,7 +161,7 @@ def test_a_layer_without_adapters_has_no_gradient():
 def test_an_activation_of_the_inner_channels(activation):
     """By hand, of the head, whose logits are a product of the last hidden states."""
     model, params = adapted(DENSE, target_modules=("head",), activation=activation)
-    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((5, 32)), jnp.float32)
+    hidden = jax.device_put(np.asarray(np.random.default_rng(0).standard_normal((5, 32)), np.float32))
     head = params["lm_head"]
     act = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}[activation]
     added = act(hidden @ head["kernel_lora_a"]) @ head["kernel_lora_b"] * (16 / 3)
@@ -176,7 +176,7 @@ def test_weights_of_length_0_stay_so_with_dora():
     model, base = ByteTransformer(config), make_model(DENSE)[1]
     padded = {**base, "lm_head": {"kernel": base["lm_head"]["kernel"].at[:, 5:].set(0)}}
     params = with_adapters(model, padded, jax.random.key(0))
-    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32)), jnp.float32)
+    hidden = jax.device_put(np.asarray(np.random.default_rng(0).standard_normal((4, 32)), np.float32))
 
     def loss(head):
         found = logits(model, {**params, "lm_head": head}, hidden)
@@ -197,7 +197,7 @@ def test_weights_of_length_0_stay_so_with_dora():
 def test_the_head_of_a_loss_is_that_of_the_logits(config, lora):
     target = "embed" if config is TIED else "head"
     model, params = adapted(config, target_modules=(target,), **lora)
-    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 32)), jnp.float32)
+    hidden = jax.device_put(np.asarray(np.random.default_rng(0).standard_normal((2, 5, 32)), np.float32))
     expected = logits(model, params, hidden)
     kernel_DV, low = head_factors(model, params, hidden)
     assert (low is None) == bool(lora)
@@ -223,7 +223,7 @@ def test_dropout_is_of_what_adapters_read_in_training_alone():
 def test_dropout_of_adapters_keeps_the_mean():
     """Over many draws, of the head, which is linear in what its adapter reads."""
     model, params = adapted(DENSE, target_modules=("head",), dropout=0.5)
-    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32)), jnp.float32)
+    hidden = jax.device_put(np.asarray(np.random.default_rng(0).standard_normal((1, 32)), np.float32))
     keys = jax.random.split(jax.random.key(0), 2000)
     inner = jax.jit(jax.vmap(lambda key: head_factors(model, params, hidden, dropout_key=key)[1].h))(keys)
     expected = head_factors(model, params, hidden)[1].h

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.peers import compare, make_peer
@@ -28,8 +27,8 @@ def test_the_originals_style_is_its_formula():
     gate, up = n @ both[:, 0], n @ both[:, 1]
     expected = (up / (1 + np.exp(-up)) / (1 + np.exp(-gate))) @ down + x
     params = {"gate_up": both, "down": down, "norm": {"scale": scale}}
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    found = MLP(config).apply({"params": params}, jnp.asarray(x, jnp.float32), False)
+    params = jax.tree.map(lambda a: jax.device_put(np.asarray(a, np.float32)), params)
+    found = MLP(config).apply({"params": params}, jax.device_put(np.asarray(x, np.float32)), False)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -43,7 +43,7 @@ def test_layer_and_gradients_equal_a_loop_over_experts(settings, rows):
     @jax.numpy_rank_promotion("allow")
     @jax.numpy_dtype_promotion("standard")
     def loop(weights, x):
-        out = dense_experts.moe(config, weights, x.reshape(-1, D), jnp.asarray(valid.reshape(-1)))[0]
+        out = dense_experts.moe(config, weights, x.reshape(-1, D), jax.device_put(valid.reshape(-1)))[0]
         return jnp.sum(out * slope), out
 
     (_, found), slopes = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(weights, x)
@@ -99,16 +99,19 @@ def test_the_slots_of_an_expert(number, settings, slots):
     assert config.moe.slots(number) == slots
 
 
+choose = jax.jit(choose_experts, static_argnums=1, static_argnames=("normalize", "threshold"))
+dispatch = jax.jit(dispatch_choices, static_argnums=0)
+candidates_of = jax.jit(overflow_candidates, static_argnums=0)
+
+
 def decision_of(config, scores, valid, use=None):
     """What a router would decide that has these scores."""
-    scores, mask = jnp.asarray(scores, "float32"), jnp.asarray(valid.reshape(-1))
+    scores, mask = jax.device_put((np.float32(scores), valid.reshape(-1)))
     c = config.moe
-    choices = choose_experts(
-        scores, c.num_experts_per_tok, mask_N=mask, normalize=c.norm_topk_prob, threshold=c.dynamic_k
-    )
-    use = jnp.full(c.num_experts, 0.5) if use is None else jnp.asarray(use, "float32")
+    choices = choose(scores, c.num_experts_per_tok, mask_N=mask, normalize=c.norm_topk_prob, threshold=c.dynamic_k)
+    use = jax.device_put(np.float32([0.5] * c.num_experts if use is None else use))
     routed = Routed(scores, scores, choices.experts_NK, mask, valid.shape[0])
-    return Decision(choices, routed, jnp.ones(()), use, None)
+    return Decision(choices, routed, jax.device_put(np.float32(1)), use, None)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def test_slots_go_to_the_tokens_with_the_largest_weights():
     valid[0, 0] = False  # the first and best one is padding: it takes no slot
     scores = np.full((8, E), 0.01)
     scores[:, 3] = [0.9, 0.5, 0.8, 0.3, 0.6, 0.7, 0.2, 0.4]
-    sent = dispatch_choices(config, decision_of(config, scores, valid), context(valid), None)
+    sent = jax.device_get(dispatch(config, with_rows(decision_of(config, scores, valid)), context(valid), None))
     assert sent.experts_NK[:, 0].tolist() == [5, 5, 3, 5, 5, 3, 5, 5]
     np.testing.assert_allclose(sent.weights_NK[:, 0], [0, 0, 0.8, 0, 0, 0.7, 0, 0])
     assert float(sent.room) == 2
@@ -191,7 +194,7 @@ def test_what_has_no_room_goes_where_the_settings_say(overflow, seed):
     room = config.moe.slots(24)
     assert room == 6 and np.bincount(first, minlength=E + 1)[:E].max() > room
     expected = by_list(config, decision, ctx, lists, room)
-    sent = jax.jit(dispatch_choices, static_argnums=0)(config, with_rows(decision), ctx, None)
+    sent = dispatch(config, with_rows(decision), ctx, None)
     np.testing.assert_array_equal(sent.experts_NK[:, 0], expected)
     assert np.any(expected != first)
     padded = np.pad(scores, ((0, 0), (0, 1)))
@@ -214,7 +217,7 @@ def test_the_token_before_is_one_of_the_same_document():
 
 def with_rows(decision):
     """The same as a tree of arrays alone."""
-    return decision._replace(routed=decision.routed._replace(rows=jnp.asarray(decision.routed.rows)))
+    return decision._replace(routed=decision.routed._replace(rows=jax.device_put(decision.routed.rows)))
 
 
 def test_random_experts_are_drawn_anew_by_each_key():
@@ -222,11 +225,11 @@ def test_random_experts_are_drawn_anew_by_each_key():
     valid = np.ones((1, 2000), bool)
     decision = decision_of(config, np.ones((2000, E)) - np.arange(E) / 9, valid)
     ctx = context(valid)
-    found = [np.asarray(overflow_candidates(config, decision, ctx, jax.random.key(k))) for k in (0, 0, 1)]
+    found = [np.asarray(candidates_of(config, with_rows(decision), ctx, jax.random.key(k))) for k in (0, 0, 1)]
     assert found[0].shape == (2000, 2) and np.array_equal(found[0], found[1])
     assert np.mean(found[0] == found[2]) == pytest.approx(1 / E, abs=0.03)
     np.testing.assert_allclose(np.bincount(found[0].reshape(-1), minlength=E) / 4000, 1 / E, atol=0.03)
-    sent = dispatch_choices(config, decision, ctx, jax.random.key(0))
+    sent = dispatch(config, with_rows(decision), ctx, jax.random.key(0))
     counts = np.bincount(np.asarray(sent.experts_NK)[:, 0], minlength=E + 1)
     # Room is 500 for each: all is taken by the first, and of the other 1,500 each draws twice of five.
     assert counts[0] == 500 and (counts[1:E] > 200).all() and counts[E] < 1500 * (1 / E) ** 2 * 1.6
@@ -262,8 +265,8 @@ def test_nothing_is_lost_that_had_room_in_its_list(seed, dynamic_k):
     valid = random.random((2, 12)) < 0.8
     scores = random.random((24, E)) ** 3 + 0.01
     decision, ctx, key = decision_of(config, scores, valid, random.random(E)), context(valid), jax.random.key(seed)
-    sent = jax.jit(dispatch_choices, static_argnums=0)(config, with_rows(decision), ctx, key)
-    lists = np.asarray(overflow_candidates(config, decision, ctx, key))
+    sent = dispatch(config, with_rows(decision), ctx, key)
+    lists = np.asarray(candidates_of(config, with_rows(decision), ctx, key))
     got, wanted = np.asarray(sent.experts_NK), np.asarray(decision.choices.experts_NK)
     slots = config.moe.slots(24)
     assert (got[wanted == E] == E).all() and (got[~valid.reshape(-1)] == E).all()
@@ -344,7 +347,7 @@ def test_padding_that_is_not_finite_reaches_no_token(settings):
     """Nor counts, losses or experts. The router's own gradient is a product with all rows, as every weight's is."""
     config = config_of(num_experts_per_tok=2, **settings)
     weights, (x, valid) = weights_of(config), tokens(3, 7)
-    real = jnp.asarray(valid)[..., None]
+    real = jax.device_put(valid)[..., None]
     tally = jax.tree.map(lambda x: x[0], Tally.zero(config))
 
     @jax.jit

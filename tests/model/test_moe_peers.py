@@ -65,7 +65,7 @@ def test_outputs_and_slopes_are_those_of_transformers(seed: int, settings: dict[
     random = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape), "float32")
+        return jax.device_put(np.asarray(random.standard_normal(shape), np.float32))
 
     x, slope = normal(ROWS, LENGTH, D), normal(ROWS, LENGTH, D)
     made = jax.eval_shape(lambda: MoE(config).init(jax.random.key(0), x, ctx, LayerState())["params"])
@@ -74,7 +74,7 @@ def test_outputs_and_slopes_are_those_of_transformers(seed: int, settings: dict[
     peer, x_there = peer_of(settings, weights), torch.from_numpy(np.array(x)).requires_grad_()
 
     def ours(weights: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = jnp.asarray(MoE(config).apply({"params": weights}, x, ctx, LayerState())[0])
+        out = jax.device_put(MoE(config).apply({"params": weights}, x, ctx, LayerState())[0])
         return jnp.sum(out * slope), out
 
     (_, out), (of_weights, of_x) = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(weights, x)

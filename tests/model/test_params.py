@@ -37,13 +37,12 @@ class Linear(nn.Module):
 
 def applied(spec, axes, shape, **settings):
     module = Linear(spec, axes, **settings)
-    x = jax.random.normal(jax.random.key(0), shape)
-    boxed = module.init(jax.random.key(1), x)["params"]
-    weights = {
-        name: x + jax.random.normal(jax.random.key(2), x.shape) for name, x in nn.meta.unbox(boxed).items()
-    }  # biases begin with zeros
+    random = np.random.default_rng(0)
+    x = random.standard_normal(shape).astype(np.float32)
+    boxed = jax.jit(module.init)(jax.random.key(1), x)["params"]
+    weights = {name: random.standard_normal(box.shape).astype(box.dtype) for name, box in nn.meta.unbox(boxed).items()}
     uses = {name: box.use for name, box in boxed.items()}
-    return module.apply({"params": weights}, x), x, weights, uses
+    return jax.jit(module.apply)({"params": weights}, x), x, weights, uses
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_the_product_is_in_the_activations_dtype_unless_another_is_asked_for():
     narrow = Linear("BD,DF->BF", axes).apply({"params": {"w": weight}}, x)
     wide = Linear("BD,DF->BF", axes, out_dtype="float32").apply({"params": {"w": weight}}, x)
     assert (narrow.dtype, wide.dtype) == (jnp.bfloat16, jnp.float32)
-    rounded = np.asarray(jnp.asarray(weight, jnp.bfloat16), np.float32).sum(axis=0)
+    rounded = np.asarray(jax.device_put(np.asarray(weight, jnp.bfloat16)), np.float32).sum(axis=0)
     np.testing.assert_allclose(wide[0], rounded, rtol=1e-6)
 
 
@@ -238,8 +237,8 @@ def test_axes_and_shapes_are_trees_like_the_weights():
 @pytest.mark.parametrize("rows", [FEW_ROWS, FEW_ROWS + 1])
 def test_a_product_in_float32_of_few_rows_and_of_parts(rows):
     random = np.random.default_rng(0)
-    x = jnp.asarray(random.standard_normal((1, rows, 32)), jnp.bfloat16)
-    w = jnp.asarray(random.standard_normal((32, 8)), jnp.float32)
+    x = jax.device_put(np.asarray(random.standard_normal((1, rows, 32)), jnp.bfloat16))
+    w = jax.device_put(np.asarray(random.standard_normal((32, 8)), np.float32))
 
     def run(x, w):
         return product("BTD,DE->BTE", x, w, {"D": "embed", "E": "routed"}, precision=jax.lax.Precision.HIGHEST)

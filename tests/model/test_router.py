@@ -38,7 +38,7 @@ def weights_of(config, **values):
     for name, value in values.items():
         at, leaf = (made["tracked"], name) if name in made["tracked"] else (made, name)
         assert at[leaf].shape == np.shape(value)
-        at[leaf] = jnp.asarray(value, "float32")
+        at[leaf] = jax.device_put(np.asarray(value, np.float32))
     return made
 
 
@@ -64,7 +64,7 @@ def decide(config, weights, x, train=False, key=0):
 
 def same(x, tokens=MANY):
     """So many tokens that are all alike."""
-    return jnp.broadcast_to(jnp.asarray(x, "float32")[None, None], (1, tokens, D))
+    return jnp.broadcast_to(jax.device_put(np.asarray(x, np.float32))[None, None], (1, tokens, D))
 
 
 def shares(found):
@@ -168,7 +168,7 @@ def test_scores_in_training_are_those_of_the_formula():
     bias = np.float64([0.0, -0.5, 0.0, 0.9])
     weights = weights_of(config, kernel=KERNEL, bias=bias, **kept)
     x = np.random.default_rng(3).standard_normal((2, 5, D))
-    found = decide(config, weights, jnp.asarray(x, "float32"), True)
+    found = decide(config, weights, jax.device_put(np.asarray(x, np.float32)), True)
     wide = jax.tree.map(np.float64, weights)
     for n, token in enumerate(x.reshape(-1, D)):
         expected = numpy_decoder.scores(config, wide, token @ KERNEL)
@@ -212,7 +212,9 @@ def test_routers_compute_in_float32_whatever_the_compute_dtype(gate):
     weights = weights_of(config)
     leaves, tree = jax.tree.flatten(weights)
     random = np.random.default_rng(4)
-    weights = tree.unflatten([jnp.asarray(a + random.standard_normal(a.shape), "float32") for a in leaves])
+    weights = tree.unflatten(
+        [jax.device_put(np.asarray(a + random.standard_normal(a.shape), np.float32)) for a in leaves]
+    )
     found = decide(config, weights, x)
     assert found.routed.logits_NE.dtype == found.choices.weights_NK.dtype == found.temperature.dtype == jnp.float32
     wide = jax.tree.map(np.float64, weights)
@@ -252,7 +254,7 @@ def test_noise_differs_by_layer_step_and_part_and_repeats_with_seed_and_step(noi
 
     def scores(seed, number):
         seen.clear()
-        jax.block_until_ready(steps[seed](state.replace(step=jnp.asarray(number, jnp.int32)), batch))
+        jax.block_until_ready(steps[seed](state.replace(step=jax.device_put(np.asarray(number, np.int32))), batch))
         jax.effects_barrier()
         return set(seen)
 

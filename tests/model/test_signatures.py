@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from beartype.roar import BeartypeCallHintViolation
 from helpers.variants import BASE, init
-from jaxtyping import TypeCheckError
 
 import stellarbyte_jax.model
 from stellarbyte_jax.model.decoder import ByteTransformer, logits
@@ -56,11 +56,11 @@ def test_every_argument_and_result_has_a_type(file):
 def test_arrays_of_another_shape_or_dtype_are_refused_in_tests():
     model = ByteTransformer(BASE)
     params = init(model)
-    with pytest.raises(TypeCheckError, match="hidden"):
+    with pytest.raises(BeartypeCallHintViolation, match="hidden"):
         logits(model, params, jnp.ones((2, 3, 32), jnp.int32))
-    with pytest.raises(TypeCheckError, match="scale_D"):
+    with pytest.raises(BeartypeCallHintViolation, match="scale_D"):
         rms_norm(jnp.ones((2, 3)), jnp.ones((4,)), eps=1e-6)
-    with pytest.raises(TypeCheckError, match="rows_B"):
+    with pytest.raises(BeartypeCallHintViolation, match="rows_B"):
         make_cache(BASE, 2, 8).groups[0][0].reset(jnp.zeros(2, jnp.int32))
 
 

@@ -24,6 +24,9 @@ from stellarbyte_jax.ops.routing import place
 # tokens, choices, experts, rows of a block: one row each, several blocks of an expert, one block for all tokens
 SHAPES = [(1, 1, 1, 1), (7, 2, 5, 1), (9, 3, 4, 2), (12, 2, 3, 4), (6, 4, 4, 6), (40, 2, 3, 8)]
 lay_out_jit = jax.jit(lay_out, static_argnums=(1, 2))
+lay_out_slots_jit, place_jit = jax.jit(lay_out_slots, static_argnums=1), jax.jit(place)
+# By whether XLA sorts, which each decides when it is traced.
+unaligned = {by_xla: jax.jit(lambda *given: lay_out_unaligned(*given), static_argnums=1) for by_xla in (True, False)}
 
 
 def drawn(N, K, E, seed):
@@ -69,7 +72,7 @@ def check(layout, experts, E):
 def test_every_pair_has_a_row_of_its_expert(shape, seed):
     N, K, E, block = shape
     _, experts = drawn(N, K, E, seed)
-    layout = lay_out_jit(jnp.asarray(experts), E, block)
+    layout = lay_out_jit(experts, E, block)
     check(layout, experts, E)
     pairs = np.asarray(layout.pairs_S)
     for e in range(E):  # in the order of tokens
@@ -83,7 +86,7 @@ def test_every_pair_has_a_row_of_its_expert(shape, seed):
 def test_blocks_suit_the_number_of_pairs(tokens, choices, experts):
     """Rows stay bounded by the pairs, and few pairs touch few experts."""
     _, chosen = drawn(tokens, choices, experts, 0)
-    layout = lay_out_jit(jnp.asarray(chosen), experts, None)
+    layout = lay_out_jit(chosen, experts, None)
     check(layout, chosen, experts)
     size = block_rows(tokens, choices, experts)
     rows, pairs = layout.pairs_S.size, tokens * choices
@@ -100,10 +103,11 @@ def test_blocks_suit_the_number_of_pairs(tokens, choices, experts):
 def test_slots_are_rows(seed):
     N, K, E, capacity = 11, 2, 4, 4
     _, experts = drawn(N, K, E, seed)
-    placed = place(jnp.asarray(experts), jnp.ones((N, K)), jnp.zeros(E, jnp.int32), capacity)
-    layout = lay_out_slots(placed, capacity)
-    check(layout, np.asarray(placed.experts_NK), E)
-    taken = np.asarray(placed.experts_NK)
+    placed = place_jit(experts, np.ones((N, K), np.float32), np.zeros(E, np.int32), np.int32(capacity))
+    layout = jax.device_get(lay_out_slots_jit(placed, capacity))
+    placed = jax.device_get(placed)
+    check(layout, placed.experts_NK, E)
+    taken = placed.experts_NK
     for n, k in np.argwhere(taken < E):
         assert layout.rows_NK[n, k] == taken[n, k] * capacity + placed.slots_NK[n, k]
 
@@ -115,7 +119,7 @@ def test_rows_go_to_experts_and_come_back(seed, block):
     random, experts = drawn(N, K, E, seed)
     weights = random.random((N, K)).astype(np.float32)  # of pairs without an expert too
     x, factors = random.standard_normal((N, D)).astype(np.float32), random.standard_normal((E, D)).astype(np.float32)
-    layout = lay_out_jit(jnp.asarray(experts), E, block)
+    layout = lay_out_jit(experts, E, block)
     of_row = np.searchsorted(np.cumsum(layout.groups.sizes_E), np.arange(layout.pairs_S.size), side="right")
     empty = np.asarray(layout.pairs_S) == N * K
 
@@ -126,10 +130,10 @@ def test_rows_go_to_experts_and_come_back(seed, block):
         return from_experts(jnp.where(empty[:, None], jnp.nan, made), layout, weights)
 
     def plainly(x, weights, factors):
-        chosen = jnp.asarray(experts[:, :, None] == np.arange(E), jnp.float32)
+        chosen = jax.device_put(np.asarray(experts[:, :, None] == np.arange(E), np.float32))
         return jnp.einsum("nk,nke,nd,ed->nd", weights, chosen, x, factors)
 
-    arguments = jnp.asarray(x), jnp.asarray(weights), jnp.asarray(factors)
+    arguments = jax.device_put((x, weights, factors))
     np.testing.assert_allclose(ours(*arguments), plainly(*arguments), atol=1e-6)
     slopes = [jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), (0, 1, 2)))(*arguments) for f in (ours, plainly)]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *slopes)
@@ -140,18 +144,18 @@ def test_what_choices_give_a_token_is_summed_in_float32():
     N, K, E, D = 3, 8, 8, 16
     random = np.random.default_rng(0)
     experts = np.stack([random.permutation(E) for _ in range(N)])
-    layout = lay_out_jit(jnp.asarray(experts), E, 4)
-    given = jnp.asarray(random.standard_normal((layout.pairs_S.size, D)), jnp.bfloat16)
+    layout = lay_out_jit(experts, E, 4)
+    given = jax.device_put(np.asarray(random.standard_normal((layout.pairs_S.size, D)), jnp.bfloat16))
     exact = np.asarray(given, np.float32)[layout.rows_NK].sum(axis=1)
     _, pull = jax.vjp(lambda x: to_experts(x, layout), jnp.zeros((N, D), jnp.bfloat16))
-    np.testing.assert_array_equal(pull(given)[0], jnp.asarray(exact, jnp.bfloat16))
+    np.testing.assert_array_equal(pull(given)[0], jax.device_put(np.asarray(exact, jnp.bfloat16)))
     np.testing.assert_allclose(from_experts(given, layout, jnp.ones((N, K))), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_no_array_of_all_choices_of_all_tokens_is_made():
     """The largest array of the way back is the rows', forward and backward."""
     N, K, E, D = 512, 8, 16, 32
-    experts = jnp.asarray(np.stack([np.random.default_rng(n).permutation(E)[:K] for n in range(N)]))
+    experts = jax.device_put(np.stack([np.random.default_rng(n).permutation(E)[:K] for n in range(N)]))
     layout = lay_out_jit(experts, E, None)
 
     def f(x, weights):
@@ -169,10 +173,10 @@ def test_rows_without_empty_ones_are_in_the_order_of_experts_and_tokens(shape, s
     _, experts = drawn(N, K, E, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expert_layout, "_FEW_PAIRS", 0 if sorted_by_xla else 2000)
-        layout = lay_out_unaligned(jnp.asarray(experts), E)
+        layout = jax.device_get(unaligned[sorted_by_xla](experts, E))
     check(layout, experts, E)
     flat = experts.reshape(-1)
     order = np.lexsort((np.arange(flat.size), flat))[: (flat < E).sum()]
     np.testing.assert_array_equal(layout.pairs_S[: order.size], order)
-    assert (np.asarray(layout.pairs_S[order.size :]) == N * K).all()
+    assert (layout.pairs_S[order.size :] == N * K).all()
     assert layout.pairs_S.size % 8 == 0 and layout.pairs_S.size >= max(64, N * K)

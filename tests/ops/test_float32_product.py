@@ -10,10 +10,12 @@ from stellarbyte_jax.ops.float32_product import float32_product
 
 def drawn(rows=37, inputs=96, outputs=24):
     random = np.random.default_rng(0)
-    x = jnp.asarray(random.standard_normal((rows, inputs)), jnp.bfloat16)
+    x = jax.device_put(np.asarray(random.standard_normal((rows, inputs)), jnp.bfloat16))
     # Sizes that differ by much more than the bits of one part.
     w, dy = (
-        jnp.asarray(random.standard_normal(shape) * np.exp(3 * random.standard_normal(shape)), jnp.float32)
+        jax.device_put(
+            np.asarray(random.standard_normal(shape) * np.exp(3 * random.standard_normal(shape)), np.float32)
+        )
         for shape in ((inputs, outputs), (rows, outputs))
     )
     return x, w, dy
@@ -43,7 +45,7 @@ def test_values_and_gradients_are_those_of_float32(compiled):
 def test_the_gradient_of_rows_has_sixteen_bits_before_it_is_rounded():
     """Of a sum whose large terms cancel each other."""
     x = jnp.ones((1, 1), jnp.bfloat16)
-    w = jnp.asarray([[1 + 2**-12, -1]], jnp.float32)
+    w = jax.device_put(np.asarray([[1 + 2**-12, -1]], np.float32))
     dx = jax.grad(lambda x: jnp.sum(float32_product(x, w)))(x)
     np.testing.assert_array_equal(np.asarray(dx, np.float32), [[2**-12]])
 

@@ -24,13 +24,13 @@ def drawn(rows, channels, dtype=jnp.bfloat16):
     both, dh = (jnp.asarray(random.standard_normal((rows, n)), dtype) for n in (2 * channels, channels))
     weights = random.random(rows)
     weights[::7] = 0  # the slope of such a weight is no quotient
-    return both, dh, jnp.asarray(weights, jnp.float32)
+    return both, dh, jax.device_put(np.asarray(weights, np.float32))
 
 
 def exact(activation, both, dh, weights):
     """float64."""
     with jax.enable_x64(True):
-        both, dh, weights = (jnp.asarray(np.asarray(x, np.float64)) for x in (both, dh, weights))
+        both, dh, weights = (jax.device_put(np.asarray(x, np.float64)) for x in (both, dh, weights))
         F = dh.shape[1]
         h, pull = jax.vjp(lambda x: ACTIVATIONS[activation](x[:, :F]) * x[:, F:], both)
         return [np.asarray(x) for x in (pull(dh * weights[:, None])[0], h * weights[:, None], jnp.sum(dh * h, axis=1))]
@@ -44,9 +44,9 @@ def assert_right(found, right):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_values_and_slopes_of_activations(activation):
     x = np.concatenate([np.linspace(-40, 40, 801), np.linspace(-1, 1, 401)])
-    value, slope = value_and_slope(activation, jnp.asarray(x, jnp.float32))
+    value, slope = value_and_slope(activation, jax.device_put(np.asarray(x, np.float32)))
     with jax.enable_x64(True):
-        right = jax.jvp(ACTIVATIONS[activation], (jnp.asarray(x),), (jnp.ones_like(x),))
+        right = jax.jvp(ACTIVATIONS[activation], (jax.device_put(x),), (jnp.ones_like(x),))
     np.testing.assert_allclose(value, right[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(slope, right[1], rtol=1e-5, atol=1e-5)
 

@@ -27,7 +27,7 @@ def exact(activation, x, w, sizes):
     x, w = (np.asarray(a, np.float64) for a in (x, w))
     for group in range(len(sizes)):
         both[:rows][groups == group] = x[:rows][groups == group] @ w[group]
-    rounded = np.asarray(jnp.asarray(both, jnp.bfloat16), np.float32)
+    rounded = np.asarray(jax.device_put(np.asarray(both, jnp.bfloat16)), np.float32)
     F = w.shape[2] // 2
     return both, np.asarray(ACTIVATIONS[activation](rounded[:, :F]) * rounded[:, F:])
 
@@ -44,7 +44,7 @@ def test_gated_rows_in_the_interpreter(case):
     activation, columns = case
     x, w, _ = drawn(ROWS, 128, 2 * columns, len(SIZES))
     (x_bad,) = poisoned(SIZES, x)
-    sizes = jnp.asarray(SIZES, jnp.int32)
+    sizes = jax.device_put(np.asarray(SIZES, np.int32))
     with compat.interpreted():
         found = jax.jit(lambda *given: gated_rows(activation, *given, keep=True))(x_bad, w, sizes)
         alone, none = gated_rows(activation, x_bad, w, sizes, keep=False)

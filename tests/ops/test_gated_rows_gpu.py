@@ -1,7 +1,6 @@
 """Products with a gate between them on a Hopper GPU."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.grouped import drawn, poisoned
@@ -27,7 +26,7 @@ def test_gated_rows(activation, rows, inputs, columns, sizes):
     x, w, _ = drawn(rows, inputs, 2 * columns, len(sizes))
     (x_bad,) = poisoned(sizes, x)
     run = jax.jit(lambda *given: gated_rows(activation, *given, keep=True))
-    given = x_bad, w, jnp.asarray(sizes, jnp.int32)
+    given = x_bad, w, jax.device_put(np.asarray(sizes, np.int32))
     first = run(*given)
     assert_gated(first, *exact(activation, x, w, sizes))
     for _ in range(3):

@@ -1,7 +1,6 @@
 """Which rows tiles of a grouped product read and write."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.grouped import loads
@@ -14,7 +13,7 @@ from stellarbyte_jax.ops.pallas.group_tiles import HALF, ROWS, by_size, row_tile
 def test_every_row_is_written_by_its_group_and_by_no_other(load, rows):
     sizes = loads(9, rows)[load]
     owner = np.repeat(np.arange(10), [*sizes, rows - sizes.sum()])
-    table, count = jax.jit(row_tiles, static_argnums=1)(jnp.asarray(sizes, jnp.int32), rows)
+    table, count = jax.jit(row_tiles, static_argnums=1)(jax.device_put(np.asarray(sizes, np.int32)), rows)
     groups, first0, first1, written0, written1 = np.asarray(table)[:, : int(count[0])]
     written = np.zeros(rows, int)
     for group, firsts, counts in zip(
@@ -34,7 +33,7 @@ def test_every_row_is_written_by_its_group_and_by_no_other(load, rows):
 
 
 def test_groups_are_sorted_by_size_the_earlier_first_of_equal_ones():
-    table, _ = jax.jit(by_size, static_argnums=(1, 2))(jnp.asarray([3, 0, 7, 3, 5], jnp.int32), 4, 4)
+    table, _ = jax.jit(by_size, static_argnums=(1, 2))(jax.device_put(np.asarray([3, 0, 7, 3, 5], np.int32)), 4, 4)
     np.testing.assert_array_equal(table, [[2, 4, 0, 3, 1], [3, 13, 0, 10, 3], [7, 5, 3, 3, 0]])
 
 
@@ -50,5 +49,5 @@ def test_groups_are_sorted_by_size_the_earlier_first_of_equal_ones():
     ],
 )
 def test_blocks_without_a_tile_of_the_largest_group_begin_with_others(sizes, tiles, blocks, first):
-    found = jax.jit(by_size, static_argnums=(1, 2))(jnp.asarray(sizes, jnp.int32), tiles, blocks).first_1
+    found = jax.jit(by_size, static_argnums=(1, 2))(jax.device_put(np.asarray(sizes, np.int32)), tiles, blocks).first_1
     assert int(found[0]) == first

@@ -28,7 +28,10 @@ def drawn(case, dtype=jnp.float32):
     x = random.standard_normal((rows, 6))
     x[sum(sizes) :] = 0
     w = random.standard_normal((len(sizes), 6, 5))
-    groups = Groups(jnp.asarray(sizes, jnp.int32), None if blocks is None else jnp.asarray(blocks, jnp.int32))
+    groups = Groups(
+        jax.device_put(np.asarray(sizes, np.int32)),
+        None if blocks is None else jax.device_put(np.asarray(blocks, np.int32)),
+    )
     if block is None:
         groups = Unaligned(groups.sizes_E)
     owner = np.minimum(np.searchsorted(np.cumsum(sizes), np.arange(rows), side="right"), len(sizes) - 1)
@@ -38,7 +41,7 @@ def drawn(case, dtype=jnp.float32):
 @pytest.mark.parametrize("case", CASES)
 def test_every_row_meets_the_matrix_of_its_group(case):
     x, w, groups, owner, used = drawn(case)
-    factors = jnp.asarray(np.where(used[:, None], np.random.default_rng(1).standard_normal((used.size, 5)), 0))
+    factors = jax.device_put(np.where(used[:, None], np.random.default_rng(1).standard_normal((used.size, 5)), 0))
 
     def ours(x, w):
         return grouped_matmul(x, w, groups) * factors
@@ -46,7 +49,7 @@ def test_every_row_meets_the_matrix_of_its_group(case):
     def loop(x, w):
         return jnp.stack([x[i] @ w[owner[i]] for i in range(used.size)]) * factors
 
-    np.testing.assert_allclose(jax.jit(ours)(x, w), loop(x, w), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(ours)(x, w), jax.jit(loop)(x, w), atol=1e-5)
     slopes = [jax.jit(jax.grad(lambda x, w, f=f: jnp.sum(jnp.sin(f(x, w))), (0, 1)))(x, w) for f in (ours, loop)]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *slopes)
 
@@ -55,17 +58,22 @@ def test_every_row_meets_the_matrix_of_its_group(case):
 def test_gradients_by_themselves_are_those_of_the_product(case):
     x, w, groups, _, used = drawn(case)
     dy = jnp.asarray(np.where(used[:, None], np.random.default_rng(1).standard_normal((used.size, 5)), 0), x.dtype)
-    _, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, groups), x, w)
-    found = grouped_matmul_dx(dy, w, groups), grouped_matmul_dw(x, dy, groups)
-    for a, b in zip(found, pull(dy), strict=True):
+
+    @jax.jit
+    def both(x, w, dy):
+        _, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, groups), x, w)
+        return (grouped_matmul_dx(dy, w, groups), grouped_matmul_dw(x, dy, groups)), pull(dy)
+
+    for a, b in zip(*both(x, w, dy), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_is_summed_in_float32(case):
     x, w, groups, owner, _ = drawn(case, jnp.bfloat16)
-    found = grouped_matmul(x, w, groups)
+    found = jax.jit(grouped_matmul)(x, w, groups)
     assert found.dtype == jnp.bfloat16
+    x, w = jax.device_get((x, w))
     exact = np.stack([np.asarray(x[i], np.float64) @ np.asarray(w[owner[i]], np.float64) for i in range(len(owner))])
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-6)
 
@@ -73,7 +81,7 @@ def test_bfloat16_is_summed_in_float32(case):
 def test_gathered_matrices_are_not_kept_for_the_backward_pass():
     """What is kept is the rows and the matrices; copies of matrices by block would be larger than both."""
     sizes, blocks = [256, 0, 256], [0] * 64 + [2] * 64
-    groups = Groups(jnp.asarray(sizes, jnp.int32), jnp.asarray(blocks, jnp.int32))
+    groups = Groups(jax.device_put(np.asarray(sizes, np.int32)), jax.device_put(np.asarray(blocks, np.int32)))
     _, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, groups), jnp.ones((512, 8)), jnp.ones((3, 8, 8)))
     kept = {x.shape for x in jax.tree.leaves(pull)}
     assert (128, 8, 8) not in kept and (3, 8, 8) in kept

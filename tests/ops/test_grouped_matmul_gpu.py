@@ -24,7 +24,10 @@ def test_the_product_and_its_gradients(rows, inputs, outputs, groups):
     for load, sizes in cases.items():
         x_bad, dy_bad = poisoned(sizes, x, dy)
         for name, ours, right in zip(
-            NAMES, run(x_bad, w, dy_bad, jnp.asarray(sizes, jnp.int32)), exact(x, w, dy, sizes), strict=True
+            NAMES,
+            run(x_bad, w, dy_bad, jax.device_put(np.asarray(sizes, np.int32))),
+            exact(x, w, dy, sizes),
+            strict=True,
         ):
             assert_rounded(ours, right, f"{name}, {load}")
 
@@ -41,7 +44,9 @@ def test_every_run_gives_the_same_bits(load):
 
 def test_blocks_of_the_model_through_the_kernels():
     x, w, _ = drawn(512, 128, 192, 4)
-    groups = Groups(jnp.asarray([256, 0, 128, 128], jnp.int32), jnp.asarray([0, 0, 2, 3], jnp.int32))
+    groups = Groups(
+        jax.device_put(np.asarray([256, 0, 128, 128], np.int32)), jax.device_put(np.asarray([0, 0, 2, 3], np.int32))
+    )
     ours, xla = (jax.jit(lambda x, w, n=n: by_name(x, w, groups, implementation=n)) for n in ("pallas", "xla"))
     assert "grouped_matmul" in ours.lower(x, w).compile().as_text()
     np.testing.assert_allclose(*(np.asarray(f(x, w), np.float32) for f in (ours, xla)), rtol=2**-7, atol=0.1)

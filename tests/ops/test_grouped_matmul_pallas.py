@@ -62,7 +62,7 @@ def test_the_product_in_the_interpreter(alternate):
     run = jax.jit(lambda x, w, s: grouped_rows(x, w, row_tiles(s, ROWS), transpose=False, tuning=tuning))
     (x_bad,) = poisoned(SIZES, x)
     with compat.interpreted():
-        found = run(x_bad, w, jnp.asarray(SIZES, jnp.int32))
+        found = run(x_bad, w, jax.device_put(np.asarray(SIZES, np.int32)))
         assert_rounded(found, exact(x, w, dy, SIZES)[0], "the product")
 
 
@@ -73,7 +73,7 @@ def test_the_product_and_its_gradients_in_the_interpreter(monkeypatch):
     x, w, dy = drawn(ROWS, 64, 192, 4)
     x_bad, dy_bad = poisoned(SIZES, x, dy)
     with compat.interpreted():
-        found = jax.jit(with_gradients(grouped_matmul))(x_bad, w, dy_bad, jnp.asarray(SIZES, jnp.int32))
+        found = jax.jit(with_gradients(grouped_matmul))(x_bad, w, dy_bad, jax.device_put(np.asarray(SIZES, np.int32)))
         for name, ours, right in zip(NAMES, found, exact(x, w, dy, SIZES), strict=True):
             assert_rounded(ours, right, name)
 
@@ -95,7 +95,7 @@ def test_warpgroups_wait_for_each_other(monkeypatch):
     rows, sizes = 216, [64, 128, 0, 22]
     x, w, dy = drawn(rows, 128, 192, 4)
     with compat.interpreted(detect_races=True):
-        found = with_gradients(grouped_matmul)(x, w, dy, jnp.asarray(sizes, jnp.int32))
+        found = with_gradients(grouped_matmul)(x, w, dy, jax.device_put(np.asarray(sizes, np.int32)))
     for name, ours, right in zip(NAMES, found, exact(x, w, dy, sizes), strict=True):
         assert_rounded(ours, right, name)
 
@@ -114,12 +114,12 @@ def test_what_the_kernels_refuse(hopper, rows, inputs, outputs, dtype, reason):
     x, w = jnp.ones((rows, inputs), dtype), jnp.ones((2, inputs, outputs), dtype)
     assert refusal(x, w) == reason
     with pytest.raises(NotImplementedError, match=f"grouped_matmul: pallas refused: {reason}"):
-        by_name(x, w, Groups(jnp.asarray([3, 4], jnp.int32), None), implementation="pallas")
+        by_name(x, w, Groups(jax.device_put(np.asarray([3, 4], np.int32)), None), implementation="pallas")
 
 
 def test_another_device_is_refused_by_name_and_passed_by():
     x, w, dy = drawn(128, 64, 64, 2)
-    groups = Groups(jnp.asarray([64, 64], jnp.int32), None)
+    groups = Groups(jax.device_put(np.asarray([64, 64], np.int32)), None)
     with pytest.raises(NotImplementedError, match=r"pallas refused: .* Hopper GPU \(compute capability 9.0\)"):
         by_name(x, w, groups, implementation="pallas")
     np.testing.assert_allclose(
@@ -134,10 +134,10 @@ def test_experts_from_tokens_to_sums_by_kernels_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(module, "tuning", lambda kernel, columns: SMALL)
     N, K, E, D, F = 31, 3, 4, 256, 64  # channels of which the kernels move rows too
     random = np.random.default_rng(0)
-    experts = jnp.asarray(np.stack([random.permutation(E + 1)[:K] for _ in range(N)]), jnp.int32)
+    experts = jax.device_put(np.asarray(np.stack([random.permutation(E + 1)[:K] for _ in range(N)]), np.int32))
     shapes = (N, D), (E, D, 2 * F), (E, F, D)
     inputs = [jnp.asarray(0.3 * random.standard_normal(shape), jnp.bfloat16) for shape in shapes]
-    weights, d = (jnp.asarray(random.random((N, size)), jnp.float32) for size in (K, D))
+    weights, d = (jax.device_put(np.asarray(random.random((N, size)), np.float32)) for size in (K, D))
     layout = lay_out_unaligned(experts, E)
 
     @partial(jax.jit, static_argnums=0)

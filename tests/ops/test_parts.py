@@ -17,6 +17,9 @@ from stellarbyte_jax.ops.expert_layout import (
 from stellarbyte_jax.ops.parts import sum_of_parts
 
 lay_out = jax.jit(expert_layout.lay_out, static_argnums=(1, 2))
+lay_out_anywhere = jax.jit(lay_out_unaligned, static_argnums=1)
+cut = jax.jit(part_of, static_argnums=2)
+there, back = jax.jit(to_experts), jax.jit(from_experts)
 
 
 def cube(number, inputs, rest):
@@ -38,9 +41,9 @@ def test_as_many_parts_as_are_counted_and_their_gradients(count, wrapped):
         return jnp.sum(jnp.sin(sum(cube(number, inputs, rest) for number in range(count))))
 
     number = jnp.array(count)
-    np.testing.assert_allclose(wrapped(ours)(inputs, number), loop(inputs), rtol=1e-6)
+    np.testing.assert_allclose(wrapped(ours)(inputs, number), jax.jit(loop)(inputs), rtol=1e-6)
     found = jax.grad(wrapped(ours))(inputs, number)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, jax.grad(loop)(inputs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, jax.jit(jax.grad(loop))(inputs))
 
 
 def times_factors(inputs, layout):
@@ -63,14 +66,16 @@ def test_parts_of_a_layout_add_up_to_it(loads, blocks):
         "all of one expert": np.tile([2, E], (N, 1)),
         "none": np.full((N, K), E),
     }[loads]
-    layout = lay_out(jnp.asarray(experts), E, M)
+    layout = lay_out(jax.device_put(experts), E, M)
     count = parts_of(layout, blocks * M)
     used = int(layout.groups.sizes_E.sum()) // M
     assert count == max(-(-used // blocks), 1)
-    parts = [part_of(layout, number, blocks * M) for number in range(int(count))]
+    parts = [cut(layout, number, blocks * M) for number in range(int(count))]
     assert {part.pairs_S.size for part in parts} == {blocks * M}
     np.testing.assert_array_equal(sum(part.groups.sizes_E for part in parts), layout.groups.sizes_E)
-    inputs = tuple(jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((N, D), (E, D), (N, K)))
+    inputs = tuple(
+        jax.device_put(np.asarray(random.standard_normal(shape), np.float32)) for shape in ((N, D), (E, D), (N, K))
+    )
 
     def in_parts(inputs):
         return sum_of_parts(
@@ -86,7 +91,7 @@ def test_parts_of_a_layout_add_up_to_it(loads, blocks):
 
 
 def test_a_share_is_an_eighth_more_than_even_and_a_block_for_each_expert():
-    experts = jnp.zeros((2048, 4), jnp.int32)
+    experts = np.zeros((2048, 4), np.int32)
     layout = lay_out(experts, 8, 64)
     assert layout.groups.experts_G.size == 2048 * 4 // 64 + 8
     assert rows_of_share(layout, 2) == (2048 * 4 // 64 // 2 * 9 // 8 + 8) * 64
@@ -98,14 +103,14 @@ def test_a_share_is_an_eighth_more_than_even_and_a_block_for_each_expert():
 def test_pairs_without_an_expert_have_no_row_in_a_part_that_is_longer_than_the_layout():
     """Whatever experts make of its empty rows, which lie where the whole layout says that a pair has none."""
     E, M, blocks = 4, 4, 13
-    experts = jnp.asarray(np.repeat(np.arange(E + 1), (13, 13, 13, 5, 4)).reshape(24, 2), jnp.int32)
+    experts = jax.device_put(np.asarray(np.repeat(np.arange(E + 1), (13, 13, 13, 5, 4)).reshape(24, 2), np.int32))
     layout = lay_out(experts, E, M)
     assert layout.groups.experts_G.size == 16 and parts_of(layout, blocks * M) == 2
-    found = jnp.zeros((24, 1))
+    found = np.zeros((24, 1))
     for number in range(2):
-        part = part_of(layout, number, blocks * M)
-        made = jnp.where(part.pairs_S[:, None] < experts.size, 1.0, jnp.nan)
-        found += from_experts(made, part, jnp.ones(experts.shape))
+        part = cut(layout, number, blocks * M)
+        made = np.where(np.asarray(part.pairs_S)[:, None] < experts.size, np.float32(1), np.float32(np.nan))
+        found += back(made, part, np.ones(experts.shape, np.float32))
     np.testing.assert_array_equal(found[:, 0], np.sum(np.asarray(experts) < E, axis=1))
 
 
@@ -119,27 +124,27 @@ def test_parts_of_rows_that_begin_anywhere_add_up_to_the_layout(loads, rows):
         "all of one expert": np.tile([2, E, E], (N, 1)),
         "none": np.full((N, K), E),
     }[loads]
-    layout = lay_out_unaligned(jnp.asarray(experts), E)
+    layout = lay_out_anywhere(experts, E)
     count = int(parts_of(layout, rows))
     assert count == max(1, -(-int(np.sum(experts < E)) // rows))
-    x, weights = (jnp.asarray(random.standard_normal((N, size)), jnp.float32) for size in (5, K))
-    factors = jnp.asarray(random.standard_normal((E, 5)), jnp.float32)
-    found, sizes = jnp.zeros_like(x), jnp.zeros(E, jnp.int32)
+    x, weights = (jax.device_put(np.asarray(random.standard_normal((N, size)), np.float32)) for size in (5, K))
+    factors = jax.device_put(np.asarray(random.standard_normal((E, 5)), np.float32))
+    found, sizes = np.zeros(x.shape, np.float32), np.zeros(E, np.int32)
     for number in range(count):
-        part = part_of(layout, number, rows)
+        part = cut(layout, number, rows)
         assert part.pairs_S.size == rows
-        owner = jnp.searchsorted(jnp.cumsum(part.groups.sizes_E), jnp.arange(rows), side="right")
-        made = to_experts(x, part) * jnp.append(factors, jnp.full((1, 5), jnp.nan), axis=0)[owner]
-        found += from_experts(made, part, weights)
-        sizes += part.groups.sizes_E
+        owner = np.searchsorted(np.cumsum(part.groups.sizes_E), np.arange(rows), side="right")
+        made = np.asarray(there(x, part)) * np.append(factors, np.full((1, 5), np.nan, np.float32), axis=0)[owner]
+        found += np.asarray(back(made, part, weights))
+        sizes += np.asarray(part.groups.sizes_E)
     np.testing.assert_array_equal(sizes, layout.groups.sizes_E)
     exact = np.einsum("nk,nkd->nd", weights, np.append(factors, np.zeros((1, 5)), axis=0)[experts]) * x
     np.testing.assert_allclose(found, exact, atol=1e-6)
 
 
 def test_a_share_of_rows_that_begin_anywhere_is_an_eighth_more_than_even():
-    layout = lay_out_unaligned(jnp.zeros((2048, 4), jnp.int32), 8)
+    layout = lay_out_anywhere(np.zeros((2048, 4), np.int32), 8)
     assert rows_of_share(layout, 2) == 2048 * 4 // 2 * 9 // 8
     assert rows_of_share(layout, 7) == -(-2048 * 4 * 9 // (7 * 8 * 8)) * 8
     assert rows_of_share(layout, 1) is None
-    assert rows_of_share(lay_out_unaligned(jnp.zeros((16, 4), jnp.int32), 8), 2) is None, "no fewer than a kernel takes"
+    assert rows_of_share(lay_out_anywhere(np.zeros((16, 4), np.int32), 8), 2) is None, "no fewer than a kernel takes"

@@ -1,5 +1,7 @@
 """Routing of tokens to experts, beside loops in Python and torch's top-k."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,11 @@ from hypothesis import strategies as st
 
 from stellarbyte_jax.ops import routing
 
+STATIC = ("groups", "kept_groups", "threshold", "normalize", "scale")
+choose_experts = jax.jit(routing.choose_experts, static_argnums=1, static_argnames=STATIC)
+score_experts = jax.jit(routing.score_experts, static_argnums=1)
+place, place_overflow = jax.jit(routing.place), jax.jit(routing.place_overflow)
+
 
 def logits_of(N, E, seed=0):
     return np.random.default_rng(seed).standard_normal((N, E)).astype(np.float32)
@@ -16,25 +23,23 @@ def logits_of(N, E, seed=0):
 
 def test_scores_are_float32_and_those_of_the_gate():
     logits = logits_of(5, 6)
-    softmax = routing.score_experts(jnp.asarray(logits, jnp.bfloat16), "softmax")
+    softmax = score_experts(np.asarray(logits, jnp.bfloat16), "softmax")
     assert softmax.dtype == jnp.float32
-    rounded = np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float64)
+    rounded = np.asarray(np.asarray(logits, jnp.bfloat16), np.float64)
     expected = np.exp(rounded) / np.exp(rounded).sum(1, keepdims=True)
     np.testing.assert_allclose(softmax, expected, rtol=1e-5)
-    np.testing.assert_allclose(
-        routing.score_experts(jnp.asarray(logits), "sigmoid"), 1 / (1 + np.exp(-logits)), rtol=1e-5
-    )
+    np.testing.assert_allclose(score_experts(logits, "sigmoid"), 1 / (1 + np.exp(-logits)), rtol=1e-5)
     with pytest.raises(ValueError, match="gate must be softmax or sigmoid, got 'tanh'"):
-        routing.score_experts(jnp.asarray(logits), "tanh")
+        score_experts(logits, "tanh")
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_the_best_experts_are_chosen_with_their_scores(k, normalize):
-    scores = np.array(routing.score_experts(jnp.asarray(logits_of(7, 6)), "softmax"))
+    scores = np.array(score_experts(logits_of(7, 6), "softmax"))
     scores[2] = 0.5  # all equal: the first ones
     mask = np.arange(7) != 4
-    found = routing.choose_experts(jnp.asarray(scores), k, mask_N=jnp.asarray(mask), normalize=normalize, scale=2.5)
+    found = jax.device_get(choose_experts(scores, k, mask_N=mask, normalize=normalize, scale=2.5))
     for n in range(7):
         order = sorted(range(6), key=lambda e: (-scores[n, e], e))[:k]
         weights = scores[n, order] / (scores[n, order].sum() if normalize else 1) * 2.5
@@ -43,11 +48,11 @@ def test_the_best_experts_are_chosen_with_their_scores(k, normalize):
 
 
 def test_a_bias_changes_the_choice_and_not_the_weights():
-    scores, bias = jnp.asarray([[0.5, 0.3, 0.2]]), jnp.asarray([-1.0, 0.0, 0.2])
-    found = routing.choose_experts(scores, 2, bias_E=bias)
+    scores, bias = np.float32([[0.5, 0.3, 0.2]]), np.float32([-1.0, 0.0, 0.2])
+    found = choose_experts(scores, 2, bias_E=bias)
     assert found.experts_NK.tolist() == [[2, 1]]
     np.testing.assert_allclose(found.weights_NK, [[0.2, 0.3]])
-    slopes = jax.grad(lambda s, b: routing.choose_experts(s, 2, bias_E=b).weights_NK.sum(), (0, 1))(scores, bias)
+    slopes = jax.jit(jax.grad(lambda s, b: choose_experts(s, 2, bias_E=b).weights_NK.sum(), (0, 1)))(scores, bias)
     np.testing.assert_array_equal(slopes[0], [[0, 1, 1]])
     np.testing.assert_array_equal(slopes[1], 0)
 
@@ -55,25 +60,25 @@ def test_a_bias_changes_the_choice_and_not_the_weights():
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_groups_with_the_best_two_experts_are_kept(kept):
     scores, bias = logits_of(9, 12), logits_of(1, 12, seed=1)[0]
-    found = routing.choose_experts(jnp.asarray(scores), 3, bias_E=jnp.asarray(bias), groups=4, kept_groups=kept)
+    found = jax.device_get(choose_experts(scores, 3, bias_E=bias, groups=4, kept_groups=kept))
     for n in range(9):
         ranked = scores[n] + bias
         best = [np.sort(ranked[3 * g : 3 * g + 3])[-2:].sum() for g in range(4)]
         groups = sorted(range(4), key=lambda g: -best[g])[:kept]
         allowed = [e for e in range(12) if e // 3 in groups]
         assert found.experts_NK[n].tolist() == sorted(allowed, key=lambda e: -ranked[e])[:3]
-    alone = routing.choose_experts(jnp.asarray(scores), kept, groups=12, kept_groups=kept)  # an expert is a group
+    alone = choose_experts(scores, kept, groups=12, kept_groups=kept)  # an expert is a group
     np.testing.assert_array_equal(alone.experts_NK, np.argsort(-scores, axis=1)[:, :kept])
     with pytest.raises(ValueError, match=r"5 groups, of which 1 are kept, do not divide 12 experts"):
-        routing.choose_experts(jnp.asarray(scores), 3, groups=5)
+        choose_experts(scores, 3, groups=5)
     with pytest.raises(ValueError, match=r"a token cannot have 4 of 3 experts"):
-        routing.choose_experts(jnp.asarray(scores), 4, groups=4)
+        choose_experts(scores, 4, groups=4)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_token_has_no_more_experts_than_its_share_of_scores_needs(normalize):
-    scores, threshold = np.asarray(routing.score_experts(jnp.asarray(2 * logits_of(40, 6)), "softmax")), 0.85
-    found = routing.choose_experts(jnp.asarray(scores), 4, threshold=threshold, normalize=normalize)
+    scores, threshold = np.asarray(score_experts(2 * logits_of(40, 6), "softmax")), 0.85
+    found = jax.device_get(choose_experts(scores, 4, threshold=threshold, normalize=normalize))
     sizes = set()
     for n in range(40):
         order, total, chosen = sorted(range(6), key=lambda e: -scores[n, e])[:4], 0.0, []
@@ -90,14 +95,16 @@ def test_a_token_has_no_more_experts_than_its_share_of_scores_needs(normalize):
 
 
 def test_other_experts_of_a_token_have_weights_in_proportion():
-    scores = routing.score_experts(jnp.asarray(logits_of(5, 6)), "softmax")
-    found = routing.choose_experts(scores, 2, normalize=True, scale=2.0)
-    np.testing.assert_array_equal(found.weights_of(scores, found.experts_NK), found.weights_NK)
-    others = jnp.asarray([[6, 0], [1, 2], [3, 6], [4, 5], [0, 1]])
+    scores = np.asarray(score_experts(logits_of(5, 6), "softmax"))
+    found = choose_experts(scores, 2, normalize=True, scale=2.0)
+    weights_of = jax.jit(routing.Choices.weights_of)
+    np.testing.assert_array_equal(weights_of(found, scores, found.experts_NK), found.weights_NK)
+    others, first = np.int32([[6, 0], [1, 2], [3, 6], [4, 5], [0, 1]]), np.asarray(found.experts_NK)
+    weights = np.asarray(weights_of(found, scores, others))
     for n in range(5):
-        chosen = scores[n, found.experts_NK[n]].sum()
+        chosen = scores[n, first[n]].sum()
         expected = [2 * scores[n, e] / chosen if e < 6 else 0 for e in others[n].tolist()]
-        np.testing.assert_allclose(found.weights_of(scores, others)[n], expected, rtol=1e-5)
+        np.testing.assert_allclose(weights[n], expected, rtol=1e-5)
 
 
 def by_hand(experts, priorities, used, capacity, E):
@@ -115,7 +122,6 @@ def by_hand(experts, priorities, used, capacity, E):
 # Few shapes, since each compiles: one token and one expert, one choice of many, all experts of a token, and between.
 SHAPES = [(1, 1, 1), (7, 1, 6), (5, 4, 4), (12, 2, 3), (9, 3, 6)]
 pairs = st.tuples(st.sampled_from(SHAPES), st.integers(0, 6), st.integers(0, 10**6))
-place, place_overflow = jax.jit(routing.place), jax.jit(routing.place_overflow)
 
 
 def drawn(N, K, E, seed):
@@ -132,7 +138,7 @@ def test_slots_go_to_the_highest_priorities(case):
     (N, K, E), capacity, seed = case
     random, experts, priorities = drawn(N, K, E, seed)
     used = random.integers(0, 3, E)
-    found = place(jnp.asarray(experts), jnp.asarray(priorities), jnp.asarray(used), capacity)
+    found = place(experts, priorities, used, capacity)
     taken, slots, after = by_hand(experts, priorities, used, capacity, E)
     np.testing.assert_array_equal(found.experts_NK, taken)
     np.testing.assert_array_equal(found.slots_NK, slots)
@@ -146,8 +152,8 @@ def test_overflow_loses_nothing_that_any_candidate_would_take(case, M):
     random, experts, priorities = drawn(N, K, E, seed)
     candidates = random.integers(0, E + 1, (N, M))
     wanted = experts < E
-    first = place(jnp.asarray(experts), jnp.asarray(priorities), jnp.zeros(E, jnp.int32), capacity)
-    found = place_overflow(first, jnp.asarray(candidates), jnp.asarray(priorities), jnp.asarray(wanted), capacity)
+    first = place(experts, priorities, np.zeros(E, np.int32), capacity)
+    found = place_overflow(first, candidates, priorities, wanted, capacity)
     got, slots, used = map(np.asarray, found)
     kept = np.asarray(first.experts_NK) < E
     np.testing.assert_array_equal(got[kept], np.asarray(first.experts_NK)[kept])
@@ -170,46 +176,52 @@ def test_overflow_loses_nothing_that_any_candidate_would_take(case, M):
 
 def test_overflow_goes_down_the_list_of_each_token():
     """Two tokens want expert 0 of one slot; the second tries 2, which is full, and then 1."""
-    used = jnp.asarray([0, 0, 1])
-    experts, priorities = jnp.asarray([[0], [0]]), jnp.asarray([[2.0], [1.0]])
-    first = routing.place(experts, priorities, used, 1)
+    used = np.int32([0, 0, 1])
+    experts, priorities = np.int32([[0], [0]]), np.float32([[2.0], [1.0]])
+    first = place(experts, priorities, used, 1)
     assert first.experts_NK.tolist() == [[0], [3]]
-    found = routing.place_overflow(first, jnp.asarray([[1, 2], [2, 1]]), priorities, jnp.ones((2, 1), bool), 1)
+    found = place_overflow(first, np.int32([[1, 2], [2, 1]]), priorities, np.ones((2, 1), bool), 1)
     assert found.experts_NK.tolist() == [[0], [1]] and found.used_E.tolist() == [1, 1, 1]
 
 
 def test_of_the_choices_of_a_token_the_first_is_offered_the_next_expert():
     """Both are left; experts 2 and 3, which they are offered at first, are full, and then the list has one more."""
-    used, priorities = jnp.asarray([1, 1, 1, 1, 0]), jnp.asarray([[2.0, 1.0]])
-    first = routing.place(jnp.asarray([[0, 1]]), priorities, used, 1)
-    found = routing.place_overflow(first, jnp.asarray([[2, 3, 4]]), priorities, jnp.ones((1, 2), bool), 1)
+    used, priorities = np.int32([1, 1, 1, 1, 0]), np.float32([[2.0, 1.0]])
+    first = place(np.int32([[0, 1]]), priorities, used, 1)
+    found = place_overflow(first, np.int32([[2, 3, 4]]), priorities, np.ones((1, 2), bool), 1)
     assert first.experts_NK.tolist() == [[5, 5]] and found.experts_NK.tolist() == [[4, 5]]
 
 
 def test_a_choice_that_is_left_tries_the_first_of_the_list_beside_one_that_has_its_expert():
-    used, priorities = jnp.asarray([0, 1, 0]), jnp.asarray([[2.0, 1.0]])
-    first = routing.place(jnp.asarray([[0, 1]]), priorities, used, 1)
+    used, priorities = np.int32([0, 1, 0]), np.float32([[2.0, 1.0]])
+    first = place(np.int32([[0, 1]]), priorities, used, 1)
     assert first.experts_NK.tolist() == [[0, 3]]
-    found = routing.place_overflow(first, jnp.asarray([[2]]), priorities, jnp.ones((1, 2), bool), 1)
+    found = place_overflow(first, np.int32([[2]]), priorities, np.ones((1, 2), bool), 1)
     assert found.experts_NK.tolist() == [[0, 2]]
 
 
 def test_a_token_gets_no_expert_twice():
     """Both of its choices are full, and its list names an expert twice; it has one more, which it had already."""
-    used, priorities = jnp.asarray([1, 1, 0, 0]), jnp.asarray([[1.0, 1.0]])
-    first = routing.place(jnp.asarray([[0, 1]]), priorities, used, 1)
-    wanted = jnp.ones((1, 2), bool)
-    assert routing.place_overflow(first, jnp.asarray([[2, 2]]), priorities, wanted, 2).experts_NK.tolist() == [[2, 4]]
-    found = routing.place_overflow(first, jnp.asarray([[2, 2, 3]]), priorities, wanted, 2)
+    used, priorities = np.int32([1, 1, 0, 0]), np.float32([[1.0, 1.0]])
+    first = place(np.int32([[0, 1]]), priorities, used, 1)
+    wanted = np.ones((1, 2), bool)
+    assert place_overflow(first, np.int32([[2, 2]]), priorities, wanted, 2).experts_NK.tolist() == [[2, 4]]
+    found = place_overflow(first, np.int32([[2, 2, 3]]), priorities, wanted, 2)
     assert found.experts_NK.tolist() == [[2, 3]] and found.used_E.tolist() == [1, 1, 1, 1]
 
 
 def test_routing_compiles_with_a_capacity_that_is_an_array():
-    experts, priorities = jnp.asarray([[0], [0], [0]]), jnp.asarray([[1.0], [3.0], [2.0]])
-    place = jax.jit(routing.place)
+    experts, priorities = np.int32([[0], [0], [0]]), np.float32([[1.0], [3.0], [2.0]])
     for capacity in (0, 1, 2):
-        found = place(experts, priorities, jnp.zeros(2, jnp.int32), jnp.asarray(capacity))
+        found = place(experts, priorities, np.zeros(2, np.int32), np.int32(capacity))
         assert found.used_E.tolist() == [capacity, 0]
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, has_aux=True)
+def slopes_of_weighted(logits, slope):
+    found = choose_experts(score_experts(logits, "sigmoid"), 3, normalize=True, scale=2.5)
+    return jnp.sum(found.weights_NK * slope), found
 
 
 @pytest.mark.parametrize("level", [-10, -40, -50, -90, -200])
@@ -218,17 +230,12 @@ def test_small_sigmoid_scores_have_weights_and_finite_slopes(level):
     logits = level + logits_of(5, 6)
     slope = np.random.default_rng(3).standard_normal((5, 3)).astype(np.float32)
 
-    def weighted(logits):
-        scores = routing.score_experts(logits, "sigmoid")
-        found = routing.choose_experts(scores, 3, normalize=True, scale=2.5)
-        return jnp.sum(found.weights_NK * slope), found
-
-    (_, found), slopes = jax.value_and_grad(weighted, has_aux=True)(jnp.asarray(logits))
+    (_, found), slopes = jax.device_get(slopes_of_weighted(logits, slope))
     assert np.isfinite(slopes).all() and np.isfinite(found.weights_NK).all()
     if level >= -40:
-        wide = 1 / (1 + np.exp(-np.take_along_axis(np.float64(logits), np.asarray(found.experts_NK), axis=1)))
+        wide = 1 / (1 + np.exp(-np.take_along_axis(np.float64(logits), found.experts_NK, axis=1)))
         share = wide / wide.sum(1, keepdims=True)
         np.testing.assert_allclose(found.weights_NK, 2.5 * share, rtol=2e-5)
         expected = 2.5 * share * (1 - wide) * (slope - (slope * share).sum(1, keepdims=True))
-        of_chosen = np.take_along_axis(np.asarray(slopes), np.asarray(found.experts_NK), axis=1)
+        of_chosen = np.take_along_axis(slopes, found.experts_NK, axis=1)
         np.testing.assert_allclose(of_chosen, expected, rtol=2e-4, atol=1e-6)

@@ -23,11 +23,11 @@ def rows_of(count, shape, seed=0):
     random = np.random.default_rng(seed)
     found = random.integers(0, count, shape)
     found[random.random(shape) < 1 / 6] = count
-    return jnp.asarray(found, jnp.int32)
+    return jax.device_put(np.asarray(found, np.int32))
 
 
 def array(*shape, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
+    return jax.device_put(np.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16))
 
 
 def spread(tokens, choices, seed=0):
@@ -36,7 +36,7 @@ def spread(tokens, choices, seed=0):
     rows = tokens * choices
     numbers = random.permutation(rows).reshape(tokens, choices)
     numbers[random.random(numbers.shape) < 1 / 6] = rows
-    return jnp.asarray(numbers, jnp.int32), rows
+    return jax.device_put(np.asarray(numbers, np.int32)), rows
 
 
 def assert_spread(found, x, numbers):
@@ -63,7 +63,9 @@ def test_sums_of_rows(case):
     y, numbers = array(40, 256), rows_of(40, shape)
     y = y.at[3].set(jnp.inf)  # of a row that nobody sums
     numbers = jnp.where(numbers == 3, 40, numbers)
-    weights = jnp.asarray(np.random.default_rng(2).standard_normal(shape), jnp.float32) if weighted else None
+    weights = (
+        jax.device_put(np.asarray(np.random.default_rng(2).standard_normal(shape), np.float32)) if weighted else None
+    )
     with compat.interpreted():
         found = np.asarray(jax.jit(sum_rows, static_argnums=3)(y, numbers, weights, dtype), np.float64)
     rows = np.append(np.asarray(y, np.float64), np.zeros((1, 256)), axis=0)[np.asarray(numbers)]

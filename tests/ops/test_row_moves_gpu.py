@@ -27,7 +27,7 @@ def test_sums_of_rows(tokens, channels, choices, dtype):
     count = tokens * choices
     y, numbers = array(count, channels), rows_of(count, (tokens, choices))
     y, numbers = y.at[1].set(jnp.nan), jnp.where(numbers == 1, count, numbers)
-    weights = jnp.asarray(np.random.default_rng(2).standard_normal((tokens, choices)), jnp.float32)
+    weights = jax.device_put(np.asarray(np.random.default_rng(2).standard_normal((tokens, choices)), np.float32))
     run = jax.jit(sum_rows, static_argnums=3)
     rows = np.append(np.asarray(y, np.float64), np.zeros((1, channels)), axis=0)[np.asarray(numbers)]
     for given in (weights, None):

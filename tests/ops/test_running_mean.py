@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stellarbyte_jax.ops.running_mean import running_mean
+from stellarbyte_jax.ops import running_mean as op
+
+running_mean = jax.jit(op.running_mean, static_argnums=4)
 
 B, T, D = 3, 7, 2
 
@@ -38,26 +40,26 @@ def loop(x, starts, valid, before, decay):
 def test_means_equal_a_loop(seed, decay):
     x, starts, valid, before = drawn(seed)
     expected, last = loop(x, starts, valid, before, decay)
-    found, after = running_mean(*map(jnp.asarray, (np.float32(x), starts, valid, np.float32(before))), decay)
+    found, after = running_mean(np.float32(x), starts, valid, np.float32(before), decay)
     assert found.dtype == after.dtype == jnp.float32
     np.testing.assert_allclose(np.where(valid[..., None], found, 0), np.where(valid[..., None], expected, 0), atol=1e-6)
     np.testing.assert_allclose(after, last, atol=1e-6)
 
 
 def test_one_call_equals_two_with_the_mean_between():
-    x, starts, valid, before = map(jnp.asarray, drawn())
-    x, before = x.astype(jnp.float32), before.astype(jnp.float32)
+    x, starts, valid, before = drawn()
+    x, before = np.float32(x), np.float32(before)
     whole, last = running_mean(x, starts, valid, before, 0.8)
     first, between = running_mean(x[:, :3], starts[:, :3], valid[:, :3], before, 0.8)
     second, after = running_mean(x[:, 3:], starts[:, 3:], valid[:, 3:], between, 0.8)
-    np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate([first, second], axis=1), whole, atol=1e-6)
     np.testing.assert_allclose(after, last, atol=1e-6)
 
 
 def test_narrow_tokens_are_added_in_float32():
-    x = jnp.full((1, 400, 1), 1.0, jnp.bfloat16)
-    nothing = jnp.zeros((1, 400), bool)
-    _, after = running_mean(x, nothing, ~nothing, jnp.zeros((1, 1)), 0.99)
+    x = np.full((1, 400, 1), 1.0, jnp.bfloat16)
+    nothing = np.zeros((1, 400), bool)
+    _, after = running_mean(x, nothing, ~nothing, np.zeros((1, 1), np.float32), 0.99)
     assert float(after[0, 0]) == pytest.approx(1 - 0.99**400, rel=1e-5)
 
 
@@ -68,14 +70,14 @@ def test_slopes_equal_differences():
     weights *= valid[..., None]
 
     def scalar(x, before):
-        found, after = running_mean(x, jnp.asarray(starts), jnp.asarray(valid), before, 0.7)
+        found, after = running_mean(x, starts, valid, before, 0.7)
         return jnp.sum(found * np.float32(weights)) + jnp.sum(after * np.float32(last_weights))
 
     def by_loop(x, before):
         found, after = loop(x, starts, valid, before, 0.7)
         return np.sum(found * weights) + np.sum(after * last_weights)
 
-    slopes = jax.grad(scalar, (0, 1))(jnp.asarray(x, "float32"), jnp.asarray(before, "float32"))
+    slopes = jax.device_get(jax.jit(jax.grad(scalar, (0, 1)))(np.float32(x), np.float32(before)))
     for number, (slope, of) in enumerate(zip(slopes, (x, before), strict=True)):
         for at in np.ndindex(of.shape):
             ends = []

@@ -85,7 +85,7 @@ def test_keys_of_a_cache_that_each_head_prunes_for_itself(K):
     q, k, v, _ = arrays(8, K)
     rows = np.random.default_rng(0)
     slots = np.stack([[rows.permutation(T) for _ in range(K)] for _ in range(B)]).swapaxes(1, 2)
-    slots = jnp.asarray(np.where(slots < T // 2, slots, -1), jnp.int32)
+    slots = jax.device_put(np.asarray(np.where(slots < T // 2, slots, -1), np.int32))
     mask = Mask(jnp.arange(T, dtype=jnp.int32)[None], slots)
     expected = op.attention(q, k, v, mask).out_BTNH
     with jax.set_mesh(make_mesh({**AXES, "tensor": 4, "data": 2})):

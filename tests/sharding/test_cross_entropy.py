@@ -16,9 +16,9 @@ from stellarbyte_jax.sharding.cross_entropy import linear_cross_entropy, token_l
 B, T, D, V, WORDS = 8, 16, 12, 64, 50
 AXES = {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
 RANDOM = np.random.default_rng(0)
-X = jnp.asarray(RANDOM.standard_normal((B, T, D)), jnp.float32)
-KERNEL = jnp.asarray(RANDOM.standard_normal((D, V)), jnp.float32)
-TARGETS = jnp.asarray(RANDOM.integers(-3, WORDS, (B, T)), jnp.int32)
+X = jax.device_put(np.asarray(RANDOM.standard_normal((B, T, D)), np.float32))
+KERNEL = jax.device_put(np.asarray(RANDOM.standard_normal((D, V)), np.float32))
+TARGETS = jax.device_put(np.asarray(RANDOM.integers(-3, WORDS, (B, T)), np.int32))
 
 
 def value_and_gradients(function, *args, x=X, **options):
@@ -57,8 +57,8 @@ def test_sums_and_gradients_are_those_of_one_device(mesh, options):
 @pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 4}, {"fsdp": 2, "context": 2, "tensor": 2}])
 def test_an_adapter_of_the_head_on_a_mesh(mesh):
     """With a kernel that is not trained, whose gradient no device makes."""
-    h = jnp.asarray(RANDOM.standard_normal((B, T, 3)), jnp.float32)
-    b = jnp.asarray(RANDOM.standard_normal((3, V)), jnp.float32)
+    h = jax.device_put(np.asarray(RANDOM.standard_normal((B, T, 3)), np.float32))
+    b = jax.device_put(np.asarray(RANDOM.standard_normal((3, V)), np.float32))
 
     def slopes(x, h, b):
         def loss(x, h, b):
@@ -138,7 +138,7 @@ def test_a_tie_between_devices_is_no_hit():
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 4}, {"fsdp": 2, "context": 2, "tensor": 2}])
 def test_weights_and_losses_of_tokens_are_those_of_one_device(mesh):
-    weights = jnp.asarray(RANDOM.random((B, T)), jnp.float32)
+    weights = jax.device_put(np.asarray(RANDOM.random((B, T)), np.float32))
     (total, sums), gradients = value_and_gradients(linear_cross_entropy, TARGETS, weights)
     losses, of_all = (token_losses(X, KERNEL, TARGETS, vocab_size=words) for words in (WORDS, None))
     with jax.set_mesh(make_mesh({**AXES, **mesh})):

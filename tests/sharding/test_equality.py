@@ -224,7 +224,7 @@ def test_loss_and_gradients_are_those_of_one_device(name, mesh):
     ("name", "mesh"),
     [
         ("dense", {"data": 2, "fsdp": 2, "tensor": 2}),
-        ("experts", {"expert": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param("experts", {"expert": 2, "fsdp": 2, "tensor": 2}, marks=REPEATS),
         ("experts with room", {"expert": 2, "data": 2, "tensor": 2}),
         ("stellarbyte", {"expert": 2, "fsdp": 2, "tensor": 2}),
     ],

@@ -76,8 +76,8 @@ def test_however_uneven_the_loads_are_devices_give_what_one_gives(loads, devices
     assert parts == {("one device", 2): 2, ("one expert", 8): 2, ("one device", 8): 2}.get((loads, devices), 1)
     shapes = ((E, D, 2, F), (E, F, D))
     weights = tuple(Factors(jnp.asarray(0.4 * random.standard_normal(s), jnp.float32)) for s in shapes)
-    x = jnp.asarray(random.standard_normal((B, T, D)), jnp.float32)
-    of_choices = jnp.asarray(random.random((B, T, K)), jnp.float32)
+    x = jax.device_put(np.asarray(random.standard_normal((B, T, D)), np.float32))
+    of_choices = jax.device_put(np.asarray(random.random((B, T, K)), np.float32))
 
     experts = experts.reshape(B, T, K)
     expected = value_and_gradients(x, of_choices, weights, experts)

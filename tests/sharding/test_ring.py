@@ -105,10 +105,12 @@ def test_a_document_that_reaches_no_other_block_gives_its_keys_nothing(monkeypat
     """Row 1 of the blocks shares no document; row 0 shares two queries and one key."""
     monkeypatch.setattr(blocks_cudnn, "_forward", fake_forward)
     random = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(random.standard_normal((2, 4, 2, 8)), jnp.float32) for _ in range(3))
+    q, k, v = (jax.device_put(np.asarray(random.standard_normal((2, 4, 2, 8)), np.float32)) for _ in range(3))
     places = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (2, 4))
-    queries = blocks_cudnn.Queries(q, places + 4, jnp.asarray([[2, 2, 3, 3], [5, 5, 5, 5]], jnp.int32))
-    keys = blocks_cudnn.Keys(k, v, places[..., None], jnp.asarray([[1, 1, 1, 2], [4, 4, 4, 4]], jnp.int32))
+    queries = blocks_cudnn.Queries(q, places + 4, jax.device_put(np.asarray([[2, 2, 3, 3], [5, 5, 5, 5]], np.int32)))
+    keys = blocks_cudnn.Keys(
+        k, v, places[..., None], jax.device_put(np.asarray([[1, 1, 1, 2], [4, 4, 4, 4]], np.int32))
+    )
     found = blocks_cudnn.CudnnBlocks().attend(queries, keys)
     np.testing.assert_allclose(found.out_BTNH[0, :2], jnp.broadcast_to(v[0, 3], (2, 2, 8)), atol=1e-6)
     np.testing.assert_array_equal(found.out_BTNH[0, 2:], 0)
@@ -131,7 +133,7 @@ def traced(
 ):
     """The gradient of a ring over rows of this length."""
     order = dealt_order(length, devices)
-    rows_1T = jnp.asarray(order)[None]
+    rows_1T = jax.device_put(order)[None]
 
     def loss(q, k, v, segments):
         segments = segments if documents else None

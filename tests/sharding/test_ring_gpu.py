@@ -25,7 +25,7 @@ STARTS = ((5, 700, 1500, 3000), (1, 2048, 2050), (2047, 2049, 4095))
 def arrays(H=64, N=8, K=2):
     random = np.random.default_rng(0)
     shapes = [(B, T, n, H) for n in (N, K, K, N)]
-    return [jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    return [jax.device_put(np.asarray(random.standard_normal(shape), jnp.bfloat16)) for shape in shapes]
 
 
 def documents():
@@ -33,7 +33,7 @@ def documents():
     for row, starts in enumerate(STARTS):
         for start in starts:
             ids[row, start:] += 1
-    return jnp.asarray(ids)
+    return jax.device_put(ids)
 
 
 def exact(q, k, v, slope, segments, window=None):
@@ -102,7 +102,7 @@ def test_a_ring_equals_the_whole_row(packed, window):
     segments = documents() if packed else None
     devices = 4 if jax.device_count() >= 4 else 2
     order = dealt_order(T, devices)
-    rows_1T = jnp.asarray(order)[None]
+    rows_1T = jax.device_put(order)[None]
     own = None if segments is None else segments[:, order]
 
     def loss(q, k, v):

@@ -110,8 +110,8 @@ def test_weights_are_whole_in_a_product_and_their_gradients_are_split_as_they_ar
         def __call__(self, x_BTF):
             return linear(self, "down", "BTF,FD->BTD", x_BTF, nn.initializers.ones, mlp=8, embed=8)
 
-    weights = {"down": jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)}
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((8, 4, 8)), jnp.float32)
+    weights = {"down": jax.device_put(np.asarray(np.random.default_rng(0).standard_normal((8, 8)), np.float32))}
+    x = jax.device_put(np.asarray(np.random.default_rng(1).standard_normal((8, 4, 8)), np.float32))
     grad = jax.grad(lambda p, x: jnp.sum(jnp.sin(Out().apply({"params": p}, x))))
     expected = grad(weights, x)["down"]
     set_mesh = mesh(**sizes)

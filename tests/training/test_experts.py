@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.dense_experts import total_loss
+from helpers.grids import REPEATS
 from helpers.training import (
     MODEL,
     RECORDER,
@@ -121,7 +122,7 @@ ROOM = {"dispatch": "capacity", "capacity_factor": float(E)}  # for all
     ("model", "remat", "parts", "dispatch"),
     [
         (EXPERTS, "none", 1, {}),
-        (EXPERTS, "none", 2, {}),
+        pytest.param(EXPERTS, "none", 2, {}, marks=REPEATS),
         (EXPERTS, "dots", 2, {}),
         (EXPERTS, "full", 2, ROOM),
         (DEEP, "full", 2, {}),
@@ -147,7 +148,7 @@ def test_balance_losses_and_their_gradients_are_those_of_a_dense_loop(model, rem
 )
 def test_the_cross_entropy_teaches_routers_but_where_the_weight_is_always_one(moe, taught):
     config = with_experts(model=SMALL, **moe)
-    state, batch = first(with_experts(model=SMALL)), {name: jnp.asarray(x) for name, x in packed_batch().items()}
+    state, batch = first(with_experts(model=SMALL)), {name: jax.device_put(x) for name, x in packed_batch().items()}
 
     @jax.jit
     @jax.grad
@@ -294,7 +295,7 @@ def test_a_step_that_is_not_finite_leaves_what_routers_keep():
 
 def test_validation_and_generation_neither_count_nor_change_what_routers_keep():
     model, state = ByteTransformer(KEPT.model), first(KEPT)
-    batch = {name: jnp.asarray(x) for name, x in packed_batch().items()}
+    batch = {name: jax.device_put(x) for name, x in packed_batch().items()}
     weights = nested({**flat(state.params), **flat(state.frozen)})
     evaluate = step_module.make_eval_step(KEPT, model, None)
     assert jax.eval_shape(evaluate, weights, batch, State())[1] == State()

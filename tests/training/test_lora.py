@@ -157,7 +157,7 @@ def test_muon_makes_each_factor_orthogonal():
     network = ByteTransformer(config.model)
     optimizer, params = make_optimizer(config, network), begun(config).params
     numbers = np.random.default_rng(0)
-    slopes = jax.tree.map(lambda x: jnp.asarray(numbers.standard_normal(x.shape, np.float32)), params)
+    slopes = jax.tree.map(lambda x: jax.device_put(numbers.standard_normal(x.shape, np.float32)), params)
     state = optimizer.init(params)
     for _ in range(6):  # after the warm-up
         updates, state = jax.jit(optimizer.update)(slopes, state, params)

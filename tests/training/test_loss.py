@@ -8,30 +8,33 @@ import numpy as np
 import pytest
 from helpers.llama_pair import llama_pair
 from helpers.training import MODEL, packed_batch
+from helpers.variants import init
 
 from stellarbyte_jax.config import LossConfig
-from stellarbyte_jax.model.decoder import ByteTransformer, forward, init_params, logits
+from stellarbyte_jax.model.decoder import ByteTransformer, forward, logits
 from stellarbyte_jax.model.io import Aux, Inputs
 from stellarbyte_jax.training.loss import auxiliary_loss, batch_loss, count_targets, next_token_targets, target_weights
 from stellarbyte_jax.training.metrics import validation_metrics
 
+loss_of = jax.jit(batch_loss, static_argnums=(0, 3), static_argnames=("prompt_weight", "train"))
+
 
 def test_labels_are_shifted_once():
     batch = {
-        "tokens": jnp.asarray([[5, 6, 7, 8, 9, 0]], jnp.int32),
-        "segment_ids": jnp.asarray([[1, 1, 1, 2, 2, 0]], jnp.int32),
+        "tokens": jax.device_put(np.asarray([[5, 6, 7, 8, 9, 0]], np.int32)),
+        "segment_ids": jax.device_put(np.asarray([[1, 1, 1, 2, 2, 0]], np.int32)),
         "loss_mask": jnp.asarray([[False, True, True, True, True, False]]),
     }
     np.testing.assert_array_equal(next_token_targets(batch), [[6, 7, -1, 9, -1, -1]])
-    outside = {"tokens": batch["tokens"], "labels": jnp.asarray([[5, -100, 7, 8, 9, -100]], jnp.int32)}
+    outside = {"tokens": batch["tokens"], "labels": jax.device_put(np.asarray([[5, -100, 7, 8, 9, -100]], np.int32))}
     np.testing.assert_array_equal(next_token_targets(outside), [[-1, 7, 8, 9, -1, -1]])
 
 
 def test_padding_predicts_nothing():
     """Neither from padding to padding nor across it, even where the mask does not say so."""
     batch = {
-        "tokens": jnp.asarray([[5, 6, 7, 8, 9]], jnp.int32),
-        "segment_ids": jnp.asarray([[1, 1, 0, 0, 0]], jnp.int32),
+        "tokens": jax.device_put(np.asarray([[5, 6, 7, 8, 9]], np.int32)),
+        "segment_ids": jax.device_put(np.asarray([[1, 1, 0, 0, 0]], np.int32)),
     }
     np.testing.assert_array_equal(next_token_targets(batch), [[6, -1, -1, -1, -1]])
 
@@ -41,9 +44,7 @@ def test_loss_equals_transformers_with_the_same_labels():
     model, params, peer = llama_pair()
     tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (3, 16), dtype=np.int32)
     labels = np.where(np.random.default_rng(2).random((3, 16)) < 0.3, -100, tokens).astype(np.int32)
-    total, sums, _ = batch_loss(
-        model, params, {"tokens": jnp.asarray(tokens), "labels": jnp.asarray(labels)}, LossConfig()
-    )
+    total, sums, _ = loss_of(model, params, {"tokens": tokens, "labels": labels}, LossConfig())
     with torch.no_grad():
         theirs = peer(torch.from_numpy(tokens).long(), labels=torch.from_numpy(labels).long()).loss
     assert float(total / sums["tokens"]) == pytest.approx(float(theirs), abs=1e-5)
@@ -52,10 +53,10 @@ def test_loss_equals_transformers_with_the_same_labels():
 def test_options_of_the_loss():
     """Label smoothing, z-loss and the padding of the vocabulary; what is reported has none of the first two."""
     model = ByteTransformer(dataclasses.replace(MODEL, vocab_size_multiple=16))
-    params = init_params(model, jax.random.key(0))
+    params = init(model)
     assert params["lm_head"]["kernel"].shape[1] == 80
-    batch = {name: jnp.asarray(x) for name, x in packed_batch().items()}
-    total, sums, out = batch_loss(model, params, batch, LossConfig(label_smoothing=0.1, z_loss=0.01))
+    batch = {name: jax.device_put(x) for name, x in packed_batch().items()}
+    total, sums, out = loss_of(model, params, batch, LossConfig(label_smoothing=0.1, z_loss=0.01))
 
     inputs = Inputs(batch["tokens"], batch["positions"], batch["segment_ids"])
     scores = np.asarray(logits(model, params, forward(model, params, inputs).hidden_BTD), np.float64)
@@ -99,17 +100,17 @@ def test_a_term_of_weight_zero_is_left_out():
 def test_prompts_count_as_much_as_is_asked_for():
     """A target has the weight of what the target is, not of where it is predicted."""
     batch = {
-        "tokens": jnp.asarray([[5, 6, 7, 8, 9, 0]], jnp.int32),
-        "segment_ids": jnp.asarray([[1, 1, 1, 1, 1, 0]], jnp.int32),
+        "tokens": jax.device_put(np.asarray([[5, 6, 7, 8, 9, 0]], np.int32)),
+        "segment_ids": jax.device_put(np.asarray([[1, 1, 1, 1, 1, 0]], np.int32)),
         "loss_mask": jnp.asarray([[False, True, True, True, True, False]]),
-        "replies": jnp.asarray([[0, 0, 1, 1, 0, 0]], jnp.int32),
+        "replies": jax.device_put(np.asarray([[0, 0, 1, 1, 0, 0]], np.int32)),
     }
     assert target_weights(batch, 0.0) is None and float(count_targets(batch)) == 4
     np.testing.assert_allclose(target_weights(batch, 0.25), [[0.25, 1, 1, 0.25, 0.25, 0.25]])
     assert float(count_targets(batch, 0.25)) == 2.5
     model = ByteTransformer(MODEL)
-    params = init_params(model, jax.random.key(0))
-    total, sums, out = batch_loss(model, params, batch, LossConfig(), prompt_weight=0.25, train=True)
+    params = init(model)
+    total, sums, out = loss_of(model, params, batch, LossConfig(), prompt_weight=0.25, train=True)
     each = -jax.nn.log_softmax(logits(model, params, out.hidden_BTD))[0, jnp.arange(4), batch["tokens"][0, 1:5]]
     np.testing.assert_allclose(total, jnp.dot(each, jnp.asarray([0.25, 1, 1, 0.25])), rtol=1e-5)
     assert float(sums["tokens"]) == 2.5
@@ -118,13 +119,13 @@ def test_prompts_count_as_much_as_is_asked_for():
 def test_replies_are_measured_each_by_itself():
     """The fifth reply counts with the fourth."""
     batch = {
-        "tokens": jnp.asarray([[5, 6, 7, 8, 9, 4], [3, 2, 1, 2, 3, 4]], jnp.int32),
+        "tokens": jax.device_put(np.asarray([[5, 6, 7, 8, 9, 4], [3, 2, 1, 2, 3, 4]], np.int32)),
         "loss_mask": jnp.asarray([[False, True, True, False, True, True], [False] + [True] * 5]),
-        "replies": jnp.asarray([[0, 1, 1, 0, 2, 2], [0, 1, 2, 3, 4, 5]], jnp.int32),
+        "replies": jax.device_put(np.asarray([[0, 1, 1, 0, 2, 2], [0, 1, 2, 3, 4, 5]], np.int32)),
     }
     model = ByteTransformer(MODEL)
-    params = init_params(model, jax.random.key(0))
-    total, sums, out = batch_loss(model, params, batch, LossConfig())
+    params = init(model)
+    total, sums, out = loss_of(model, params, batch, LossConfig())
     scores = jax.nn.log_softmax(logits(model, params, out.hidden_BTD))[:, :-1]
     each = -jnp.take_along_axis(scores, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
     of_replies = [each[0, 0] + each[0, 1] + each[1, 0], each[0, 3] + each[0, 4] + each[1, 1], each[1, 2]]

@@ -1,5 +1,6 @@
 """Steps are read one behind the device; pauses are no part of the speed."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_skipped_lines_are_told_where_there_are_any(clock):
 )
 def test_what_is_no_number_ends_the_run(clock, numbers, found):
     made, shown, _ = make()
-    made.push(7, {name: jnp.asarray(x) for name, x in numbers.items()})
+    made.push(7, {name: jax.device_put(x) for name, x in numbers.items()})
     with pytest.raises(DivergedError, match=rf"{found} at step 7\. .* lower optimizer.learning_rate"):
         made.flush()
     assert shown == []
@@ -98,7 +99,7 @@ def test_what_is_no_number_ends_the_run(clock, numbers, found):
 
 def test_that_all_is_finite_is_not_shown(clock):
     made, shown, _ = make()
-    made.push(1, {"loss": jnp.float32(3), "finite": jnp.asarray(True)})
+    made.push(1, {"loss": jnp.float32(3), "finite": jax.device_put(True)})
     made.flush()
     assert "finite" not in shown[0][1]
 

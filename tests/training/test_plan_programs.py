@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import pytest
+from helpers.grids import REPEATS
 from helpers.plans import compiled, plan_of, planned_volumes, run_of, volumes
 
 from stellarbyte_jax.config import MoEConfig
@@ -99,8 +100,8 @@ def test_bfloat16_travels_as_the_program_has_it(mesh, more):
 
 @pytest.mark.parametrize(
     "more",
-    [{"remat": "dots", **UNROLLED}, {"remat": "dots"}, {"remat": "full"}],
-    ids=["dots", "dots in a loop", "full"],
+    [{"remat": "dots", **UNROLLED}, pytest.param({"remat": "dots"}, marks=REPEATS), {"remat": "full"}],
+    ids=["dots", "dots in a loop", "full in a loop"],
 )
 def test_slots_go_to_their_experts_and_back(more):
     run, program, _ = compiled({"data": 2, "expert": 4}, **more, moe=CAPACITY)

@@ -86,7 +86,8 @@ def test_two_processes_are_one(alone, tmp_path):
         "[p for p in (os.path.realpath(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')) if '/run/' in p]"
     )
     told = f"print('OPEN', {opened}, 'tensorboardX' in sys.modules, file=sys.stderr)"
-    before = f"if rank == 1: at_step(3, lambda: {told})"
+    # Once the checkpoint of step 2 is written: meanwhile its files are open.
+    before = f"if rank == 1: at_step(3, lambda: (saved(2), {told}))"
     ends = ("export_at_end=true", 'sample_prompts=["a"]')
     settings = (*COMMON, *ends, 'logging.trackers=["tensorboard"]', "mesh.fsdp=2")
     ended = run(config, 2, *settings, before=f"{before}\n{WATCH_EXPORT}")

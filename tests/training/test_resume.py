@@ -269,7 +269,7 @@ def test_a_checkpoint_that_holds_nan_is_set_aside(tmp_path, monkeypatch):
     with contextlib.closing(Checkpointer(tmp_path, config.checkpoint)) as checkpointer:
 
         def save(step, state):
-            state = state.replace(step=jnp.asarray(step, jnp.int32))
+            state = state.replace(step=jax.device_put(np.asarray(step, np.int32)))
             resume.save(checkpointer, config, state, step, {}, resume.Progress())
             checkpointer.wait()
 

@@ -40,13 +40,14 @@ def test_the_first_state(made):
         assert average.unsafe_buffer_pointer() != weight.unsafe_buffer_pointer(), path  # a step donates both
     assert int(state.step) == 0 and state.step.dtype == jnp.int32
     assert state.frozen == {} and state.carried == State()
-    other = create_state(dataclasses.replace(config, seed=1), *made[1:3])
-    assert np.any(flat(other.params)["lm_head/kernel"] != expected["lm_head/kernel"])
+    other = jax.jit(lambda: create_state(dataclasses.replace(config, seed=1), *made[1:3]).params)()
+    assert np.any(flat(other)["lm_head/kernel"] != expected["lm_head/kernel"])
 
 
 def test_without_an_average_none_is_kept(made):
     config, model, optimizer, _ = made
-    assert create_state(dataclasses.replace(config, ema_decay=None), model, optimizer).ema is None
+    plain = dataclasses.replace(config, ema_decay=None)
+    assert jax.eval_shape(lambda: create_state(plain, model, optimizer)).ema is None
 
 
 def test_weights_and_averaged_weights():
@@ -103,7 +104,7 @@ def test_shapes_are_those_of_the_state(made, is_trainable):
     config, model, _, _ = made
     optimizer = make_optimizer(config, model, is_trainable)
     shapes = state_shapes(config, model, optimizer, is_trainable)
-    state = create_state(config, model, optimizer, is_trainable)
+    state = jax.jit(lambda: create_state(config, model, optimizer, is_trainable))()
     assert jax.tree.structure(shapes) == jax.tree.structure(state)
     for shape, x in zip(jax.tree.leaves(shapes), jax.tree.leaves(state), strict=True):
         assert isinstance(shape, jax.ShapeDtypeStruct)
@@ -114,7 +115,7 @@ def test_memory_begins_empty_for_the_whole_batch():
     model = dataclasses.replace(MODEL, memory={"length": (0, 6)})
     config = settings(model=model, data=DataConfig(sequence_length=16, arrangement="contiguous"))
     network = ByteTransformer(model)
-    memory = create_state(config, network, make_optimizer(config, network)).carried.memory
+    memory = jax.jit(lambda: create_state(config, network, make_optimizer(config, network)).carried.memory)()
     assert memory is not None and memory.batch_size == 4 and memory.slots == (0, 6)
     assert not any(np.any(place.valid_BM) for places in memory.groups for place in places)
     assert State.initial(MODEL, 4) == State()

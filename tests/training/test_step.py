@@ -54,7 +54,7 @@ def test_fifty_steps_equal_torch():
     losses, peer_losses = [], []
     for number in range(50):
         tokens = random.integers(0, 12, (4, 16), dtype=np.int32)  # few tokens, so that there is something to learn
-        state, metrics = step(state, {"tokens": jnp.asarray(tokens)})
+        state, metrics = step(state, {"tokens": jax.device_put(tokens)})
         losses.append(float(metrics["loss"]))
         loss = peer(torch.from_numpy(tokens).long(), labels=torch.from_numpy(tokens).long()).loss
         theirs.zero_grad()
@@ -158,7 +158,8 @@ def with_a_statistic(monkeypatch, name):
     model = ByteTransformer(config.model)
     optimizer = make_optimizer(config, model)
     step = make_train_step(config, model, optimizer, make_schedule(config))
-    return jax.eval_shape if name == "loss" else jax.jit, step, create_state(config, model, optimizer)
+    state = jax.jit(lambda: create_state(config, model, optimizer))()
+    return jax.eval_shape if name == "loss" else jax.jit, step, state
 
 
 def test_what_layers_tell_is_a_mean_over_the_parts_of_a_batch(monkeypatch):
@@ -177,7 +178,7 @@ def one_step(optimizer=None, **changes):
     config = settings(ema_decay=0.5, **changes)
     model = ByteTransformer(config.model)
     optimizer = optimizer or make_optimizer(config, model)
-    state = create_state(config, model, optimizer)
+    state = jax.jit(lambda: create_state(config, model, optimizer))()
     step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config)))
     return state, *step(state, packed_batch())
 
@@ -246,7 +247,7 @@ def test_dropout_differs_by_step_and_part_and_repeats_with_the_seed():
     batch = {name: np.concatenate([x, x]) for name, x in half.items()}
 
     def loss(config, batch, number=0):
-        state = first_state(settings(), RECORDER).replace(step=jnp.asarray(number, jnp.int32))
+        state = first_state(settings(), RECORDER).replace(step=jax.device_put(np.asarray(number, np.int32)))
         return float(compiled_step(config, RECORDER)(state, batch)[1]["loss"])
 
     found = loss(config, batch)
@@ -305,7 +306,7 @@ def test_validation_is_weighted_by_tokens():
     found = validation_metrics(total)
     nll, count, right, size = 0.0, 0, 0, 0
     for batch in (small, large):
-        inputs = Inputs(*(jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids")))
+        inputs = Inputs(*(jax.device_put(batch[name]) for name in ("tokens", "positions", "segment_ids")))
         scores = logits(model, state.params, forward(model, state.params, inputs).hidden_BTD)
         log_p = np.asarray(jax.nn.log_softmax(scores, axis=-1))
         for row, place in zip(*np.nonzero(batch["loss_mask"]), strict=True):

@@ -35,12 +35,12 @@ def tally(counts, wanted, moved=None, temperature=None, tokens=None):
     tokens = np.ones(L) if tokens is None else np.array(tokens)
     temperature = tokens if temperature is None else np.array(temperature) * tokens
     parts = (counts, wanted, tokens, lost, counts, temperature, np.zeros(L) if moved is None else np.array(moved))
-    return Tally(*(jnp.asarray(x, jnp.float32) for x in parts))
+    return Tally(*(jax.device_put(np.asarray(x, np.float32)) for x in parts))
 
 
 def metrics_of(tally, running=None):
     running = np.full(tally.counts.shape, 1 / tally.counts.shape[1]) if running is None else np.array(running)
-    found = router_metrics(tally, jnp.asarray(running, jnp.float32))
+    found = router_metrics(tally, jax.device_put(np.asarray(running, np.float32)))
     assert found.keys() == {*BY_LAYER, LOADS}
     return {name: np.asarray(x) for name, x in found.items()}
 
@@ -103,12 +103,12 @@ def test_a_tally_counts_what_another_expert_took():
     taken = np.array([[0, 1], [3, 2], [2, 4], [4, 4]], np.int32)
     taken[1, 1] = 4
     nothing = jnp.zeros((4, 4))
-    choices = Choices(jnp.asarray(wanted), jnp.ones((4, 2)), jnp.ones(4))
+    choices = Choices(jax.device_put(wanted), jnp.ones((4, 2)), jnp.ones(4))
     mask = jnp.array([True, True, True, False])
     decision = Decision(
         choices, Routed(nothing, nothing, choices.experts_NK, mask, 1), jnp.float32(0.5), nothing[0], None
     )
-    sent = Sent(jnp.asarray(taken), jnp.float32(9))
+    sent = Sent(jax.device_put(taken), jnp.float32(9))
     one = Tally(*[jnp.ones(4), jnp.ones(4), *[jnp.float32(1)] * 2, jnp.ones(4), *[jnp.float32(1)] * 2])
     found = counted(one, decision, sent, jnp.array([3.0, 1, 1, 0]))
     assert (float(found.moved), float(found.lost), float(found.tokens)) == (3, 2, 4), "beside what was there before"

@@ -1,5 +1,6 @@
 """The slot of a token is its position; padding is not stored, and rows are taken and emptied."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ def empty(rows=2, slots=6):
 
 
 def tokens(*values):
-    return jnp.asarray(values, jnp.float32)[:, :, None, None] * jnp.ones((1, 1, 1, 2))
+    return jax.device_put(np.asarray(values, np.float32))[:, :, None, None] * jnp.ones((1, 1, 1, 2))
 
 
 def appended(cache, positions, valid, *values):
-    begun = cache.begin(NewTokens(jnp.asarray(positions, jnp.int32), jnp.asarray(valid, bool)))
+    begun = cache.begin(
+        NewTokens(jax.device_put(np.asarray(positions, np.int32)), jax.device_put(np.asarray(valid, bool)))
+    )
     cache, found = begun.append(tokens(*values), -tokens(*values))
     return cache.end(), found
 
@@ -38,7 +41,7 @@ def test_a_token_lies_at_its_position_in_the_current_layer_and_padding_nowhere()
 
 
 def test_empty_memory_slots_of_a_first_call_are_seen_by_nobody():
-    new = NewTokens(jnp.asarray([[0, 1, 2, 3]], jnp.int32), jnp.asarray([[False, True, True, False]]), 2)
+    new = NewTokens(jax.device_put(np.asarray([[0, 1, 2, 3]], np.int32)), jnp.asarray([[False, True, True, False]]), 2)
     _, found = empty(rows=1).begin(new).append(tokens([1, 2, 3, 4]), tokens([1, 2, 3, 4]))
     np.testing.assert_array_equal(found.valid_BS, [[False, True, True, True]])
 
@@ -50,7 +53,7 @@ def test_more_tokens_than_slots_are_refused():
 
 def test_rows_are_taken_and_emptied():
     cache, _ = appended(empty(), [[0, 1], [0, 1]], [[1, 1], [1, 0]], [5, 6], [8, 9])
-    taken = cache.select(jnp.asarray([1, 1, 0], jnp.int32))
+    taken = cache.select(jax.device_put(np.asarray([1, 1, 0], np.int32)))
     np.testing.assert_array_equal(taken.positions_BS[:, :2], [[0, -1], [0, -1], [0, 1]])
     np.testing.assert_array_equal(taken.storage.keys[1, :, 0, 0, 0], [8, 8, 5])
     emptied = taken.reset(jnp.asarray([True, False, False]))

@@ -39,7 +39,7 @@ def make(length=M, memory=None, **settings):
 def weights_of(config):
     # Larger weights make attention choose; post-norm ones begin large.
     factor = np.float32(1 if config.residual_scaling == "deepnorm" else 3)
-    return jax.tree.map(lambda x: jnp.asarray(factor * np.asarray(x)), init(ByteTransformer(config)))
+    return jax.tree.map(lambda x: jax.device_put(factor * np.asarray(x)), init(ByteTransformer(config)))
 
 
 # Most tests call the programs of the same shapes: two rows of 24 tokens, and of segments of 8.
@@ -168,12 +168,13 @@ def test_compressed_slots_are_means_of_what_left():
     layers, D = BASE.num_hidden_layers, BASE.hidden_size
     random = np.random.default_rng(0)
     memory = Memory.create(model.config, 1)
+    update = jax.jit(lambda memory, new: memory.update(model.config, ((new,),), None, T))
     compressed, seen = None, np.zeros((layers, 1, 0, D), np.float32)
     for number in range(4):
         new = random.normal(size=(layers, 1, T, D)).astype(np.float32)
         before = min(S, seen.shape[2])
         seen = np.concatenate([seen, new], axis=2)
-        memory = memory.update(model.config, ((jnp.asarray(new),),), None, T)
+        memory = update(memory, new)
         leaving = seen[:, :, -S - T : -S] if number else seen[:, :, :-S]
         padded = np.full((layers, 1, T, D), np.nan, np.float32)  # empty slots leave first
         padded[:, :, T - leaving.shape[2] :] = leaving
@@ -283,8 +284,8 @@ def test_compressed_slots_of_the_document_before_are_forgotten():
     tokens = TOKENS
     _, before = in_segments(model, params, tokens[:, :16], 8)
     assert np.all(before.groups[0][0].valid_BM)
-    segments = jnp.asarray([[1] * 3 + [2] * 5] * 2, jnp.int32)
-    positions = jnp.asarray([[16, 17, 18, 0, 1, 2, 3, 4]] * 2, jnp.int32)
+    segments = jax.device_put(np.asarray([[1] * 3 + [2] * 5] * 2, np.int32))
+    positions = jax.device_put(np.asarray([[16, 17, 18, 0, 1, 2, 3, 4]] * 2, np.int32))
     given = {"positions_BT": positions, "segment_ids_BT": segments}
     _, state = run_on(model, params, tokens[:, 16:24], memory=before, **given)
     (found,) = state.memory.groups[0]
@@ -296,7 +297,9 @@ def test_compressed_slots_of_the_document_before_are_forgotten():
     np.testing.assert_array_equal(found.valid_BM, expected.valid_BM)
     # At a segment's edge the first position says so, and slots that begin empty are filled without the old ones.
     ends = [
-        run_on(model, params, tokens[:, 16:24], memory=m, positions_BT=jnp.asarray([range(8)] * 2, jnp.int32))
+        run_on(
+            model, params, tokens[:, 16:24], memory=m, positions_BT=jax.device_put(np.asarray([range(8)] * 2, np.int32))
+        )
         for m in (before, Memory.create(model.config, 2))
     ]
     np.testing.assert_allclose(ends[0][0], ends[1][0], atol=3e-5)

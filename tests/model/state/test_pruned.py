@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,16 +18,21 @@ HEAVY, RECENT, B, K, G, H = 2, 3, 2, 2, 2, 8
 def test_the_newest_stay_and_of_the_others_those_with_most_attention(parts):
     config = dataclasses.replace(BASE, num_hidden_layers=2, cache=CacheConfig(heavy_hitters=HEAVY, recent=RECENT))
     cache, random, at = make_cache(config, B, 99), np.random.default_rng(0), 0
-    layer = jnp.asarray(1, jnp.int32)
+
+    @jax.jit
+    def append(cache, weights):
+        valid_BT = jnp.ones((B, weights.shape[3]), bool)
+        begun, positions_BT = cache.begin(valid_BT, None)
+        k = jnp.broadcast_to(positions_BT[:, :, None, None], (*valid_BT.shape, K, H)).astype(jnp.float32)
+        pruned, kv = begun.groups[0][0].at(jnp.int32(1)).append(k, -k)
+        pruned = pruned.accumulate(weights)
+        return begun.end(((pruned,),), positions_BT, valid_BT), pruned, kv
+
     scores = [[{} for _ in range(K)] for _ in range(B)]
     for T in parts:
-        valid_BT = jnp.ones((B, T), bool)
-        begun, positions_BT = cache.begin(valid_BT, None)
-        k = jnp.broadcast_to(positions_BT[:, :, None, None], (B, T, K, H)).astype(jnp.float32)
-        pruned, kv = begun.groups[0][0].at(layer).append(k, -k)
         weights = random.uniform(size=(B, K, G, T, HEAVY + RECENT + T)).astype(np.float32)
-        pruned = pruned.accumulate(jnp.asarray(weights))
-        cache, at = begun.end(((pruned,),), positions_BT, valid_BT), at + T
+        cache, pruned, kv = append(cache, weights)
+        pruned, kv, at = *jax.device_get((pruned, kv)), at + T
         for b, h in np.ndindex(B, K):
             slots = np.asarray(kv.positions_BSK[b, :, h])
             got = weights[b, h].sum(axis=(0, 1))

@@ -50,7 +50,7 @@ def drawn(config, seed=0):
             stacked = at["moe"]["router"]["tracked"]
             assert row == len(stacked.get(name, ()))
             stacked[name] = np.concatenate([stacked.get(name, x[:0]), x[number : number + 1]]).astype(np.float32)
-    return weights, Tally(**{name: jnp.asarray(x, "float32") for name, x in tally.items()}), kept, tally
+    return weights, Tally(**{name: jax.device_put(np.asarray(x, np.float32)) for name, x in tally.items()}), kept, tally
 
 
 def by_hand(config, before, counts, wanted, room):
@@ -112,7 +112,7 @@ def test_a_bias_stays_where_an_expert_has_its_fair_share_exactly():
     kept = {name: zeros for name in ("load", "utilization", "priority", "bias", "coldness")}
     weights = {"layers": {"0": {"moe": {"router": {"tracked": {**kept, "steps": jnp.zeros(4)}}}}}}
     for fair in range(1, 60):
-        wanted = jnp.asarray([[fair, fair - 1, fair + 1]] * 4, "float32")
+        wanted = jax.device_put(np.asarray([[fair, fair - 1, fair + 1]] * 4, np.float32))
         tally = dataclasses.replace(Tally.zero(config), wanted=wanted, counts=wanted)
         found = compiled(config, weights, tally)["layers"]["0"]["moe"]["router"]["tracked"]["bias"]
         assert np.asarray(found).tolist() == [[0, 1, -1]] * 4

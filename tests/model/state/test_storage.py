@@ -15,7 +15,7 @@ ERRORS = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.5 / 127, "float8_e4m3fn":
 def test_what_is_written_to_a_layer_is_read_back(dtype):
     storage = Storage.empty((3, 2, 5, 2, 8), dtype)
     k, v = (jax.random.normal(jax.random.key(n), (2, 2, 2, 8)) * 10.0**n for n in (0, 2))
-    layer, slots = jnp.asarray(1), jnp.asarray([[4, 0], [9, 2]], jnp.int32)  # slot 9 does not exist
+    layer, slots = jnp.asarray(1), jax.device_put(np.asarray([[4, 0], [9, 2]], np.int32))  # slot 9 does not exist
     written = storage.write(layer, slots, storage.encode(k, v))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), written) == jax.tree.map(lambda x: (x.shape, x.dtype), storage)
     keys, values = written.layer(layer).decode(jnp.dtype("float32"))
@@ -26,7 +26,7 @@ def test_what_is_written_to_a_layer_is_read_back(dtype):
             assert error.max() <= ERRORS[dtype] * 1.01
         assert np.all(np.asarray(found)[[0, 0, 0, 1, 1, 1, 1], [1, 2, 3, 0, 1, 3, 4]] == 0)
     for other in (0, 2):
-        assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(written.layer(jnp.asarray(other))))
+        assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(written.layer(jax.device_put(other))))
     assert written.layer(layer).decode(jnp.dtype("bfloat16"))[0].dtype == jnp.bfloat16
 
 

@@ -21,7 +21,7 @@ SETTINGS = {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24,
 
 def test_of_two_twins_even_positions_see_the_lower_number_and_odd_ones_the_other():
     twin, steps = jnp.asarray([0.0, 4, 5, 3, 1, 2]), jnp.asarray([0.0, 2, 0, 0, 2, 0])
-    hidden = hidden_twins(twin, steps, jnp.asarray([0, 1, 2, 7], jnp.int32))
+    hidden = hidden_twins(twin, steps, jax.device_put(np.asarray([0, 1, 2, 7], np.int32)))
     expected = np.zeros((4, 6), bool)
     expected[[0, 2], 4] = True
     expected[[1, 3], 1] = True  # 2 and 5 exclude each other no longer
@@ -62,7 +62,7 @@ def split(params: Params, source: int, free: int) -> Params:
             x[:, free] = x[:, source]
         elif names[-1] == "kernel" and "router" in names:
             x[..., free] = x[..., source]
-        return jnp.asarray(x)
+        return jax.device_put(x)
 
     return with_twins(jax.tree_util.tree_map_with_path(copied, params), [(source, free)])
 
@@ -131,7 +131,7 @@ def test_what_had_no_room_is_not_offered_to_an_expert_that_the_token_does_not_se
     moe = {"num_experts": 4, "num_experts_per_tok": 1, "dispatch": "capacity", "overflow": ("next_best", "cold")}
     config = dataclasses.replace(BASE, moe=moe)
     scores = jnp.asarray([[0.6, 0.4, 0.0, 0.0], [0.0, 0.2, 0.3, 0.5]])
-    choices = Choices(jnp.asarray([[0], [3]], jnp.int32), jnp.ones((2, 1)), jnp.ones(2))
+    choices = Choices(jax.device_put(np.asarray([[0], [3]], np.int32)), jnp.ones((2, 1)), jnp.ones(2))
     routed = Routed(scores, scores, choices.experts_NK, jnp.ones(2, bool), 1)
     decision = Decision(choices, routed, jnp.ones(()), jnp.asarray([0.1, 0.9, 0.9, 0.2]), None)
     found = overflow_candidates(config, decision, context(), None)

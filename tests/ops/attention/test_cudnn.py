@@ -10,7 +10,7 @@ from stellarbyte_jax.ops.attention.cudnn import segment_bounds
 
 
 def test_each_run_of_equal_ids_has_a_start_and_a_length():
-    ids = jnp.asarray([[1, 1, 2, 3, 3, 0], [1, 1, 1, 1, 1, 1]], jnp.int32)
+    ids = jax.device_put(np.asarray([[1, 1, 2, 3, 3, 0], [1, 1, 1, 1, 1, 1]], np.int32))
     starts, lengths, count = segment_bounds(ids, 4)
     np.testing.assert_array_equal(starts, [[0, 2, 3, 5], [0, -1, -1, -1]])
     np.testing.assert_array_equal(lengths, [[2, 1, 2, 1], [6, -1, -1, -1]])
@@ -26,7 +26,7 @@ def packed(max_segments, T=None, S=128):
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (2, n, 4, 64), jnp.bfloat16) for key, n in zip(keys, (T, S, S), strict=True))
     rows = jnp.arange(S, dtype=jnp.int32)[None]
-    ids = jnp.asarray(ids)
+    ids = jax.device_put(ids)
     documents = {"q_segments_BT": ids[:, S - T :], "k_segments_BS": ids, "max_segments": max_segments}
     return q, k, v, Mask(rows[:, S - T :], rows[..., None], window=40, aligned=True, **documents)
 

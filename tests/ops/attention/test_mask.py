@@ -2,7 +2,7 @@
 
 import itertools
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -26,8 +26,8 @@ def test_a_key_is_seen_if_every_rule_allows_it(parts):
         arrays["k_valid_BS"] = valid
     if "visible" in parts:
         arrays["always_visible_BSK"] = visible
-    arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
-    found = Mask(jnp.asarray(q), jnp.asarray(k), window=window, **arrays).allowed()
+    arrays = {name: jax.device_put(x) for name, x in arrays.items()}
+    found = Mask(jax.device_put(q), jax.device_put(k), window=window, **arrays).allowed()
     for b, h, t, s in np.ndindex(B, K, T, S):
         seen = 0 <= k[b, s, h] <= q[b, t]
         if window is not None and q[b, t] - k[b, s, h] >= window:
@@ -40,7 +40,7 @@ def test_a_key_is_seen_if_every_rule_allows_it(parts):
 
 
 def test_first_tokens_and_compressed_slots_are_always_visible():
-    positions = jnp.asarray([[4, 0, 1, 5], [2, 3, 0, -1]], jnp.int32)[..., None]
+    positions = jax.device_put(np.asarray([[4, 0, 1, 5], [2, 3, 0, -1]], np.int32))[..., None]
     assert always_visible(positions) is None
     sinks = always_visible(positions, sink_tokens=2)
     np.testing.assert_array_equal(sinks[..., 0], [[0, 1, 1, 0], [0, 0, 1, 1]])

@@ -25,7 +25,7 @@ def test_pairings_differ_by_a_permutation_of_channels():
 
 
 def test_angles_take_the_shape_of_positions_and_frequencies():
-    positions = jnp.asarray([[0, 1, 5], [2, 3, 4]], jnp.int32)
+    positions = jax.device_put(np.asarray([[0, 1, 5], [2, 3, 4]], np.int32))
     plain = rotary_frequencies(8, 100.0)
     expected = np.asarray(positions)[..., None] * 100.0 ** (-np.arange(0, 8, 2) / 8)
     np.testing.assert_allclose(rotary_angles(positions, plain), expected, rtol=1e-6)

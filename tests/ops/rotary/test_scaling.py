@@ -107,7 +107,7 @@ def test_dynamic_frequencies_equal_transformers(theta: float, factor: float, len
 
 
 def test_dynamic_frequencies_are_plain_up_to_the_trained_length_and_fall_beyond() -> None:
-    lengths_BT = jnp.asarray([[1, 2047, 2048, 2049, 4096]], jnp.int32)
+    lengths_BT = jax.device_put(np.asarray([[1, 2047, 2048, 2049, 4096]], np.int32))
     scaling = Scaling(max_positions=2048, name="dynamic", factor=3.3)
     got = jax.jit(dynamic_frequencies, static_argnums=(1, 2, 3))(lengths_BT, HEAD, 10000.0, scaling)
     plain = np.asarray(rotary_frequencies(HEAD, 10000.0))

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from stellarbyte_jax.ops.rotary.scaling import Scaling
 from stellarbyte_jax.ops.rotary.xpos import XPos, longest_xpos_row, xpos_factors, xpos_rates
 
 
-def rotated_scores(pairing, scale_base=None, T=12, H=8, origin=5, dtype=jnp.float32):
+@partial(jax.jit, static_argnums=(0, 1))
+def rotated_scores(pairing, scale_base=None):
+    T, H, origin, dtype = 12, 8, 5, jnp.float32
     q = jnp.ones((1, T, 1, H), dtype)
     positions = jnp.arange(T, dtype=jnp.int32)[None]
     angles = rotary_angles(positions, rotary_frequencies(H, 100.0))
@@ -20,13 +23,13 @@ def rotated_scores(pairing, scale_base=None, T=12, H=8, origin=5, dtype=jnp.floa
         factors = partial(xpos_factors, rates_P=xpos_rates(H), scale_base=scale_base)
         scales = [factors(positions - origin), factors(origin - positions)]
     rotated_q, rotated_k = (apply_rotary(q, angles, pairing=pairing, scale=scale) for scale in scales)
-    return np.asarray(jnp.einsum("BTNH,BSNH->TS", rotated_q, rotated_k, preferred_element_type=jnp.float32))
+    return jnp.einsum("BTNH,BSNH->TS", rotated_q, rotated_k, preferred_element_type=jnp.float32)
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
 @pytest.mark.parametrize("scale_base", [None, 4.0])
 def test_scores_depend_on_the_distance_only(pairing, scale_base):
-    scores = rotated_scores(pairing, scale_base)
+    scores = np.asarray(rotated_scores(pairing, scale_base))
     for distance in range(12):
         np.testing.assert_allclose(np.diag(scores, -distance), scores[distance, 0], rtol=1e-4, atol=1e-5)
 
@@ -34,7 +37,7 @@ def test_scores_depend_on_the_distance_only(pairing, scale_base):
 def test_xpos_is_rope_times_a_decay():
     """Sun et al. 2022, equation 16: pair i at distance d scores zeta_i^(d / base) cos(d theta_i), here with q = k."""
     H, base, theta = 8, 4.0, 100.0
-    scores = rotated_scores("half", base, H=H)
+    scores = np.asarray(rotated_scores("half", base))
     pair = np.arange(0, H, 2) / H
     zeta = (pair + 0.4) / 1.4
     for distance in range(12):
@@ -48,13 +51,17 @@ def test_xpos_at_a_hundred_thousand_positions(dtype):
     H, last, base = 64, 100_000, 512.0
     random = np.random.default_rng(0)
     q, k = (random.normal(size=(1, n, 1, H)).astype(np.float32) for n in (1, last + 1))
-    q, k = jnp.asarray(q, dtype), jnp.asarray(k, dtype)
-    at = jnp.arange(last + 1, dtype=jnp.int32)[None]
-    frequencies = rotary_frequencies(H, 10000.0)
-    rotated_q = apply_rotary(q, rotary_angles(at[:, -1:], frequencies), pairing="half")
-    rotated_k = apply_rotary(k, rotary_angles(at, frequencies), pairing="half")
-    scaled_k = scale_pairs(rotated_k, xpos_factors(last - at, xpos_rates(H), scale_base=base), pairing="half")
-    scores = np.asarray(jnp.einsum("BTNH,BSNH->TS", rotated_q, scaled_k, preferred_element_type=jnp.float32))[0]
+    q, k = q.astype(dtype), k.astype(dtype)
+
+    @jax.jit
+    def scores_of(q, k, at):
+        frequencies = rotary_frequencies(H, 10000.0)
+        rotated_q = apply_rotary(q, rotary_angles(at[:, -1:], frequencies), pairing="half")
+        rotated_k = apply_rotary(k, rotary_angles(at, frequencies), pairing="half")
+        scaled_k = scale_pairs(rotated_k, xpos_factors(last - at, xpos_rates(H), scale_base=base), pairing="half")
+        return jnp.einsum("BTNH,BSNH->TS", rotated_q, scaled_k, preferred_element_type=jnp.float32)
+
+    scores = np.asarray(scores_of(q, k, np.arange(last + 1, dtype=np.int32)[None]))[0]
     q64, k64 = np.asarray(q, np.float64)[0, 0, 0], np.asarray(k, np.float64)[0, :, 0]
     distance = last - np.arange(last + 1)
     pair = np.arange(H // 2) / (H // 2)
@@ -70,11 +77,11 @@ def test_xpos_at_a_hundred_thousand_positions(dtype):
 def test_the_longest_row_of_xpos_is_where_factors_begin_to_be_clipped():
     longest = longest_xpos_row(512.0)
     assert 60_000 < longest < 70_000
-    ends = jnp.asarray([[-longest // 2, longest // 2]], jnp.int32)
-    rates = xpos_rates(64)
-    exponents = np.asarray(jnp.log(xpos_factors(ends, rates, scale_base=512.0)))
+    ends = np.int32([[-longest // 2, longest // 2]])
+    factors = jax.jit(lambda ends: xpos_factors(ends, xpos_rates(64), scale_base=512.0))
+    exponents = np.log(np.asarray(factors(ends), np.float64))
     np.testing.assert_allclose(exponents[0, :, 0], [80, -80], rtol=1e-3)
-    assert np.isfinite(np.asarray(xpos_factors(100 * ends, rates, scale_base=512.0))).all()
+    assert np.isfinite(factors(100 * ends)).all()
 
 
 def scheme(learnable):
@@ -90,10 +97,14 @@ def test_learned_rates_are_exact_up_to_twice_the_fastest_and_bounded_there(facto
     assert S == scheme(learnable=False).longest_row // 2
     rates = factor * learned.rates
     fastest = effective * float(learned.rates[0])
-    rows = jnp.arange(S, dtype=jnp.int32)[None]
-    x = jnp.asarray([1.0, 0, 0, 0, 0, 0, 0, 0])[None, None, None].repeat(S, axis=1)  # the fastest pair alone
-    frequencies = learned.frequencies(rows, None, rows >= 0, cached=False)
-    q, k = learned.rotate(frequencies, x, x, rows, rows, rates)
+    rows = np.arange(S, dtype=np.int32)[None]
+    x = np.tile(np.eye(8, dtype=np.float32)[0], (1, S, 1, 1))  # the fastest pair alone
+
+    @jax.jit
+    def rotated(rows, x, rates):
+        return learned.rotate(learned.frequencies(rows, None, rows >= 0, cached=False), x, x, rows, rows, rates)
+
+    q, k = rotated(rows, x, rates)
     scores = np.einsum("BTNH,BSNH->TS", np.asarray(q, np.float64), np.asarray(k, np.float64))
     distance = np.arange(S)[:, None] - np.arange(S)[None]
     exact = np.exp(-fastest * distance / 2.0) * np.cos(distance.astype(float))
@@ -104,14 +115,17 @@ def test_learned_rates_are_exact_up_to_twice_the_fastest_and_bounded_there(facto
 def test_decay_is_counted_within_the_row_wherever_its_text_goes_on():
     """A row of a text that began 100,000 tokens earlier has the scores of the text's first row."""
     plain = scheme(learnable=False)
-    rows = jnp.arange(40, dtype=jnp.int32)[None]
+    rows = np.arange(40, dtype=np.int32)[None]
     random = np.random.default_rng(0)
-    q, k = (jnp.asarray(random.normal(size=(1, 40, 1, 8)), jnp.float32) for _ in range(2))
+    q, k = (random.normal(size=(1, 40, 1, 8)).astype(np.float32) for _ in range(2))
+
+    @jax.jit
+    def rotated(q, k, positions, rows):
+        frequencies = plain.frequencies(positions, None, positions >= 0, cached=False)
+        return plain.rotate(frequencies, q, k, positions, rows, plain.rates)
 
     def scores(positions):
-        frequencies = plain.frequencies(positions, None, positions >= 0, cached=False)
-        rotated = plain.rotate(frequencies, q, k, positions, rows, plain.rates)
-        return np.tril(np.einsum("BTNH,BSNH->TS", *map(np.asarray, rotated)))
+        return np.tril(np.einsum("BTNH,BSNH->TS", *map(np.asarray, rotated(q, k, positions, rows))))
 
     later = scores(rows + 100_000)
     assert np.abs(later).max() > 1
