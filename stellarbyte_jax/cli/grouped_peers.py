@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from stellarbyte_jax.cli.grouped_speed import (
+    DENSE,
     SHAPES,
     TORCH,
     WEIGHT_SCALE,
@@ -70,6 +71,12 @@ def _rows(shape: Shape, rows: int, device: Any, kind: str) -> Result:
             except RuntimeError as problem:  # of torch, for what it does not support
                 told = {"error": f"{type(problem).__name__}: {str(problem)[:300]}"}
             found.setdefault(product, {})[load] = {TORCH: told}
+        if (one := dense_products(x_SD, w_EDF, dy_SF).get(product)) is not None:
+            one(None)
+            seconds = [_seconds(one, None, calls(shape, rows), device) for _ in range(REPEATS)]
+            told = figures(shape, rows, seconds, 0.0, kind)
+            del told["worst_error"]  # it is not looked at
+            found[product]["even"][DENSE] = told
     return found
 
 
@@ -85,6 +92,11 @@ def grouped_products(x_SD: Any, w_EDF: Any, dy_SF: Any) -> Mapping[str, _Product
         "dx": lambda ends_E: grouped(dy_SF, w_EDF.transpose(-2, -1), offs=ends_E),
         "dw": lambda ends_E: grouped(x_SD.t(), dy_SF, offs=ends_E),
     }
+
+
+def dense_products(x_SD: Any, w_EDF: Any, dy_SF: Any) -> Mapping[str, _Product]:
+    """The same with the matrix of one expert for all rows. Gradients of matrices have no such: it would be one."""
+    return {"forward": lambda _: x_SD @ w_EDF[0], "dx": lambda _: dy_SF @ w_EDF[0].T}
 
 
 def _seconds(product: _Product, ends_E: Any, count: int, device: Any) -> float:

@@ -3,9 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stellarbyte_jax.cli.grouped_speed import LOADS, SHAPES, WAYS
+from stellarbyte_jax.cli.grouped_speed import DENSE, LOADS, SHAPES, WAYS
 
-_COLUMNS = ("D → F, experts", "rows", "product", "kernels", "of the peak", "torch", "times torch", "XLA", "times XLA")
+_COLUMNS = (
+    "D → F, experts",
+    "rows",
+    "product",
+    "kernels",
+    "of the peak",
+    "torch",
+    "times torch",
+    "XLA",
+    "times XLA",
+    "one matrix",
+)
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -35,7 +46,16 @@ def _figures(loads: Sequence[Mapping[str, Any]]) -> list[str]:
     errors = [load.get(WAYS[0], {}).get("worst_error") for load in loads]
     worst = max((error for error in errors if error is not None), default=None)
     peak = of_way(WAYS[0], "of_peak", "{:.0%}")
-    return [kernels, peak, torch, times("torch"), xla, times("xla"), _beside([worst], "{:.1e}")]
+    return [
+        kernels,
+        peak,
+        torch,
+        times("torch"),
+        xla,
+        times("xla"),
+        _beside([loads[0].get(DENSE, {}).get("tflops")], "{:.0f}"),
+        _beside([worst], "{:.1e}"),
+    ]
 
 
 def _beside(values: Sequence[float | None], form: str) -> str:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.grids import REPEATS, mostly_slow
+from helpers.grids import REPEATS
 from helpers.grouped import NAMES, assert_rounded, drawn, exact, poisoned, with_gradients
 
 from stellarbyte_jax.ops.expert_layout import lay_out_unaligned
@@ -15,7 +15,6 @@ from stellarbyte_jax.ops.grouped_matmul import Groups
 from stellarbyte_jax.ops.grouped_matmul import grouped_matmul as by_name
 from stellarbyte_jax.ops.pallas import compat
 from stellarbyte_jax.ops.pallas import grouped_matmul as module
-from stellarbyte_jax.ops.pallas.group_tiles import row_tiles
 from stellarbyte_jax.ops.pallas.grouped_matmul import grouped_matmul, refusal
 from stellarbyte_jax.ops.pallas.grouped_rows import Tuning, grouped_rows
 
@@ -54,12 +53,12 @@ def test_the_kernels_can_be_lowered_for_a_gpu(hopper, rows, inputs, outputs, gro
     assert "stablehlo.transpose" not in text
 
 
-@pytest.mark.parametrize("alternate", mostly_slow([False, True], False))
+@pytest.mark.parametrize(("outputs", "columns"), [(192, 128), (192, 192), (320, 256), (384, 256)])
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # rows that nobody reads
-def test_the_product_in_the_interpreter(alternate):
-    x, w, dy = drawn(ROWS, 128, 192, 4)
-    tuning = SMALL._replace(alternate=alternate)
-    run = jax.jit(lambda x, w, s: grouped_rows(x, w, row_tiles(s, ROWS), transpose=False, tuning=tuning))
+def test_the_product_in_the_interpreter(outputs, columns):
+    x, w, dy = drawn(ROWS, 128, outputs, 4)
+    tuning = Tuning(columns, 2)
+    run = jax.jit(lambda x, w, s: grouped_rows(x, w, s, transpose=False, tuning=tuning))
     (x_bad,) = poisoned(SIZES, x)
     with compat.interpreted():
         found = run(x_bad, w, jax.device_put(np.asarray(SIZES, np.int32)))
@@ -68,8 +67,10 @@ def test_the_product_in_the_interpreter(alternate):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # rows that nobody reads
 @reads_transposed
-def test_the_product_and_its_gradients_in_the_interpreter(monkeypatch):
-    monkeypatch.setattr(module, "tuning", lambda kernel, columns: SMALL)
+@pytest.mark.parametrize("columns", [128, 192])
+def test_the_product_and_its_gradients_in_the_interpreter(monkeypatch, columns):
+    for of_which in ("tuning", "tuning_of_matrices"):
+        monkeypatch.setattr(module, of_which, lambda *of: Tuning(columns, 2))
     x, w, dy = drawn(ROWS, 64, 192, 4)
     x_bad, dy_bad = poisoned(SIZES, x, dy)
     with compat.interpreted():
@@ -79,11 +80,11 @@ def test_the_product_and_its_gradients_in_the_interpreter(monkeypatch):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("columns", [64, 128])
-def test_kernels_whose_warpgroups_alternate_can_be_lowered_for_a_gpu(columns, transpose):
+@pytest.mark.parametrize("columns", [64, 128, 192])
+def test_tiles_of_all_widths_can_be_lowered_for_a_gpu(columns, transpose):
     x, w = jnp.ones((512, 512), jnp.bfloat16), jnp.ones((3, 512, 512), jnp.bfloat16)
-    tuning = Tuning(columns=columns, stages=6, alternate=True)
-    run = jax.jit(lambda x, w, s: grouped_rows(x, w, row_tiles(s, 512), transpose=transpose, tuning=tuning))
+    tuning = Tuning(columns, 4)
+    run = jax.jit(lambda x, w, s: grouped_rows(x, w, s, transpose=transpose, tuning=tuning))
     program = run.trace(x, w, jnp.zeros(3, jnp.int32)).lower(lowering_platforms=("cuda",))
     assert program.as_text().count("custom_call @mosaic_gpu") == 1
 
@@ -91,7 +92,8 @@ def test_kernels_whose_warpgroups_alternate_can_be_lowered_for_a_gpu(columns, tr
 @reads_transposed
 def test_warpgroups_wait_for_each_other(monkeypatch):
     # Where a group of 64 rows or more ends within a window, two windows write the same: the detector minds that too.
-    monkeypatch.setattr(module, "tuning", lambda kernel, columns: SMALL)
+    for of_which in ("tuning", "tuning_of_matrices"):
+        monkeypatch.setattr(module, of_which, lambda *of: SMALL)
     rows, sizes = 216, [64, 128, 0, 22]
     x, w, dy = drawn(rows, 128, 192, 4)
     with compat.interpreted(detect_races=True):
@@ -131,7 +133,8 @@ def test_another_device_is_refused_by_name_and_passed_by():
 @reads_transposed
 def test_experts_from_tokens_to_sums_by_kernels_in_the_interpreter(monkeypatch):
     """Values and all gradients are as near to those of float32 as what XLA computes."""
-    monkeypatch.setattr(module, "tuning", lambda kernel, columns: SMALL)
+    for of_which in ("tuning", "tuning_of_matrices"):
+        monkeypatch.setattr(module, of_which, lambda *of: SMALL)
     N, K, E, D, F = 31, 3, 4, 256, 64  # channels of which the kernels move rows too
     random = np.random.default_rng(0)
     experts = jax.device_put(np.asarray(np.stack([random.permutation(E + 1)[:K] for _ in range(N)]), np.int32))

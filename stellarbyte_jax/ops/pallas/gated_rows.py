@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.ops.activations import value_and_slope
 from stellarbyte_jax.ops.pallas import compat
-from stellarbyte_jax.ops.pallas.group_tiles import HALF, row_tiles
+from stellarbyte_jax.ops.pallas.group_tiles import HALF
 from stellarbyte_jax.ops.pallas.grouped_matmul import refusal as refusal_of_product
 from stellarbyte_jax.ops.pallas.grouped_rows import STEP, Tile, for_tiles
-from stellarbyte_jax.ops.pallas.ring import by_width, drain, fill, finish, products, ring, roles, skip
+from stellarbyte_jax.ops.pallas.ring import by_width, drain, fill, finish, first_column, products, ring, roles, skip
 
 TF = 128  # columns of a tile of each product
 _STAGES = 4
@@ -45,9 +45,8 @@ def gated_rows(
     """
     if (reason := refusal(x_SK, w_EKH)) is not None:
         raise NotImplementedError(reason)
-    (S, K), (E, _, H) = x_SK.shape, w_EKH.shape
+    (S, K), H = x_SK.shape, w_EKH.shape[2]
     F, dtype = H // 2, x_SK.dtype
-    tiles = row_tiles(sizes_E, S)
     scratch = dict(
         a=compat.for_any_rows((_STAGES, 2, HALF, STEP), dtype),
         gate_smem=compat.swizzled((_STAGES, STEP, TF), dtype),
@@ -57,7 +56,7 @@ def gated_rows(
     )
 
     def body(
-        x_gmem: Any, w_gmem: Any, table: Any, count: Any, *out_gmem: Any, a: Any, gate_smem: Any, up_smem: Any,
+        x_gmem: Any, w_gmem: Any, sizes: Any, *out_gmem: Any, a: Any, gate_smem: Any, up_smem: Any,
         staging: Any, loaded: Any, consumed: Any,
     ) -> None:  # fmt: skip
         a_smem, a_copied = compat.both_views(a)
@@ -71,19 +70,19 @@ def gated_rows(
                         rows = pl.ds(tile.windows[half], HALF)
                         plgpu.copy_gmem_to_smem(x_gmem.at[rows, inner], a_copied.at[slot, half], loaded.at[slot])
                     for first, target in ((0, gate_smem), (F, up_smem)):
-                        part = inner, pl.ds(first + tile.column * TF, TF)
+                        part = inner, pl.ds(first + first_column(tile.column, F, TF), TF)
                         plgpu.copy_gmem_to_smem(w_gmem.at[tile.group, *part], target.at[slot], loaded.at[slot])
 
                 fill(done, tile.steps, consumed, copy)
 
-            drain(for_tiles(tile, table, count, E, K, F, TF), consumed)
+            drain(for_tiles(tile, sizes, (S, K, F, TF)), consumed)
 
         def compute() -> None:
             mine = lax.axis_index("wg")
 
             def tile(tile: Tile, done: Array) -> None:
                 window, written = (jnp.where(mine == 0, *of) for of in (tile.windows, tile.written))
-                column = tile.column * TF
+                column = first_column(tile.column, F, TF)
 
                 def of_width(width: int) -> None:
                     def factors(slot: Array) -> list[tuple[Any, Any]]:
@@ -106,13 +105,14 @@ def gated_rows(
                 pl.when(written > 0)(lambda: by_width(tile.column, F, TF, of_width))
                 pl.when(written == 0)(lambda: skip(done, tile.steps, loaded, consumed))
 
-            for_tiles(tile, table, count, E, K, F, TF)
+            for_tiles(tile, sizes, (S, K, F, TF))
             plgpu.wait_smem_to_gmem(0)
 
         roles(load, compute)
 
     out = [jax.ShapeDtypeStruct((S, columns), dtype) for columns in ((F, H) if keep else (F,))]
-    made = compat.kernel(body, out, scratch, name="gated_rows")(x_SK, w_EKH, tiles.table_5T, tiles.count_1)
+    run = compat.kernel(body, out, scratch, name="gated_rows")
+    made = run(x_SK, w_EKH, sizes_E.astype(jnp.int32))
     return made[0], made[1] if keep else None
 
 

@@ -14,9 +14,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from stellarbyte_jax.ops.pallas import compat
-from stellarbyte_jax.ops.pallas.group_tiles import by_size
+from stellarbyte_jax.ops.pallas.group_tiles import largest_group
 from stellarbyte_jax.ops.pallas.grouped_rows import Tuning
-from stellarbyte_jax.ops.pallas.ring import HALF, by_width, drain, fill, products, ring, roles, store, turned
+from stellarbyte_jax.ops.pallas.ring import (
+    HALF,
+    by_width,
+    drain,
+    fill,
+    first_column,
+    products,
+    ring,
+    roles,
+    store,
+    turned,
+)
 
 STEP = 64  # rows that a stage of the ring holds
 TD = 2 * HALF  # rows of a tile of the result
@@ -27,6 +38,8 @@ def grouped_weights(
     x_SD: Float[Array, "S D"], dy_SF: Float[Array, "S F"], sizes_E: Int[Array, " E"], dtype: Any, *, tuning: Tuning
 ) -> Float[Array, "E D F"]:
     """``x^T dy`` over the rows of each group, summed in float32 in the order of rows; zeros for an empty group.
+
+    Where rows of a group are infinite, what is NaN may be the matrices of the groups beside it too.
 
     Args:
       x_SD: at least 64 rows, in the order of groups.
@@ -41,79 +54,84 @@ def grouped_weights(
         a_smem=compat.swizzled((stages, 2, STEP, HALF), x_SD.dtype),
         b_smem=compat.swizzled((stages, STEP, TF), x_SD.dtype),
         staging=compat.swizzled((2, 2, HALF, 64), dtype),
-        masked=plgpu.Barrier(num_arrivals=2),
-        **ring(stages),
+        **ring(stages, readers=1),
     )
 
     def body(
         x_gmem: Any,
         dy_gmem: Any,
-        table: Any,
-        ahead: Any,
+        sizes: Any,
         out_gmem: Any,
         *,
         a_smem: Any,
         b_smem: Any,
         staging: Any,
-        masked: Any,
         loaded: Any,
         consumed: Any,
     ) -> None:
+        def barrier(slot: Array, reader: Array) -> Any:
+            return loaded.at[slot + reader * stages]
+
         def load() -> None:
             def tile(tile: _Tile, done: Array) -> None:
                 def copy(k: Array, slot: Array) -> None:
+                    arrived = barrier(slot, lax.rem(tile.turn, jnp.int32(2)))
                     rows = pl.ds(tile.first + k * STEP, STEP)
                     for half in range(2):
                         columns = pl.ds(tile.row * TD + half * HALF, HALF)
-                        plgpu.copy_gmem_to_smem(x_gmem.at[rows, columns], a_smem.at[slot, half], loaded.at[slot])
-                    columns = pl.ds(tile.column * TF, TF)
-                    plgpu.copy_gmem_to_smem(dy_gmem.at[rows, columns], b_smem.at[slot], loaded.at[slot])
+                        plgpu.copy_gmem_to_smem(x_gmem.at[rows, columns], a_smem.at[slot, half], arrived)
+                    columns = pl.ds(first_column(tile.column, F, TF), TF)
+                    plgpu.copy_gmem_to_smem(dy_gmem.at[rows, columns], b_smem.at[slot], arrived)
 
                 fill(done, tile.steps, consumed, copy)
 
-            drain(_for_tiles(tile, table, ahead, E, D, F, TF), consumed)
+            drain(_for_tiles(tile, sizes, (D, F, TF)), consumed)
 
         def compute() -> None:
-            half = lax.axis_index("wg")
+            mine = lax.axis_index("wg")
 
             def tile(tile: _Tile, done: Array) -> None:
                 first_clean = jnp.where(tile.skipped > 0, jnp.int32(1), jnp.int32(0))
                 clean = first_clean, jnp.maximum(first_clean, lax.div(tile.end, jnp.int32(STEP)))
 
                 def mask(k: Array, slot: Array) -> None:
-                    # Rows of the groups around, or whatever lies behind the last one. Zeros in one factor alone would
-                    # leave the other's infinities. Each warpgroup masks its half of both, and waits for the other.
+                    # Rows of the groups around, or whatever lies behind the last one, which may be infinite: zeros in
+                    # one factor alone would leave that.
                     rows = tile.skipped - k * STEP, tile.end - k * STEP
-                    _keep_rows(a_smem.at[slot, half], *rows)
-                    for part in range(TF // 128):
-                        _keep_rows(b_smem.at[slot, :, pl.ds((half * (TF // 128) + part) * 64, 64)], *rows)
+                    for half in range(2):
+                        _keep_rows(a_smem.at[slot, half], *rows)
+
+                    @pl.when(tile.reaches_end)
+                    def _() -> None:
+                        for part in range(TF // 64):
+                            _keep_rows(b_smem.at[slot, :, pl.ds(part * 64, 64)], *rows)
+
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(masked)
-                    plgpu.barrier_wait(masked)
 
                 def of_width(width: int) -> None:
                     def factors(slot: Array) -> list[tuple[Any, Any]]:
                         b = b_smem.at[slot]
                         b = b.at[:, pl.ds(0, width)] if width < TF else b
-                        return [(compat.transposed(a_smem.at[slot, half]), b)]
+                        return [(compat.transposed(a_smem.at[slot, half]), b) for half in range(2)]
 
-                    (value,) = products(
-                        done, tile.steps, width, lambda slot: loaded.at[slot], consumed, factors, mask, clean
-                    )
-                    row = tile.row * TD + half * HALF
-                    part = value.astype(dtype), out_gmem.at[tile.group], tile.column * TF
-                    store([part], row, staging.at[half], staging.at[half])
+                    arrived = lambda slot: barrier(slot, mine)  # noqa: E731
+                    values = products(done, tile.steps, width, arrived, consumed, factors, mask, clean, count=2)
+                    for half, value in enumerate(values):
+                        row = tile.row * TD + half * HALF
+                        part = value.astype(dtype), out_gmem.at[tile.group], first_column(tile.column, F, TF)
+                        store([part], row, staging.at[mine], staging.at[mine])
 
-                by_width(tile.column, F, TF, of_width)
+                # As in grouped_rows: every other tile.
+                pl.when(lax.rem(tile.turn, jnp.int32(2)) == mine)(lambda: by_width(tile.column, F, TF, of_width))
 
-            _for_tiles(tile, table, ahead, E, D, F, TF)
+            _for_tiles(tile, sizes, (D, F, TF))
             plgpu.wait_smem_to_gmem(0)
 
         roles(load, compute)
 
     out = jax.ShapeDtypeStruct((E, D, F), dtype)
-    groups = by_size(sizes_E, -(-D // TD) * -(-F // TF), compat.processors())
-    return compat.kernel(body, out, scratch, name="grouped_matmul_dw")(x_SD, dy_SF, *groups)
+    run = compat.kernel(body, out, scratch, name="grouped_matmul_dw")
+    return run(x_SD, dy_SF, sizes_E.astype(jnp.int32))
 
 
 class _Tile(NamedTuple):
@@ -124,25 +142,30 @@ class _Tile(NamedTuple):
     skipped: Array  # rows of them before the group
     end: Array  # rows of them before the end of the group
     steps: Array
+    reaches_end: Array  # whether the last step reads rows that belong to no group
+    turn: Array  # number of the tile within its block
 
 
-def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, ahead: Any, E: int, D: int, F: int, TF: int) -> Array:
+def _for_tiles(each: Callable[[_Tile, Array], None], sizes: Any, lengths: tuple[int, int, int]) -> Array:
     """Calls ``each(tile, steps done before)`` for the tiles of this block; returns the steps of all of them.
 
     Tiles of a group follow each other: what is computed at the same time reads the same rows. Those of the largest
     group go round the blocks; the blocks that its last round leaves out begin with tiles of other groups meanwhile.
     """
+    (D, F, TF), E = lengths, sizes.shape[0]
     block, blocks = lax.axis_index("sm"), compat.processors()
     rows, columns = -(-D // TD), -(-F // TF)
     T = rows * columns
     busy = T % blocks or blocks  # blocks with a tile of the last round
     free = blocks - busy
+    most = largest_group(sizes, T, blocks)
     largest = lax.div(T - block + (blocks - 1), jnp.int32(blocks))
-    begun = ahead[0]
+    begun = most.ahead
     early = jnp.where(block >= busy, lax.div(begun, jnp.int32(max(free, 1))), jnp.int32(0))
     late = lax.div(jnp.maximum((E - 1) * T - begun - block + (blocks - 1), 0), jnp.int32(blocks))
 
-    def turn(i: Array, done: Array) -> Array:
+    def turn(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        done, at, before = state
         number = jnp.where(
             i < largest,
             block + i * blocks,
@@ -155,15 +178,24 @@ def _for_tiles(each: Callable[[_Tile, Array], None], table: Any, ahead: Any, E: 
         rank, within = lax.div(number, jnp.int32(T)), lax.rem(number, jnp.int32(T))
         row, column = lax.div(within, jnp.int32(columns)), lax.rem(within, jnp.int32(columns))
         column = turned(rank * rows + row, column, columns)
-        group, start, size = [table[k, rank] for k in range(3)]
+        # The largest group is the first, the others follow in their own order.
+        group = jnp.where(rank <= most.group, rank - 1, rank)
+        go_on = lambda state: (state[0] + 1, state[1] + sizes[state[0]])  # noqa: E731
+        at, before = lax.while_loop(lambda state: state[0] < group, go_on, (at, before))
+        group = jnp.where(rank == 0, most.group, group)
+        start = jnp.where(rank == 0, most.first, before)
+        size = sizes[group]
         # An empty group has no step, and none to mask.
         skipped = jnp.where(size > 0, lax.rem(start, jnp.int32(_ALIGNED)), jnp.int32(0))
         end = skipped + size
         steps = lax.div(end + (STEP - 1), jnp.int32(STEP))
-        each(_Tile(group, row, column, start - skipped, skipped, end, steps), done)
-        return done + steps
+        reaches_end = start - skipped + steps * STEP > most.rows
+        each(_Tile(group, row, column, start - skipped, skipped, end, steps, reaches_end, i), done)
+        return done + steps, at, before
 
-    return lax.fori_loop(jnp.int32(0), largest + early + late, turn, jnp.int32(0))
+    zero = jnp.int32(0)
+    done, *_ = lax.fori_loop(zero, largest + early + late, turn, (zero, zero, zero))
+    return done
 
 
 def _keep_rows(block: Any, begin: Array, end: Array) -> None:

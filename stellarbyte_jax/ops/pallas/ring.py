@@ -152,23 +152,49 @@ def skip(done: Array, steps: Array, loaded: Any, consumed: Any) -> None:
     lax.fori_loop(jnp.int32(0), steps, step, None)
 
 
+def widths(columns: int, width: int) -> list[int]:
+    """Columns that the last tiles of a matrix compute, those before them ``width``: together no more than there are.
+
+    What is left behind whole tiles is evened out with the last of these: a narrow tile loads as many rows as a wide one
+    for less work.
+
+    Args:
+      columns: of the matrix, a multiple of 64.
+      width: of a tile.
+    """
+    left = columns % width
+    narrow = (width + left) // 128 * 64
+    wide = width + left - narrow
+    if columns > width and left and wide < width:
+        return [wide, narrow]
+    return [left] if left else []
+
+
+def first_column(column: Array, columns: int, width: int) -> Array:
+    """The first column of a tile of a matrix, see :func:`widths`."""
+    last = widths(columns, width)
+    tiles = -(-columns // width)
+    return jnp.where(column == tiles - 1, jnp.int32(columns - (last or [width])[-1]), column * width)
+
+
 def by_width(column: Array, columns: int, width: int, tile: Callable[[int], None]) -> None:
-    """Calls ``tile`` with the columns that a tile computes: the last one has no more than the matrix.
+    """Calls ``tile`` with the columns that a tile computes.
 
     Args:
       column: number of the tile.
-      columns: of the matrix.
+      columns: of the matrix, a multiple of 64.
       width: of a tile.
       tile: to call.
     """
-    last = -(-(columns % width) // 64) * 64
-    if last in (0, width):
-        tile(width)
-        return
-    is_last = column == columns // width
-    pl.when(is_last)(lambda: tile(last))
-    if columns > width:
-        pl.when(jnp.logical_not(is_last))(lambda: tile(width))
+    last, tiles = widths(columns, width), -(-columns // width)
+    by_number: dict[int, Array] = {}
+    for number, narrow in enumerate(last, tiles - len(last)):
+        is_it = column == number
+        by_number[narrow] = by_number[narrow] | is_it if narrow in by_number else is_it
+    for narrow, is_it in by_number.items():
+        pl.when(is_it)(lambda narrow=narrow: tile(narrow))
+    if tiles > len(last):
+        pl.when(column < tiles - len(last))(lambda: tile(width)) if last else tile(width)
 
 
 def turned(row: Array, column: Array, columns: int) -> Array:
