@@ -17,10 +17,22 @@ from stellarbyte_jax.ops.pallas import compat
 from stellarbyte_jax.ops.pallas.group_tiles import HALF
 from stellarbyte_jax.ops.pallas.grouped_matmul import refusal as refusal_of_product
 from stellarbyte_jax.ops.pallas.grouped_rows import STEP, Tile, for_tiles
-from stellarbyte_jax.ops.pallas.ring import by_width, drain, fill, finish, first_column, products, ring, roles, skip
+from stellarbyte_jax.ops.pallas.ring import (
+    Part,
+    by_width,
+    drain,
+    fill,
+    finish,
+    first_column,
+    products,
+    ring,
+    roles,
+    skip,
+)
 
 TF = 128  # columns of a tile of each product
-_STAGES = 4
+_STAGES = 3
+_SLOTS = 5  # for parts of 64 columns of a warpgroup's results on their way out
 
 
 def gated_rows(
@@ -51,7 +63,7 @@ def gated_rows(
         a=compat.for_any_rows((_STAGES, 2, HALF, STEP), dtype),
         gate_smem=compat.swizzled((_STAGES, STEP, TF), dtype),
         up_smem=compat.swizzled((_STAGES, STEP, TF), dtype),
-        staging=compat.for_any_rows((2, 2, HALF, 64), dtype, plgpu.SMEM((2, HALF, 64), dtype)),
+        staging=compat.for_any_rows((2, _SLOTS, HALF, 64), dtype, plgpu.SMEM((2, HALF, 64), dtype)),
         **ring(_STAGES, copies=4),
     )
 
@@ -97,10 +109,13 @@ def gated_rows(
                     )
                     active, _ = value_and_slope(activation, gate.astype(jnp.float32))
                     h = (active * up.astype(jnp.float32)).astype(dtype)
-                    parts = [(h, out_gmem[0], column)]
+                    parts = [Part(h, out_gmem[0], window, column)]
                     if keep:
-                        parts += [(gate, out_gmem[1], column), (up, out_gmem[1], F + column)]
-                    finish(parts, window, written, whole.at[mine], whole_copied.at[mine], cut.at[mine])
+                        parts += [
+                            Part(gate, out_gmem[1], window, column),
+                            Part(up, out_gmem[1], window, F + column),
+                        ]
+                    finish(parts, written, whole.at[mine], whole_copied.at[mine], cut.at[mine])
 
                 pl.when(written > 0)(lambda: by_width(tile.column, F, TF, of_width))
                 pl.when(written == 0)(lambda: skip(done, tile.steps, loaded, consumed))

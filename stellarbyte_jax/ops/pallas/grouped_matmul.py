@@ -89,7 +89,7 @@ def tuning_of_matrices(columns: int) -> Tuning:
 def _cut(columns: int, most: float) -> Tuning:
     # Wide tiles read less, unless the last one is narrow. Measured: docs/performance.md.
     wide = -(-columns // 192) * 192 <= most * columns
-    return Tuning(192, 4) if wide else Tuning(128, 6)
+    return Tuning(192, 4, 3) if wide else Tuning(128, 5, 4)
 
 
 @jax.custom_vjp

@@ -17,6 +17,7 @@ from stellarbyte_jax.ops.pallas import compat
 from stellarbyte_jax.ops.pallas.group_tiles import Place, first_place, place_of, windows
 from stellarbyte_jax.ops.pallas.ring import (
     HALF,
+    Part,
     by_width,
     drain,
     fill,
@@ -25,6 +26,7 @@ from stellarbyte_jax.ops.pallas.ring import (
     products,
     ring,
     roles,
+    store,
     turned,
 )
 
@@ -37,10 +39,12 @@ class Tuning(NamedTuple):
     Attributes:
       columns: of a tile; a multiple of 64, at most 192.
       stages: of the ring between loads and products.
+      slots: for parts of 64 columns of a warpgroup's results on their way out.
     """
 
     columns: int = 128
-    stages: int = 6
+    stages: int = 5
+    slots: int = 4
 
 
 def grouped_rows(
@@ -57,12 +61,12 @@ def grouped_rows(
     """
     S, K = x_SK.shape
     N = w.shape[1 if transpose else 2]
-    TN, stages = tuning.columns, tuning.stages
+    TN, stages, slots = tuning
     scratch = dict(
         a=compat.for_any_rows((stages, 2, HALF, STEP), x_SK.dtype),
         b_smem=compat.swizzled((stages, TN, STEP) if transpose else (stages, STEP, TN), x_SK.dtype),
         # A tile is written whole or cut, never both at once.
-        staging=compat.for_any_rows((2, 2, HALF, 64), x_SK.dtype, plgpu.SMEM((2, HALF, 64), x_SK.dtype)),
+        staging=compat.for_any_rows((2, slots, HALF, 64), x_SK.dtype, plgpu.SMEM((2, HALF, 64), x_SK.dtype)),
         **ring(stages, readers=1),
     )
 
@@ -112,16 +116,14 @@ def grouped_rows(
                 values = products(
                     done, tile.steps, width, lambda slot: barrier(slot, mine), consumed, factors, count=len(halves)
                 )
-                for half, value in zip(halves, values, strict=True):
-                    part = value.astype(out_gmem.dtype), out_gmem, first_column(tile.column, N, TN)
-                    finish(
-                        [part],
-                        tile.windows[half],
-                        tile.written[half],
-                        whole.at[mine],
-                        whole_copied.at[mine],
-                        cut.at[mine],
-                    )
+                parts = [
+                    Part(value.astype(out_gmem.dtype), out_gmem, tile.windows[half], first_column(tile.column, N, TN))
+                    for half, value in zip(halves, values, strict=True)
+                ]
+                if len(halves) == 2:  # a group of 64 rows or more: its windows are whole
+                    store(parts, whole.at[mine], whole_copied.at[mine])
+                else:
+                    finish(parts, tile.written[0], whole.at[mine], whole_copied.at[mine], cut.at[mine])
 
             def tile(tile: Tile, done: Array) -> None:
                 # Each warpgroup computes every other tile, one while the other writes.

@@ -18,6 +18,7 @@ from stellarbyte_jax.ops.pallas.group_tiles import largest_group
 from stellarbyte_jax.ops.pallas.grouped_rows import Tuning
 from stellarbyte_jax.ops.pallas.ring import (
     HALF,
+    Part,
     by_width,
     drain,
     fill,
@@ -49,11 +50,11 @@ def grouped_weights(
       tuning: of the kernel.
     """
     (_, D), F, E = x_SD.shape, dy_SF.shape[1], sizes_E.shape[0]
-    TF, stages = tuning.columns, tuning.stages
+    TF, stages, slots = tuning
     scratch = dict(
         a_smem=compat.swizzled((stages, 2, STEP, HALF), x_SD.dtype),
         b_smem=compat.swizzled((stages, STEP, TF), x_SD.dtype),
-        staging=compat.swizzled((2, 2, HALF, 64), dtype),
+        staging=compat.swizzled((2, slots, HALF, 64), dtype),
         **ring(stages, readers=1),
     )
 
@@ -116,10 +117,12 @@ def grouped_weights(
 
                     arrived = lambda slot: barrier(slot, mine)  # noqa: E731
                     values = products(done, tile.steps, width, arrived, consumed, factors, mask, clean, count=2)
-                    for half, value in enumerate(values):
-                        row = tile.row * TD + half * HALF
-                        part = value.astype(dtype), out_gmem.at[tile.group], first_column(tile.column, F, TF)
-                        store([part], row, staging.at[mine], staging.at[mine])
+                    row, column = tile.row * TD, first_column(tile.column, F, TF)
+                    parts = [
+                        Part(value.astype(dtype), out_gmem.at[tile.group], row + half * HALF, column)
+                        for half, value in enumerate(values)
+                    ]
+                    store(parts, staging.at[mine], staging.at[mine])
 
                 # As in grouped_rows: every other tile.
                 pl.when(lax.rem(tile.turn, jnp.int32(2)) == mine)(lambda: by_width(tile.column, F, TF, of_width))

@@ -4,7 +4,7 @@ The loader fills a stage when both others have consumed what was in it; they go 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -210,62 +210,75 @@ def turned(row: Array, column: Array, columns: int) -> Array:
     return lax.rem(column + lax.div(row * columns, jnp.int32(compat.processors())), jnp.int32(columns))
 
 
-def store(values: list[tuple[Array, Any, Array]], row: Array, slots: Any, copied: Any) -> None:
-    """Writes 64 rows to matrices in global memory; what lies behind their end is dropped.
+class Part(NamedTuple):
+    """64 rows of a result.
+
+    Attributes:
+      value: [64, 64 n].
+      out_gmem: the matrix in global memory.
+      row: the first one there.
+      column: the first one there.
+    """
+
+    value: Array
+    out_gmem: Any
+    row: Array
+    column: Array
+
+
+def store(parts: list[Part], slots: Any, copied: Any) -> None:
+    """Writes to matrices in global memory; what lies behind their end is dropped.
 
     Args:
-      values: [64, 64 n], each with its matrix and its first column there.
-      row: the first one.
-      slots: [2, 64, 64] in shared memory, for two parts on their way.
+      parts: what.
+      slots: [n, 64, 64] in shared memory, for 64 columns each on their way.
       copied: the same memory, for copies: see ``compat.for_any_rows``.
     """
+    count = slots.shape[0]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    parts = [(*each, part * 64) for each in values for part in range(each[0].shape[1] // 64)]
-    for number, (value, out_gmem, column, first) in enumerate(parts):
-        if number > 1:
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        slots[number % 2] = value[:, first : first + 64]
+    blocks = [(*part, first) for part in parts for first in range(0, part.value.shape[1], 64)]
+    for number, (value, out_gmem, row, column, first) in enumerate(blocks):
+        if number >= count:
+            plgpu.wait_smem_to_gmem(count - 1, wait_read_only=True)
+        slots[number % count] = value[:, first : first + 64]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(copied.at[number % 2], out_gmem.at[pl.ds(row, HALF), pl.ds(column + first, 64)])
+        target = out_gmem.at[pl.ds(row, HALF), pl.ds(column + first, 64)]
+        plgpu.copy_smem_to_gmem(copied.at[number % count], target)
 
 
-def store_some(value: Array, out_gmem: Any, row: Array, count: Array, column: Array, slot: Any) -> None:
+def store_some(part: Part, count: Array, slot: Any) -> None:
     """Writes the first ``count`` of 64 rows, as runs of 32, 16, ... rows: the copy engine's shapes are constants.
 
     Args:
-      value: [64, 64 n].
-      out_gmem: the matrix.
-      row: the first one.
+      part: what.
       count: of rows, fewer than 64.
-      column: the first one.
       slot: [64, 64] in shared memory, without transforms: others cannot be cut between any two rows.
     """
-    for part in range(value.shape[1] // 64):
+    value, out_gmem, row, column = part
+    for first in range(0, value.shape[1], 64):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        compat.store_plain(slot, value[:, part * 64 : (part + 1) * 64])
+        compat.store_plain(slot, value[:, first : first + 64])
         plgpu.commit_smem()
         for bit in range(5, -1, -1):
             run = 1 << bit
             start = lax.bitwise_and(count, jnp.int32(~(2 * run - 1)))
 
             @pl.when(lax.bitwise_and(count, jnp.int32(run)) != 0)
-            def _(run: int = run, start: Array = start, part: int = part) -> None:
-                target = out_gmem.at[pl.ds(row + start, run), pl.ds(column + part * 64, 64)]
+            def _(run: int = run, start: Array = start, first: int = first) -> None:
+                target = out_gmem.at[pl.ds(row + start, run), pl.ds(column + first, 64)]
                 plgpu.copy_smem_to_gmem(slot.at[pl.ds(start, run)], target)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def finish(
-    values: list[tuple[Array, Any, Array]], row: Array, written: Array, slots: Any, copied: Any, cut: Any
-) -> None:
-    """Writes the first ``written`` of 64 rows to matrices: see :func:`store` and :func:`store_some`."""
+def finish(parts: list[Part], written: Array, slots: Any, copied: Any, cut: Any) -> None:
+    """Writes the first ``written`` of 64 rows: see :func:`store` and :func:`store_some`."""
 
     @pl.when(written == HALF)
     def _() -> None:
-        store(values, row, slots, copied)
+        store(parts, slots, copied)
 
     @pl.when(written < HALF)
     def _() -> None:
-        for value, out_gmem, column in values:
-            store_some(value, out_gmem, row, written, column, cut)
+        for part in parts:
+            store_some(part, written, cut)
