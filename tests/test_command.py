@@ -187,6 +187,7 @@ def test_no_program_shows_where_its_imports_were(path):
         "cli.layer_peers",
         "cli.layer_speed",
         "cli.lora_speed",
+        "cli.loss_speed",
         "cli.machine",
         "cli.measurements",
         "cli.mesh_speed",

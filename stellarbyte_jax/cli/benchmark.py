@@ -25,6 +25,8 @@ from stellarbyte_jax.cli.layer_speed import WORKERS as LAYERS
 from stellarbyte_jax.cli.lora_speed import PEERS as BESIDE_LORA
 from stellarbyte_jax.cli.lora_speed import WORKERS as LORA
 from stellarbyte_jax.cli.lora_speed import settings as lora_settings
+from stellarbyte_jax.cli.loss_speed import LOSS_PEERS
+from stellarbyte_jax.cli.loss_speed import WORKERS as LOSSES
 from stellarbyte_jax.cli.machine import facts
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
 from stellarbyte_jax.cli.measurements import compared
@@ -51,11 +53,13 @@ WORKERS = (
     | LAYER_PEERS
     | ATTENTION
     | ATTENTION_PEERS
+    | LOSSES
+    | LOSS_PEERS
 )
 _ON_TORCH = ("huggingface", "huggingface_bfloat16", "eval_huggingface", "huggingface_moe", "huggingface_moe_bfloat16")
 _PEERS = {  # with the packages that they need, as pip calls them
     **dict.fromkeys(_ON_TORCH, ("torch",)),
-    **dict.fromkeys((*LAYER_PEERS, *ATTENTION_PEERS), ("torch",)),
+    **dict.fromkeys((*LAYER_PEERS, *ATTENTION_PEERS, *LOSS_PEERS), ("torch",)),
     "huggingface_liger": ("torch", "liger-kernel"),
     **{name: ("torch", "accelerate" if name == "sft_chats_trainer" else "peft") for name in LORA_PEERS},
 }
@@ -68,6 +72,7 @@ _FLOPS_OF = {
     "grouped_matmul": "2 rows D F",
     "moe_layer": "6 tokens choices D n forward, 12 backward",
     "attention": "4 H a head and pair that is seen, backward 2.5 times",
+    "cross_entropy": "6 tokens D V",
 }
 _FROZEN = "; of a weight that is frozen beside adapters 4 for 6: its gradient is not computed"
 # More than JAX's three quarters, and room for NCCL; devices of a CPU, which a GPU's machine leaves alone.
@@ -176,7 +181,7 @@ def _peers(options: argparse.Namespace, asked: bool) -> bool:
 
 def _measured(options: argparse.Namespace, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Checks the settings; each measurement with its name, as they are made."""
-    if options.what == "attention":
+    if options.what in ("attention", "cross_entropy"):
         if small:
             print("no GPU: a tiny shape, without a peer; the figures say nothing of speed")
     elif options.config is None:

@@ -13,6 +13,9 @@ from stellarbyte_jax.cli.layer_speed import OF_SHAPES
 from stellarbyte_jax.cli.layer_speed import PEERS as BESIDE_LAYERS
 from stellarbyte_jax.cli.layer_speed import SMALL as SMALL_LAYERS
 from stellarbyte_jax.cli.lora_speed import NAMES as OF_LORA
+from stellarbyte_jax.cli.loss_speed import NAMES as OF_LOSS
+from stellarbyte_jax.cli.loss_speed import PEERS as BESIDE_LOSS
+from stellarbyte_jax.cli.loss_speed import SMALL as SMALL_LOSS
 from stellarbyte_jax.cli.mesh_speed import NAMES as ON_MESH
 from stellarbyte_jax.cli.program import local_path, new_parser, positive
 from stellarbyte_jax.config import TrainConfig
@@ -31,12 +34,14 @@ NAMES = {
     "lora": list(OF_LORA),
     "grouped_matmul": list(GROUPED),
     "attention": [*OF_ATTENTION, *BESIDE_ATTENTION],
+    "cross_entropy": [*OF_LOSS, *BESIDE_LOSS],
 }
 SMALL_NAMES = {  # where there is no GPU
     "generate": ["small_batch_1", "small_batch_8", "small_experts"],
     "grouped_matmul": list(SMALL_GROUPED),
     "moe_layer": list(SMALL_LAYERS),
     "attention": list(SMALL_ATTENTION),
+    "cross_entropy": list(SMALL_LOSS),
 }
 SMALL = "quickstart"  # what is trained where there is no GPU
 TRAINED = ("train", "moe", "mesh", "lora")  # those that measure training steps
@@ -70,7 +75,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "            its weights, beside PEFT and the Trainer of transformers (extra torch; peft, accelerate)\n"
         "moe_layer   a layer with experts, its router included, forward and backward, and that of transformers\n"
         "grouped_matmul  products of experts as kernels for Hopper GPUs and as plain XLA, beside torch's (extra torch)"
-        "\nattention   attention and its gradients by mask and implementation, beside torch's (extra torch)",
+        "\nattention   attention and its gradients by mask and implementation, beside torch's (extra torch)"
+        "\ncross_entropy  the head and its loss with their gradients, beside torch's (extra torch; liger-kernel)",
         "train --no-peer",
         "mesh --only fsdp --only tensor --output two_rows.json",
         "data --set 'data.train=my_corpus/train/*.jsonl'",
@@ -126,7 +132,11 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--profile is of training: benchmark {options.what} has no training steps, leave it out")
     if of_mesh and options.config:
         raise ConfigError("benchmark mesh has a model for each row: leave --config out; --set changes the models")
-    own = {"grouped_matmul": ("config", "set", "steps"), "attention": ("config", "set")}
+    own = {
+        "grouped_matmul": ("config", "set", "steps"),
+        "attention": ("config", "set"),
+        "cross_entropy": ("config", "set"),
+    }
     if given := [name for name in own.get(options.what, ()) if getattr(options, name)]:
         raise ConfigError(f"--{given[0]}: benchmark {options.what} has shapes and calls of its own, leave it out")
     for setting in options.set if options.what == "moe_layer" else ():

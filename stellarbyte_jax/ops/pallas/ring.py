@@ -236,13 +236,13 @@ def store(parts: list[Part], slots: Any, copied: Any) -> None:
     """
     count = slots.shape[0]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    blocks = [(*part, first) for part in parts for first in range(0, part.value.shape[1], 64)]
-    for number, (value, out_gmem, row, column, first) in enumerate(blocks):
+    blocks = [(part, first) for part in parts for first in range(0, part.value.shape[1], 64)]
+    for number, (part, first) in enumerate(blocks):
         if number >= count:
             plgpu.wait_smem_to_gmem(count - 1, wait_read_only=True)
-        slots[number % count] = value[:, first : first + 64]
+        slots[number % count] = part.value[:, first : first + 64]
         plgpu.commit_smem()
-        target = out_gmem.at[pl.ds(row, HALF), pl.ds(column + first, 64)]
+        target = part.out_gmem.at[pl.ds(part.row, HALF), pl.ds(part.column + first, 64)]
         plgpu.copy_smem_to_gmem(copied.at[number % count], target)
 
 
