@@ -65,7 +65,13 @@ def _mlp(
     weights_NK: Array,
     layout: Layout,
 ) -> Array:
-    return _sums(how, x_ND, gate_up_EDH, down_EFD, weights_NK, layout, keep=False)[0]
+    activation, implementation, dtype = how
+    x_SD = _to_rows(implementation, x_ND, layout)
+    ways = {"xla": partial(_gated_product, implementation), "pallas": _gated_product_by_kernel}
+    told = activation, x_SD, gate_up_EDH, layout.groups
+    h_SF = cast(Array, dispatch("gated products", implementation, ways, *told, required=False))
+    y_SD = grouped_matmul(h_SF, down_EFD, layout.groups, implementation=implementation)
+    return _from_rows(implementation, y_SD, layout, weights_NK, dtype)
 
 
 def _forward(
@@ -76,45 +82,57 @@ def _forward(
     weights_NK: Array,
     layout: Layout,
 ) -> tuple[Array, Any]:
-    given = x_ND, gate_up_EDH, down_EFD, weights_NK, layout
-    sums_ND, both_SH = _sums(how, *given, keep=True)
-    return sums_ND, (*given, both_SH)
-
-
-def _sums(
-    how: _How,
-    x_ND: Array,
-    gate_up_EDH: Array,
-    down_EFD: Array,
-    weights_NK: Array,
-    layout: Layout,
-    *,
-    keep: bool,
-) -> tuple[Array, Array | None]:
-    """The sums, and with ``keep`` what the first product gives."""
     activation, implementation, dtype = how
     x_SD = _to_rows(implementation, x_ND, layout)
-    ways = {"xla": partial(_gated_product, implementation), "pallas": _gated_product_by_kernel}
-    told = activation, x_SD, gate_up_EDH, layout.groups, keep
-    h_SF, both_SH = cast(Any, dispatch("gated products", implementation, ways, *told, required=False))
+    ways = {"xla": partial(_both_products, implementation), "pallas": _woven_products}
+    told = activation, x_SD, gate_up_EDH, layout.groups
+    found = dispatch("gated products with a backward pass", implementation, ways, *told, required=False)
+    h_SF, both_SH, gate_up_EDH = cast(tuple[Array, Array, Array], found)
     y_SD = grouped_matmul(h_SF, down_EFD, layout.groups, implementation=implementation)
-    return _from_rows(implementation, y_SD, layout, weights_NK, dtype), both_SH
+    sums_ND = _from_rows(implementation, y_SD, layout, weights_NK, dtype)
+    return sums_ND, (x_ND, gate_up_EDH, down_EFD, weights_NK, layout, both_SH)
+
+
+def _both_products(
+    implementation: str, activation: str, x_SD: Array, gate_up_EDH: Array, groups: Groups | Unaligned
+) -> tuple[Array, Array, Array]:
+    """Gated rows, what they are made of, and the matrices, with columns in the order that the backward pass gets."""
+    both_SH = grouped_matmul(x_SD, gate_up_EDH, groups, implementation=implementation)
+    return _gated(activation, both_SH), both_SH, gate_up_EDH
+
+
+def _woven_products(
+    activation: str, x_SD: Array, gate_up_EDH: Array, groups: Groups | Unaligned
+) -> tuple[Array, Array, Array]:
+    """As :func:`_both_products`, with columns of gates and of what they multiply woven together."""
+    from stellarbyte_jax.ops.pallas.gated_products import gated_products, woven
+
+    if isinstance(groups, Groups):
+        raise NotImplementedError("rows of blocks have a kernel only without a backward pass")
+    matrices_EDH = woven(gate_up_EDH) if gate_up_EDH.shape[2] % 128 == 0 else gate_up_EDH
+    return *gated_products(activation, x_SD, matrices_EDH, groups.sizes_E), matrices_EDH
+
+
+def _is_woven(implementation: str, x_SD: jax.ShapeDtypeStruct, gate_up_EDH: Array, layout: Layout) -> bool:
+    """Whether the columns are those of :func:`_woven_products`."""
+    if implementation != "pallas" or isinstance(layout.groups, Groups):
+        return False
+    from stellarbyte_jax.ops.pallas.gated_products import refusal
+
+    return refusal(x_SD, gate_up_EDH) is None
 
 
 def _gated_product(
-    implementation: str, activation: str, x_SD: Array, gate_up_EDH: Array, groups: Groups | Unaligned, keep: bool
-) -> tuple[Array, Array | None]:
-    both_SH = grouped_matmul(x_SD, gate_up_EDH, groups, implementation=implementation)
-    return _gated(activation, both_SH), both_SH if keep else None
+    implementation: str, activation: str, x_SD: Array, gate_up_EDH: Array, groups: Groups | Unaligned
+) -> Array:
+    return _gated(activation, grouped_matmul(x_SD, gate_up_EDH, groups, implementation=implementation))
 
 
-def _gated_product_by_kernel(
-    activation: str, x_SD: Array, gate_up_EDH: Array, groups: Groups | Unaligned, keep: bool
-) -> tuple[Array, Array | None]:
+def _gated_product_by_kernel(activation: str, x_SD: Array, gate_up_EDH: Array, groups: Groups | Unaligned) -> Array:
     # Not at the top, as in ops/grouped_matmul.py.
     from stellarbyte_jax.ops.pallas.gated_rows import gated_rows
 
-    return gated_rows(activation, x_SD, gate_up_EDH, groups.sizes_E, keep=keep)
+    return gated_rows(activation, x_SD, gate_up_EDH, groups.sizes_E)
 
 
 def _backward(how: _How, kept: Any, d_ND: Array) -> tuple[Array, Array, Array, Array, None]:
@@ -126,10 +144,21 @@ def _backward(how: _How, kept: Any, d_ND: Array) -> tuple[Array, Array, Array, A
     d_SD = to_rows(d_ND.astype(x_ND.dtype))
     dh_SF = of_rows(d_SD, down_EFD)  # of a choice whose weight is 1
     weights_S = weights_of_rows(layout, weights_NK)
-    dboth_SH, weighted_SF, slopes_S = _gated_backward(implementation, activation, both_SH, dh_SF, weights_S)
+    woven = _is_woven(implementation, jax.ShapeDtypeStruct(d_SD.shape, d_SD.dtype), gate_up_EDH, layout)
+    given = activation, both_SH, dh_SF, weights_S
+    if woven:
+        from stellarbyte_jax.ops.pallas.gated_backward import gated_backward
+
+        dboth_SH, weighted_SF, slopes_S = gated_backward(*given, woven=True)
+    else:
+        dboth_SH, weighted_SF, slopes_S = _gated_backward(*given)
     dweights_NK = slopes_S.at[layout.rows_NK].get(mode="fill", fill_value=0).astype(weights_NK.dtype)
     ddown_EFD = of_matrices(weighted_SF, d_SD)
     dgate_up_EDH = of_matrices(to_rows(x_ND), dboth_SH)
+    if woven:
+        from stellarbyte_jax.ops.pallas.gated_products import unwoven
+
+        dgate_up_EDH = unwoven(dgate_up_EDH)
     dx_ND = _from_rows(implementation, of_rows(dboth_SH, gate_up_EDH), layout, None, x_ND.dtype)
     return dx_ND, dgate_up_EDH.astype(gate_up_EDH.dtype), ddown_EFD.astype(down_EFD.dtype), dweights_NK, None
 
@@ -148,31 +177,12 @@ def _from_rows(implementation: str, y_SD: Array, layout: Layout, weights_NK: Arr
     return cast(jax.Array, found)
 
 
-def _gated_backward(
-    implementation: str, activation: str, both_SH: Array, dh_SF: Array, weights_S: Array
-) -> tuple[Array, Array, Array]:
-    """The cotangents of what is gated, the gated rows times their weights, and the slopes of these weights."""
-    ways = {"xla": _gated_backward_by_xla, "pallas": _gated_backward_by_kernel}
-    found = dispatch("gates of experts", implementation, ways, activation, both_SH, dh_SF, weights_S, required=False)
-    return cast(tuple[jax.Array, jax.Array, jax.Array], found)
-
-
-def _gated_backward_by_xla(
-    activation: str, both_SH: Array, dh_SF: Array, weights_S: Array
-) -> tuple[Array, Array, Array]:
+def _gated_backward(activation: str, both_SH: Array, dh_SF: Array, weights_S: Array) -> tuple[Array, Array, Array]:
     weights_S1 = weights_S[:, None]
     made_SF, pull = jax.vjp(partial(_gated, activation), both_SH)
     h_SF, dh_SF = made_SF.astype(jnp.float32), dh_SF.astype(jnp.float32)
     (dboth_SH,) = pull((dh_SF * weights_S1).astype(made_SF.dtype))
     return dboth_SH, (h_SF * weights_S1).astype(made_SF.dtype), jnp.sum(dh_SF * h_SF, axis=1)
-
-
-def _gated_backward_by_kernel(
-    activation: str, both_SH: Array, dh_SF: Array, weights_S: Array
-) -> tuple[Array, Array, Array]:
-    from stellarbyte_jax.ops.pallas.gated_backward import gated_backward
-
-    return gated_backward(activation, both_SH, dh_SF, weights_S)
 
 
 def _summed_by_xla(y_SD: Array, rows_NK: Array, weights_NK: Array | None, dtype: Any) -> Array:

@@ -100,7 +100,7 @@ def test_a_networks_gradients_are_close_to_those_of_blocks(remat):
             return jnp.mean(jnp.sin(hidden.astype(jnp.float32)))
 
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
-        for kernel in ("grouped_matmul_dw", "spread_rows", "sum_rows", "gated_rows", "gated_backward"):
+        for kernel in ("grouped_matmul_dw", "spread_rows", "sum_rows", "gated_products", "gated_backward"):
             assert (kernel in compiled.as_text()) == (config.moe.implementation == "pallas")
         return jnp.concatenate([x.ravel() for x in jax.tree.leaves(compiled(params))])
 

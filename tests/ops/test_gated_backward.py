@@ -9,6 +9,7 @@ from helpers.grids import mostly_slow
 from stellarbyte_jax.ops.activations import ACTIVATIONS, value_and_slope
 from stellarbyte_jax.ops.pallas import compat
 from stellarbyte_jax.ops.pallas.gated_backward import gated_backward, refusal
+from stellarbyte_jax.ops.pallas.gated_products import unwoven, woven
 
 # In the interpreter of jax 0.10 a copy that reaches behind an array writes nothing.
 TAIL = 1000 if jax.__version_info__ >= (0, 11) else 960  # several tiles for each of nine warpgroups
@@ -62,6 +63,10 @@ def test_gated_rows_in_the_interpreter(activation):
     with compat.interpreted():
         found = jax.jit(lambda *x: gated_backward(activation, *x))(*given)
         assert_right(found, exact(activation, *given))
+        both, *others = given
+        again = jax.jit(lambda *x: gated_backward(activation, *x, woven=True))(woven(both), *others)
+        for ours, theirs in zip((unwoven(again[0]), *again[1:]), found, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 does not look for races")

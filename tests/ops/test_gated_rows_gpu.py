@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.grouped import drawn, poisoned
 from helpers.hopper import hopper_gpu  # noqa: F401 (a fixture)
-from ops.test_gated_rows import assert_gated, exact
+from ops.test_gated_rows import assert_gated, exact, with_both
 
 from stellarbyte_jax.ops.activations import ACTIVATIONS
 from stellarbyte_jax.ops.pallas.gated_rows import gated_rows
@@ -25,11 +25,11 @@ pytestmark = pytest.mark.gpu
 def test_gated_rows(activation, rows, inputs, columns, sizes):
     x, w, _ = drawn(rows, inputs, 2 * columns, len(sizes))
     (x_bad,) = poisoned(sizes, x)
-    run = jax.jit(lambda *given: gated_rows(activation, *given, keep=True))
+    run = jax.jit(lambda *given: with_both(activation, *given))
     given = x_bad, w, jax.device_put(np.asarray(sizes, np.int32))
     first = run(*given)
     assert_gated(first, *exact(activation, x, w, sizes))
     for _ in range(3):
         for again, before in zip(run(*given), first, strict=True):
             np.testing.assert_array_equal(again, before)
-    np.testing.assert_array_equal(gated_rows(activation, *given, keep=False)[0], first[0])
+    np.testing.assert_array_equal(gated_rows(activation, *given), first[0])

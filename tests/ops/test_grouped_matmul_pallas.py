@@ -176,7 +176,7 @@ def test_experts_take_kernels_for_products_moves_and_sums(hopper):
         "grouped_matmul_dw",
         "spread_rows",
         "sum_rows",
-        "gated_rows",
+        "gated_products",
         "gated_backward",
     ):
         assert f"{kernel}_mosaic_gpu" in text

@@ -25,6 +25,8 @@ def gated_backward(
     both_SH: Float[Array, "S H"],
     dh_SF: Float[Array, "S F"],
     weights_S: Float[Array, " S"],
+    *,
+    woven: bool = False,
 ) -> tuple[Float[Array, "S H"], Float[Array, "S F"], Float[Array, " S"]]:
     """For ``h = activation(g) u`` and the cotangent ``dh`` of rows whose weight is 1.
 
@@ -33,6 +35,8 @@ def gated_backward(
       both_SH: g and u side by side; bfloat16 or float16.
       dh_SF: in the dtype of these.
       weights_S: float32, of rows.
+      woven: whether every 64 columns of g stand before the same ones of u in ``both_SH`` and in its cotangent, as
+        :mod:`stellarbyte_jax.ops.pallas.gated_products` has them.
 
     Returns:
       The cotangents of g and u for ``weight dh``; ``weight h``; and ``dh . h`` of each row, float32.
@@ -59,8 +63,11 @@ def gated_backward(
         def where(turn: Array, part: Array) -> list[tuple[Any, Any, Any]]:
             """Of each of the three in a slot: the array it comes from, the one it goes to, and the place in both."""
             rows = pl.ds((worker + turn * workers) * M, M)
-            gate, up = (rows, pl.ds(part * M, M)), (rows, pl.ds(F + part * M, M))
-            return [(both, dboth, gate), (both, dboth, up), (dh, weighted, gate)]
+            own = pl.ds(part * M, M)
+            gate, up = (
+                (pl.ds(2 * part * M, M), pl.ds((2 * part + 1) * M, M)) if woven else (own, pl.ds(F + part * M, M))
+            )
+            return [(both, dboth, (rows, gate)), (both, dboth, (rows, up)), (dh, weighted, (rows, own))]
 
         def load(turn: Array, part: Array) -> None:
             @pl.when(turn < turns)

@@ -1,5 +1,7 @@
 """Rows times two matrices of their group and the gate between the products, on Hopper's tensor cores.
 
+For what needs no gradient; see :mod:`stellarbyte_jax.ops.pallas.gated_products` for the rest.
+
 S rows, E groups, K contracted, F columns of each product, H = 2 F.
 """
 
@@ -22,12 +24,12 @@ from stellarbyte_jax.ops.pallas.ring import (
     by_width,
     drain,
     fill,
-    finish,
     first_column,
     products,
     ring,
     roles,
     skip,
+    write_some,
 )
 
 TF = 128  # columns of a tile of each product
@@ -40,9 +42,7 @@ def gated_rows(
     x_SK: Float[Array, "S K"],
     w_EKH: Float[Array, "E K H"],
     sizes_E: Int[Array, " E"],
-    *,
-    keep: bool,
-) -> tuple[Float[Array, "S F"], Float[Array, "S H"] | None]:
+) -> Float[Array, "S F"]:
     """``activation(x G) * (x U)`` with the matrices G and U of each row's group; zeros for rows behind the groups.
 
     Args:
@@ -50,7 +50,6 @@ def gated_rows(
       x_SK: rows in the order of groups, as :func:`stellarbyte_jax.ops.pallas.grouped_matmul.grouped_matmul` has them.
       w_EKH: G and U side by side.
       sizes_E: rows of each group, at most S in all.
-      keep: whether to return ``x G`` and ``x U``, side by side, too; else there is None.
 
     Raises:
       NotImplementedError: the device or the arrays are not what the kernel is made for; says why.
@@ -68,7 +67,7 @@ def gated_rows(
     )
 
     def body(
-        x_gmem: Any, w_gmem: Any, sizes: Any, *out_gmem: Any, a: Any, gate_smem: Any, up_smem: Any,
+        x_gmem: Any, w_gmem: Any, sizes: Any, out_gmem: Any, *, a: Any, gate_smem: Any, up_smem: Any,
         staging: Any, loaded: Any, consumed: Any,
     ) -> None:  # fmt: skip
         a_smem, a_copied = compat.both_views(a)
@@ -109,13 +108,8 @@ def gated_rows(
                     )
                     active, _ = value_and_slope(activation, gate.astype(jnp.float32))
                     h = (active * up.astype(jnp.float32)).astype(dtype)
-                    parts = [Part(h, out_gmem[0], window, column)]
-                    if keep:
-                        parts += [
-                            Part(gate, out_gmem[1], window, column),
-                            Part(up, out_gmem[1], window, F + column),
-                        ]
-                    finish(parts, written, whole.at[mine], whole_copied.at[mine], cut.at[mine])
+                    part = Part(h, out_gmem, window, column)
+                    write_some([part], written, whole.at[mine], whole_copied.at[mine], cut.at[mine])
 
                 pl.when(written > 0)(lambda: by_width(tile.column, F, TF, of_width))
                 pl.when(written == 0)(lambda: skip(done, tile.steps, loaded, consumed))
@@ -125,10 +119,8 @@ def gated_rows(
 
         roles(load, compute)
 
-    out = [jax.ShapeDtypeStruct((S, columns), dtype) for columns in ((F, H) if keep else (F,))]
-    run = compat.kernel(body, out, scratch, name="gated_rows")
-    made = run(x_SK, w_EKH, sizes_E.astype(jnp.int32))
-    return made[0], made[1] if keep else None
+    run = compat.kernel(body, jax.ShapeDtypeStruct((S, F), dtype), scratch, name="gated_rows")
+    return run(x_SK, w_EKH, sizes_E.astype(jnp.int32))
 
 
 def refusal(x_SK: Array | jax.ShapeDtypeStruct, w_EKH: Array | jax.ShapeDtypeStruct) -> str | None:

@@ -21,13 +21,13 @@ from stellarbyte_jax.ops.pallas.ring import (
     by_width,
     drain,
     fill,
-    finish,
     first_column,
     products,
     ring,
     roles,
     store,
     turned,
+    write_some,
 )
 
 STEP = 64  # elements of the contracted axis that a stage of the ring holds: 128 bytes, the widest swizzle
@@ -47,9 +47,29 @@ class Tuning(NamedTuple):
     slots: int = 4
 
 
+class Finish(NamedTuple):
+    """What a kernel writes of the products.
+
+    Attributes:
+      columns: of each array that it writes, in the dtype of the rows.
+      results: of the products of 64 rows [64, n], float32: what is written [64, m], to which array, and how many
+        columns of the product a column of it stands for.
+    """
+
+    columns: list[int]
+    results: Callable[[Array], list[tuple[Array, int, int]]]
+
+
 def grouped_rows(
-    x_SK: Float[Array, "S K"], w: Float[Array, "E A B"], sizes_E: Int[Array, " E"], *, transpose: bool, tuning: Tuning
-) -> Float[Array, "S N"]:
+    x_SK: Float[Array, "S K"],
+    w: Float[Array, "E A B"],
+    sizes_E: Int[Array, " E"],
+    *,
+    transpose: bool,
+    tuning: Tuning,
+    finish: Finish | None = None,
+    name: str = "",
+) -> Any:
     """Each row times the matrix of its group, or with ``transpose`` times the transposed one; zeros behind the groups.
 
     Args:
@@ -58,10 +78,17 @@ def grouped_rows(
       sizes_E: rows of each group, at most S in all.
       transpose: see above.
       tuning: of the kernel.
+      finish: what is written of the products; None: the products, rounded once.
+      name: in profiles; "" for that of a product.
+
+    Returns:
+      [S, N] in the dtype of x; or what ``finish`` has.
     """
     S, K = x_SK.shape
     N = w.shape[1 if transpose else 2]
     TN, stages, slots = tuning
+    whole_product = Finish([N], lambda value: [(value.astype(x_SK.dtype), 0, 1)])
+    columns, results = finish or whole_product
     scratch = dict(
         a=compat.for_any_rows((stages, 2, HALF, STEP), x_SK.dtype),
         b_smem=compat.swizzled((stages, TN, STEP) if transpose else (stages, STEP, TN), x_SK.dtype),
@@ -74,8 +101,7 @@ def grouped_rows(
         x_gmem: Any,
         w_gmem: Any,
         sizes: Any,
-        out_gmem: Any,
-        *,
+        *out_gmem: Any,
         a: Any,
         b_smem: Any,
         staging: Any,
@@ -116,14 +142,16 @@ def grouped_rows(
                 values = products(
                     done, tile.steps, width, lambda slot: barrier(slot, mine), consumed, factors, count=len(halves)
                 )
+                column = first_column(tile.column, N, TN)
                 parts = [
-                    Part(value.astype(out_gmem.dtype), out_gmem, tile.windows[half], first_column(tile.column, N, TN))
+                    Part(result, out_gmem[which], tile.windows[half], lax.div(column, jnp.int32(share)))
                     for half, value in zip(halves, values, strict=True)
+                    for result, which, share in results(value)
                 ]
                 if len(halves) == 2:  # a group of 64 rows or more: its windows are whole
                     store(parts, whole.at[mine], whole_copied.at[mine])
                 else:
-                    finish(parts, tile.written[0], whole.at[mine], whole_copied.at[mine], cut.at[mine])
+                    write_some(parts, tile.written[0], whole.at[mine], whole_copied.at[mine], cut.at[mine])
 
             def tile(tile: Tile, done: Array) -> None:
                 # Each warpgroup computes every other tile, one while the other writes.
@@ -137,9 +165,10 @@ def grouped_rows(
 
         roles(load, compute)
 
-    name = "grouped_matmul_dx" if transpose else "grouped_matmul"
-    out = jax.ShapeDtypeStruct((S, N), x_SK.dtype)
-    return compat.kernel(body, out, scratch, name=name)(x_SK, w, sizes_E.astype(jnp.int32))
+    name = name or ("grouped_matmul_dx" if transpose else "grouped_matmul")
+    out = [jax.ShapeDtypeStruct((S, each), x_SK.dtype) for each in columns]
+    made = compat.kernel(body, out, scratch, name=name)(x_SK, w, sizes_E.astype(jnp.int32))
+    return made[0] if finish is None else made
 
 
 class Tile(NamedTuple):

@@ -271,7 +271,7 @@ def store_some(part: Part, count: Array, slot: Any) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def finish(parts: list[Part], written: Array, slots: Any, copied: Any, cut: Any) -> None:
+def write_some(parts: list[Part], written: Array, slots: Any, copied: Any, cut: Any) -> None:
     """Writes the first ``written`` of 64 rows: see :func:`store` and :func:`store_some`."""
 
     @pl.when(written == HALF)
