@@ -175,6 +175,7 @@ def test_no_program_shows_where_its_imports_were(path):
         "cli.adapters",
         "cli.attention_peers",
         "cli.attention_speed",
+        "cli.decode_speed",
         "cli.parser",
         "cli.program",
         "cli.tensors",

@@ -14,6 +14,7 @@ from stellarbyte_jax.cli.attention_peers import WORKERS as ATTENTION_PEERS
 from stellarbyte_jax.cli.attention_speed import WORKERS as ATTENTION
 from stellarbyte_jax.cli.benchmark_parser import NAMES, SMALL, SMALL_NAMES, TRAINED
 from stellarbyte_jax.cli.benchmark_parser import parse as _parse
+from stellarbyte_jax.cli.decode_speed import WORKERS as DECODING
 from stellarbyte_jax.cli.evaluation_speed import WORKERS as EVALUATION
 from stellarbyte_jax.cli.generation_speed import WORKERS as GENERATION
 from stellarbyte_jax.cli.grouped_peers import WORKERS as GROUPED_PEERS
@@ -53,6 +54,7 @@ WORKERS = (
     | LAYER_PEERS
     | ATTENTION
     | ATTENTION_PEERS
+    | DECODING
     | LOSSES
     | LOSS_PEERS
 )
@@ -181,7 +183,7 @@ def _peers(options: argparse.Namespace, asked: bool) -> bool:
 
 def _measured(options: argparse.Namespace, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Checks the settings; each measurement with its name, as they are made."""
-    if options.what in ("attention", "cross_entropy"):
+    if options.what in ("attention", "decode_attention", "cross_entropy"):
         if small:
             print("no GPU: a tiny shape, without a peer; the figures say nothing of speed")
     elif options.config is None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from stellarbyte_jax.cli.attention_speed import NAMES as OF_ATTENTION
 from stellarbyte_jax.cli.attention_speed import PEERS as BESIDE_ATTENTION
 from stellarbyte_jax.cli.attention_speed import SMALL as SMALL_ATTENTION
+from stellarbyte_jax.cli.decode_speed import NAMES as OF_DECODING
+from stellarbyte_jax.cli.decode_speed import SMALL as SMALL_DECODING
 from stellarbyte_jax.cli.grouped_speed import ON_GPU as GROUPED
 from stellarbyte_jax.cli.grouped_speed import SMALL as SMALL_GROUPED
 from stellarbyte_jax.cli.layer_speed import NAMES as OF_LAYERS
@@ -25,7 +27,10 @@ NAMES = {
     "train": ["synthetic", "real", "huggingface", "huggingface_bfloat16", "huggingface_liger"],
     "mesh": list(ON_MESH),
     "data": ["jsonl", "shards"],
-    "generate": ["batch_1", "batch_8", "batch_32", "batch_128", "experts_batch_1", "experts_batch_32"],
+    "generate": [
+        *(f"batch_{size}" for size in (1, 8, 32, 128)),
+        *(f"{how}_batch_{size}" for how in ("apart", "kernel", "experts") for size in (1, 32)),
+    ],
     "cache": ["float32", "bfloat16", "int8", "float8_e4m3fn"],
     "checkpoint": ["verified", "unverified"],
     "eval": ["eval", "eval_huggingface"],
@@ -34,6 +39,7 @@ NAMES = {
     "lora": list(OF_LORA),
     "grouped_matmul": list(GROUPED),
     "attention": [*OF_ATTENTION, *BESIDE_ATTENTION],
+    "decode_attention": list(OF_DECODING),
     "cross_entropy": [*OF_LOSS, *BESIDE_LOSS],
 }
 SMALL_NAMES = {  # where there is no GPU
@@ -41,6 +47,7 @@ SMALL_NAMES = {  # where there is no GPU
     "grouped_matmul": list(SMALL_GROUPED),
     "moe_layer": list(SMALL_LAYERS),
     "attention": list(SMALL_ATTENTION),
+    "decode_attention": list(SMALL_DECODING),
     "cross_entropy": list(SMALL_LOSS),
 }
 SMALL = "quickstart"  # what is trained where there is no GPU
@@ -76,6 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "moe_layer   a layer with experts, its router included, forward and backward, and that of transformers\n"
         "grouped_matmul  products of experts as kernels for Hopper GPUs and as plain XLA, beside torch's (extra torch)"
         "\nattention   attention and its gradients by mask and implementation, beside torch's (extra torch)"
+        "\ndecode_attention  attention of a token over a cache: bytes read a second, by rows, keys and dtype"
         "\ncross_entropy  the head and its loss with their gradients, beside torch's (extra torch; liger-kernel)",
         "train --no-peer",
         "mesh --only fsdp --only tensor --output two_rows.json",
@@ -135,6 +143,7 @@ def _check(options: argparse.Namespace) -> None:
     own = {
         "grouped_matmul": ("config", "set", "steps"),
         "attention": ("config", "set"),
+        "decode_attention": ("config", "set"),
         "cross_entropy": ("config", "set"),
     }
     if given := [name for name in own.get(options.what, ()) if getattr(options, name)]:

@@ -28,19 +28,29 @@ CACHE = ByteConfig(
 )
 
 
-def _decode(model_config: ByteConfig, batch_size: int, prompt: int, new: int) -> dict[str, Any]:
-    """Median tokens a second of whole calls of ``generate`` with random weights, prompts and compilation left out."""
+def _decode(model_config: ByteConfig, batch_size: int, prompt: int, new: int, apart: bool = False) -> dict[str, Any]:
+    """Median tokens a second of whole calls of ``generate`` with random weights, prompts and compilation left out.
+
+    Args:
+      model_config: of the network.
+      batch_size: rows.
+      prompt: tokens of each.
+      new: tokens that are added.
+      apart: whether the weights of layers are.
+    """
     with imports():
         import jax
         import numpy as np
 
         from stellarbyte_jax import ByteTransformer, generate
+        from stellarbyte_jax.inference.programs import split_layers
         from stellarbyte_jax.launch import environment
         from stellarbyte_jax.model.decoder import init_params
 
     model = ByteTransformer(model_config)
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     params = jax.tree.map(lambda x: x.astype(model_config.compute_dtype), params)
+    params = split_layers(model, params) if apart else params
     tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, (batch_size, prompt), dtype=np.int32)
     tell(f"compiling for {batch_size} x {prompt} tokens, to which {new} are added")
     generate(model, params, tokens, max_new_tokens=new)
@@ -102,6 +112,11 @@ def _generate(model: ByteConfig, batch_size: int) -> Callable[[TrainConfig, int]
     return lambda config, steps: _decode(model, batch_size, 128, 256 if model is GENERATE else 64)
 
 
+def _apart(batch_size: int, attention: str) -> Callable[[TrainConfig, int], dict[str, Any]]:
+    model = replace(GENERATE, attention_implementation=attention)
+    return lambda config, steps: _decode(model, batch_size, 128, 256, apart=True)
+
+
 def _with_experts(name: str, batch_size: int, new: int) -> Callable[[TrainConfig, int], dict[str, Any]]:
     return lambda config, steps: _decode(replace(load(name, []).model, scan_unroll=1), batch_size, 128, new)
 
@@ -112,6 +127,8 @@ def _cache(dtype: Any) -> Callable[[TrainConfig, int], dict[str, Any]]:
 
 WORKERS = {
     **{f"batch_{size}": _generate(GENERATE, size) for size in (1, 8, 32, 128)},
+    **{f"apart_batch_{size}": _apart(size, "auto") for size in (1, 32)},
+    **{f"kernel_batch_{size}": _apart(size, "pallas") for size in (1, 32)},
     **{f"experts_batch_{size}": _with_experts("pretrain_moe", size, 256) for size in (1, 32)},
     **{f"small_batch_{size}": _generate(CACHE, size) for size in (1, 8)},
     "small_experts": _with_experts("quickstart_moe", 2, 64),

@@ -83,8 +83,8 @@ def generate(
 
     Args:
       model: the network.
-      params: its weights, in any floating dtype; see :func:`programs.cast_for_inference` for many calls. Or a bank of
-        them and of adapters.
+      params: its weights, in any floating dtype; see :func:`programs.cast_for_inference` for many calls, and
+        :func:`programs.split_layers` for many tokens. Or a bank of them and of adapters.
       tokens: one prompt (a flat list or array) or several (a list of lists of any lengths, or an array [B, T]).
       adapter: of the bank, for all rows or a list with one for each: a name, ``{name: weight}`` for a sum of several,
         or None for the weights alone; see :meth:`bank.AdapterBank.chosen`.

@@ -28,6 +28,7 @@ from stellarbyte_jax.inference.bank_checks import (
     targets_in,
 )
 from stellarbyte_jax.model.decoder import ByteTransformer, param_shapes
+from stellarbyte_jax.model.layers import layers_are_apart
 from stellarbyte_jax.model.lora import A
 from stellarbyte_jax.model.trees import Params, merge, partition
 
@@ -93,6 +94,8 @@ class AdapterBank:
         """
         if model.config.lora.r:
             raise ValueError("the base of a bank has no adapters of its own: merge these (stellarbyte_jax.lora)")
+        if layers_are_apart(params):
+            raise ValueError("a bank takes stacks of weights: give those of cast_for_inference, not of split_layers")
         for name, value in (("slots", slots), ("max_rank", max_rank)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: give a whole number from 1 on")

@@ -19,6 +19,7 @@ from stellarbyte_jax.inference.request import Request
 from stellarbyte_jax.inference.sampling import Sampler, sample
 from stellarbyte_jax.model.decoder import ByteTransformer, Params, forward, forward_step, logits, param_uses
 from stellarbyte_jax.model.io import Inputs, State
+from stellarbyte_jax.model.layers import layers_are_apart, with_layers_apart
 from stellarbyte_jax.model.params import WeightUse, materialise
 from stellarbyte_jax.model.state.memory import Memory
 from stellarbyte_jax.sharding import on_host
@@ -62,9 +63,22 @@ def cast_for_inference(model: ByteTransformer, params: Params) -> Params:
     """The weights in the compute dtype, as every layer would cast them, so that no result changes.
 
     What is used in float32 (scales of norms, XPos rates) stays as it is. Worth doing once before many calls:
-    :func:`generate` does it in each.
+    :func:`generate` does it in each. Layers that are apart have been cast.
     """
-    return _cast(model, params)
+    return params if layers_are_apart(params) else _cast(model, params)
+
+
+def split_layers(model: ByteTransformer, params: Params) -> Params:
+    """The weights of :func:`cast_for_inference` as arrays of their own for each layer, for :func:`generate`.
+
+    On a GPU a decoding step reads them where they are; those of a stack it copies in each step, but for some products.
+    They are copies themselves, so that there must be memory for both until the others are let go, and programs with
+    them take longer to compile, for they have no loop over layers.
+    """
+    return _split(cast_for_inference(model, params))
+
+
+_split = jax.jit(with_layers_apart)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -68,6 +68,8 @@ class Attention(nn.Module):
                     ctx.rope, q_BTNH, kv.keys_BSKH, ctx.positions_BT, kv.positions_BSK, rates_P
                 )
                 v_BSKH = kv.values_BSKH
+            # Keys that the scheme changes after they were stored are read as it made them.
+            stored = kv.stored if kv is not None and k_BSKH is kv.keys_BSKH else None
             mask = ctx.mask(spec, memory, c.sink_tokens) if kv is None else kv.mask(ctx.positions_BT, spec.window)
             dropout = None
             if ctx.train and c.attention_dropout > 0:
@@ -84,6 +86,7 @@ class Attention(nn.Module):
                 implementation=c.attention_implementation,
                 required=mask.aligned,
                 dealt=ctx.dealt,
+                stored=stored,
             )
             if cache is not None:
                 cache = cache.accumulate(found.weights_BKGTS)

@@ -3,7 +3,7 @@
 B batch, T positions, D model, L layers of a group, R repeats of its period of P layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar, cast
 
 import flax.linen as nn
@@ -28,6 +28,7 @@ Tree = TypeVar("Tree")
 Caches = tuple[LayerCache, ...]
 Memories = tuple[LayerMemory, ...]
 Carry = tuple[Array, Caches | None]
+Stack = Params | tuple[Params, ...]  # weights [L, ...], or those of each layer
 
 
 class Repeat(NamedTuple):
@@ -35,14 +36,14 @@ class Repeat(NamedTuple):
 
     Attributes:
       number: of the turn.
-      weights: those of its layers, a stack for each kind of layer.
+      weights: those of its layers, a stack or a list for each kind of layer.
       states: memory of its layers.
       routers: what the routers of its layers carry, stacked.
       keys: of dropout, one a layer.
     """
 
     number: Array
-    weights: tuple[Params, ...]
+    weights: tuple[Params | list[Params], ...]
     states: tuple[Array, ...] | None
     routers: RouterState | None
     keys: Array | None
@@ -204,14 +205,25 @@ class Layers(nn.Module):
 def run_group(
     config: ByteConfig,
     group: LayerGroup,
-    params: Mapping[int, Params],
+    params: Mapping[int, Stack],
     x_BTD: Float[Array, "B T D"],
     ctx: LayerContext,
     given: OfGroup,
     dropout_key: Array | None,
     depth: int,
 ) -> GroupOutput:
-    """Applies the layers of a group, with its stacks of weights [L, ...]; ``depth`` is that of the first layer."""
+    """Applies the layers of a group.
+
+    Args:
+      config: of the network.
+      group: the layers.
+      params: stacks of weights [L, ...], or a tree for each layer: then there is no loop.
+      x_BTD: activations.
+      ctx: the tokens.
+      given: what the layers have besides.
+      dropout_key: None for none.
+      depth: of the first layer.
+    """
     P, R = len(group.period), group.repeats
     keys = None if dropout_key is None else jax.random.split(dropout_key, len(group.specs))
     memories = given.memories
@@ -265,24 +277,35 @@ def run_group(
     def rest(tree: Tree, layers: int) -> Tree:
         return jax.tree.map(lambda x: x[-1] if layers == 1 else x[R * layers :], tree)
 
-    def layers_of(tree: Tree, layers: int) -> list[Tree]:
+    def layers_of(tree: Tree | list[Tree], layers: int) -> list[Tree]:
+        if isinstance(tree, list):
+            return tree
         return [tree] if layers == 1 else unstack(tree)
 
+    def weights_of(turn: int) -> tuple[list[Params], ...]:
+        """Where layers are apart, those of a turn; in the last one there may be fewer."""
+        return tuple(list(params[stack][turn * n : (turn + 1) * n]) for stack, n in counts.items())  # type: ignore[index]
+
+    apart = any(isinstance(params[stack], tuple) for stack in group.stacks)
     xs = Repeat(
         jnp.arange(R, dtype=jnp.int32),
-        tuple(turns(params[stack], counts[stack]) for stack in group.stacks),
+        () if apart else tuple(turns(cast(Params, params[stack]), n) for stack, n in counts.items()),
         None if states is None else tuple(x[:R] for x in states),
         turns(given.routers, routed),
         turns(keys, P),
     )
-    scanned = jax.lax.scan(body_of(group.period), (x_BTD, given.caches), xs, unroll=config.scan_unroll or R)
+    body, first = body_of(group.period), (x_BTD, given.caches)
+    if apart:
+        scanned = _in_turns(body, first, xs, [weights_of(turn) for turn in range(R)])
+    else:
+        scanned = jax.lax.scan(body, first, xs, unroll=config.scan_unroll or R)
     carry, (inputs, routers, aux) = scanned
     routers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routers)
     aux = aux.over_first_axis()
     if group.tail:
         last = Repeat(
             jnp.asarray(R, jnp.int32),
-            tuple(rest(params[stack], counts[stack]) for stack in group.stacks),
+            weights_of(R) if apart else tuple(rest(cast(Params, params[stack]), n) for stack, n in counts.items()),
             None if states is None else tuple(x[-1] for x in states[: len(group.tail)]),
             rest(given.routers, routed),
             rest(keys, P),
@@ -293,6 +316,30 @@ def run_group(
             routers = jax.tree.map(lambda *parts: jnp.concatenate(parts), routers, after)
         aux += told
     return GroupOutput(*carry, inputs, routers, aux)
+
+
+def with_layers_apart(params: Params) -> Params:
+    """The weights of a network with a tree for each layer in place of each stack of them: copies.
+
+    A program reads weights of a stack only by copying them, but for some products.
+    """
+    layers = {name: tree if name == POOL else tuple(unstack(tree)) for name, tree in params["layers"].items()}
+    return {**params, "layers": layers}
+
+
+def layers_are_apart(params: Params) -> bool:
+    """Whether the weights are those of :func:`with_layers_apart`."""
+    return any(isinstance(tree, tuple) for tree in params["layers"].values())
+
+
+def _in_turns(body: Body, carry: Carry, xs: Repeat, weights: Sequence[tuple[list[Params], ...]]) -> tuple[Carry, Told]:
+    """What ``lax.scan`` gives, with weights for each turn."""
+    told = []
+    for turn, mine in enumerate(weights):
+        own = jax.tree.map(lambda x, turn=turn: x[turn], xs)
+        carry, more = body(carry, own._replace(number=jnp.asarray(turn, jnp.int32), weights=mine))
+        told.append(more)
+    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *told)
 
 
 def _with_last(inputs: Array | None, last: Array | None) -> Array | None:

@@ -201,7 +201,13 @@ def product(
         result = cast(Array, float8_product(spec, x, matrix))
     else:
         x = x.astype(matrix.dtype)
-        result = jnp.einsum(spec, x, matrix, preferred_element_type=out_dtype, precision=precision)
+        letters = spec[len(inputs) + 1 :].partition("->")[0]
+        summed = math.prod(size for letter, size in zip(letters, matrix.shape, strict=True) if letter not in output)
+        # With one row XLA for a GPU multiplies and then adds, both in the dtype that is asked for here: in bfloat16 it
+        # would round each product, and write all of them to memory.
+        wide = jnp.float32 if x.size == summed and out_dtype is None else out_dtype
+        result = jnp.einsum(spec, x, matrix, preferred_element_type=wide, precision=precision)
+        result = result.astype(out_dtype or x.dtype)
     return constrain(result, _axes(result, output, _between(output, named, stream)))
 
 

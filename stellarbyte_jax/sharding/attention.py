@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from stellarbyte_jax.ops import attention as op
 from stellarbyte_jax.ops.attention import AttentionOutput, Dropout, Mask
 from stellarbyte_jax.ops.dispatch import dispatch
+from stellarbyte_jax.ops.stored import Stored
 from stellarbyte_jax.sharding.ring import AXIS, RINGS
 from stellarbyte_jax.sharding.rules import RULES, current_mesh, entry_axes, of_device, spec_of
 
@@ -31,6 +32,7 @@ def attention(
     implementation: str = "auto",
     required: bool = True,
     dealt: bool = False,
+    stored: Stored | None = None,
 ) -> AttentionOutput:
     """:func:`ops.attention.attention` on the mesh that is set, without the log-sum-exp.
 
@@ -51,7 +53,7 @@ def attention(
     }
     mesh = current_mesh()
     if mesh is None:
-        return op.attention(q_BTNH, k_BSKH, v_BSKH, mask, dropout=dropout, **options)
+        return op.attention(q_BTNH, k_BSKH, v_BSKH, mask, dropout=dropout, stored=stored, **options)
     (rows,) = spec_of(("batch",), q_BTNH.shape[:1], mesh)
     if dealt:
         for name, asked in (("attention_dropout", dropout is not None), ("attention_prune_below", prune_below > 0)):
@@ -61,7 +63,10 @@ def attention(
     heads, kv_heads = _split_heads(q_BTNH.shape[2], k_BSKH.shape[2], mask, return_weights, mesh)
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
 
-    def local(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, key: Array | None) -> Any:
+    if heads is not None and kv_heads is None:
+        stored = None  # a device reads one of the heads that it has
+
+    def local(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Mask, key: Array | None, stored: Stored | None) -> Any:
         if heads is not None and kv_heads is None and k_BSKH.shape[2] > 1:
             first = jax.lax.axis_index(_HEADS) * q_BTNH.shape[2] // group
             k_BSKH, v_BSKH = (jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k_BSKH, v_BSKH))
@@ -71,16 +76,17 @@ def attention(
         own = None
         if dropout is not None and key is not None:
             own = Dropout(dropout.rate, of_device(key, (*entry_axes(rows), *entry_axes(heads))))
-        return tuple(op.attention(q_BTNH, k_BSKH, v_BSKH, mask, dropout=own, **options))
+        return tuple(op.attention(q_BTNH, k_BSKH, v_BSKH, mask, dropout=own, stored=stored, **options))
 
     queries, keys = PartitionSpec(rows, place, heads), PartitionSpec(rows, place, kv_heads)
     masks = jax.tree.map(lambda x: _of_mask(x, q_BTNH.shape[0], rows, place, k_BSKH.shape[2], kv_heads), mask)
+    held = jax.tree.map(lambda x: _of_stored(x, rows, kv_heads), stored)
     made: Any = (queries, PartitionSpec(rows, kv_heads) if return_weights else None, None)
     # Kernels do not tell on which devices their results are equal.
     each = jax.shard_map(
-        local, mesh=mesh, in_specs=(queries, keys, keys, masks, PartitionSpec()), out_specs=made, check_vma=False
+        local, mesh=mesh, in_specs=(queries, keys, keys, masks, PartitionSpec(), held), out_specs=made, check_vma=False
     )
-    return AttentionOutput(*each(q_BTNH, k_BSKH, v_BSKH, mask, None if dropout is None else dropout.key))
+    return AttentionOutput(*each(q_BTNH, k_BSKH, v_BSKH, mask, None if dropout is None else dropout.key, stored))
 
 
 def _split_heads(N: int, K: int, mask: Mask, whole_groups: bool, mesh: AbstractMesh) -> tuple[str | None, str | None]:
@@ -100,3 +106,9 @@ def _of_mask(x: Array, B: int, rows: object, place: str | None, K: int, kv_heads
     first = rows if x.shape[0] == B and B > 1 else None
     per_head = x.ndim == 3 and x.shape[2] == K and K > 1
     return PartitionSpec(first, place, kv_heads) if per_head else PartitionSpec(first, place)
+
+
+def _of_stored(x: Array, rows: object, kv_heads: str | None) -> PartitionSpec:
+    """Of keys and values, of scales, of ends of rows, or of the number of a layer."""
+    arrays = {5: PartitionSpec(None, rows, None, kv_heads), 4: PartitionSpec(None, rows, kv_heads)}
+    return arrays.get(x.ndim, PartitionSpec(rows) if x.ndim else PartitionSpec())

@@ -64,7 +64,10 @@ def torch(monkeypatch):
             "gpu",
             "pretrain",
             "train.json",
-            ["batch_1", "batch_8", "batch_32", "batch_128", "experts_batch_1", "experts_batch_32"],
+            [
+                *("batch_1", "batch_8", "batch_32", "batch_128", "apart_batch_1", "apart_batch_32"),
+                *("kernel_batch_1", "kernel_batch_32", "experts_batch_1", "experts_batch_32"),
+            ],
         ),
         ("cpu", "quickstart", "train-cpu.json", ["small_batch_1", "small_batch_8", "small_experts"]),
     ],

@@ -26,6 +26,7 @@ class FullCache:
       new: the tokens of the call, with ``write_indices_BT``, the slot of each (from S on: it is not stored); None
         between calls.
       write_indices_BT: see ``new``.
+      ends_B: during a call, the slot behind the last one of each row that holds a token.
       fresh: static; True until the first call, whose tokens attend to each other alone, with the fused kernels.
     """
 
@@ -34,6 +35,7 @@ class FullCache:
     layer: Array
     new: NewTokens | None = None
     write_indices_BT: Array | None = None
+    ends_B: Array | None = None
     fresh: bool = struct.field(pytree_node=False, default=True)
 
     @property
@@ -57,8 +59,7 @@ class FullCache:
         written = self._written(k_BSKH, v_BSKH)
         if self.fresh:
             return written, self._among_new(k_BSKH, v_BSKH)
-        keys_BSKH, values_BSKH = written.storage.layer(self.layer).decode(k_BSKH.dtype)
-        return written, CachedKV(keys_BSKH, values_BSKH, self.positions_BS[:, :, None])
+        return written, written._all_stored(k_BSKH.dtype)
 
     def accumulate(self, weights_BKGTS: Float[Array, "B K G T S"] | None) -> Self:
         """No-op: only score-based eviction uses the weights."""
@@ -67,7 +68,7 @@ class FullCache:
 
     def end(self) -> Self:
         """The cache after the call."""
-        return self.replace(new=None, write_indices_BT=None, fresh=False)  # type: ignore[attr-defined]
+        return self.replace(new=None, write_indices_BT=None, ends_B=None, fresh=False)  # type: ignore[attr-defined]
 
     def select(self, rows_B: Int[Array, " B"]) -> Self:
         """The cache of these rows."""
@@ -95,13 +96,23 @@ class FullCache:
             return old_S.at[slots_T].set(positions_T, mode="drop", unique_indices=True)
 
         after_BS = jax.vmap(put)(self.positions_BS, slots_BT, new.positions_BS)
-        return self.replace(positions_BS=after_BS, new=new, write_indices_BT=slots_BT)  # type: ignore[attr-defined]
+        # Once a call: in the loop over the layers it would be computed in each.
+        behind_1S = jnp.arange(1, after_BS.shape[1] + 1, dtype=jnp.int32)[None, :]
+        ends_B = jnp.max(jnp.where(after_BS >= 0, behind_1S, 0), axis=1)
+        begun = self.replace(positions_BS=after_BS, new=new, write_indices_BT=slots_BT)  # type: ignore[attr-defined]
+        return begun.replace(ends_B=ends_B)
 
     def _written(self, k_BSKH: Array, v_BSKH: Array) -> Self:
         assert self.write_indices_BT is not None
         new = self.storage.encode(k_BSKH, v_BSKH)
         storage = self.storage.write(self.layer, self.write_indices_BT, new)
         return self.replace(storage=storage)  # type: ignore[attr-defined]
+
+    def _all_stored(self, dtype: jnp.dtype) -> CachedKV:
+        """What the current layer holds."""
+        keys_BSKH, values_BSKH = self.storage.layer(self.layer).decode(dtype)
+        stored = self.storage.stored(self.layer, self.ends_B)
+        return CachedKV(keys_BSKH, values_BSKH, self.positions_BS[:, :, None], stored=stored)
 
     def _among_new(self, k_BSKH: Array, v_BSKH: Array) -> CachedKV:
         """The new tokens as they are: those of the first call need not be read back."""

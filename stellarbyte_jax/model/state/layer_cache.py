@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from stellarbyte_jax.ops.attention import Mask
+from stellarbyte_jax.ops.stored import Stored
 
 
 @struct.dataclass
@@ -37,6 +38,7 @@ class CachedKV(NamedTuple):
       always_visible_BSK: keys that a window does not hide; None for none.
       valid_BS: False for keys that do not count, where their positions do not tell; None where all count.
       aligned: whether the keys are those of the new tokens alone, in order: query t belongs to key t + S - T.
+      stored: the same keys and values where the cache holds them; None where it does not hold them all.
     """
 
     keys_BSKH: Float[Array, "B S K H"]
@@ -45,6 +47,7 @@ class CachedKV(NamedTuple):
     always_visible_BSK: Bool[Array, "B S #K"] | None = None
     valid_BS: Bool[Array, "B S"] | None = None
     aligned: bool = False
+    stored: Stored | None = None
 
     def mask(self, positions_BT: Int[Array, "B T"], window: int | None) -> Mask:
         """What queries at these positions see of the keys."""

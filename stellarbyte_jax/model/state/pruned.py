@@ -71,7 +71,7 @@ class PrunedCache:
         """The slots and the new tokens, still all of them; :meth:`accumulate` decides which stay."""
         assert self.new is not None
         old, new = self.storage.layer(self.layer), self.storage.encode(k_BSKH, v_BSKH)
-        joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
+        joined = old.joined(new)
         new_BT = jnp.where(self.new.valid_BS, self.new.positions_BS, -1)
         new_BTK = jnp.broadcast_to(new_BT[:, :, None], k_BSKH.shape[:3])
         old_BSK = jax.lax.dynamic_index_in_dim(self.positions_RBSK, self.layer, keepdims=False)
@@ -103,13 +103,11 @@ class PrunedCache:
         _, order_BKS = top_k(jnp.swapaxes(rank_BSK, 1, 2), S, ("batch", "kv_heads"))
         order_BSK = jnp.swapaxes(order_BKS, 1, 2)
 
-        def retained(x: Array) -> Array:
-            return jnp.take_along_axis(x, order_BSK if x.ndim == 3 else order_BSK[..., None], axis=1)
-
         def put(old: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_index_in_dim(old, retained(new), self.layer, axis=0)
+            retained = jnp.take_along_axis(new, order_BSK, axis=1)
+            return jax.lax.dynamic_update_index_in_dim(old, retained, self.layer, axis=0)
 
-        storage = self.storage.replace_layer(self.layer, jax.tree.map(retained, self.candidates.storage))
+        storage = self.storage.replace_layer(self.layer, self.candidates.storage.taken(order_BSK))
         return self.replace(  # type: ignore[attr-defined]
             storage=storage,
             positions_RBSK=put(self.positions_RBSK, positions_BSK),

@@ -53,8 +53,7 @@ class RingCache(FullCache):
         if self.fresh:
             return written, self._with_visible(self._among_new(k_BSKH, v_BSKH))
         if k_BSKH.shape[1] == 1:
-            keys_BSKH, values_BSKH = written.storage.layer(self.layer).decode(k_BSKH.dtype)
-            return written, self._with_visible(CachedKV(keys_BSKH, values_BSKH, self.positions_BS[:, :, None]))
+            return written, self._with_visible(written._all_stored(k_BSKH.dtype))
         # The ring loses keys that the first of several new tokens still need: they see it as it was, and each other.
         keys_BSKH, values_BSKH = self.storage.layer(self.layer).decode(k_BSKH.dtype)
         positions_BS = jnp.concatenate([self.before_BS, self.new.positions_BS], axis=1)

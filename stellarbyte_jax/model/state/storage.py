@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from stellarbyte_jax.ops.stored import Stored, numbers
 from stellarbyte_jax.sharding import constrain
 
 # Integers of the same size hold the narrow floats: XLA on a CPU would widen a whole array to update one token of it.
 _BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
-_AXES = ("layers", "batch", "slots", "kv_heads", "head_dim")
+_AXES = {5: ("layers", "batch", "slots", "kv_heads", "head_dim"), 4: ("layers", "batch", "kv_heads", "slots")}
 ByAxes = Callable[[tuple[str | None, ...], Array], Array]
 
 
@@ -30,7 +31,7 @@ class Storage:
     Attributes:
       keys: [R, B, S, K, H], of ``dtype`` or of the unsigned integers that hold its bits.
       values: like the keys.
-      key_scales: float32 [R, B, S, K] for 8 bits, else None.
+      key_scales: float32 [R, B, K, S] for 8 bits, else None: a kernel reads those of one head.
       value_scales: like the key scales.
       dtype: static; what the numbers mean.
     """
@@ -47,7 +48,8 @@ class Storage:
         held = _BITS.get(dtype, dtype)
         scaled = jnp.dtype(dtype).itemsize == 1
         keys, values = jnp.zeros(shape, held), jnp.zeros(shape, held)
-        scales = (jnp.zeros(shape[:-1]), jnp.zeros(shape[:-1])) if scaled else (None, None)
+        R, B, S, K, _ = shape
+        scales = (jnp.zeros((R, B, K, S)), jnp.zeros((R, B, K, S))) if scaled else (None, None)
         return cls(keys, values, *scales, dtype=dtype)
 
     @property
@@ -61,20 +63,38 @@ class Storage:
             return self.replace(keys=self._bits(k_BTKH), values=self._bits(v_BTKH))  # type: ignore[attr-defined]
         keys, key_scales = quantize(k_BTKH, self.dtype)
         values, value_scales = quantize(v_BTKH, self.dtype)
-        return Storage(self._bits(keys), self._bits(values), key_scales, value_scales, self.dtype)
+        scales = (jnp.swapaxes(x, 1, 2) for x in (key_scales, value_scales))
+        return Storage(self._bits(keys), self._bits(values), *scales, dtype=self.dtype)
 
     def decode(self, dtype: jnp.dtype) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values of one layer, from what :meth:`layer` or :meth:`encode` gave."""
-        keys, values = self._floats(self.keys), self._floats(self.values)
+        keys, values = numbers(self.keys, self.dtype), numbers(self.values, self.dtype)
         if self.key_scales is None or self.value_scales is None:
             return keys.astype(dtype), values.astype(dtype)
-        keys = keys.astype(jnp.float32) * self.key_scales[..., None]
-        values = values.astype(jnp.float32) * self.value_scales[..., None]
+        keys = keys.astype(jnp.float32) * jnp.swapaxes(self.key_scales, 1, 2)[..., None]
+        values = values.astype(jnp.float32) * jnp.swapaxes(self.value_scales, 1, 2)[..., None]
         return keys.astype(dtype), values.astype(dtype)
 
     def layer(self, layer: Int[Array, ""]) -> "Storage":
         """What one layer holds."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), self)
+
+    def stored(self, layer: Int[Array, ""], ends_B: Int[Array, " B"] | None) -> Stored:
+        """What one layer holds, for kernels that read it where it is."""
+        return Stored(self.keys, self.values, self.key_scales, self.value_scales, layer, ends_B, self.dtype)
+
+    def joined(self, new: "Storage") -> "Storage":
+        """The slots of one layer, and encoded tokens behind them."""
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=_slots_axis(a)), self, new)
+
+    def taken(self, order_BSK: Int[Array, "B S K"]) -> "Storage":
+        """These slots of one layer, each head its own."""
+
+        def take(x: Array) -> Array:
+            order = jnp.swapaxes(order_BSK, 1, 2) if x.ndim == 3 else order_BSK[..., None]
+            return jnp.take_along_axis(x, order, axis=_slots_axis(x))
+
+        return jax.tree.map(take, self)
 
     def write(self, layer: Int[Array, ""], slots_BT: Int[Array, "B T"], new: "Storage") -> "Storage":
         """Puts encoded tokens into slots of one layer, in place where the caller gives its storage away.
@@ -96,26 +116,28 @@ class Storage:
 
     def by_axes(self, of: ByAxes) -> "Storage":
         """A storage of what ``of`` makes of the logical axes of each array, and the array."""
-        return jax.tree.map(lambda x: of(_AXES[: x.ndim], x), self)
+        return jax.tree.map(lambda x: of(_AXES[x.ndim], x), self)
 
     def _bits(self, x: Array) -> Array:
         x = x.astype(self.dtype)
         return jax.lax.bitcast_convert_type(x, _BITS[self.dtype]) if self.dtype in _BITS else x
 
-    def _floats(self, x: Array) -> Array:
-        return jax.lax.bitcast_convert_type(x, self.dtype) if self.dtype in _BITS else x
+
+def _slots_axis(of_layer: Array) -> int:
+    return 2 if of_layer.ndim == 3 else 1
 
 
 def _put(old: Array, indices_BT2: Int[Array, "B T 2"], new: Array) -> Array:
-    """Rows [B, T, ...] of new tokens in [R, B, S, ...], by layer and slot.
+    """Rows [B, T, K, H] of new tokens in [R, B, S, K, H], by layer and slot, or scales [B, K, T] in [R, B, K, S].
 
     The rows of a batch are a batch of the scatter: with their numbers among the indices, a mesh that splits them would
     gather the tokens of all rows on every device.
     """
+    slots = _slots_axis(new) + 1
     dims = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=tuple(range(2, new.ndim)),
-        inserted_window_dims=(0, 2),
-        scatter_dims_to_operand_dims=(0, 2),
+        update_window_dims=(1,) if new.ndim == 3 else (2, 3),
+        inserted_window_dims=(0, slots),
+        scatter_dims_to_operand_dims=(0, slots),
         operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
     )

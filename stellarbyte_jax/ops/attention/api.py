@@ -15,6 +15,7 @@ from stellarbyte_jax.ops.attention.pallas import pallas_attention
 from stellarbyte_jax.ops.attention.reference import reference_attention
 from stellarbyte_jax.ops.attention.xla import xla_attention
 from stellarbyte_jax.ops.dispatch import dispatch
+from stellarbyte_jax.ops.stored import Stored
 
 Implementation = Callable[[Array, Array, Array, Mask, Options], AttentionOutput]
 
@@ -39,6 +40,7 @@ def attention(
     dropout: Dropout | None = None,
     return_weights: bool = False,
     return_lse: bool = False,
+    stored: Stored | None = None,
     implementation: str = "auto",
     required: bool = True,
 ) -> AttentionOutput:
@@ -56,13 +58,14 @@ def attention(
       dropout: of the weights.
       return_weights: whether to return the weights.
       return_lse: whether to return the log-sum-exp of the scores.
+      stored: the same keys and values where a cache holds them, for kernels that read them there.
       implementation: ``"auto"`` or a name in ``IMPLEMENTATIONS``.
       required: False lets another implementation take what the named one refuses, and logs that.
 
     Raises:
       NotImplementedError: the implementation named does not support the arguments.
     """
-    options = Options(softcap, prune_below, dropout, return_weights, return_lse)
+    options = Options(softcap, prune_below, dropout, return_weights, return_lse, stored)
     cached, known = "" if mask.aligned else " over a cache", IMPLEMENTATIONS
     if cached and implementation == "auto" and jax.default_backend() == "cpu":
         # On a CPU the reference decodes faster (benchmarks/cache.json).

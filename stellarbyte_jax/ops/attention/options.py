@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from stellarbyte_jax.ops.stored import Stored
+
 
 class Dropout(NamedTuple):
     """Share of the attention weights that are set to zero, and the key that chooses them."""
@@ -24,6 +26,7 @@ class Options(NamedTuple):
       dropout: None for none.
       return_weights: whether the weights are wanted.
       return_lse: whether the log-sum-exp is wanted.
+      stored: the same keys and values where a cache holds them, for kernels that read them there; None for none.
     """
 
     softcap: float | None = None
@@ -31,6 +34,7 @@ class Options(NamedTuple):
     dropout: Dropout | None = None
     return_weights: bool = False
     return_lse: bool = False
+    stored: Stored | None = None
 
 
 class AttentionOutput(NamedTuple):

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from stellarbyte_jax.ops.attention.decode_pallas import attention_over_cache
 from stellarbyte_jax.ops.attention.mask import Mask
 from stellarbyte_jax.ops.attention.options import AttentionOutput, Options
 from stellarbyte_jax.ops.pallas import compat
 from stellarbyte_jax.ops.pallas.flash_backward import flash_backward
 from stellarbyte_jax.ops.pallas.flash_forward import flash_forward
 from stellarbyte_jax.ops.pallas.seen_keys import Seen, seen_keys
+from stellarbyte_jax.ops.stored import Stored
 
 _SHORTEST = 128  # rows: a tile
 
@@ -30,10 +32,17 @@ def pallas_attention(
 ) -> AttentionOutput:
     """As :func:`attention`. Gradients are sums in a fixed order: the same inputs give the same bits.
 
+    Over a cache there are no gradients.
+
     Raises:
       NotImplementedError: the kernels do not support the arguments or the device.
     """
-    _refuse(q_BTNH, k_BSKH, mask, options)
+    _refuse_options(options)
+    if not mask.aligned:
+        return attention_over_cache(q_BTNH, options.stored or Stored.alone(k_BSKH, v_BSKH), mask, options)
+    if mask.always_visible_BSK is not None and mask.always_visible_BSK.shape[2] != 1:
+        raise NotImplementedError("keys that a window does not hide from some heads only")
+    refuse_arrays(q_BTNH, q_BTNH.shape[1], k_BSKH.shape[1])
     (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
     segments_BS = jnp.zeros((B, S), jnp.int32) if mask.k_segments_BS is None else mask.k_segments_BS
     pinned_BS = None if mask.always_visible_BSK is None else mask.always_visible_BSK[:, :, 0]
@@ -50,20 +59,14 @@ def pallas_attention(
     return AttentionOutput(out_BTNH[:, :T], None, jnp.swapaxes(lse_BNT, 1, 2)[:, :T] if options.return_lse else None)
 
 
-def _refuse(q_BTNH: Array, k_BSKH: Array, mask: Mask, options: Options) -> None:
+def _refuse_options(options: Options) -> None:
     """Raises NotImplementedError, with the reason, where the kernels do not compute what is asked for."""
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     if options.prune_below > 0.0:
         raise NotImplementedError("pruning of low weights")
     if options.dropout is not None and options.dropout.rate > 0.0:
         raise NotImplementedError("attention dropout")
     if options.return_weights:
         raise NotImplementedError("attention weights as a result")
-    if not mask.aligned:
-        raise NotImplementedError("keys that are not in the order of the row (a cache)")
-    if mask.always_visible_BSK is not None and mask.always_visible_BSK.shape[2] != 1:
-        raise NotImplementedError("keys that a window does not hide from some heads only")
-    refuse_arrays(q_BTNH, T, S)
 
 
 def refuse_arrays(q_BTNH: Array, queries: int, keys: int) -> None:

@@ -142,24 +142,63 @@ def is_interpreted() -> bool:
     return _interpreted
 
 
+def _load(ref: Any, layout: Any) -> jax.Array:
+    """What is in memory, in a layout, whatever that costs."""
+    if _interpreted:
+        return ref[...]
+    how: dict[str, Any] = dict(layout=layout, optimized=False)
+    return plgpu.load(ref, (), **how) if jax.__version_info__ < (0, 11) else plgpu.load(ref, **how)
+
+
 def load_by_row(vector: Any, rows: Any) -> jax.Array:
     """Elements of a vector in global memory, one for each row of a matrix in the tensor cores' layout."""
-    if _interpreted:
-        return vector[rows]
-    how: dict[str, Any] = dict(layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    if jax.__version_info__ < (0, 11):
-        return plgpu.load(vector, rows, **how)
-    return plgpu.load(vector.at[rows], **how)
+    return _load(vector.at[rows], plgpu.Layout.WGMMA.reduce(1))
 
 
 def load_by_column(vector: Any, columns: Any) -> jax.Array:
-    """Elements of a vector in global or shared memory, one for each column of a matrix in the tensor cores' layout."""
+    """Elements of a vector in global or shared memory, one for each column of a matrix in the tensor cores' layout.
+
+    Two at a time: the first one's number is even, and so is that of the vector's first one in an array of vectors.
+    """
+    return _load(vector.at[columns], plgpu.Layout.WGMMA.reduce(0))
+
+
+def column_vector(columns: int) -> jax.Array:
+    """The number of each column, as ``load_by_column`` has vectors."""
     if _interpreted:
-        return vector[columns]
-    how: dict[str, Any] = dict(layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-    if jax.__version_info__ < (0, 11):
-        return plgpu.load(vector, columns, **how)
-    return plgpu.load(vector.at[columns], **how)
+        return jnp.arange(columns, dtype=jnp.int32)
+    return plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=plgpu.Layout.WGMMA.reduce(0))
+
+
+def load_wide(matrix: Any, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """A matrix in global memory, as ``swizzled`` memory of a dtype takes it: 8 elements at a time."""
+    return _load(matrix, plgpu.Layout.SMEM_GMEM_COPY(shape, dtype, 128))
+
+
+def _by_rows(columns: int) -> Any:
+    """The layout of float32 matrices of 64 or 128 columns that are reduced over their rows, 4 or 8 at a time."""
+    if columns == 64:
+        return plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (2, 64), (4,))), (-5,), (-3, -2), -1)
+    assert columns == 128
+    return plgpu.Layout.TILED(plgpu.Tiling(((4, 128), (4,))), (-3,), (-2,), -1)
+
+
+def load_rows(matrix: Any, shape: tuple[int, int]) -> jax.Array:
+    """A float32 matrix in global memory, to be reduced over its rows, of which there is a multiple of 8."""
+    return _load(matrix, _by_rows(shape[1]))
+
+
+def for_each_row(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """What was reduced over the rows of a matrix of ``load_rows``, for each of them."""
+    found = jax.lax.broadcast_in_dim(vector, shape, (1,))
+    return found if _interpreted else plgpu.layout_cast(found, _by_rows(shape[1]))
+
+
+def numbers_of_rows(shape: tuple[int, int]) -> jax.Array:
+    """The number of its row for each element of a matrix, as ``load_rows`` has them."""
+    if _interpreted:
+        return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_by_rows(shape[1]))
 
 
 def zeros_by_row(rows: int) -> jax.Array:

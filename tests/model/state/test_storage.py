@@ -38,3 +38,16 @@ def test_the_largest_number_of_a_head_has_the_largest_code_and_zeros_stay():
     assert np.all(np.asarray(codes[0, 0, 1]) == 0) and np.all(np.isfinite(scales))
     codes, _ = quantize(x, "float8_e4m3fn")
     assert float(codes[0, 0, 0, 0]) == -448.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_slots_that_a_head_takes_have_the_scales_of_their_tokens(dtype):
+    """Of slots and tokens behind them, each head others."""
+    random = np.random.default_rng(0)
+    tokens = [random.standard_normal((2, 5, 3, 4)).astype(np.float32) * random.random((2, 5, 3, 1)) for _ in range(2)]
+    empty = Storage.empty((1, 2, 1, 3, 4), dtype)
+    parts = [empty.encode(*(jnp.asarray(x[:, at]) for x in tokens)) for at in (slice(3), slice(3, 5))]
+    order = np.stack([random.permutation(5)[:4] for _ in range(6)]).reshape(2, 3, 4).swapaxes(1, 2)
+    taken = parts[0].joined(parts[1]).taken(jnp.asarray(order, jnp.int32)).decode(jnp.dtype("float32"))
+    for found, x in zip(taken, tokens, strict=True):
+        np.testing.assert_allclose(found, np.take_along_axis(x, order[..., None], axis=1), atol=0.02)
