@@ -17,7 +17,7 @@ _WRONG = 0.01  # of the norm of a gradient, from one size of chunks to another: 
 
 
 def measure_case(case: Case, chunks: Sequence[int], calls: int) -> Result:
-    """The loss and its gradients by each number of tokens whose logits exist at a time.
+    """The loss and its gradients by XLA and by the kernel, by the number of tokens whose logits exist at a time.
 
     Args:
       case: what is computed.
@@ -29,10 +29,12 @@ def measure_case(case: Case, chunks: Sequence[int], calls: int) -> Result:
     targets_X = jax.random.randint(jax.random.key(2), (case.tokens,), 0, case.vocabulary)
     found: Result = {}
     first: list[Array] = []
-    for chunk in dict.fromkeys(chunks):
-        name = f"chunks_of_{chunk}"
+    ways = [(chunk, implementation) for implementation in ("xla", "pallas") for chunk in dict.fromkeys(chunks)]
+    for chunk, implementation in ways:
+        name = f"{implementation}_chunks_of_{chunk}"
         try:
-            program = jax.jit(partial(_gradients, chunk=chunk)).lower(x_XD, kernel_DV, targets_X).compile()
+            run_once = partial(_gradients, chunk=chunk, implementation=implementation)
+            program = jax.jit(run_once).lower(x_XD, kernel_DV, targets_X).compile()
             made = jax.block_until_ready(program(x_XD, kernel_DV, targets_X))
 
             def run(count: int, program: Any = program) -> None:
@@ -42,7 +44,7 @@ def measure_case(case: Case, chunks: Sequence[int], calls: int) -> Result:
                 jax.block_until_ready(made)
 
             seconds = timed(run, calls)
-        except RuntimeError as error:  # of JAX
+        except (NotImplementedError, RuntimeError) as error:  # the second of JAX
             found[name] = {"refused": str(error).splitlines()[0][:200]}
             continue
         memory = program.memory_analysis()
@@ -55,9 +57,10 @@ def measure_case(case: Case, chunks: Sequence[int], calls: int) -> Result:
     return {**found, "on": environment()}
 
 
-def _gradients(x_XD: Array, kernel_DV: Array, targets_X: Array, *, chunk: int) -> list[Array]:
+def _gradients(x_XD: Array, kernel_DV: Array, targets_X: Array, *, chunk: int, implementation: str) -> list[Array]:
     def loss(x_XD: Array, kernel_DV: Array) -> Array:
-        return linear_cross_entropy(x_XD, kernel_DV, targets_X, chunk_size=chunk)[0] / targets_X.size
+        how: dict[str, Any] = dict(chunk_size=chunk, implementation=implementation)
+        return linear_cross_entropy(x_XD, kernel_DV, targets_X, **how)[0] / targets_X.size
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(x_XD, kernel_DV)
     return [value, *gradients]

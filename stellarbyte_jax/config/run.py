@@ -118,6 +118,8 @@ class LossConfig(Section):
       router_mse: weight of the squared distance of loads from even ones
       router_variance: weight of the squared coefficient of variation of the mean scores
       router_z: weight of the router's log(Z)^2; 1e-3 is usual
+      implementation: of the head's loss: xla, or pallas, a kernel for Hopper GPUs, for a bfloat16 or float16 head
+        without an adapter whose vocabulary is a multiple of 128; auto: xla
     """
 
     label_smoothing: Fraction = 0.0
@@ -131,6 +133,7 @@ class LossConfig(Section):
     router_mse: NonNegativeFloat = 0.0
     router_variance: NonNegativeFloat = 0.0
     router_z: NonNegativeFloat = 0.0
+    implementation: Literal["auto", "xla", "pallas"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

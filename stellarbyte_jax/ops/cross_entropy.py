@@ -3,6 +3,7 @@
 X tokens, D model, V vocabulary, C tokens of a chunk.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
+
+from stellarbyte_jax.ops.dispatch import dispatch
 
 _IMPOSSIBLE = -1e30
 
@@ -22,12 +25,58 @@ class Terms(NamedTuple):
       z_loss: weight of log(Z)^2.
       vocab_size: columns of the kernel that are tokens.
       chunk_size: most tokens whose logits exist at a time.
+      implementation: ``"xla"``, ``"pallas"`` or ``"auto"``, see :func:`linear_cross_entropy`.
     """
 
     label_smoothing: float
     z_loss: float
     vocab_size: int
     chunk_size: int
+    implementation: str = "auto"
+
+
+class Read(NamedTuple):
+    """What is read of the logits of a chunk, of all columns of the vocabulary.
+
+    Attributes:
+      target_C: the target's; anything where there is none.
+      others_C: the largest one of the others.
+      log_z_C: log of the sum of exponentials.
+      mean_C: their mean over words; None where nobody asks.
+      probabilities: makes those of the columns here.
+    """
+
+    target_C: Array
+    others_C: Array
+    log_z_C: Array
+    mean_C: Array | None
+    probabilities: Callable[[], Array]
+
+
+class Columns(NamedTuple):
+    """The columns of the head that are here.
+
+    Attributes:
+      first: number of the first one.
+      numbers_V: of all of them.
+      real_V: whether they are words.
+      padded: whether some may be none.
+      axis: mesh axis that the vocabulary is split over; None for none.
+    """
+
+    first: Array
+    numbers_V: Array
+    real_V: Array
+    padded: bool
+    axis: str | None
+
+    def total(self, x: Array) -> Array:
+        """The sum over all devices that have columns."""
+        return x if self.axis is None else jax.lax.psum(x, self.axis)
+
+    def most(self, x: Array) -> Array:
+        """The largest on any of them."""
+        return x if self.axis is None else jax.lax.pmax(x, self.axis)
 
 
 class Gradients(NamedTuple):
@@ -60,6 +109,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
     chunk_size: int = 4096,
+    implementation: str = "auto",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Sum over tokens of the cross-entropy of ``softmax(x kernel)``; tokens with a negative target count nothing.
 
@@ -72,11 +122,18 @@ def linear_cross_entropy(
     The gradient of a chunk is taken while its logits are at hand, so the backward pass computes none of them again.
     That of a kernel which nothing is differentiated by is not computed.
 
+    With ``implementation="pallas"`` a kernel for Hopper GPUs makes the logits and reads them as it makes them. They are
+    kept in the dtype of ``x``, less the largest of the 128 around, so that a probability is off by less than 0.1 % of
+    the largest of these; the loss is not. ``"auto"`` is ``"xla"``, and so is a loss without gradients.
+
+    Raises:
+      NotImplementedError: the kernel does not take the arrays or the device; says why.
+
     Returns:
       The sum to be minimised, and sums for reporting that carry no gradient: ``cross_entropy`` (without smoothing and
       z-loss), ``correct`` (tokens whose most probable token is the target) and ``tokens`` (targets that count).
     """
-    terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size)
+    terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size, implementation)
     return named_sums(_linear_cross_entropy(x_XD, kernel_DV, low, targets_X, weights_X, terms))
 
 
@@ -204,11 +261,14 @@ def _in_chunks(
     X = x_XD.shape[0]
     V = kernel_DV.shape[1]
     first = jnp.zeros((), jnp.int32) if vocab_axis is None else V * jax.lax.axis_index(vocab_axis)
-    columns_V = first + jnp.arange(V, dtype=jnp.int32)
-    real_V = columns_V < terms.vocab_size
+    numbers_V = first + jnp.arange(V, dtype=jnp.int32)
     padded = vocab_axis is not None or terms.vocab_size < V
+    columns = Columns(first, numbers_V, numbers_V < terms.vocab_size, padded, vocab_axis)
+    by_kernel = terms.implementation == "pallas" and wanted is not None
+    read = _read_by_kernel if by_kernel else _read
     chunks = -(-X // terms.chunk_size)
     C = -(-X // chunks)
+    C = max(-(-C // 8) * 8, 64) if by_kernel else C
 
     def cut(x: Array | None, filling: int = 0) -> Array | None:
         if x is None:
@@ -217,33 +277,17 @@ def _in_chunks(
         padding = ((0, chunks * C - X), *((0, 0) for _ in rest))
         return jnp.pad(x, padding, constant_values=filling).reshape(chunks, C, *rest)
 
-    def total(x: Array) -> Array:
-        return x if vocab_axis is None else jax.lax.psum(x, vocab_axis)
-
-    def most(x: Array) -> Array:
-        return x if vocab_axis is None else jax.lax.pmax(x, vocab_axis)
-
     def step(carry, chunk):
         sums_4, (dkernel_DV, db_RV) = carry
         x_CD, h_CR, targets_C, weights_C = chunk
-        logits_CV = jnp.einsum("CD,DV->CV", x_CD, kernel_DV, preferred_element_type=jnp.float32)
-        if low is not None:
-            logits_CV = logits_CV + jnp.einsum("CR,RV->CV", h_CR, low[1], preferred_element_type=jnp.float32)
+        found = read((x_CD, kernel_DV, None if low is None else (h_CR, low[1])), targets_C, terms, columns)
+        of_target_C, others_C, log_z_C, mean_C, probabilities = found
         counts_C = (targets_C >= 0).astype(jnp.float32)
         if weights_C is not None:
             counts_C = counts_C * weights_C
-        target_CV = columns_V[None, :] == targets_C[:, None]
-        if padded:
-            logits_CV = jnp.where(real_V[None, :], logits_CV, _IMPOSSIBLE)
-        of_target_C = total(jnp.sum(jnp.where(target_CV, logits_CV, 0.0), axis=-1))
-        others_C = most(jnp.max(jnp.where(target_CV, _IMPOSSIBLE, logits_CV), axis=-1))
-        # The largest of all, without another reading of the logits.
-        largest_C = jnp.where(targets_C >= 0, jnp.maximum(of_target_C, others_C), others_C)
-        log_z_C = largest_C + jnp.log(total(jnp.sum(jnp.exp(logits_CV - largest_C[:, None]), axis=-1)))
         nll_C = log_z_C - of_target_C
         loss_C = nll_C
-        if terms.label_smoothing:
-            mean_C = total(jnp.sum(jnp.where(real_V[None, :], logits_CV, 0.0), axis=-1)) / terms.vocab_size
+        if mean_C is not None:
             loss_C = (1 - terms.label_smoothing) * nll_C + terms.label_smoothing * (log_z_C - mean_C)
         if terms.z_loss:
             loss_C = loss_C + terms.z_loss * jnp.square(log_z_C)
@@ -253,11 +297,12 @@ def _in_chunks(
         )
         if wanted is None:
             return (sums_4 + new, carry[1]), jnp.stack([nll_C * counts_C, correct_C * counts_C], axis=-1)
-        p_CV = jnp.exp(logits_CV - log_z_C[:, None])
-        one_hot_CV = target_CV.astype(jnp.float32)
-        dlogits_CV = p_CV * (1 + 2 * terms.z_loss * log_z_C[:, None]) - (1 - terms.label_smoothing) * one_hot_CV
+        one_hot_CV = (columns.numbers_V[None, :] == targets_C[:, None]).astype(jnp.float32)
+        dlogits_CV = (
+            probabilities() * (1 + 2 * terms.z_loss * log_z_C[:, None]) - (1 - terms.label_smoothing) * one_hot_CV
+        )
         if terms.label_smoothing:
-            dlogits_CV = dlogits_CV - jnp.where(real_V[None, :], terms.label_smoothing / terms.vocab_size, 0.0)
+            dlogits_CV = dlogits_CV - jnp.where(columns.real_V[None, :], terms.label_smoothing / terms.vocab_size, 0.0)
         dlogits_CV = (dlogits_CV * counts_C[:, None]).astype(x_CD.dtype)
         dx_CD, dh_CR = jnp.einsum("CV,DV->CD", dlogits_CV, kernel_DV), None
         if wanted.kernel:
@@ -278,3 +323,59 @@ def _in_chunks(
             (cut(x_XD), cut(None if low is None else low[0]), cut(targets_X, -1), cut(weights_X)),
         )
     return sums_4, found, totals
+
+
+def _read(product: Product, targets_C: Array, terms: Terms, columns: Columns) -> Read:
+    """Logits in float32, as XLA computes them."""
+    x_CD, kernel_DV, low = product
+    logits_CV = jnp.einsum("CD,DV->CV", x_CD, kernel_DV, preferred_element_type=jnp.float32)
+    if low is not None:
+        logits_CV = logits_CV + jnp.einsum("CR,RV->CV", *low, preferred_element_type=jnp.float32)
+    target_CV = columns.numbers_V[None, :] == targets_C[:, None]
+    if columns.padded:
+        logits_CV = jnp.where(columns.real_V[None, :], logits_CV, _IMPOSSIBLE)
+    of_target_C = columns.total(jnp.sum(jnp.where(target_CV, logits_CV, 0.0), axis=-1))
+    others_C = columns.most(jnp.max(jnp.where(target_CV, _IMPOSSIBLE, logits_CV), axis=-1))
+    largest_C = _largest(of_target_C, others_C, targets_C)
+    log_z_C = largest_C + jnp.log(columns.total(jnp.sum(jnp.exp(logits_CV - largest_C[:, None]), axis=-1)))
+    mean_C = None
+    if terms.label_smoothing:
+        mean_C = columns.total(jnp.sum(jnp.where(columns.real_V[None, :], logits_CV, 0.0), axis=-1)) / terms.vocab_size
+    return Read(of_target_C, others_C, log_z_C, mean_C, lambda: jnp.exp(logits_CV - log_z_C[:, None]))
+
+
+def _read_by_kernel(product: Product, targets_C: Array, terms: Terms, columns: Columns) -> Read:
+    """As :func:`_read`, with logits that are kept tile by tile, less the largest of each."""
+    # Not at the top: kernels need parts of jax that other ways do without.
+    from stellarbyte_jax.ops.pallas.logits import TILE, logits
+
+    x_CD, kernel_DV, low = product
+    if low is not None:
+        raise NotImplementedError("loss.implementation: pallas refused: the head has an adapter")
+    V = kernel_DV.shape[1]
+    words = jnp.clip(terms.vocab_size - columns.first, 0, V) if columns.padded else V
+    own_C = jnp.where(targets_C < 0, -1, targets_C - columns.first)
+    given = x_CD, kernel_DV, own_C, words
+    below_CV, others_TC, target_TC, sums_TC = dispatch("loss.implementation", "pallas", {"pallas": logits}, *given)
+    tiles_T1 = jnp.arange(V // TILE, dtype=jnp.int32)[:, None]
+    is_here_TC = jax.lax.div(own_C, jnp.int32(TILE))[None, :] == jnp.where(own_C[None, :] >= 0, tiles_T1, -1)
+    tops_TC = jnp.where(is_here_TC & (own_C >= 0)[None, :], jnp.maximum(others_TC, target_TC), others_TC)
+    of_target_C = columns.total(jnp.sum(target_TC, axis=0))
+    others_C = columns.most(jnp.max(others_TC, axis=0))
+    largest_C = _largest(of_target_C, others_C, targets_C)
+    log_z_C = largest_C + jnp.log(columns.total(jnp.sum(sums_TC * jnp.exp(tops_TC - largest_C[None]), axis=0)))
+
+    def of_all(offset_TC: Array) -> Array:
+        below_CTW = below_CV.astype(jnp.float32).reshape(-1, V // TILE, TILE)
+        return (below_CTW + offset_TC.T[:, :, None]).reshape(below_CV.shape)
+
+    mean_C = None
+    if terms.label_smoothing:
+        whole_CV = jnp.where(columns.real_V[None, :], of_all(tops_TC), 0.0)
+        mean_C = columns.total(jnp.sum(whole_CV, axis=-1)) / terms.vocab_size
+    return Read(of_target_C, others_C, log_z_C, mean_C, lambda: jnp.exp(of_all(tops_TC - log_z_C[None])))
+
+
+def _largest(of_target_C: Array, others_C: Array, targets_C: Array) -> Array:
+    """The largest of all logits, without another reading of them."""
+    return jnp.where(targets_C >= 0, jnp.maximum(of_target_C, others_C), others_C)

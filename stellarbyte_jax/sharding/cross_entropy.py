@@ -27,6 +27,7 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_size: int = 4096,
     tied: bool = False,
+    implementation: str = "auto",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """:func:`ops.cross_entropy.linear_cross_entropy` of tokens in rows, on the mesh that is set.
 
@@ -34,7 +35,7 @@ def linear_cross_entropy(
     https://arxiv.org/abs/1909.08053). Gradients of the kernel are summed once, and cut as it is kept: by its own axes,
     or where it is ``tied`` by those of the table of the embedding.
     """
-    terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size)
+    terms = Terms(label_smoothing, z_loss, vocab_size or kernel_DV.shape[1], chunk_size, implementation)
     if current_mesh() is not None:
         return op.named_sums(_on_mesh(x_BTD, kernel_DV, low, targets_BT, weights_BT, terms, tied))
     weights_X = None if weights_BT is None else weights_BT.reshape(-1)

@@ -127,6 +127,7 @@ def batch_loss(
         z_loss=loss.z_loss,
         vocab_size=model.config.vocab_size,
         tied=model.config.tie_word_embeddings,
+        implementation=loss.implementation,
     )
     return total, sums, out
 

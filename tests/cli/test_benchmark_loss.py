@@ -24,19 +24,20 @@ def test_chunks_are_measured_without_a_gpu(tmp_path, capsys):
     found = json.loads(output.read_text())
     assert found["config"]["file"] is None and found["flops"] == "6 tokens D V"
     (result,) = found["results"].values()
-    assert set(result) == {"chunks_of_128", "on"} and result["chunks_of_128"]["tflops"] > 0
+    assert set(result) == {"xla_chunks_of_128", "pallas_chunks_of_128", "on"}
+    assert result["xla_chunks_of_128"]["tflops"] > 0 and "Hopper" in result["pallas_chunks_of_128"]["refused"]
     assert "say nothing of speed" in capsys.readouterr().out
 
 
 def test_memory_grows_with_chunks_and_wrong_gradients_are_an_error(monkeypatch):
     case = Case(256, 64, 1024)
     found = loss_ours.measure_case(case, [32, 256], 1)
-    small, large = (found[f"chunks_of_{chunk}"]["extra_gib"] * 2**30 for chunk in (32, 256))
+    small, large = (found[f"xla_chunks_of_{chunk}"]["extra_gib"] * 2**30 for chunk in (32, 256))
     assert 256 * 1024 * 4 * 0.9 < large and small < large and "error" not in found
     right = loss_ours.linear_cross_entropy
 
-    def wrong(x, kernel, targets, *, chunk_size):
-        loss, sums = right(x, kernel, targets, chunk_size=chunk_size)
+    def wrong(x, kernel, targets, *, chunk_size, **more):
+        loss, sums = right(x, kernel, targets, chunk_size=chunk_size, **more)
         return loss * (1.1 if chunk_size == 32 else 1), sums
 
     monkeypatch.setattr(loss_ours, "linear_cross_entropy", wrong)

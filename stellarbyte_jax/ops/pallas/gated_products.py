@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from stellarbyte_jax.ops.activations import value_and_slope
 from stellarbyte_jax.ops.pallas import gated_backward
 from stellarbyte_jax.ops.pallas.gated_rows import refusal as refusal_of_rows
-from stellarbyte_jax.ops.pallas.grouped_rows import Finish, Tuning, grouped_rows
+from stellarbyte_jax.ops.pallas.grouped_rows import Finish, Products, Tuning, grouped_rows
 
 _PART = 64  # columns that stand together
 _TUNING = Tuning(2 * _PART, 5, 4)
@@ -38,8 +38,8 @@ def gated_products(
         raise NotImplementedError(reason)
     H, dtype = woven_EKH.shape[2], x_SK.dtype
 
-    def results(value: Array) -> list[tuple[Array, int, int]]:
-        both = value.astype(dtype)
+    def results(products: Products) -> list[tuple[Array, int, int]]:
+        both = products.value.astype(dtype)
         gate, up = (both[:, first : first + _PART].astype(jnp.float32) for first in (0, _PART))
         h = value_and_slope(activation, gate)[0] * up
         return [(both, 1, 1), (h.astype(dtype), 0, 2)]

@@ -3,7 +3,7 @@
 S rows, E groups, K contracted, N columns of the result, T tiles of rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,17 +47,43 @@ class Tuning(NamedTuple):
     slots: int = 4
 
 
+class Products(NamedTuple):
+    """Products of 64 rows with the columns of a tile.
+
+    Attributes:
+      value: [64, n], float32.
+      row: the first one.
+      column: the first one.
+      tile: number of the tile within its rows.
+      given: references to what a :class:`Finish` gives besides.
+      made: references to what it makes besides.
+    """
+
+    value: Array
+    row: Array
+    column: Array
+    tile: Array
+    given: Sequence[Any] = ()
+    made: Sequence[Any] = ()
+
+
 class Finish(NamedTuple):
     """What a kernel writes of the products.
 
     Attributes:
       columns: of each array that it writes, in the dtype of the rows.
-      results: of the products of 64 rows [64, n], float32: what is written [64, m], to which array, and how many
-        columns of the product a column of it stands for.
+      results: of products: what is written [64, m], to which array, and how many columns of the product a column of it
+        stands for. What is ``made`` besides it writes itself; its rows may come twice then, with the same bits.
+      given: further arrays in global memory.
+      made: shapes and dtypes of further results.
+      approximate: see ``compat.kernel``.
     """
 
     columns: list[int]
-    results: Callable[[Array], list[tuple[Array, int, int]]]
+    results: Callable[[Products], list[tuple[Array, int, int]]]
+    given: Sequence[Array] = ()
+    made: Sequence[jax.ShapeDtypeStruct] = ()
+    approximate: bool = False
 
 
 def grouped_rows(
@@ -87,8 +113,7 @@ def grouped_rows(
     S, K = x_SK.shape
     N = w.shape[1 if transpose else 2]
     TN, stages, slots = tuning
-    whole_product = Finish([N], lambda value: [(value.astype(x_SK.dtype), 0, 1)])
-    columns, results = finish or whole_product
+    columns, results, given, made, approximate = finish or Finish([N], lambda of: [(of.value.astype(x_SK.dtype), 0, 1)])
     scratch = dict(
         a=compat.for_any_rows((stages, 2, HALF, STEP), x_SK.dtype),
         b_smem=compat.swizzled((stages, TN, STEP) if transpose else (stages, STEP, TN), x_SK.dtype),
@@ -101,13 +126,15 @@ def grouped_rows(
         x_gmem: Any,
         w_gmem: Any,
         sizes: Any,
-        *out_gmem: Any,
+        *others: Any,
         a: Any,
         b_smem: Any,
         staging: Any,
         loaded: Any,
         consumed: Any,
     ) -> None:
+        given_gmem, out_gmem = others[: len(given)], others[len(given) :]
+        made_gmem = out_gmem[len(columns) :]
         a_smem, a_copied = compat.both_views(a)
         whole, whole_copied, cut = compat.both_views(staging)
 
@@ -144,9 +171,11 @@ def grouped_rows(
                 )
                 column = first_column(tile.column, N, TN)
                 parts = [
-                    Part(result, out_gmem[which], tile.windows[half], lax.div(column, jnp.int32(share)))
-                    for half, value in zip(halves, values, strict=True)
-                    for result, which, share in results(value)
+                    Part(result, out_gmem[which], row, lax.div(column, jnp.int32(share)))
+                    for row, value in zip([tile.windows[half] for half in halves], values, strict=True)
+                    for result, which, share in results(
+                        Products(value, row, column, tile.column, given_gmem, made_gmem)
+                    )
                 ]
                 if len(halves) == 2:  # a group of 64 rows or more: its windows are whole
                     store(parts, whole.at[mine], whole_copied.at[mine])
@@ -166,9 +195,10 @@ def grouped_rows(
         roles(load, compute)
 
     name = name or ("grouped_matmul_dx" if transpose else "grouped_matmul")
-    out = [jax.ShapeDtypeStruct((S, each), x_SK.dtype) for each in columns]
-    made = compat.kernel(body, out, scratch, name=name)(x_SK, w, sizes_E.astype(jnp.int32))
-    return made[0] if finish is None else made
+    out = [*(jax.ShapeDtypeStruct((S, each), x_SK.dtype) for each in columns), *made]
+    run = compat.kernel(body, out, scratch, name=name, approximate=approximate)
+    found = run(x_SK, w, sizes_E.astype(jnp.int32), *given)
+    return found[0] if finish is None else found
 
 
 class Tile(NamedTuple):
