@@ -90,12 +90,15 @@ def test_tiles_of_all_widths_can_be_lowered_for_a_gpu(columns, transpose):
 
 
 @reads_transposed
-def test_warpgroups_wait_for_each_other(monkeypatch):
+@pytest.mark.parametrize(
+    "sizes", [[64, 128, 0, 22], [40, 192, 30, 256, 64, 60]]
+)  # whole tiles beside some that are cut
+def test_warpgroups_wait_for_each_other(monkeypatch, sizes):
     # Where a group of 64 rows or more ends within a window, two windows write the same: the detector minds that too.
     for of_which in ("tuning", "tuning_of_matrices"):
         monkeypatch.setattr(module, of_which, lambda *of: SMALL)
-    rows, sizes = 216, [64, 128, 0, 22]
-    x, w, dy = drawn(rows, 128, 192, 4)
+    rows = sum(sizes) // 8 * 8 + 16
+    x, w, dy = drawn(rows, 128, 192, len(sizes))
     with compat.interpreted(detect_races=True):
         found = with_gradients(grouped_matmul)(x, w, dy, jax.device_put(np.asarray(sizes, np.int32)))
     for name, ours, right in zip(NAMES, found, exact(x, w, dy, sizes), strict=True):

@@ -75,7 +75,7 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
-def for_any_rows(shape: tuple[int, ...], dtype: Any, *others: Any) -> Any:
+def for_any_rows(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory for blocks of 64 columns that are copied from or to rows that begin anywhere.
 
     A copy between ``swizzled`` memory and an array cuts the array into tiles of 8 rows too, and must begin with one of
@@ -84,22 +84,25 @@ def for_any_rows(shape: tuple[int, ...], dtype: Any, *others: Any) -> Any:
     Args:
       shape: of the blocks.
       dtype: of two bytes.
-      others: scratch that may have the same memory at other times.
 
     Returns:
-      What becomes a sequence of references: the blocks for threads and tensor cores; the same memory for copies;
-      ``others``.
+      What becomes a sequence of references for :func:`views`.
     """
     blocks = swizzled(shape, dtype)
     assert shape[-1] == 64
     if _interpreted:  # which knows no memory that is shared, and no transforms
-        return [blocks, *others]
-    return plgpu.RefUnion(blocks, plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(128),)), *others)
+        return [blocks]
+    copied = plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(128),))
+    return plgpu.RefUnion(blocks, copied, plgpu.SMEM(shape, dtype))
 
 
-def both_views(refs: Any) -> tuple[Any, ...]:
-    """The references of ``for_any_rows``."""
-    return (refs[0], refs[0], *refs[1:]) if _interpreted else tuple(refs)
+def views(refs: Any) -> tuple[Any, Any, Any]:
+    """References of ``for_any_rows`` to the same memory.
+
+    For threads and tensor cores, for copies of whole blocks, and for copies of some rows. The last one has no
+    transforms: it does not read what others wrote.
+    """
+    return (refs[0],) * 3 if _interpreted else tuple(refs)
 
 
 def store_plain(target: Any, value: jax.Array) -> None:

@@ -62,7 +62,7 @@ def gated_rows(
         a=compat.for_any_rows((_STAGES, 2, HALF, STEP), dtype),
         gate_smem=compat.swizzled((_STAGES, STEP, TF), dtype),
         up_smem=compat.swizzled((_STAGES, STEP, TF), dtype),
-        staging=compat.for_any_rows((2, _SLOTS, HALF, 64), dtype, plgpu.SMEM((2, HALF, 64), dtype)),
+        staging=compat.for_any_rows((2, _SLOTS, HALF, 64), dtype),
         **ring(_STAGES, copies=4),
     )
 
@@ -70,8 +70,8 @@ def gated_rows(
         x_gmem: Any, w_gmem: Any, sizes: Any, out_gmem: Any, *, a: Any, gate_smem: Any, up_smem: Any,
         staging: Any, loaded: Any, consumed: Any,
     ) -> None:  # fmt: skip
-        a_smem, a_copied = compat.both_views(a)
-        whole, whole_copied, cut = compat.both_views(staging)
+        a_smem, a_copied, _ = compat.views(a)
+        whole, whole_copied, cut = compat.views(staging)
 
         def load() -> None:
             def tile(tile: Tile, done: Array) -> None:
@@ -109,7 +109,7 @@ def gated_rows(
                     active, _ = value_and_slope(activation, gate.astype(jnp.float32))
                     h = (active * up.astype(jnp.float32)).astype(dtype)
                     part = Part(h, out_gmem, window, column)
-                    write_some([part], written, whole.at[mine], whole_copied.at[mine], cut.at[mine])
+                    write_some([part], written, whole.at[mine], whole_copied.at[mine], cut.at[mine, 0])
 
                 pl.when(written > 0)(lambda: by_width(tile.column, F, TF, of_width))
                 pl.when(written == 0)(lambda: skip(done, tile.steps, loaded, consumed))

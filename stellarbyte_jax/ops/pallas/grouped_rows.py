@@ -117,8 +117,8 @@ def grouped_rows(
     scratch = dict(
         a=compat.for_any_rows((stages, 2, HALF, STEP), x_SK.dtype),
         b_smem=compat.swizzled((stages, TN, STEP) if transpose else (stages, STEP, TN), x_SK.dtype),
-        # A tile is written whole or cut, never both at once.
-        staging=compat.for_any_rows((2, slots, HALF, 64), x_SK.dtype, plgpu.SMEM((2, HALF, 64), x_SK.dtype)),
+        # Of each warpgroup its own half: one may write a whole tile and the other one that is cut.
+        staging=compat.for_any_rows((2, slots, HALF, 64), x_SK.dtype),
         **ring(stages, readers=1),
     )
 
@@ -135,8 +135,8 @@ def grouped_rows(
     ) -> None:
         given_gmem, out_gmem = others[: len(given)], others[len(given) :]
         made_gmem = out_gmem[len(columns) :]
-        a_smem, a_copied = compat.both_views(a)
-        whole, whole_copied, cut = compat.both_views(staging)
+        a_smem, a_copied, _ = compat.views(a)
+        whole, whole_copied, cut = compat.views(staging)
 
         def barrier(slot: Array, reader: Array) -> Any:
             return loaded.at[slot + reader * stages]
@@ -180,7 +180,7 @@ def grouped_rows(
                 if len(halves) == 2:  # a group of 64 rows or more: its windows are whole
                     store(parts, whole.at[mine], whole_copied.at[mine])
                 else:
-                    write_some(parts, tile.written[0], whole.at[mine], whole_copied.at[mine], cut.at[mine])
+                    write_some(parts, tile.written[0], whole.at[mine], whole_copied.at[mine], cut.at[mine, 0])
 
             def tile(tile: Tile, done: Array) -> None:
                 # Each warpgroup computes every other tile, one while the other writes.
