@@ -45,14 +45,15 @@ def grouped_matmul(
     """Each row times the matrix of its group, in the dtype of ``x``, summed in float32; zeros for rows of no group.
 
     Empty rows that fill blocks must be zero, and so must be their cotangents: they add nothing to the gradient of a
-    matrix then. The same holds of rows behind the last group but for the kernels, which do not read them.
+    matrix then. The same holds of rows behind the last group but for the kernels, which do not read them. Where rows of
+    a group are infinite, the kernels may make gradients NaN of the matrices of the groups beside it too.
 
     Args:
       x_SD: rows in the order of groups.
       w_EDF: matrices.
       groups: of the rows.
-      implementation: ``"auto"``, ``"xla"``, or ``"pallas"``: kernels for Hopper GPUs. Where groups are unaligned, XLA
-        computes every row with every matrix.
+      implementation: ``"xla"``; ``"pallas"``: kernels for Hopper GPUs; ``"auto"``: XLA here, since a layer chooses
+        for all of its operations. Where groups are unaligned, XLA computes every row with every matrix.
 
     Raises:
       NotImplementedError: the kernels do not support the arrays or the device.

@@ -11,11 +11,12 @@ from helpers.grids import mostly_slow
 from helpers.kernels import computed_by_xla  # noqa: F401 (a fixture)
 from helpers.variants import VARIANTS, call, make, some_tokens
 
-from stellarbyte_jax.config import ConfigError, LoRAConfig, MoEConfig
-from stellarbyte_jax.model.decoder import ByteTransformer
+from stellarbyte_jax.config import ByteConfig, ConfigError, LoRAConfig, MoEConfig
+from stellarbyte_jax.model.decoder import ByteTransformer, init_params
 from stellarbyte_jax.model.io import Inputs
 from stellarbyte_jax.ops import dispatch
 from stellarbyte_jax.ops.pallas import compat
+from stellarbyte_jax.sharding import make_mesh
 
 WITH_EXPERTS = [
     name for name, each in VARIANTS.items() if "moe" in each and each["moe"].get("dispatch", "dropless") == "dropless"
@@ -93,3 +94,24 @@ def test_adapters_of_experts_are_refused():
 def test_a_capacity_is_computed_one_way():
     with pytest.raises(ConfigError, match=r"moe.implementation=pallas is of moe.dispatch=dropless"):
         MoEConfig(num_experts=4, implementation="pallas", dispatch="capacity")
+
+
+def test_the_kernels_are_in_the_program_of_experts_over_two_devices(monkeypatch):
+    monkeypatch.setattr(compat, "runs_here", lambda: True)
+    moe = MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=128)
+    sizes = dict(vocab_size=512, hidden_size=256, num_hidden_layers=1, num_attention_heads=4, intermediate_size=512)
+    model = ByteTransformer(ByteConfig(**sizes, compute_dtype="bfloat16", moe=moe))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    with jax.set_mesh(make_mesh({"expert": 2})), jax.numpy_dtype_promotion("standard"):  # jax mixes dtypes inside
+        run = jax.jit(jax.grad(loss_of(model, some_tokens(4, 64), train=True)))
+        text = run.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in (
+        "gated_products",
+        "gated_backward",
+        "grouped_matmul",
+        "grouped_matmul_dx",
+        "grouped_matmul_dw",
+        "spread_rows",
+        "sum_rows",
+    ):
+        assert f"{kernel}_mosaic_gpu" in text, kernel

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 ROWS = 128  # of a tile
-HALF = 64  # of each of the two warpgroups that compute it
+HALF = 64  # of each half, which one product of tensor cores makes
 
 
 class Place(NamedTuple):

@@ -1,6 +1,7 @@
 """A ring of stages in shared memory between the warpgroup that loads and the two that compute, and the way out.
 
-The loader fills a stage when both others have consumed what was in it; they go through all stages in the same order.
+The loader fills a stage when those that read it have consumed what was in it: both others, or one of them, where each
+has tiles of its own.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jaxtyping import Array
 from stellarbyte_jax.ops.pallas import compat
 
 LOADER = 2  # the warpgroup
-HALF = 64  # rows of a result that one of the others computes
+HALF = 64  # rows of a result that a product of tensor cores makes
 
 
 def ring(stages: int, readers: int = 2, copies: int = 3) -> dict[str, Any]:
