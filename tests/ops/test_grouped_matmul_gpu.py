@@ -42,6 +42,22 @@ def test_every_run_gives_the_same_bits(load):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(run(*arrays, sizes)), first)
 
 
+@pytest.mark.parametrize("inputs", [64, 512])
+def test_whole_tiles_beside_some_that_are_cut(inputs):
+    """Groups of fewer rows than a window and of more, in many tiles for each warpgroup of a block, and rows behind."""
+    sizes = np.asarray([40, 200, 63, 1, 64, 129] * 24, np.int32)
+    rows = int(sizes.sum()) // 8 * 8 + 48
+    x, w, dy = drawn(rows, inputs, 1408, len(sizes))
+    x_bad, dy_bad = poisoned(sizes, x, dy)
+    given = x_bad, w, dy_bad, jax.device_put(sizes)
+    run = jax.jit(with_gradients(grouped_matmul))
+    first = jax.device_get(run(*given))
+    for name, ours, right in zip(NAMES, first, exact(x, w, dy, sizes), strict=True):
+        assert_rounded(ours, right, name)
+    for _ in range(10):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(run(*given)), first)
+
+
 def test_blocks_of_the_model_through_the_kernels():
     x, w, _ = drawn(512, 128, 192, 4)
     groups = Groups(
