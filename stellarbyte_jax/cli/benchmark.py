@@ -32,6 +32,7 @@ from stellarbyte_jax.cli.machine import facts
 from stellarbyte_jax.cli.measurements import WORKERS as OTHERS
 from stellarbyte_jax.cli.measurements import compared
 from stellarbyte_jax.cli.mesh_speed import COMPARED, Row, has_failed, least_devices, measure, rows
+from stellarbyte_jax.cli.moe_speed import PEERS as BESIDE_EXPERTS
 from stellarbyte_jax.cli.moe_speed import WORKERS as EXPERTS
 from stellarbyte_jax.cli.peft_peers import WORKERS as LORA_PEERS
 from stellarbyte_jax.cli.program import load_settings
@@ -66,7 +67,7 @@ _PEERS = {  # with the packages that they need, as pip calls them
     **{name: ("torch", "accelerate" if name == "sft_chats_trainer" else "peft") for name in LORA_PEERS},
 }
 _ON_GPU = ("huggingface_liger", *NAMES["grouped_matmul"])  # whose kernels run nowhere else, or only slowly
-_COMPARED = {"train": BESIDE_TRAINING, "lora": BESIDE_LORA}
+_COMPARED = {"train": BESIDE_TRAINING, "lora": BESIDE_LORA, "moe": BESIDE_EXPERTS}
 _CONFIGS = dict.fromkeys(("moe", "moe_layer"), ("pretrain_moe", "quickstart_moe"))  # on a GPU, and without
 _BY_SHAPE = ("grouped_ours", "grouped_torch")
 _FLOPS = "6 (active parameters - embedding) + 6 L T D a token, causal attention counted half"

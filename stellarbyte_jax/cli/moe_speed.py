@@ -63,6 +63,7 @@ def _checked(config: TrainConfig) -> TrainConfig:
     return config
 
 
+PEERS = dict.fromkeys(("dropless", "capacity"), ("huggingface_moe", "huggingface_moe_bfloat16"))
 WORKERS = {
     "dropless": _ours("dropless"),
     "capacity": _ours("capacity"),

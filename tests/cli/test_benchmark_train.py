@@ -59,6 +59,16 @@ def test_the_fastest_peer_is_named_with_our_ratio_to_it(best, config, machine, c
     assert f"{best:14} tokens_per_second 60" in printed, "one figure a peer, the slower ones in the file"
 
 
+def test_experts_are_compared_with_the_faster_mode_of_the_peer(machine):
+    machine(results=rates(dropless=90, capacity=84, huggingface_moe=30, huggingface_moe_bfloat16=60))
+    assert benchmark.main(["moe", "--output", "out.json"]) == 0
+    with open("out.json", encoding="utf-8") as file:
+        assert json.load(file)["compared"] == {
+            "dropless": {"peer": "huggingface_moe_bfloat16", "times_the_peer": 1.5},
+            "capacity": {"peer": "huggingface_moe_bfloat16", "times_the_peer": 1.4},
+        }
+
+
 @pytest.mark.parametrize(
     ("platform", "missing", "left_out", "lines"),
     [
