@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from stellarbyte_jax.cli.attention_speed import Case, Result, documents, figures, firsts
 from stellarbyte_jax.cli.layer_speed import timed
+from stellarbyte_jax.cli.ours import apart, repeated
 from stellarbyte_jax.launch import environment
 from stellarbyte_jax.ops.attention import Mask, attention
 
@@ -34,7 +35,8 @@ def measure_case(case: Case, ways: Sequence[str], calls: int) -> Result:
     for way in ways:
         forward, both = _programs(case, mask, way)
         try:
-            ahead, whole = _repeated(forward, *arrays[:3]), _repeated(both, *arrays)
+            jax.block_until_ready((forward(*arrays[:3]), both(*arrays)))  # compiled
+            ahead, whole = repeated(forward, *arrays[:3]), repeated(both, *arrays)
         except NotImplementedError as refusal:
             found[way] = {"refused": str(refusal)}
             continue
@@ -45,10 +47,10 @@ def measure_case(case: Case, ways: Sequence[str], calls: int) -> Result:
         if len(results) < 2:
             results.append(jax.tree.leaves(both(*arrays)))
     if len(results) == 2:
-        apart = max(_apart(ours, others) for ours, others in zip(*results, strict=True))
-        found["apart"] = float(f"{apart:.2g}")
-        if not apart < _WRONG:
-            found["error"] = f"two implementations are {apart:.2g} of their norm apart, where {_WRONG} is the limit"
+        most = max(apart(ours, others) for ours, others in zip(*results, strict=True))
+        found["apart"] = float(f"{most:.2g}")
+        if not most < _WRONG:
+            found["error"] = f"two implementations are {most:.2g} of their norm apart, where {_WRONG} is the limit"
     return {**found, "on": environment()}
 
 
@@ -79,20 +81,3 @@ def _programs(case: Case, mask: Mask, way: str) -> tuple[Callable[..., Any], Cal
         return out, pull(d)
 
     return jax.jit(forward), jax.jit(both)
-
-
-def _repeated(run: Callable[..., Any], *arrays: Array) -> Callable[[int], None]:
-    jax.block_until_ready(run(*arrays))
-
-    def calls(count: int) -> None:
-        made: Any = None
-        for _ in range(count):
-            made = run(*arrays)
-        jax.block_until_ready(made)
-
-    return calls
-
-
-def _apart(ours: Array, others: Array) -> float:
-    ours, others = ours.astype(jnp.float32), others.astype(jnp.float32)
-    return float(jnp.linalg.norm(ours - others) / jnp.linalg.norm(others))

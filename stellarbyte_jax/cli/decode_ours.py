@@ -1,7 +1,6 @@
 """Our side of ``benchmark decode_attention``. B rows, S slots, N query heads, K key/value heads, H head size."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from jaxtyping import Array
 
 from stellarbyte_jax.cli.decode_speed import Case, Result, bandwidth_of, figures
 from stellarbyte_jax.cli.layer_speed import timed
+from stellarbyte_jax.cli.ours import repeated
 from stellarbyte_jax.model.state.storage import Storage
 from stellarbyte_jax.ops.attention import Mask, attention
 
@@ -37,7 +37,7 @@ def measure_case(case: Case, ways: Sequence[str], calls: int) -> Result:
         except RuntimeError as error:  # of JAX
             found[way] = {"error": str(error).splitlines()[0][:200]}
             continue
-        seconds = timed(_repeated(run, q, storage), calls)
+        seconds = timed(repeated(run, q, storage), calls)
         found[way] = figures(case, [each / case.layers for each in seconds], bandwidth)
     if len(results) == 2:
         ours, others = (x.astype(jnp.float32) for x in results)
@@ -75,13 +75,3 @@ def _attended(case: Case, way: str, q: Array, storage: Storage) -> Array:
         return total + out.astype(jnp.float32), None
 
     return jax.lax.scan(layer, jnp.zeros(q.shape, jnp.float32), jnp.arange(case.layers, dtype=jnp.int32))[0]
-
-
-def _repeated(run: Callable[..., Any], *arrays: Any) -> Callable[[int], None]:
-    def calls(count: int) -> None:
-        made: Any = None
-        for _ in range(count):
-            made = run(*arrays)
-        jax.block_until_ready(made)
-
-    return calls

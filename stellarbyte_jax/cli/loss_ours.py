@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from stellarbyte_jax.cli.layer_speed import timed
 from stellarbyte_jax.cli.loss_speed import Case, Result, figures
+from stellarbyte_jax.cli.ours import apart, repeated
 from stellarbyte_jax.launch import environment
 from stellarbyte_jax.ops.cross_entropy import linear_cross_entropy
 
@@ -36,14 +37,7 @@ def measure_case(case: Case, chunks: Sequence[int], calls: int) -> Result:
             run_once = partial(_gradients, chunk=chunk, implementation=implementation)
             program = jax.jit(run_once).lower(x_XD, kernel_DV, targets_X).compile()
             made = jax.block_until_ready(program(x_XD, kernel_DV, targets_X))
-
-            def run(count: int, program: Any = program) -> None:
-                made: Any = None
-                for _ in range(count):
-                    made = program(x_XD, kernel_DV, targets_X)
-                jax.block_until_ready(made)
-
-            seconds = timed(run, calls)
+            seconds = timed(repeated(program, x_XD, kernel_DV, targets_X), calls)
         except (NotImplementedError, RuntimeError) as error:  # the second of JAX
             found[name] = {"refused": str(error).splitlines()[0][:200]}
             continue
@@ -51,9 +45,9 @@ def measure_case(case: Case, chunks: Sequence[int], calls: int) -> Result:
         extra = 0 if memory is None else memory.temp_size_in_bytes
         found[name] = figures(case, seconds, extra, jax.devices()[0].device_kind)
         first = first or made
-        apart = max(_apart(ours, others) for ours, others in zip(made, first, strict=True))
-        if not apart < _WRONG:
-            found["error"] = f"{name}: gradients are {apart:.2g} of their norm apart, where {_WRONG} is the limit"
+        most = max(apart(ours, others) for ours, others in zip(made, first, strict=True))
+        if not most < _WRONG:
+            found["error"] = f"{name}: gradients are {most:.2g} of their norm apart, where {_WRONG} is the limit"
     return {**found, "on": environment()}
 
 
@@ -64,8 +58,3 @@ def _gradients(x_XD: Array, kernel_DV: Array, targets_X: Array, *, chunk: int, i
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(x_XD, kernel_DV)
     return [value, *gradients]
-
-
-def _apart(ours: Array, others: Array) -> float:
-    ours, others = ours.astype(jnp.float32), others.astype(jnp.float32)
-    return float(jnp.linalg.norm(ours - others) / jnp.linalg.norm(others))

@@ -265,7 +265,7 @@ def _in_chunks(
     padded = vocab_axis is not None or terms.vocab_size < V
     columns = Columns(first, numbers_V, numbers_V < terms.vocab_size, padded, vocab_axis)
     by_kernel = terms.implementation == "pallas" and wanted is not None
-    read = _read_by_kernel if by_kernel else _read
+    implementation = "xla" if wanted is None else terms.implementation
     chunks = -(-X // terms.chunk_size)
     C = -(-X // chunks)
     C = max(-(-C // 8) * 8, 64) if by_kernel else C
@@ -280,7 +280,9 @@ def _in_chunks(
     def step(carry, chunk):
         sums_4, (dkernel_DV, db_RV) = carry
         x_CD, h_CR, targets_C, weights_C = chunk
-        found = read((x_CD, kernel_DV, None if low is None else (h_CR, low[1])), targets_C, terms, columns)
+        given = (x_CD, kernel_DV, None if low is None else (h_CR, low[1])), targets_C, terms, columns
+        ways = {"xla": _read, "pallas": _read_by_kernel}
+        found = dispatch("loss.implementation", implementation, ways, *given)
         of_target_C, others_C, log_z_C, mean_C, probabilities = found
         counts_C = (targets_C >= 0).astype(jnp.float32)
         if weights_C is not None:
@@ -351,15 +353,14 @@ def _read_by_kernel(product: Product, targets_C: Array, terms: Terms, columns: C
 
     x_CD, kernel_DV, low = product
     if low is not None:
-        raise NotImplementedError("loss.implementation: pallas refused: the head has an adapter")
+        raise NotImplementedError("the head has an adapter")
     V = kernel_DV.shape[1]
     words = jnp.clip(terms.vocab_size - columns.first, 0, V) if columns.padded else V
     own_C = jnp.where(targets_C < 0, -1, targets_C - columns.first)
-    given = x_CD, kernel_DV, own_C, words
-    below_CV, others_TC, target_TC, sums_TC = dispatch("loss.implementation", "pallas", {"pallas": logits}, *given)
-    tiles_T1 = jnp.arange(V // TILE, dtype=jnp.int32)[:, None]
-    is_here_TC = jax.lax.div(own_C, jnp.int32(TILE))[None, :] == jnp.where(own_C[None, :] >= 0, tiles_T1, -1)
-    tops_TC = jnp.where(is_here_TC & (own_C >= 0)[None, :], jnp.maximum(others_TC, target_TC), others_TC)
+    below_CV, others_TC, target_TC, sums_TC = logits(x_CD, kernel_DV, own_C, words)
+    tile_C = jnp.where(own_C >= 0, own_C // TILE, -1)
+    is_here_TC = jnp.arange(V // TILE, dtype=jnp.int32)[:, None] == tile_C[None, :]
+    tops_TC = jnp.where(is_here_TC, jnp.maximum(others_TC, target_TC), others_TC)
     of_target_C = columns.total(jnp.sum(target_TC, axis=0))
     others_C = columns.most(jnp.max(others_TC, axis=0))
     largest_C = _largest(of_target_C, others_C, targets_C)

@@ -218,6 +218,7 @@ def test_the_peer_computes_the_same(monkeypatch, capsys):
     assert list(found) == list(PRODUCTS)
     for of_loads in found.values():
         assert all("error" not in ways["torch"] for ways in of_loads.values()), of_loads
+    assert "worst_error" not in found["dx"]["even"]["dense"]
     assert [product for product, loads in found.items() if loads["even"].get("dense", {}).get("tflops", 0) > 0] == [
         "forward",
         "dx",

@@ -184,3 +184,8 @@ def test_experts_take_kernels_for_products_moves_and_sums(hopper):
         "gated_backward",
     ):
         assert f"{kernel}_mosaic_gpu" in text
+
+
+def test_tiles_are_wide_where_few_columns_of_the_last_one_are_empty():
+    assert [module.tuning(columns).columns for columns in (768, 2048, 1408, 1024)] == [192, 192, 128, 128]
+    assert [module.tuning_of_matrices(columns).columns for columns in (768, 1408, 1024)] == [192, 192, 128]
