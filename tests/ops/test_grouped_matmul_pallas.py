@@ -139,7 +139,7 @@ def test_experts_from_tokens_to_sums_by_kernels_in_the_interpreter(monkeypatch, 
     """Values and all gradients are as near to those of float32 as what XLA computes."""
     for of_which in ("tuning", "tuning_of_matrices"):
         monkeypatch.setattr(module, of_which, lambda *of: SMALL)
-    N, D, F = 31, 256, 64  # channels of which the kernels move rows too
+    N, D, F = 31, 256, 128  # channels of which the kernels move rows too, and two parts to be woven
     random = np.random.default_rng(0)
     experts = jax.device_put(np.asarray(np.stack([random.permutation(E + 1)[:K] for _ in range(N)]), np.int32))
     shapes = (N, D), (E, D, 2 * F), (E, F, D)

@@ -142,3 +142,15 @@ def test_replies_are_measured_each_by_itself():
     assert "loss_reply_1" not in validation_metrics(
         {"tokens": 2.0, "cross_entropy": 3.0, "correct": 0.0, "reply_tokens": [2, 0], "reply_losses": [3.0, 0.0]}
     ), "one reply alone is the loss"
+
+
+def test_the_implementation_of_the_head_is_the_one_that_is_named():
+    model = ByteTransformer(MODEL)
+    params = init(model)
+    batch = {"tokens": jax.device_put(np.ones((2, 8), np.int32))}
+
+    def loss(params):
+        return batch_loss(model, params, batch, LossConfig(implementation="pallas"))[0]
+
+    with pytest.raises(NotImplementedError, match=r"loss\.implementation: pallas refused: "):
+        jax.eval_shape(jax.grad(loss), params)
